@@ -1,0 +1,359 @@
+"""CLIP: two towers that agree on which picture belongs to which sentence.
+
+Learning Transferable Visual Models From Natural Language Supervision (Radford et al., 2021), and the
+sigmoid loss of SigLIP (Zhai et al., 2023).
+
+    picture -> ViT -> class token -> norm -> projection -> unit vector --+
+                                                                         +--> cosines * scale -> loss
+    words -> causal transformer -> norm -> EOT token -> projection ------+
+
+    python train.py clip                                       train one on the shapes world
+    python clip.py runs/clip classify PICTURE "a red circle" "a blue star"
+    python clip.py runs/clip search "a small green ring" FOLDER
+"""
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common import checkpoint, cli, losses
+from common.images import centre_crop, normalise, open_folder, open_image, sheet, to_tensor
+from common.masks import causal
+from common.metrics import accuracy, retrieval
+from common.metrics import chance as true_by_chance
+from common.transformer import LayerNorm, Transformer, full, gelu, quick_gelu, vit_block
+from common.vision import ViT
+
+ACTIVATIONS = {"gelu": gelu, "quick_gelu": quick_gelu}
+LOSSES = ("softmax", "sigmoid")
+
+
+@dataclass
+class CLIPConfig:
+    """Sizes of the two towers. vocab and eos belong to the tokenizer."""
+    image_size: int = 32
+    patch: int = 8
+    vision_width: int = 128
+    vision_layers: int = 4
+    vision_heads: int = 4
+    text_width: int = 128
+    text_layers: int = 3
+    text_heads: int = 4
+    context: int = 32
+    vocab: int = 512
+    eos: int = 2
+    embed: int = 128
+    act: str = "gelu"                    # published weights need quick_gelu
+    loss: str = "softmax"                # or sigmoid, SigLIP's
+
+    def __post_init__(self):
+        if self.loss not in LOSSES:
+            raise ValueError(f"loss={self.loss} is not one of {', '.join(LOSSES)}")
+        if self.act not in ACTIVATIONS:
+            raise ValueError(f"act={self.act} is not one of {', '.join(ACTIVATIONS)}")
+
+
+def published(image_size, patch, width, layers, text_width, embed):
+    """A config of the paper's Table 20: heads are always 64 wide, the text tower has 12 layers."""
+    return CLIPConfig(
+        image_size=image_size, patch=patch, vision_width=width, vision_layers=layers,
+        vision_heads=width // 64, text_width=text_width, text_layers=12, text_heads=text_width // 64,
+        context=77, vocab=49408, eos=49407, embed=embed, act="quick_gelu")
+
+
+PRESETS = {
+    "tiny": CLIPConfig(),
+    "small": CLIPConfig(image_size=64, vision_width=384, vision_layers=8, vision_heads=6,
+                        text_width=256, text_layers=6, text_heads=4, context=64, embed=256),
+    "ViT-B/32": published(224, 32, 768, 12, 512, 512),
+    "ViT-B/16": published(224, 16, 768, 12, 512, 512),
+    "ViT-L/14": published(224, 14, 1024, 24, 768, 768),
+    "ViT-L/14@336": published(336, 14, 1024, 24, 768, 768),
+}
+
+
+TRAINS = {"clip": ("*",)}                # by stage: patterns of the parameters that learn
+
+
+class TextTower(nn.Module):
+    """A causal transformer over token ids, read at the end-of-text token (paper, 2.4)."""
+
+    def __init__(self, *, vocab, context, width, blocks, eos):
+        super().__init__()
+        self.eos = eos
+        self.token_embed = nn.Embedding(vocab, width)
+        self.positions = nn.Parameter(torch.empty(context, width))
+        self.transformer = Transformer(blocks, LayerNorm(width))
+
+    def forward(self, ids):
+        """ids int64 (B, T), each row with an eos -> (B, D), the state at the first eos.
+
+        Found by its id: that it is the largest id, as in the published vocabulary, need not hold.
+        No padding mask is needed: behind a causal mask nothing after eos reaches it.
+        """
+        B, T = ids.shape
+        if T > len(self.positions):
+            raise ValueError(f"{T} tokens, but the context is {len(self.positions)}")
+        ends = ids == self.eos
+        if not ends.any(dim=1).all():
+            raise ValueError(f"a text without the end-of-text id {self.eos}")
+        x = self.token_embed(ids) + self.positions[:T]
+        x = self.transformer(x, mask=causal(T, device=ids.device))    # (B, T, D)
+        first = ends.int().argmax(dim=1)         # argmax of 0/1 is the first 1
+        return x[torch.arange(B, device=ids.device), first]           # (B, D)
+
+
+@dataclass
+class Cached:
+    """What one micro-batch needs of the whole batch's loss; made by `CLIP.accumulate`."""
+    by_image: torch.Tensor               # gradient of the whole loss, (B, E)
+    by_text: torch.Tensor
+    by_scalars: list
+    whole: torch.Tensor                  # the whole loss
+    parts: int                           # micro-batches in the whole batch
+
+    def loss(self, image, text, scalars):
+        """A scalar worth 1/parts of the whole loss whose gradient is this micro-batch's share."""
+        share = (image * self.by_image).sum() + (text * self.by_text).sum()
+        share = share + sum((s * g).sum() for s, g in zip(scalars, self.by_scalars)) / self.parts
+        return share - share.detach() + self.whole / self.parts
+
+
+class CLIP(nn.Module):
+    """Both towers, their bias-free projections and the learned scale (paper, Figure 3)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, c, act = config, config, ACTIVATIONS[config.act]
+        self.vision = ViT(
+            image_size=c.image_size, patch=c.patch, width=c.vision_width,
+            blocks=[vit_block(width=c.vision_width, heads=c.vision_heads, act=act)
+                    for _ in range(c.vision_layers)],
+            pre_norm=LayerNorm(c.vision_width), post_norm=LayerNorm(c.vision_width))
+        self.text = TextTower(
+            vocab=c.vocab, context=c.context, width=c.text_width, eos=c.eos,
+            blocks=[vit_block(width=c.text_width, heads=c.text_heads, act=act)
+                    for _ in range(c.text_layers)])
+        self.image_projection = nn.Linear(c.vision_width, c.embed, bias=False)
+        self.text_projection = nn.Linear(c.text_width, c.embed, bias=False)
+        # The logarithm is learned; the multiplier of the cosines starts at 1 / 0.07, SigLIP's at 10.
+        sigmoid = c.loss == "sigmoid"
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(10 if sigmoid else 1 / 0.07)))
+        self.logit_bias = nn.Parameter(torch.tensor(-10.0)) if sigmoid else None
+        self.initialise()
+
+    @torch.no_grad()
+    def initialise(self):
+        """OpenAI's initialisation: text by width and depth, vision as torch's own attention layer."""
+        width, layers = self.config.text_width, self.config.text_layers
+        nn.init.normal_(self.text.token_embed.weight, std=0.02)
+        nn.init.normal_(self.text.positions, std=0.01)
+        nn.init.normal_(self.text_projection.weight, std=width ** -0.5)
+        nn.init.normal_(self.image_projection.weight, std=self.config.vision_width ** -0.5)
+        for block in self.text.transformer.blocks:
+            residual = width ** -0.5 * (2 * layers) ** -0.5
+            for linear in (block.attn.q_proj, block.attn.k_proj, block.attn.v_proj):
+                nn.init.normal_(linear.weight, std=width ** -0.5)
+            nn.init.normal_(block.attn.out_proj.weight, std=residual)
+            nn.init.normal_(block.mlp.fc1.weight, std=(2 * width) ** -0.5)
+            nn.init.normal_(block.mlp.fc2.weight, std=residual)
+        for block in self.vision.transformer.blocks:
+            for linear in (block.attn.q_proj, block.attn.k_proj, block.attn.v_proj):
+                # Xavier over the fused (3D, D) matrix of torch's layer, hence the 4.
+                nn.init.uniform_(linear.weight, -(6 / (4 * self.config.vision_width)) ** 0.5,
+                                 (6 / (4 * self.config.vision_width)) ** 0.5)
+        for tower in (self.text, self.vision):
+            for block in tower.transformer.blocks:
+                for linear in block.attn.children():
+                    nn.init.zeros_(linear.bias)
+
+    def encode_image(self, images):
+        """images float (B, 3, H, W), normalised -> unit vectors (B, E), float32 or wider."""
+        return F.normalize(full(self.image_projection(self.image_features(images))), dim=-1)
+
+    def image_features(self, images):
+        """What a linear probe reads: the class token before the projection, (B, D)."""
+        return self.vision.post_norm(self.vision.hidden(images)[:, 0])
+
+    def encode_text(self, ids):
+        """ids int64 (B, T) -> unit vectors (B, E), float32 or wider."""
+        return F.normalize(full(self.text_projection(self.text(ids))), dim=-1)
+
+    def features(self, batch):
+        """batch: images uint8 (B, 3, H, W), ids int64 (B, T) -> unit vectors (B, E), (B, E)."""
+        return self.encode_image(normalise(batch["images"])), self.encode_text(batch["ids"])
+
+    def scalars(self):
+        """The learned numbers of the loss: [logit_scale], for SigLIP [logit_scale, logit_bias]."""
+        return [self.logit_scale] if self.logit_bias is None else [self.logit_scale, self.logit_bias]
+
+    def loss(self, image, text, scalars, gather=losses.alone):
+        """The contrastive loss of unit vectors (B, E), (B, E) under the numbers of `scalars`."""
+        kind = losses.softmax_contrastive if len(scalars) == 1 else losses.sigmoid_contrastive
+        return kind(image, text, scalars[0].exp(), *scalars[1:], gather=gather)
+
+    def forward(self, batch, gather=losses.alone, cached=None):
+        """A batch as in `features` -> {"contrastive": scalar, in nats}.
+
+        cached: this micro-batch's part of a larger batch, from `accumulate`.
+        """
+        image, text = self.features(batch)
+        if cached is not None:
+            return {"contrastive": cached.loss(image, text, self.scalars())}
+        return {"contrastive": self.loss(image, text, self.scalars(), gather)}
+
+    def accumulate(self, batches, gather=losses.alone):
+        """Micro-batches -> one Cached for each, so that their losses add up to the whole batch's.
+
+        Averaging the losses of micro-batches would shrink the negatives to a micro-batch. Instead
+        all features are made without gradients, the loss is taken once over all of them, and its
+        gradient with respect to each feature is kept; then `forward` makes each micro-batch's
+        features again and pushes that gradient through its tower (feature caching, as in BASIC and
+        GradCache). The scale and the bias meet the whole loss once, so their gradient is exact too:
+        re-running the loss for each of K micro-batches would give them K times theirs.
+        """
+        with torch.no_grad():
+            made = [self.features(batch) for batch in batches]
+        image, text = (torch.cat(side).requires_grad_() for side in zip(*made))
+        scalars = [s.detach().requires_grad_() for s in self.scalars()]
+        loss = self.loss(image, text, scalars, gather)
+        by_image, by_text, *by_scalars = torch.autograd.grad(loss, [image, text, *scalars])
+        sizes = [len(batch["ids"]) for batch in batches]
+        return [Cached(i, t, by_scalars, loss.detach(), len(batches))
+                for i, t in zip(by_image.split(sizes), by_text.split(sizes))]
+
+    @torch.no_grad()
+    def after_step(self, step):
+        """The multiplier never passes 100 (paper, 2.5)."""
+        self.logit_scale.clamp_(max=math.log(100))
+
+    @torch.no_grad()
+    def evaluate(self, data):
+        """Retrieval both ways and zero-shot accuracy on a data.View -> {name of result.json: number}."""
+        world, records = data.world, data.records("test")
+        texts = [record["texts"][0] for record in records]
+
+        def is_true(text, image):
+            return world.is_true(texts[text], records[image]["source"])
+        images = self.encode_all(data, records)
+        figures = retrieval(images, self.encode_text(data.ids(texts)), is_true)
+        chance = true_by_chance(is_true, len(records))
+        figures |= {f"{name}_chance": chance for name in figures if name.endswith("@1")}
+        classifier = self.classifier(data.ids, world.all_classes, world.templates)
+        for name, split, classes in (("zero_shot_accuracy", world.zero_shot, world.classes),
+                                     ("composition_accuracy", "composition", world.all_classes)):
+            records = data.records(split)
+            labels = torch.tensor([world.label(record["source"]) for record in records])
+            scores = self.encode_all(data, records) @ classifier[:, :len(classes)]
+            figures[name] = accuracy(scores.cpu(), labels)
+            figures[f"{name}_chance"] = 1 / len(classes)
+        return figures
+
+    def encode_all(self, data, records, chunk=256):
+        """Unit vectors (N, E) of the records' pictures."""
+        parts = [records[k:k + chunk] for k in range(0, len(records), chunk)]
+        return torch.cat([self.encode_image(normalise(data.images(part))) for part in parts])
+
+    def classifier(self, ids, names, templates):
+        """A zero-shot classifier (paper, 3.1.4): float (E, C), one unit column for each name.
+
+        ids: texts -> int64 (N, T). Each name is put into every template; the ensemble is taken in
+        embedding space: unit vectors, their mean, and that as a unit vector again.
+        """
+        texts = [template.format(name) for name in names for template in templates]
+        vectors = self.encode_text(ids(texts)).view(len(names), len(templates), -1)
+        return F.normalize(vectors.mean(dim=1), dim=-1).T
+
+    @torch.no_grad()
+    def samples(self, data, count=6):
+        """A picture of what the model finds: sentences with their best pictures, and the reverse."""
+        world, records = data.world, data.records("test")
+        texts = [record["texts"][0] for record in records]
+        scores = self.encode_text(data.ids(texts)) @ self.encode_all(data, records).T
+        pictures = [record["images"][0] for record in records]
+        found = [(texts[t], None, [(pictures[i], "", world.is_true(texts[t], records[i]["source"]))
+                                   for i in scores[t].topk(count).indices.tolist()])
+                 for t in range(count)]
+        told = [("", pictures[i], [(None, texts[t], world.is_true(texts[t], records[i]["source"]))
+                                   for t in scores[:, i].topk(3).indices.tolist()])
+                for i in range(count, 2 * count)]
+        return sheet(f"CLIP on unseen {world.name}: a sentence, then the pictures it finds; below, a "
+                     "picture, then the sentences it finds. Green is right, red is wrong.",
+                     found + told)
+
+
+# ------------------------------------------------------------------ using a trained model
+
+class Trained:
+    """A CLIP with its tokenizer, ready for pictures and words."""
+
+    def __init__(self, model, tokenizer):
+        self.model, self.tokenizer = model.eval(), tokenizer
+
+    @torch.no_grad()
+    def images(self, pictures):
+        """Pillow pictures -> unit vectors (N, E)."""
+        size = self.model.config.image_size
+        return self.model.encode_image(normalise(to_tensor([centre_crop(p, size) for p in pictures])))
+
+    def ids(self, texts):
+        """Texts -> int64 (N, T)."""
+        return self.tokenizer.batch(texts, self.model.config.context)
+
+    @torch.no_grad()
+    def classify(self, picture, names, templates=("{}",)):
+        """[(name, probability)], the likeliest first, among the names given."""
+        columns = self.model.classifier(self.ids, names, templates)
+        logits = self.model.logit_scale.exp() * self.images([picture]) @ columns
+        return sorted(zip(names, logits[0].softmax(dim=0).tolist()), key=lambda pair: -pair[1])
+
+    @torch.no_grad()
+    def search(self, text, pictures, count=12):
+        """[(index, cosine)] of the pictures that fit the text best."""
+        parts = [self.images(pictures[k:k + 256]) for k in range(0, len(pictures), 256)]
+        cosines = (torch.cat(parts) @ self.model.encode_text(self.ids([text])).T)[:, 0]
+        best = cosines.topk(min(count, len(pictures)))
+        return list(zip(best.indices.tolist(), best.values.tolist()))
+
+
+def from_pretrained(path):
+    """A Trained CLIP from a run folder. Raises ValueError in one line when it is none."""
+    config, tokenizer, weights = checkpoint.open_run(path, "clip")
+    model = CLIP(CLIPConfig(**config))
+    checkpoint.load_weights(model, weights, path)
+    return Trained(model, tokenizer)
+
+
+def classify(run, image, texts):
+    """Print how likely each text fits the picture, the likeliest first."""
+    for name, probability in from_pretrained(run).classify(open_image(image), texts):
+        print(f"{probability:7.2%}  {name}")
+
+
+def search(run, text, folder):
+    """Print the pictures of a folder that fit the text best; draws them in RUN/search.png."""
+    trained = from_pretrained(run)
+    paths, pictures = open_folder(folder)
+    best = trained.search(text, pictures)
+    for index, cosine in best:
+        print(f"{cosine:6.3f}  {paths[index]}")
+    cells = [(pictures[i], f"{cosine:.2f} {paths[i].stem}", None) for i, cosine in best]
+    out = Path(run) / "search.png"
+    sheet(f"the best of {len(paths)} pictures for: {text}",
+          [("", None, cells[k:k + 6]) for k in range(0, len(cells), 6)]).save(out)
+    print(f"drawn in {out}")
+
+
+def main():
+    """The command line: classify and search."""
+    commands = cli.Commands(__doc__)
+    commands.add(classify, image="a picture", texts="... what it may show, each in quotes")
+    commands.add(search, text="what to look for, in quotes", folder="a folder of pictures")
+    return commands.run()
+
+
+if __name__ == "__main__":
+    cli.run(main)

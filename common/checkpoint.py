@@ -1,0 +1,132 @@
+"""Runs on disk: atomic writes, checkpoints of tensors and plain numbers, clear errors."""
+import json
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import torch
+
+from common.tokenizers import Tokenizer
+
+NAMES = ("last.pt", "previous.pt")
+
+
+def write(path, save):
+    """Write a file so that a kill at any moment leaves the old one or the new one, never half.
+
+    save(temporary_path) does the writing.
+    """
+    path = Path(path)
+    half = path.with_name(path.name + ".part")
+    save(half)
+    with open(half, "rb+") as file:      # on the disk before the name points at it
+        os.fsync(file.fileno())
+    os.replace(half, path)
+
+
+def write_json(path, value):
+    """`write` of a JSON file."""
+    text = json.dumps(value, indent=2) + "\n"
+    write(path, lambda half: half.write_text(text, encoding="utf-8"))
+
+
+def read_json(path):
+    """The value in a JSON file. Raises ValueError with one line that names the file."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: not readable JSON ({error})") from None
+
+
+def save(folder, state):
+    """Make `state` the folder's last.pt; the one before stays as previous.pt.
+
+    At every moment one of the two names is a whole checkpoint.
+    """
+    last, previous = (Path(folder) / name for name in NAMES)
+    if last.exists():
+        spare = previous.with_name(previous.name + ".part")
+        spare.unlink(missing_ok=True)
+        os.link(last, spare)             # a second name: last.pt never goes missing meanwhile
+        os.replace(spare, previous)
+    write(last, lambda half: torch.save(state, half))
+
+
+def load(path):
+    """The dict in one checkpoint file, on the CPU; runs no code from it.
+
+    Raises ValueError in one line: no such file, cut off, or with anything but tensors and numbers.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such checkpoint") from None
+    except pickle.UnpicklingError as error:
+        if "unsupported" in str(error).lower():
+            raise ValueError(f"{path}: holds more than tensors and numbers, refused "
+                             "(it could run code)") from None
+        raise ValueError(f"{path}: not a checkpoint, or cut off") from None
+    except (RuntimeError, EOFError, OSError, KeyError, zipfile.BadZipFile, ValueError):
+        raise ValueError(f"{path}: not a checkpoint, or cut off") from None
+    if not isinstance(state, dict) or "model" not in state:
+        raise ValueError(f"{path}: a file of tensors, but not a checkpoint of this project")
+    return state
+
+
+def newest(folder):
+    """The run's last whole checkpoint, or None when it has none yet.
+
+    A damaged last.pt is told and the one before is taken; two damaged ones are a ValueError.
+    """
+    there = [Path(folder) / name for name in NAMES if (Path(folder) / name).exists()]
+    for position, path in enumerate(there):
+        try:
+            return load(path)
+        except ValueError as error:
+            if position == len(there) - 1:
+                raise
+            print(f"{error}; taking {there[position + 1].name}")
+    return None
+
+
+def load_weights(module, weights, where):
+    """Copy a state dict into a module: every name and every shape must agree.
+
+    Raises ValueError that lists what is missing, unexpected or of another shape (up to 8 names).
+    """
+    own = module.state_dict()
+    wrong = [f"missing {name}" for name in own if name not in weights]
+    wrong += [f"unexpected {name}" for name in weights if name not in own]
+    wrong += [f"{name} is {tuple(weights[name].shape)}, the model's {tuple(own[name].shape)}"
+              for name in own if name in weights and weights[name].shape != own[name].shape]
+    if wrong:
+        more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
+        raise ValueError(f"{where}: weights of another model or config: "
+                         + "; ".join(wrong[:8]) + more)
+    module.load_state_dict(weights)
+
+
+def open_run(folder, model):
+    """A finished or unfinished run of `model` -> (config dict, Tokenizer, weights).
+
+    Raises ValueError in one line: no such folder, no run in it, a run of another model, no
+    checkpoint yet, a damaged one.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").exists():
+        raise ValueError(f"{folder}: no run here (no config.json); python train.py {model} makes one "
+                         f"in runs/{model}")
+    described = read_json(folder / "config.json")
+    if not isinstance(described, dict) or described.get("model") != model:
+        found = described.get("model") if isinstance(described, dict) else described
+        raise ValueError(f"{folder}: a run of {found!r}, not of {model!r}")
+    state = newest(folder)
+    if state is None:
+        raise ValueError(f"{folder}: the run has no checkpoint yet")
+    try:
+        return described["config"], Tokenizer.load(folder / "tokenizer.model"), state["model"]
+    except (KeyError, OSError) as error:
+        raise ValueError(f"{folder}: an incomplete run ({error})") from None

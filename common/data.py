@@ -1,0 +1,130 @@
+"""From records to batches: any world or file of records, any number of workers and processes.
+
+A source of records has `size(split)`, `record(split, index, rng)` and `is_true(text, source)`, as
+`worlds/shapes.py` shows. Every draw is a function of (seed, epoch, index): batch s is the same for
+any number of workers and processes, and a run can go on at any step.
+"""
+import random
+
+import torch
+from torch.utils.data import DataLoader
+
+from common.images import centre_crop, to_tensor
+from common.tokenizers import Tokenizer
+from common.worlds.emoji import Emoji
+from common.worlds.shapes import Shapes
+
+WORLDS = {"shapes": Shapes, "emoji": Emoji}
+
+
+def open_world(spec, image_size):
+    """The world that --data names: "shapes", "emoji", or with a dial, "shapes:objects=3,noise=0.1".
+
+    Raises ValueError for a world or a dial that does not exist, naming those that do.
+    """
+    name, _, dials = spec.partition(":")
+    if name not in WORLDS:
+        raise ValueError(f"--data {spec}: no world {name!r}; there are {', '.join(WORLDS)}")
+    values = {}
+    for dial in filter(None, dials.split(",")):
+        key, _, value = dial.partition("=")
+        try:
+            values[key] = float(value) if "." in value else int(value)
+        except ValueError:
+            values[key] = value
+    try:
+        return WORLDS[name](image_size=image_size, **values)
+    except TypeError:
+        raise ValueError(f"--data {spec}: {name} has no such dial; see common/worlds/{name}.py") from None
+
+
+def draw_rng(seed, epoch, index):
+    """The random.Random of one sample: the same whoever draws it."""
+    return random.Random(f"{seed}/{epoch}/{index}")
+
+
+class Pairs:
+    """Collate records into a batch of pictures and texts: one text of each record, by its rng."""
+
+    def __init__(self, tokenizer, context, image_size):
+        self.tokenizer, self.context, self.image_size = tokenizer, context, image_size
+
+    def images(self, records):
+        """The first picture of each record: uint8 (B, 3, image_size, image_size)."""
+        return to_tensor([centre_crop(r["images"][0], self.image_size) for r in records])
+
+    def __call__(self, records, rngs):
+        """Records and their random.Random -> {"images": uint8 (B, 3, H, W), "ids": int64 (B, T)}."""
+        texts = [rng.choice(r["texts"]) for r, rng in zip(records, rngs)]
+        return {"images": self.images(records), "ids": self.tokenizer.batch(texts, self.context)}
+
+
+class Batches(torch.utils.data.Dataset):
+    """Batch number s of a run, as one process sees it.
+
+    batch_size counts the samples of a step over all processes and micro-batches; it must divide by
+    both and be no larger than the data, else ValueError. An epoch is a fresh permutation; what does
+    not fill a batch is left out, because a contrastive loss depends on the batch's size.
+    Item s is a list of `accumulate` micro-batches.
+    """
+
+    def __init__(self, world, collate, *, batch_size, seed=0, rank=0, world_size=1, accumulate=1):
+        share = world_size * accumulate
+        if batch_size % share:
+            raise ValueError(f"batch_size {batch_size} does not divide into {world_size} processes "
+                             f"x {accumulate} micro-batches")
+        self.world, self.collate, self.seed = world, collate, seed
+        self.total, self.rank, self.micro = batch_size, rank, batch_size // share
+        self.accumulate, self.steps_per_epoch = accumulate, world.size("train") // batch_size
+        if not self.steps_per_epoch:
+            raise ValueError(f"batch_size {batch_size} is larger than the data "
+                             f"({world.size('train')} records in {world.name})")
+
+    def keys(self, step):
+        """(epoch, record indices) of this process in a step, all micro-batches in a row."""
+        epoch, place = divmod(step, self.steps_per_epoch)
+        order = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        order = torch.randperm(self.world.size("train"), generator=order)
+        first = place * self.total + self.rank * self.micro * self.accumulate
+        return epoch, order[first:first + self.micro * self.accumulate].tolist()
+
+    def __getitem__(self, step):
+        epoch, indices = self.keys(step)
+        rngs = [draw_rng(self.seed, epoch, i) for i in indices]
+        records = [self.world.record("train", i, rng) for i, rng in zip(indices, rngs)]
+        return [self.collate(records[k:k + self.micro], rngs[k:k + self.micro])
+                for k in range(0, len(records), self.micro)]
+
+    def loader(self, start, stop, workers):
+        """Iterate over the batches of steps start .. stop - 1, made by `workers` processes."""
+        return DataLoader(self, batch_size=None, sampler=range(start, stop), num_workers=workers,
+                          prefetch_factor=4 if workers else None,
+                          worker_init_fn=_one_thread if workers else None)
+
+
+def _one_thread(worker):
+    torch.set_num_threads(1)
+
+
+class View:
+    """A world as an evaluation sees it: whole splits of records, batched the model's way."""
+
+    def __init__(self, world, tokenizer, collate, device):
+        self.world, self.tokenizer, self.collate, self.device = world, tokenizer, collate, device
+
+    def records(self, split):
+        """Every record of a split."""
+        return [self.world.record(split, i) for i in range(self.world.size(split))]
+
+    def ids(self, texts):
+        """Texts -> int64 (N, T) on the device."""
+        return self.tokenizer.batch(texts, self.collate.context).to(self.device)
+
+    def images(self, records):
+        """Records -> uint8 (N, 3, H, W) on the device."""
+        return self.collate.images(records).to(self.device)
+
+
+def world_tokenizer(world):
+    """The world's own vocabulary, the same in every run."""
+    return Tokenizer.train(world.corpus(), world.vocabulary)

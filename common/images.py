@@ -1,0 +1,145 @@
+"""Pictures in and out: opening files, resizing, tensors, sheets to look at."""
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+MEAN = (0.48145466, 0.4578275, 0.40821073)            # CLIP's, also BLIP's and LLaVA's
+STD = (0.26862954, 0.26130258, 0.27577711)
+MOST_PIXELS = 64_000_000                              # more in a small file is a decompression bomb
+
+
+def open_image(path):
+    """The picture in a file, upright, RGB (transparency on white; the first frame of an animation).
+
+    Raises ValueError with one line that says what is wrong: missing, not a picture, cut off, too big.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path) as picture:
+                if picture.width * picture.height > MOST_PIXELS:
+                    raise ValueError(f"{path}: {picture.width} x {picture.height} pixels, "
+                                     f"more than {MOST_PIXELS:,}")
+                picture.load()
+                return to_rgb(ImageOps.exif_transpose(picture))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such picture") from None
+    except IsADirectoryError:
+        raise ValueError(f"{path}: a folder, not a picture") from None
+    except ValueError:
+        raise
+    except Exception as error:           # Pillow's decoders raise many kinds on hostile input
+        raise ValueError(f"{path}: not a readable picture ({type(error).__name__})") from None
+
+
+def to_rgb(picture):
+    """Any Pillow picture as RGB: transparency over white, 16 bits scaled to 8."""
+    if picture.mode.startswith("I;16") or picture.mode in ("I", "F"):
+        values = np.asarray(picture, dtype=np.float32)
+        top = 65535 if values.max(initial=0) > 255 else 255
+        picture = Image.fromarray((values / top * 255).clip(0, 255).astype(np.uint8))
+    if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture)
+    return picture.convert("RGB")
+
+
+def centre_crop(picture, size):
+    """CLIP's evaluation crop: the shorter side to `size` (bicubic, antialiased), then the middle."""
+    if picture.size == (size, size):
+        return picture
+    return ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
+
+
+def to_tensor(pictures):
+    """Pillow RGB pictures of one size -> uint8 (B, 3, H, W)."""
+    return torch.from_numpy(np.stack([np.asarray(p) for p in pictures])).permute(0, 3, 1, 2)
+
+
+def normalise(images, mean=MEAN, std=STD):
+    """uint8 (B, 3, H, W) in 0 .. 255 -> float32, by channel (x / 255 - mean) / std."""
+    scale = torch.tensor(std, device=images.device)[:, None, None] * 255
+    shift = torch.tensor(mean, device=images.device)[:, None, None] * 255
+    return (images.float() - shift) / scale
+
+
+def open_folder(folder):
+    """Every readable picture of a folder, by name -> (paths, pictures).
+
+    Files that are no pictures are passed over; how many is printed. Raises ValueError when the
+    folder is missing or has none.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such folder")
+    paths, pictures, refused = [], [], []
+    for path in sorted(p for p in folder.iterdir() if p.is_file()):
+        try:
+            pictures.append(open_image(path))
+            paths.append(path)
+        except ValueError as error:
+            refused.append(error)
+    if refused:
+        print(f"passed over {len(refused)} of {len(refused) + len(paths)} files, e.g. {refused[0]}")
+    if not paths:
+        raise ValueError(f"{folder}: no pictures in it")
+    return paths, pictures
+
+
+# ------------------------------------------------------------------ sheets to look at
+
+GREEN, RED, INK = (20, 150, 60), (210, 40, 40), (30, 30, 30)
+
+
+def wrap(text, font, width):
+    """The text broken into lines at most `width` pixels wide."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width or not lines[-1]:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines
+
+
+def sheet(title, rows, cell=112):
+    """Rows of pictures and words as one RGB picture.
+
+    rows: (text, picture or None, cells) each; what was asked stands left, as words or a picture. A
+    cell is (picture or None, caption, right): right True or False frames it green or red, None not.
+    """
+    font, gap, left = ImageFont.load_default(13), 8, 2 * cell
+    columns = max(len(cells) for _, _, cells in rows)
+    wide = max(1 if picture else 2 for _, _, cells in rows for picture, _, _ in cells)
+    width = max(left + (cell * wide + gap) * columns + gap, 6 * cell)
+    heading = wrap(title, font, width - 2 * gap)
+    top, height = 18 * len(heading) + 2 * gap, cell + 24
+    page = Image.new("RGB", (width, top + (height + gap) * len(rows)), "white")
+    canvas = ImageDraw.Draw(page)
+
+    def words(text, x, y, width, colour=INK):
+        for number, line in enumerate(wrap(text, font, width)):
+            canvas.text((x, y + 16 * number), line, fill=colour, font=font)
+
+    words(title, gap, gap, width - 2 * gap)
+    for row, (text, asked, cells) in enumerate(rows):
+        y = top + row * (height + gap)
+        if asked is not None:
+            page.paste(asked.resize((cell, cell), Image.Resampling.LANCZOS), (gap, y))
+        words(text, gap, y + 4, left - 2 * gap)
+        for column, (picture, caption, right) in enumerate(cells):
+            x = left + column * (cell * (1 if picture else 2) + gap)
+            colour = INK if right is None else GREEN if right else RED
+            if picture is None:
+                words(caption, x, y + 4, 2 * cell - gap, colour)
+                continue
+            canvas.rectangle((x - 3, y - 3, x + cell + 2, y + cell + 2),
+                             fill=(225, 225, 225) if right is None else colour)
+            page.paste(picture.resize((cell, cell), Image.Resampling.LANCZOS), (x, y))
+            words(caption[:34], x, y + cell + 4, cell)
+    return page

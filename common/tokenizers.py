@@ -1,0 +1,82 @@
+"""Text to ids and back: one SentencePiece vocabulary for a world, special tokens by id.
+
+    tokenizer = Tokenizer.train(world.corpus())
+    tokenizer.encode("a red circle")            # [16 or more, ...], no special tokens
+    tokenizer.batch(["a red circle"], 16)       # int64 (1, T): <bos> ... <eos>, then <pad>
+"""
+import io
+from pathlib import Path
+
+import sentencepiece
+import torch
+
+SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>", "<image>", "<eoc>", "<cls>", "<enc>", "<dec>", "<sep>",
+           "<system>", "<user>", "<assistant>", "<spare0>", "<spare1>", "<spare2>")
+CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,:;?!'\"-()"      # never fall back to bytes
+PAD, BOS, EOS, UNK, IMAGE, EOC, CLS, ENC, DEC, SEP, SYSTEM, USER, ASSISTANT = range(13)
+
+
+class Tokenizer:
+    """A SentencePiece model whose ids 0 .. 15 are SPECIAL, the same in every vocabulary.
+
+    Special tokens are control symbols: no user's text can spell one; code inserts them by id.
+    """
+
+    def __init__(self, model):
+        """model: the bytes of a SentencePiece model. Raises ValueError for any other bytes."""
+        self.model = model
+        try:
+            self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except Exception as error:
+            raise ValueError(f"not a SentencePiece model: {error}") from None
+        found = tuple(self.pieces.id_to_piece(i) for i in range(min(16, len(self))))
+        if found != SPECIAL:
+            raise ValueError(f"a vocabulary of another project: its first pieces are {found[:4]}...")
+
+    def __getstate__(self):
+        return self.model
+
+    def __setstate__(self, model):
+        self.__init__(model)
+
+    @classmethod
+    def train(cls, sentences, size=512):
+        """A vocabulary of at most `size` pieces, a function of the sentences alone.
+
+        Bytes are pieces too, so that text of any language has ids and comes back unchanged.
+        """
+        out = io.BytesIO()
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(sentences), model_writer=out, vocab_size=size, model_type="bpe",
+            hard_vocab_limit=False, byte_fallback=True, num_threads=1, minloglevel=2,
+            character_coverage=1.0, required_chars=CHARACTERS, normalization_rule_name="nmt_nfkc_cf",
+            pad_id=PAD, bos_id=BOS, eos_id=EOS, unk_id=UNK, pad_piece="<pad>", bos_piece="<bos>",
+            eos_piece="<eos>", unk_piece="<unk>", control_symbols=list(SPECIAL[4:]))
+        return cls(out.getvalue())
+
+    @classmethod
+    def load(cls, path):
+        """Read a tokenizer.model file. Raises ValueError when it is not one of ours."""
+        return cls(Path(path).read_bytes())
+
+    def __len__(self):
+        return self.pieces.get_piece_size()
+
+    def encode(self, text):
+        """Text -> ids (list of int), without special tokens."""
+        return self.pieces.encode(text)
+
+    def decode(self, ids):
+        """Ids -> text; special tokens leave no trace."""
+        return self.pieces.decode([int(i) for i in ids])
+
+    def batch(self, texts, context):
+        """<bos> ids <eos> of each text, padded right with <pad>: int64 (B, T), T <= context.
+
+        A longer text is cut so that its last id is still <eos>.
+        """
+        rows = [[BOS, *self.encode(text)[:context - 2], EOS] for text in texts]
+        out = torch.full((len(rows), max(map(len, rows))), PAD)
+        for row, ids in zip(out, rows):
+            row[:len(ids)] = torch.tensor(ids)
+        return out

@@ -1,0 +1,188 @@
+"""The emoji world: real pictures with real names, shipped in emoji.zip (see build_emoji.py).
+
+    world = Emoji()
+    record = world.record("test", 0)
+    record["images"][0].show(); print(record["texts"])
+
+    python -m common.worlds.emoji FOLDER    # writes every picture as a PNG
+"""
+import hashlib
+import io
+import json
+import math
+import sys
+import zipfile
+from collections import Counter
+from pathlib import Path
+
+from PIL import Image
+
+SIDE = 64           # pixels of a side in the archive
+TEST = 400          # emoji held out from training
+
+
+class Emoji:
+    """Records of the emoji world. Splits are a function of the names, never of a run's seed.
+
+    test: 400 emoji of which training sees neither picture nor name, of two kinds told apart by
+    source["held_out"]: "name" (unseen in any skin tone), "combination" (its base is seen in other
+    tones, its tone on other bases). composition: the combinations alone. train: all others.
+
+    image_size: pixels of a side; pictures are resampled once, from the archive straight to it.
+    """
+    name = "emoji"
+    vocabulary = 1024                     # pieces of the tokenizer
+    zero_shot = "test"                    # the split that classes are told apart on
+    templates = ("{}", "the {} emoji", "a picture of the {} emoji", "an emoji: {}",
+                 "{}, drawn as an emoji", "a small drawing: {}")
+
+    def __init__(self, image_size=32):
+        self.image_size = image_size
+        # In memory, because workers forked from this process would share an open file's position.
+        archive = io.BytesIO(Path(__file__).with_name("emoji.zip").read_bytes())
+        self._archive = zipfile.ZipFile(archive)
+        self._pictures = {}
+        self.entries = json.loads(self._archive.read("index.json"))
+        self._splits = make_splits(self.entries)
+        held_out = {entry["name"] for entry in self.entries if entry["held_out"]}
+        for entry in self.entries:
+            unsaid = {*held_out, entry["name"]}
+            entry["keywords"] = [word for word in entry["keywords"] if word not in unsaid]
+        self.classes = [self.entries[number]["phrase"] for number in self._splits["test"]]
+        self.all_classes = self.classes
+
+    def __reduce__(self):
+        return Emoji, (self.image_size,)    # a worker process opens the archive for itself
+
+    def size(self, split):
+        """The number of records in a split."""
+        return len(self._splits[split])
+
+    def record(self, split, index, rng=None):
+        """{"images": [RGB picture], "texts": [name, other true captions], "source": entry}.
+
+        In train, a random.Random varies picture and words; else the record never changes.
+        """
+        number = self._splits[split][index]
+        entry = self.entries[number]
+        if rng is None or split != "train":
+            picture, texts = self._plain(number, self.image_size), self._captions(entry)
+        else:
+            picture, texts = self._varied(number, rng), self._captions(entry, rng)
+        return {"images": [picture], "texts": texts, "source": entry}
+
+    def is_true(self, text, source):
+        """Whether the text is this emoji's name or phrase, plain or in a template.
+
+        Some of its keywords may follow, and two or more keywords alone are true as well; one alone
+        is not: "cat", a keyword of "grinning cat", is the name of another emoji.
+        """
+        told, _, keywords = text.partition("; ")
+        if any(told == template.format(name) for template in self.templates
+               for name in (source["name"], source["phrase"])):
+            return told == text or set(keywords.split(", ")) <= set(source["keywords"])
+        words = text.split(", ")
+        return len(words) > 1 and set(words) <= set(source["keywords"])
+
+    def label(self, source):
+        """The index in `classes`, the phrases of the test split in its order."""
+        return self.classes.index(source["phrase"])
+
+    def corpus(self):
+        """Every training text, for the tokenizer and the language model, in a fixed order."""
+        for number in self._splits["train"]:
+            yield from self._captions(self.entries[number])
+
+    def extract(self, folder):
+        """Write all pictures as 64 x 64 PNG on white, "grinning-cat.png"; return their number."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for number, entry in enumerate(self.entries):
+            self._plain(number, SIDE).save(folder / entry["file"])
+        return len(self.entries)
+
+    def _captions(self, entry, rng=None):
+        """[name, its phrase in templates, "cat, face, smile", "grinning cat; cat, face, smile"].
+
+        With an rng one of the templates, and some of the keywords in any order.
+        """
+        templates, words = self.templates, entry["keywords"]
+        if rng is not None:
+            templates = (rng.choice(templates),)
+            words = rng.sample(words, rng.randint(min(2, len(words)), len(words)))
+        told = [template.format(entry["phrase"]) for template in templates]
+        texts = list(dict.fromkeys([entry["name"], *told]))
+        if len(words) > 1:
+            texts.append(", ".join(words))
+        if words:
+            texts.append(entry["name"] + "; " + ", ".join(words))
+        return texts
+
+    def _picture(self, number):
+        """The picture as the archive has it, 64 x 64 RGBA, decoded once."""
+        if number not in self._pictures:
+            data = self._archive.read(self.entries[number]["file"])
+            self._pictures[number] = Image.open(io.BytesIO(data)).convert("RGBA")
+        return self._pictures[number]
+
+    def _plain(self, number, size):
+        """The whole picture on white."""
+        picture = self._picture(number)
+        canvas = Image.new("RGB", picture.size, "white")
+        canvas.paste(picture, mask=picture)
+        return canvas.resize((size, size), Image.Resampling.LANCZOS)
+
+    def _varied(self, number, rng):
+        """Turned, scaled and moved a little, on a light ground. Never mirrored: arrows, letters."""
+        size, angle = self.image_size, rng.uniform(-0.2, 0.2)
+        scale = SIDE / size * rng.uniform(0.95, 1.3)
+        cos, sin = scale * math.cos(angle), scale * math.sin(angle)
+        # Pixel (x, y) is read from (cos x - sin y + left, sin x + cos y + top) in the archive.
+        left = SIDE * rng.uniform(0.43, 0.57) - (cos - sin) * size / 2
+        top = SIDE * rng.uniform(0.43, 0.57) - (sin + cos) * size / 2
+        picture = self._picture(number).transform(
+            (size, size), Image.Transform.AFFINE, (cos, -sin, left, sin, cos, top),
+            Image.Resampling.BILINEAR)
+        # The square keeps most grounds near white, the ground of the plain pictures.
+        ground = tuple(255 - int(96 * rng.random() ** 2) for _ in "rgb")
+        canvas = Image.new("RGB", (size, size), ground)
+        canvas.paste(picture, mask=picture)
+        return canvas
+
+
+def make_splits(entries):
+    """{"train", "test", "composition"}: positions in entries; sets "held_out" in each entry.
+
+    Hashed names make a queue, from which both kinds of test emoji are taken in proportion to how
+    many there are. The plain form of a toned emoji ("astronaut") is of neither kind, since its name
+    is part of theirs: it stays in train.
+    """
+    def place(number):
+        return hashlib.sha256(entries[number]["name"].encode()).digest()
+
+    queue = sorted(range(len(entries)), key=place)
+    toned = [i for i in queue if entries[i]["tones"]]
+    bases = Counter(entries[i]["base"] for i in toned)              # how many train still has
+    tones = Counter(tuple(entries[i]["tones"]) for i in toned)
+    toneless = [i for i in queue if entries[i]["base"] not in bases]
+    wanted = round(TEST * len(toned) / (len(toned) + len(toneless)))
+    held_out = dict.fromkeys(toneless[:TEST - wanted], "name")
+    for i in toned:
+        base, tone = entries[i]["base"], tuple(entries[i]["tones"])
+        if wanted and bases[base] > 1 and tones[tone] > 1:
+            held_out[i] = "combination"
+            bases[base], tones[tone], wanted = bases[base] - 1, tones[tone] - 1, wanted - 1
+    for i, entry in enumerate(entries):
+        entry["held_out"] = held_out.get(i)
+    return {"train": [i for i in range(len(entries)) if i not in held_out],
+            "test": [i for i in queue if i in held_out],
+            "composition": [i for i in queue if held_out.get(i) == "combination"]}
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m common.worlds.emoji FOLDER")
+    try:
+        print(f"{Emoji().extract(sys.argv[1])} pictures in {sys.argv[1]}")
+    except OSError as error:
+        sys.exit(f"cannot write to {sys.argv[1]}: {error.strerror}")

@@ -1,0 +1,77 @@
+"""The shapes world: endless pictures of coloured shapes with exact captions, nothing to download.
+
+    world = Shapes()
+    record = world.record("test", 0)
+    record["images"][0].show(); print(record["texts"]); world.is_true(record["texts"][0], record["source"])
+
+What later papers ask of a scene (questions, dialogues, documents, clips, episodes, boxes) is in
+`tasks.py`; how a scene is drawn, told and judged is in `scene.py`.
+"""
+import random
+
+from common.worlds import scene as scenes
+
+
+class Shapes:
+    """Records of the shapes world. Splits are a function of the world, never of a run's seed.
+
+    train: fresh scenes, one for each rng. test: 1,000 scenes of the same kind. single: 1,008
+    one-object scenes, each class equally often. composition: 300 one-object scenes of colour-shape
+    pairs that training never shows. shifted: the scenes of single, drawn in other styles.
+
+    objects: most objects in a scene. noise: pixel noise, standard deviation of 1. clutter: strokes
+    in the background. image_size: pixels of a side. style: a rendering for every split.
+    """
+    name = "shapes"
+    vocabulary = 512                      # pieces of the tokenizer
+    zero_shot = "single"                  # the split that classes are told apart on
+    splits = {"train": 65536, "test": 1000, "single": 1008, "composition": 300, "shifted": 1008}
+    templates = ("a picture of {}", "a photo of {}", "there is {}", "an image with {}", "{}")
+
+    def __init__(self, *, objects=2, noise=0.0, clutter=0, image_size=32, style="plain"):
+        self.objects, self.noise, self.clutter = objects, noise, clutter
+        self.image_size, self.style = image_size, style
+        self.classes = [scenes.phrase(scenes.Item(c, s, "small", 0.5, 0.5)) for c, s in scenes.PAIRS]
+        self.all_classes = self.classes + [scenes.phrase(scenes.Item(c, s, "small", 0.5, 0.5))
+                                           for c, s in sorted(scenes.HELD_OUT)]
+
+    def size(self, split):
+        """The number of records in a split (for train: in an epoch)."""
+        return self.splits[split]
+
+    def scene(self, split, index, rng=None):
+        """The Scene of a record. In train with an rng it is fresh; elsewhere it never changes."""
+        if split == "train" and rng is not None:
+            return self._sample(rng, (1, self.objects))
+        fixed = random.Random(f"shapes/{'single' if split == 'shifted' else split}/{index}")
+        if split in ("train", "test"):
+            return self._sample(fixed, (1, self.objects))
+        pairs = sorted(scenes.HELD_OUT) if split == "composition" else scenes.PAIRS
+        scene = self._sample(fixed, 1, pairs=(pairs[index % len(pairs)],))
+        style = scenes.STYLES[1 + index % 3] if split == "shifted" else self.style
+        return scenes.restyled(scene, style)
+
+    def _sample(self, rng, objects, pairs=scenes.PAIRS):
+        scene = scenes.sample(rng, objects, pairs, noise=self.noise, clutter=self.clutter)
+        return scenes.restyled(scene, self.style)
+
+    def record(self, split, index, rng=None):
+        """{"images": [RGB picture], "texts": [sentences, all true], "source": Scene}."""
+        scene = self.scene(split, index, rng)
+        words = rng or random.Random(f"words/{split}/{index}")
+        texts = [scenes.describe(scene, words)]
+        return {"images": [scenes.draw(scene, self.image_size)], "texts": texts, "source": scene}
+
+    def is_true(self, text, scene):
+        """Whether every statement of the text holds in the scene; False for any other text."""
+        return scenes.is_true(text, scene)
+
+    def label(self, scene):
+        """The index in all_classes of a one-object scene."""
+        return self.all_classes.index(scenes.phrase(scene.items[0]))
+
+    def corpus(self):
+        """Sentences for the tokenizer and the language model, in a fixed order."""
+        for index in range(4000):
+            rng = random.Random(f"corpus/{index}")
+            yield scenes.describe(self.scene("train", index, rng), rng)

@@ -1,0 +1,457 @@
+"""Train any stage: python train.py STAGE [flags]. One process, or torchrun for several.
+
+    python train.py clip                                       about 3 minutes on 2 CPU cores
+    python train.py clip --data emoji                          real pictures and names
+    python train.py clip --resume                              go on after a stop or a kill
+    torchrun --nproc_per_node=2 train.py clip --out runs/two   the same run on two processes
+    python train.py clip --set loss=sigmoid --batch_size 64    any field of the model's config
+    python train.py --list                                     the stages
+
+A run folder holds config.json, tokenizer.model, log.jsonl, last.pt and previous.pt, result.json and
+samples.png; the last line printed is the result.
+"""
+import contextlib
+import dataclasses
+import fnmatch
+import json
+import math
+import resource
+import shutil
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import clip
+from common import checkpoint, cli, distributed, transformer
+from common.cli import option
+from common.data import Batches, Pairs, View, open_world, world_tokenizer
+from common.tokenizers import EOS
+
+BEGAN = time.time()
+
+
+# ------------------------------------------------------------------ stages
+
+@dataclass
+class Recipe:
+    """How a stage is optimised: AdamW, linear warm-up, then a cosine to zero."""
+    steps: int
+    batch_size: int
+    lr: float
+    warmup: int = 100                    # steps
+    decay: float = 0.2                   # on matrices alone, not on gains, biases and scalars
+    betas: tuple = (0.9, 0.98)
+    eps: float = 1e-6
+    clip: float = 1.0                    # norm of the gradient
+
+
+@dataclass
+class Stage:
+    """A row of the table: a model of one file, what it trains, and its recipes by preset and data."""
+    about: str
+    file: object                         # the module: PRESETS, TRAINS
+    model: type
+    recipes: dict                        # "preset data", "preset" -> Recipe
+
+
+STAGES = {
+    "clip": Stage("picture and text towers, contrastive (CLIP; --set loss=sigmoid: SigLIP)",
+                  clip, clip.CLIP, {
+                      "tiny": Recipe(steps=1500, batch_size=256, lr=1e-3),
+                      "tiny emoji": Recipe(steps=1200, batch_size=256, lr=1e-3),
+                      "small": Recipe(steps=6000, batch_size=1024, lr=5e-4, warmup=500),
+                      # The paper's own: 32 epochs of 400M pairs (B4 of its appendix F).
+                      "": Recipe(steps=390000, batch_size=32768, lr=5e-4, warmup=2000)}),
+}
+LISTS = {"all": ["clip"]}
+
+
+@dataclass
+class Options:
+    """The command line; a flag each. None: the stage's recipe decides."""
+    preset: str = option("tiny", "size of the model; see the model's file")
+    data: str = option("shapes", "a world and its dial: shapes, emoji, shapes:objects=3,noise=0.1")
+    seed: int = option(0, "of weights, order and draws; never of the test splits")
+    steps: int | None = option(None, "optimiser steps")
+    batch_size: int | None = option(None, "samples of a step, over all processes and micro-batches")
+    lr: float | None = option(None, "peak learning rate")
+    accumulate: int = option(1, "micro-batches of a step; contrastive losses stay exact")
+    workers: int = option(0, "processes that make batches; 0: the training process does")
+    save_every: int = option(200, "steps between checkpoints")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
+    precision: str = option("auto", "auto: bf16 where the processor multiplies it fast",
+                            choices=("auto", "bf16", "fp32"))
+    attention: str = option("auto", "the definition by hand, torch's kernel, or the faster of both",
+                            choices=("auto", "hand", "fused"))
+    compile: bool = option(False, "torch.compile the model")
+    init: str | None = option(None, "start from the weights of this run")
+    runs: str = option("runs", "where stages find each other")
+    out: str | None = option(None, "the run's folder (default RUNS/STAGE, -DATA and -PRESET added)")
+    resume: bool = option(False, "go on from the folder's last checkpoint")
+    overwrite: bool = option(False, "throw an earlier run in the folder away")
+    eval_only: bool = option(False, "measure the folder's checkpoint again, train nothing")
+
+
+# ------------------------------------------------------------------ pieces of a run
+
+def find_device(name):
+    """The torch device that --device names. Raises ValueError when this machine has none."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device {name}: use auto, cpu, cuda or mps") from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; "
+                         "use --device cpu")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("--device mps: this machine has none; use --device cpu")
+    return device
+
+
+def half_precision(precision, device):
+    """Whether to train in bf16; auto: on GPUs that have it and on CPUs with bf16 instructions."""
+    if precision == "auto" and device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    if precision == "auto":
+        fast = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+        return device.type == "cpu" and fast()
+    return precision == "bf16"
+
+
+def freeze(model, patterns):
+    """Train the parameters that match a pattern, freeze the rest; returns a table to print.
+
+    A top-level module without a trained parameter is put into eval mode, else into train mode.
+    """
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+    rows = {}
+    for name, parameter in model.named_parameters():
+        row = rows.setdefault(name.split(".")[0], [0, 0])
+        row[not parameter.requires_grad] += parameter.numel()
+    for name, module in model.named_children():
+        module.train(any(p.requires_grad for p in module.parameters()))
+    return "\n".join(f"  {name:18s} {trained + frozen:>12,d}  "
+                     + ("trained" if not frozen else "frozen" if not trained else
+                        f"{trained:,d} trained") for name, (trained, frozen) in rows.items())
+
+
+def parameter_groups(model, decay):
+    """Two AdamW groups of what is trained: matrices with weight decay; gains, biases, scalars none."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return [{"params": [p for p in trained if p.ndim >= 2], "weight_decay": decay},
+            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}]
+
+
+def learning_rate(recipe, step):
+    """Linear from 0 to lr over warmup steps, then half a cosine down to 0 at the last step."""
+    if step < recipe.warmup:
+        return recipe.lr * (step + 1) / recipe.warmup
+    done = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
+    return recipe.lr * (1 + math.cos(math.pi * done)) / 2
+
+
+def peak_memory(device):
+    """Megabytes at the highest: of the GPU, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2 ** 20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2 ** (20 if sys.platform == "darwin" else 10)
+
+
+def to_device(batch, device):
+    """Every tensor of a batch on the device."""
+    return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+
+
+# ------------------------------------------------------------------ a run
+
+class Run:
+    """One training run: what it is made of, where it stands, its folder."""
+
+    def __init__(self, name, options, settings):
+        """name: a stage of STAGES. settings: key=value fields of the model's config.
+
+        Raises ValueError, before anything is written, for whatever the user got wrong.
+        """
+        self.name, self.options, self.stage = name, options, STAGES[name]
+        self.device = distributed.start(find_device(options.device))
+        self.half = half_precision(options.precision, self.device)
+        transformer.ATTENTION = options.attention
+        if options.preset not in self.stage.file.PRESETS:
+            raise ValueError(f"--preset {options.preset}: {name} has "
+                             + ", ".join(self.stage.file.PRESETS))
+        config = cli.changed(self.stage.file.PRESETS[options.preset], settings)
+        self.world = open_world(options.data, config.image_size)
+        self.tokenizer = world_tokenizer(self.world)
+        self.config = dataclasses.replace(config, vocab=len(self.tokenizer),
+                                          eos=EOS)
+        self.recipe = self.find_recipe()
+        self.collate = Pairs(self.tokenizer, self.config.context, self.config.image_size)
+        self.batches = Batches(
+            self.world, self.collate, batch_size=self.recipe.batch_size, seed=options.seed,
+            rank=distributed.rank(), world_size=distributed.world_size(),
+            accumulate=options.accumulate)
+        self.folder = Path(options.out or self.default_folder())
+        torch.manual_seed(options.seed)
+        try:
+            self.model = self.stage.model(self.config).to(self.device)
+        except ValueError as error:
+            raise ValueError(f"--preset {options.preset} {' '.join(settings)}: {error}") from None
+        self.table = freeze(self.model, self.stage.file.TRAINS[name])
+        self.optimiser = torch.optim.AdamW(
+            parameter_groups(self.model, self.recipe.decay), lr=self.recipe.lr,
+            betas=self.recipe.betas, eps=self.recipe.eps, fused=True)
+        self.step, self.seconds, self.stopped, self.loss = 0, 0.0, None, math.nan
+
+    def find_recipe(self):
+        """The recipe of preset and data, or of the preset, or the paper's; flags go before it."""
+        world, preset, recipes = self.options.data.partition(":")[0], self.options.preset, self.stage.recipes
+        recipe = next(recipes[key] for key in (f"{preset} {world}", preset, "") if key in recipes)
+        given = {name: getattr(self.options, name) for name in ("steps", "batch_size", "lr")}
+        given = {name: value for name, value in given.items() if value is not None}
+        for name, value in given.items():
+            if value <= 0:
+                raise ValueError(f"--{name} {value}: must be more than 0")
+        recipe = dataclasses.replace(recipe, **given)
+        return dataclasses.replace(recipe, warmup=min(recipe.warmup, recipe.steps // 5))
+
+    def default_folder(self):
+        """RUNS/STAGE, with what is not the default added, so that no run hides another."""
+        parts = [self.name]
+        parts += [] if self.options.data == "shapes" else [self.options.data]
+        parts += [] if self.options.preset == "tiny" else [self.options.preset]
+        safe = ["".join(c if c.isalnum() or c in ".=@" else "-" for c in part) for part in parts]
+        return Path(self.options.runs) / "-".join(safe)
+
+    # -------------------------------------------------------------- the folder
+
+    def described(self):
+        """What config.json says: all that a resumed run must share with the one that began."""
+        keep = ("preset", "data", "seed", "accumulate", "precision", "init")
+        return {"model": self.stage.file.__name__, "stage": self.name,
+                "config": dataclasses.asdict(self.config),
+                "recipe": json.loads(json.dumps(dataclasses.asdict(self.recipe))),
+                "options": {name: getattr(self.options, name) for name in keep} | {
+                    "precision": "bf16" if self.half else "fp32"}}
+
+    def open_folder(self):
+        """Begin in an empty folder or take up the run in it, as --resume and --overwrite say."""
+        there = (self.folder / "config.json").exists()
+        if there and not (self.options.resume or self.options.overwrite or self.options.eval_only):
+            done = (self.folder / "result.json").exists()
+            raise ValueError(f"{self.folder}: holds {'a finished' if done else 'an unfinished'} run; "
+                             "--resume goes on with it, --overwrite throws it away")
+        if self.options.overwrite and there and distributed.rank() == 0:
+            shutil.rmtree(self.folder)
+        distributed.wait()
+        state = checkpoint.newest(self.folder)
+        if self.options.eval_only and state is None:
+            raise ValueError(f"{self.folder}: no checkpoint to measure")
+        if state is not None:
+            self.restore(state)
+        elif self.options.init:
+            _, _, weights = checkpoint.open_run(self.options.init, self.stage.file.__name__)
+            checkpoint.load_weights(self.model, weights, self.options.init)
+        if distributed.rank() == 0 and not self.options.eval_only:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            checkpoint.write_json(self.folder / "config.json", self.described())
+            checkpoint.write(self.folder / "tokenizer.model",
+                             lambda half: half.write_bytes(self.tokenizer.model))
+            self.trim_log()
+
+    def restore(self, state):
+        """Take up a checkpoint. Raises ValueError when this command describes another run."""
+        before, now = checkpoint.read_json(self.folder / "config.json"), self.described()
+        for part in ("model", "stage", "config", "recipe", "options"):
+            if before.get(part) != now[part] and not (self.options.eval_only and part == "recipe"):
+                raise ValueError(f"{self.folder}: began with {part} {differing(before[part], now[part])}; "
+                                 "repeat its flags, or choose another --out")
+        checkpoint.load_weights(self.model, state["model"], self.folder)
+        self.optimiser.load_state_dict(state["optimizer"])
+        torch.set_rng_state(state["rng"])
+        self.step, self.seconds = state["step"], state["schedule"]["seconds"]
+        if distributed.rank() == 0:
+            print(f"resumed from step {self.step}")
+
+    def trim_log(self):
+        """Drop the lines of log.jsonl that a killed run wrote after its last checkpoint."""
+        path = self.folder / "log.jsonl"
+        lines = path.read_text().splitlines() if path.exists() else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= self.step]
+        checkpoint.write(path, lambda half: half.write_text("".join(line + "\n" for line in kept)))
+
+    def save(self):
+        """Write last.pt: weights, optimiser and step are all there is, every draw is a function of them."""
+        if distributed.rank() == 0:
+            checkpoint.save(self.folder, {
+                "model": self.model.state_dict(), "optimizer": self.optimiser.state_dict(),
+                "schedule": {"seconds": self.elapsed()}, "step": self.step,
+                "rng": torch.get_rng_state(), "data": {"seed": self.options.seed}})
+
+    def elapsed(self):
+        """Wall seconds of the run, earlier sittings included."""
+        return self.seconds + time.time() - BEGAN
+
+    # -------------------------------------------------------------- the loop
+
+    def autocast(self):
+        """bf16 for what is safe in it; the weights stay float32."""
+        return torch.autocast(self.device.type, torch.bfloat16) if self.half else contextlib.nullcontext()
+
+    def update(self, forward, batches):
+        """One optimiser step over the micro-batches -> the loss, a tensor on the device."""
+        rate = learning_rate(self.recipe, self.step)
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        batches = [to_device(batch, self.device) for batch in batches]
+        parts = [None]
+        if len(batches) > 1:
+            with self.autocast():
+                parts = self.model.accumulate(batches, distributed.gather)
+        total = 0.0
+        for number, (batch, part) in enumerate(zip(batches, parts)):
+            # DDP adds up the gradients of all processes in the last backward of a step alone.
+            quiet = forward.no_sync if number + 1 < len(batches) and hasattr(forward, "no_sync") \
+                else contextlib.nullcontext
+            with quiet():
+                with self.autocast():
+                    loss = sum(forward(batch, gather=distributed.gather, cached=part).values())
+                loss.backward()
+            total = total + loss.detach()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        self.model.after_step(self.step)
+        return total
+
+    def fit(self):
+        """Train to the last step, or until a signal stops it; saves at the end either way."""
+        forward = torch.compile(self.model) if self.options.compile else self.model
+        if distributed.world_size() > 1:
+            forward = DistributedDataParallel(
+                forward, device_ids=[self.device] if self.device.type == "cuda" else None)
+        every = 1 if self.device.type == "cpu" else 10     # reading a number waits for the GPU
+        bar = tqdm(total=self.recipe.steps, initial=self.step, desc=self.name, unit="step",
+                   disable=distributed.rank() > 0, mininterval=0.5 if sys.stderr.isatty() else 20)
+        losses, waited, mark = [], 0.0, time.time()
+        with open(self.folder / "log.jsonl", "a") if distributed.rank() == 0 else \
+                contextlib.nullcontext() as log:
+            for batches in self.batches.loader(self.step, self.recipe.steps, self.options.workers):
+                waited += time.time() - mark
+                losses.append(self.update(forward, batches))
+                self.step += 1
+                bar.update()
+                last = self.step == self.recipe.steps
+                saving = last or self.step % self.options.save_every == 0
+                if self.step % every == 0 or saving:
+                    stop = distributed.any_rank(self.stopped is not None, self.device)
+                    self.loss = distributed.mean({"loss": torch.stack(losses).mean().item()},
+                                                 self.device)["loss"]
+                    losses = []
+                    if not math.isfinite(self.loss):
+                        bar.close()
+                        raise ValueError(f"the loss is {self.loss} at step {self.step}; the last good "
+                                         f"checkpoint stays in {self.folder}; try a smaller --lr")
+                    bar.set_postfix(loss=f"{self.loss:.3f}", refresh=False)
+                    if log and (self.step % 10 == 0 or last):
+                        log.write(json.dumps({"step": self.step, "loss": round(self.loss, 5),
+                                              "lr": self.optimiser.param_groups[0]["lr"],
+                                              "seconds": round(self.elapsed(), 2),
+                                              "waited": round(waited, 2)}) + "\n")
+                        log.flush()
+                    if saving or stop:
+                        self.save()
+                    if stop:
+                        break
+                mark = time.time()
+        bar.close()
+
+    def finish(self):
+        """Measure the trained model; writes result.json and samples.png, prints the result."""
+        if distributed.rank() > 0:
+            return
+        self.model.eval()
+        view = View(self.world, self.tokenizer, self.collate, self.device)
+        with self.autocast():
+            figures = self.model.evaluate(view)
+            self.model.samples(view).save(self.folder / "samples.png")
+        parameters = list(self.model.parameters())
+        result = {"stage": self.name, "seconds": round(self.elapsed(), 1),
+                  "peak_memory_mb": round(peak_memory(self.device)),
+                  "parameters": sum(p.numel() for p in parameters),
+                  "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
+                  "steps": self.step, "loss": round(self.loss, 4)}
+        result |= {name: round(value, 4) for name, value in figures.items()}
+        checkpoint.write_json(self.folder / "result.json", result)
+        print(f"pictures: {self.folder / 'samples.png'}")
+        print("result:", json.dumps(result))
+
+
+def differing(before, now):
+    """What two descriptions disagree on, in words."""
+    if not isinstance(before, dict):
+        return f"{before}, not {now}"
+    return ", ".join(f"{k}={before.get(k)} (now {now.get(k)})" for k in now if before.get(k) != now[k])
+
+
+def train(name, options, settings=()):
+    """Run one stage; returns the exit status: 0, or 128 + the signal that stopped it."""
+    run = Run(name, options, list(settings))
+    run.open_folder()
+
+    def stop(number, frame):
+        run.stopped = number
+    handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        if distributed.rank() == 0:
+            print(f"{name}: {run.recipe.steps} steps of {run.recipe.batch_size} on {run.device} "
+                  f"in {'bf16' if run.half else 'fp32'}, in {run.folder}\n{run.table}")
+        if not options.eval_only:
+            run.fit()
+        if run.stopped is None:
+            run.finish()
+        elif distributed.rank() == 0:
+            print(f"stopped by {signal.Signals(run.stopped).name} at step {run.step}, saved; "
+                  "the same command with --resume goes on")
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        distributed.stop()
+    return 128 + run.stopped if run.stopped else 0
+
+
+def main():
+    """Read the command line and run a stage, or a list of them in a row."""
+    parser = cli.parser(__doc__)
+    parser.add_argument("stage", nargs="?", metavar="STAGE",
+                        help="one of " + ", ".join([*STAGES, *LISTS]))
+    parser.add_argument("--list", action="store_true", help="show the stages and end")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings",
+                        help="any field of the model's config; may be given again")
+    cli.add_options(parser, Options)
+    values = vars(parser.parse_args())
+    name, listing, settings = (values.pop(key) for key in ("stage", "list", "settings"))
+    if listing:
+        for key, stage in STAGES.items():
+            print(f"{key:16s} {stage.about}\n{'':16s} presets: {', '.join(stage.file.PRESETS)}")
+        return 0
+    if name not in STAGES and name not in LISTS:
+        raise ValueError(f"stage {name}: there are {', '.join([*STAGES, *LISTS])}")
+    for stage in LISTS.get(name, [name]):
+        status = train(stage, Options(**values), settings)
+        if status:
+            return status
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(main)
