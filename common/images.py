@@ -114,9 +114,11 @@ def sheet(title, rows, cell=112):
     cell is (picture or None, caption, right): right True or False frames it green or red, None not.
     """
     font, gap, left = ImageFont.load_default(13), 8, 2 * cell
-    columns = max(len(cells) for _, _, cells in rows)
-    wide = max(1 if picture else 2 for _, _, cells in rows for picture, _, _ in cells)
-    width = max(left + (cell * wide + gap) * columns + gap, 6 * cell)
+
+    def room(picture):                   # words need twice a picture's width
+        return cell + gap if picture else 2 * cell + gap
+
+    width = max(6 * cell, gap + left + max(sum(room(c[0]) for c in cells) for _, _, cells in rows))
     heading = wrap(title, font, width - 2 * gap)
     top, height = 18 * len(heading) + 2 * gap, cell + 24
     page = Image.new("RGB", (width, top + (height + gap) * len(rows)), "white")
@@ -132,14 +134,15 @@ def sheet(title, rows, cell=112):
         if asked is not None:
             page.paste(asked.resize((cell, cell), Image.Resampling.LANCZOS), (gap, y))
         words(text, gap, y + 4, left - 2 * gap)
-        for column, (picture, caption, right) in enumerate(cells):
-            x = left + column * (cell * (1 if picture else 2) + gap)
+        x = left
+        for picture, caption, right in cells:
             colour = INK if right is None else GREEN if right else RED
             if picture is None:
                 words(caption, x, y + 4, 2 * cell - gap, colour)
-                continue
-            canvas.rectangle((x - 3, y - 3, x + cell + 2, y + cell + 2),
-                             fill=(225, 225, 225) if right is None else colour)
-            page.paste(picture.resize((cell, cell), Image.Resampling.LANCZOS), (x, y))
-            words(caption[:34], x, y + cell + 4, cell)
+            else:
+                canvas.rectangle((x - 3, y - 3, x + cell + 2, y + cell + 2),
+                                 fill=(225, 225, 225) if right is None else colour)
+                page.paste(picture.resize((cell, cell), Image.Resampling.LANCZOS), (x, y))
+                words(caption[:34], x, y + cell + 4, cell)
+            x += room(picture)
     return page

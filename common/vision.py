@@ -58,6 +58,7 @@ class ViT(nn.Module):
         if (C, H, W) != (3, self.image_size, self.image_size):
             raise ValueError(f"pictures of shape {(C, H, W)}, but this tower takes "
                              f"{(3, self.image_size, self.image_size)}")
+        images = images.to(self.patch_embed.weight.dtype)
         x = self.patch_embed(patchify(images, self.patch))            # (B, N, D)
         x = torch.cat([self.cls.to(x.dtype).expand(B, 1, -1), x], dim=1) + self.positions
         return x if self.pre_norm is None else self.pre_norm(x)

@@ -30,7 +30,9 @@ def objects(n):
 
 # ------------------------------------------------------------------ instructions by a blind teacher
 
-SURE = 0.05                               # a box's centre is this near to its object's, at most
+SURE = 0.05                               # a box's centre is less than this away from its object's
+# Between the widest small object, a star, and the narrowest large one, a square.
+WIDE = (2.1 * SIZES["small"] + 1.6 * SIZES["large"]) / 2
 
 
 def context(scene, rng):
@@ -56,7 +58,7 @@ def read_boxes(known):
     """The objects as their boxes tell them: Items, but for the exact centre and the tint."""
     items = []
     for name, (left, top, right, bottom) in known["boxes"]:
-        size = "large" if right - left > 0.32 else "small"    # widths: to 0.28, from 0.36
+        size = "large" if right - left > WIDE else "small"
         items.append(Item(*name.split(), size, (left + right) / 2, (top + bottom) / 2))
     return items
 
@@ -193,20 +195,25 @@ def dialogue(scene, rng, rounds=4, shown=6, split="train", side=32):
     as many as shown, one of them right], "answer": "red", "right": its index}
     """
     caption = f"{objects(len(scene.items))} on a {scene.background} background"
-    alone = [i for i in scene.items if len(matching(scene, shape=i.shape)) == 1]
-    if alone and rng.random() < 0.5:
-        item = rng.choice(alone)
-        said = [(f"is there {a_thing('', item.shape)}?", "yes", YES_NO),
-                ("what colour is it?", item.colour, tuple(COLOURS))]
-    else:
-        missing = rng.choice([s for s in SHAPES if not matching(scene, shape=s)])
-        said = [(f"is there {a_thing('', missing)}?", "no", YES_NO)]
     options = {kind: candidates(scene, kind) for kind in KINDS["train"]}
+    alone = [i for i in scene.items if len(matching(scene, shape=i.shape)) == 1]
+    answer = "yes" if alone and rng.random() < 0.5 else "no"
+    item = rng.choice(alone) if answer == "yes" else None
+    shape = item.shape if item else rng.choice([s for s in SHAPES if not matching(scene, shape=s)])
+    first = ("shape", answer, {"x": a_thing("", shape)})
+    options["existence"].remove(first)
+    said = [(f"is there {first[2]['x']}?", answer, YES_NO)]
+    if item:
+        said.append(("what colour is it?", item.colour, tuple(COLOURS)))
+        options["colour"] = [o for o in options["colour"] if o[1] != item.colour]
     while len(said) < rounds:
         kind = rng.choice([k for k, left in options.items() if left])
         option = pick(options[kind], rng)
-        options[kind].remove(option)      # no question comes twice, in whatever wording
-        said.append((worded(option, rng, kind, split), option[1], FORMS[kind][option[0]][0]))
+        # No question comes twice, in whatever wording, nor any colour or shape.
+        options[kind] = [o for o in options[kind] if o != option
+                         and not (kind in ("colour", "shape") and o[1] == option[1])]
+        text = worded(option, rng, kind, split, scene)
+        said.append((text, option[1], FORMS[kind][option[0]][0]))
     *before, (last, answer, likely) = said[:rounds]
     rest = [w for w in (*YES_NO, *COLOURS, *SHAPES, *COUNTS) if w not in likely]
     wrong = [w for w in likely if w != answer]
@@ -250,8 +257,8 @@ def two_scenes(left, right, rng, side=32):
     forms that have true and false statements of these scenes, so that the words betray nothing.
     """
     options = two_scene_statements(left, right)
-    answers = {form: {o[1] for o in options if o[0] == form} for form, *_ in options}
-    form, answer, text = pick([o for o in options if len(answers[o[0]]) == 2], rng)
+    true, false = ({form for form, answer, _ in options if answer == a} for a in ("true", "false"))
+    form, answer, text = pick([o for o in options if o[0] in true & false], rng)
     return {"images": pictures((left, right), side), "texts": [text], "answer": answer,
             "form": form, "source": (left, right)}
 
@@ -288,7 +295,8 @@ def document(rng, images=3, kind=None, split="train", side=32, **dial):
     for i, other in enumerate(scenes):
         segments.append({"image": i})
         if i == where:
-            segments += [{"text": worded(option, rng, kind, split)}, {"text": answer}]
+            text = worded(option, rng, kind, split, scene)
+            segments += [{"text": text}, {"text": answer}]
         else:
             caption = f"{objects(len(other.items))} on a {other.background} background"
             segments.append({"text": caption})
@@ -341,11 +349,11 @@ def moving(rng, pairs, frames):
     lanes, ways = rng.sample((0.25, 0.75), 2), [rng.random() < 0.5 for _ in pairs]
     tracks = []
     for (colour, shape), lane, forward in zip(pairs, lanes, ways):
-        size = rng.choice(tuple(SIZES))
         near, far = rng.uniform(0.24, 0.34), rng.uniform(0.66, 0.76)
         steps = [near + (far - near) * t / (frames - 1) for t in range(frames)]
         across = [(v, lane) if axis == "beside" else (lane, v) for v in steps]
-        tracks.append([Item(colour, shape, size, x, y) for x, y in across[::1 if forward else -1]])
+        tracks.append([Item(colour, shape, "small", x, y)
+                       for x, y in across[::1 if forward else -1]])
     back, forth = _MOVES[axis]
     question = f"did {phrase(tracks[0][0], article='the')} move {back} or {forth}?"
     return [tuple(items) for items in zip(*tracks)], question, forth if ways[0] else back

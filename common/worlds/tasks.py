@@ -34,7 +34,7 @@ _HOW_MANY = (COUNTS, ("how many {x} are there?", "how many {x} does the picture 
 _IS = (YES_NO, ("is the {x} {r} the {y}?", "does the picture show the {x} {r} the {y}?"),
        ("is it true that the {x} is {r} the {y}?", "can you see the {x} {r} the {y}?"))
 _EITHER = (("is the {x} {a} or {b} the {y}?", "where is the {x}, {a} or {b} the {y}?"),
-           ("what is true of the {x}: is it {a} or {b} the {y}?",))
+           ("what is true of the {x}, is it {a} or {b} the {y}?",))
 _IS_THERE = (YES_NO, ("is there {x}?", "does the picture show {x}?"),
              ("can you see {x}?", "is it true that there is {x}?"))
 _MORE = (YES_NO, ("are there {c} {x} than {y}?", "does the picture show {c} {x} than {y}?"),
@@ -42,9 +42,9 @@ _MORE = (YES_NO, ("are there {c} {x} than {y}?", "does the picture show {c} {x} 
 FORMS = {
     "colour": {"colour": (tuple(COLOURS),
                           ("what colour is the {x}?", "which colour does the {x} have?"),
-                          ("what is the colour of the {x}?", "the {x} has which colour?"))},
+                          ("what is the colour of the {x}?", "of which colour is the {x}?"))},
     "shape": {"shape": (SHAPES, ("what shape is the {x}?", "which shape does the {x} have?"),
-                        ("what is the shape of the {x}?", "the {x} has which shape?"))},
+                        ("what is the shape of the {x}?", "of which shape is the {x}?"))},
     "count": {"colours": _HOW_MANY, "shapes": _HOW_MANY},
     "relation": {"is beside": _IS, "is above": _IS,
                  "beside": (("left", "right"), *_EITHER), "above": (("above", "below"), *_EITHER)},
@@ -204,11 +204,16 @@ def candidates(scene, kind):
             "comparison": about_comparison}[kind](scene)
 
 
-def worded(option, rng, kind, split):
-    """The question of an option in one of the split's wordings."""
+def worded(option, rng, kind, split, scene):
+    """The question of an option about a scene, in one of the split's wordings.
+
+    Raises ValueError for a kind or a scene that the split must not ask about.
+    """
     form, _, slots = option
     if split not in KINDS or kind not in KINDS[split]:
-        raise ValueError(f"{kind!r} is not asked in {split!r}; there it is {KINDS.get(split)}")
+        raise ValueError(f"{kind!r} is not asked in split {split!r}, only {KINDS.get(split)}")
+    if split == "train" and pairs_of(scene) & HELD_OUT:
+        raise ValueError(f"a training question about held-out {pairs_of(scene) & HELD_OUT}")
     return rng.choice(FORMS[kind][form][1 if split == "train" else 2]).format(**slots)
 
 
@@ -226,13 +231,11 @@ def questions(scene, rng, split="train", side=32):
 
     questions(scene, rng)[0]["turns"] -> "what colour is the circle?", "red"
     """
-    if split == "train" and pairs_of(scene) & HELD_OUT:
-        raise ValueError(f"a training question about held-out {pairs_of(scene) & HELD_OUT}")
     records = []
-    for kind in KINDS[split]:
+    for kind in KINDS["train" if split == "train" else "test"]:
         option = pick(candidates(scene, kind), rng)
         if option:
-            text = worded(option, rng, kind, split)
+            text = worded(option, rng, kind, split, scene)
             records.append(asked(scene, text, option[1], side, kind=kind, form=option[0]))
     return records
 
@@ -254,7 +257,7 @@ def question(rng, kind, split="train", side=32, objects=(1, 2), **dial):
         scene = sample(rng, objects, **dial)
         option = pick(candidates(scene, kind), rng, form, answer)
         if option:
-            text = worded(option, rng, kind, split)
+            text = worded(option, rng, kind, split, scene)
             return asked(scene, text, answer, side, kind=kind, form=form)
     raise ValueError(f"no scene of {objects} objects allows a {kind} ({form}) question: {answer}")
 

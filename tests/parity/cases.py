@@ -1,0 +1,263 @@
+"""What is compared with transformers: for each case the reference, and ours from the same weights.
+
+`reference(seed)` builds transformers' module with every parameter random and returns (weights under
+our names, inputs, outputs), all numpy arrays; `ours(weights, inputs)` returns our outputs. Sizes are
+pairwise distinct and masks ragged, so that nothing agrees by accident.
+"""
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from clip import CLIP, CLIPConfig
+from common.masks import causal, padding
+from common.transformer import (GatedMLP, MLP, RelativeBias, bert_block, gelu_tanh, gpt2_block,
+                                llama_block, opt_block, rope_table, t5_block)
+
+B, T, S = 3, 5, 7
+REAL = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]]).bool()       # padded right
+
+
+def randomise(module, seed):
+    """Every parameter random, norms and biases included; returns the module in eval mode."""
+    torch.manual_seed(seed)
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return module.eval()
+
+
+def renamed(module, names):
+    """The module's weights under our names: names is {theirs: ours}, prefixes of parameter names."""
+    out = {}
+    for name, value in module.state_dict().items():
+        head = next((n for n in names if name == n or name.startswith(n + ".")), None)
+        if head is not None:
+            out[names[head] + name[len(head):]] = value
+    return out
+
+
+def transposed(weights):
+    """GPT-2 keeps its matrices transposed (Conv1D)."""
+    return {name: value.T if value.ndim == 2 else value for name, value in weights.items()}
+
+
+def arrays(values):
+    """Tensors as numpy arrays."""
+    return {name: value.detach().numpy() for name, value in values.items()}
+
+
+def load(module, weights):
+    """Our module with the weights, strictly, in eval mode."""
+    module.load_state_dict({name: torch.as_tensor(value) for name, value in weights.items()})
+    return module.eval()
+
+
+class ClipCase:
+    """The whole of CLIPModel: features, logits, loss."""
+    name = "clip"
+    config = CLIPConfig(image_size=15, patch=5, vision_width=24, vision_layers=2, vision_heads=3,
+                        text_width=28, text_layers=3, text_heads=2, context=11, vocab=53, eos=31,
+                        embed=17, act="quick_gelu")
+
+    def reference(self, seed):
+        from transformers import CLIPConfig as Config, CLIPModel
+        c = self.config
+        model = randomise(CLIPModel(Config(
+            projection_dim=c.embed,
+            text_config=dict(hidden_size=28, intermediate_size=112, num_hidden_layers=3,
+                             num_attention_heads=2, max_position_embeddings=11, vocab_size=53,
+                             eos_token_id=31, bos_token_id=30, pad_token_id=0, projection_dim=17),
+            vision_config=dict(hidden_size=24, intermediate_size=96, num_hidden_layers=2,
+                               num_attention_heads=3, image_size=15, patch_size=5,
+                               projection_dim=17))), seed)
+        model.logit_scale.data.fill_(1.7)
+        images = torch.randn(B, 3, 15, 15)
+        ids = torch.randint(32, 53, (B, T + 2))
+        for row, end in enumerate((2, 4, 6)):
+            ids[row, end], ids[row, end + 1:] = 31, 0
+        out = model(input_ids=ids, pixel_values=images, return_loss=True)
+        names = {"logit_scale": "logit_scale",
+                 "vision_model.embeddings.class_embedding": "vision.cls",
+                 "vision_model.embeddings.patch_embedding": "vision.patch_embed",
+                 "vision_model.embeddings.position_embedding.weight": "vision.positions",
+                 "vision_model.pre_layrnorm": "vision.pre_norm",
+                 "vision_model.post_layernorm": "vision.post_norm",
+                 "visual_projection": "image_projection",
+                 "text_model.embeddings.token_embedding": "text.token_embed",
+                 "text_model.embeddings.position_embedding.weight": "text.positions",
+                 "text_model.final_layer_norm": "text.transformer.norm",
+                 "text_projection": "text_projection"}
+        for theirs, own, layers in (("vision_model", "vision", 2), ("text_model", "text", 3)):
+            for i in range(layers):
+                head, ours = f"{theirs}.encoder.layers.{i}", f"{own}.transformer.blocks.{i}"
+                names |= {f"{head}.self_attn": f"{ours}.attn", f"{head}.layer_norm1": f"{ours}.attn_norm",
+                          f"{head}.layer_norm2": f"{ours}.mlp_norm", f"{head}.mlp": f"{ours}.mlp"}
+        weights = renamed(model, names)
+        weights["vision.patch_embed.weight"] = weights["vision.patch_embed.weight"].flatten(1)
+        outputs = {"image": out.image_embeds, "text": out.text_embeds, "loss": out.loss,
+                   "logits": out.logits_per_image}
+        return arrays(weights), arrays({"images": images, "ids": ids}), arrays(outputs)
+
+    def ours(self, weights, inputs):
+        model = load(CLIP(self.config), weights)
+        image = model.encode_image(torch.as_tensor(inputs["images"]))
+        text = model.encode_text(torch.as_tensor(inputs["ids"]))
+        return {"image": image, "text": text, "loss": model.loss(image, text, model.scalars()),
+                "logits": model.logit_scale.exp() * image @ text.T}
+
+
+class BlockCase:
+    """One block under a causal and a padding mask: x (B, T, D) -> (B, T, D)."""
+    width, heads, hidden = 24, 4, 37
+
+    def run(self, block, inputs, **arguments):
+        x = torch.as_tensor(inputs["x"])
+        return {"y": block(x, mask=causal(T) & padding(REAL), **arguments)}
+
+    def additive(self):
+        """Our mask in the reference's additive form. Every row sees at least itself or column 0."""
+        mask = causal(T) & padding(REAL)
+        return torch.zeros(mask.shape).masked_fill(~mask, torch.finfo(torch.float32).min)
+
+    def draw(self):
+        return torch.randn(B, T, self.width)
+
+
+class Gpt2Case(BlockCase):
+    name = "gpt2_block"
+
+    def reference(self, seed):
+        from transformers import GPT2Config
+        from transformers.models.gpt2.modeling_gpt2 import GPT2Block
+        layer = randomise(GPT2Block(GPT2Config(n_embd=24, n_head=4, n_inner=37,
+                                               attn_implementation="eager"), layer_idx=0), seed)
+        x = self.draw()
+        y = layer(x, attention_mask=self.additive())
+        parts = renamed(layer, {"ln_1": "attn_norm", "ln_2": "mlp_norm"}) | transposed(renamed(
+            layer, {"attn.c_proj": "attn.out_proj", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}))
+        fused = transposed(renamed(layer, {"attn.c_attn": ""}))
+        for kind in ("weight", "bias"):
+            for name, part in zip("qkv", fused[f".{kind}"].chunk(3)):
+                parts[f"attn.{name}_proj.{kind}"] = part
+        return arrays(parts), arrays({"x": x}), arrays({"y": y[0] if isinstance(y, tuple) else y})
+
+    def ours(self, weights, inputs):
+        return self.run(load(gpt2_block(width=24, heads=4, hidden=37), weights), inputs)
+
+
+class OptCase(BlockCase):
+    name = "opt_block"
+
+    def reference(self, seed):
+        from transformers import OPTConfig
+        from transformers.models.opt.modeling_opt import OPTDecoderLayer
+        layer = randomise(OPTDecoderLayer(OPTConfig(
+            hidden_size=24, num_attention_heads=4, ffn_dim=37, dropout=0.0,
+            attn_implementation="eager"), layer_idx=0), seed)
+        x = self.draw()
+        y = layer(x, attention_mask=self.additive())
+        weights = renamed(layer, {"self_attn_layer_norm": "attn_norm", "final_layer_norm": "mlp_norm",
+                                  "self_attn": "attn", "fc1": "mlp.fc1", "fc2": "mlp.fc2"})
+        return arrays(weights), arrays({"x": x}), arrays({"y": y[0] if isinstance(y, tuple) else y})
+
+    def ours(self, weights, inputs):
+        return self.run(load(opt_block(width=24, heads=4, hidden=37), weights), inputs)
+
+
+class LlamaCase(BlockCase):
+    name = "llama_block"
+
+    def reference(self, seed):
+        from transformers import LlamaConfig
+        from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+        config = LlamaConfig(hidden_size=24, num_attention_heads=4, num_key_value_heads=2,
+                             intermediate_size=37, rms_norm_eps=1e-5, attn_implementation="eager")
+        layer = randomise(LlamaDecoderLayer(config, layer_idx=0), seed)
+        x, positions = self.draw(), torch.arange(11, 11 + T)[None]
+        turns = LlamaRotaryEmbedding(config)(x, positions)
+        y = layer(x, attention_mask=self.additive(), position_embeddings=turns)
+        weights = renamed(layer, {"self_attn.o_proj": "attn.out_proj", "self_attn": "attn",
+                                  "mlp": "mlp", "input_layernorm": "attn_norm",
+                                  "post_attention_layernorm": "mlp_norm"})
+        return arrays(weights), arrays({"x": x}), arrays({"y": y[0] if isinstance(y, tuple) else y})
+
+    def ours(self, weights, inputs):
+        block = load(llama_block(width=24, heads=4, kv_heads=2, hidden=37), weights)
+        return self.run(block, inputs, table=rope_table(torch.arange(11, 11 + T), 6))
+
+
+class BertCase(BlockCase):
+    name = "bert_block"
+
+    def reference(self, seed):
+        from transformers import BertConfig
+        from transformers.models.bert.modeling_bert import BertLayer
+        layer = randomise(BertLayer(BertConfig(
+            hidden_size=24, num_attention_heads=4, intermediate_size=37, hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0, is_decoder=True, add_cross_attention=True,
+            attn_implementation="eager"), layer_idx=0), seed)
+        x, context = self.draw(), torch.randn(B, S, 24)
+        y = layer(x, attention_mask=self.additive(), encoder_hidden_states=context)
+        names = {"intermediate.dense": "mlp.fc1", "output.dense": "mlp.fc2", "output.LayerNorm": "mlp_norm"}
+        for theirs, own in (("attention", "attn"), ("crossattention", "cross")):
+            norm = "attn_norm" if own == "attn" else "cross_norm"
+            names |= {f"{theirs}.self.query": f"{own}.q_proj", f"{theirs}.self.key": f"{own}.k_proj",
+                      f"{theirs}.self.value": f"{own}.v_proj",
+                      f"{theirs}.output.dense": f"{own}.out_proj", f"{theirs}.output.LayerNorm": norm}
+        return (arrays(renamed(layer, names)), arrays({"x": x, "context": context}),
+                arrays({"y": y[0] if isinstance(y, tuple) else y}))
+
+    def ours(self, weights, inputs):
+        block = load(bert_block(width=24, heads=4, hidden=37, context_width=24), weights)
+        return self.run(block, inputs, context=torch.as_tensor(inputs["context"]))
+
+
+class T5Case(BlockCase):
+    """T5's decoder block with cross-attention, its relative bias, and both kinds of MLP."""
+
+    def __init__(self, gated):
+        self.gated, self.name = gated, "t5_block_gated" if gated else "t5_block"
+
+    def reference(self, seed):
+        from transformers import T5Config
+        from transformers.models.t5.modeling_t5 import T5Block
+        layer = randomise(T5Block(T5Config(
+            d_model=24, d_kv=5, num_heads=4, d_ff=37, is_decoder=True, dropout_rate=0.0,
+            relative_attention_num_buckets=8, relative_attention_max_distance=6,
+            feed_forward_proj="gated-gelu" if self.gated else "relu"),
+            has_relative_attention_bias=True, layer_idx=0), seed)
+        x, context = self.draw(), torch.randn(B, S, 24)
+        y = layer(x, attention_mask=self.additive(), encoder_hidden_states=context)
+        names = {"layer.0.layer_norm": "attn_norm", "layer.1.layer_norm": "cross_norm",
+                 "layer.2.layer_norm": "mlp_norm",
+                 "layer.0.SelfAttention.relative_attention_bias.weight": "bias.weight"}
+        for theirs, own in (("layer.0.SelfAttention", "attn"), ("layer.1.EncDecAttention", "cross")):
+            names |= {f"{theirs}.{a}": f"{own}.{b}_proj" for a, b in
+                      (("q", "q"), ("k", "k"), ("v", "v"), ("o", "out"))}
+        dense = "layer.2.DenseReluDense"
+        names |= ({f"{dense}.wi_0": "mlp.gate_proj", f"{dense}.wi_1": "mlp.up_proj",
+                   f"{dense}.wo": "mlp.down_proj"} if self.gated else
+                  {f"{dense}.wi": "mlp.fc1", f"{dense}.wo": "mlp.fc2"})
+        return (arrays(renamed(layer, names)), arrays({"x": x, "context": context}),
+                arrays({"y": y[0] if isinstance(y, tuple) else y}))
+
+    def ours(self, weights, inputs):
+        mlp = (GatedMLP(width=24, hidden=37, act=gelu_tanh) if self.gated
+               else MLP(width=24, hidden=37, act=F.relu, bias=False))
+        weights = dict(weights)
+        bias = load(RelativeBias(heads=4, buckets=8, max_distance=6, bidirectional=False),
+                    {"weight": weights.pop("bias.weight")})
+        block = load(t5_block(width=24, heads=4, head_width=5, mlp=mlp, decoder=True), weights)
+        return self.run(block, inputs, context=torch.as_tensor(inputs["context"]), bias=bias(T, T))
+
+
+CASES = [ClipCase(), Gpt2Case(), OptCase(), LlamaCase(), BertCase(), T5Case(False), T5Case(True)]
+
+
+def compare(ours, theirs, atol=1e-4):
+    """Assert that two dicts of outputs agree within atol, name by name."""
+    assert set(ours) == set(theirs)
+    for name, want in theirs.items():
+        got = ours[name].detach().numpy()
+        assert got.shape == want.shape, f"{name}: {got.shape}, the reference's {want.shape}"
+        worst = np.abs(got - want).max()
+        assert worst < atol, f"{name}: off by up to {worst:.2e}"

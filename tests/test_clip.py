@@ -1,0 +1,322 @@
+"""CLIP: the classic mistakes, one by one, and the figures that the paper fixes."""
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import clip
+from clip import CLIP, PRESETS, CLIPConfig, TextTower, Trained
+from common.data import Pairs, View, world_tokenizer
+from common.losses import alone
+from common.transformer import vit_block
+from common.worlds.shapes import Shapes
+
+EOS = 5                                     # not the largest id: pooling must go by id
+CONFIG = CLIPConfig(image_size=15, patch=5, vision_width=12, vision_layers=2, vision_heads=3,
+                    text_width=14, text_layers=3, text_heads=2, context=11, vocab=29, eos=EOS, embed=7)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def make(**changes):
+    model = CLIP(replace(CONFIG, **changes)).double()
+    for name, parameter in model.named_parameters():
+        if name not in ("logit_scale", "logit_bias"):
+            nn.init.normal_(parameter, std=0.3)
+    if model.logit_bias is not None:
+        model.logit_bias.data.fill_(-1.5)   # at -10 the negatives would have no say
+    return model
+
+
+def texts(rows=3, length=6):
+    """Ids that end in EOS and have no other."""
+    ids = torch.randint(6, 29, (rows, length))
+    ids[:, -1] = EOS
+    return ids
+
+
+def batch(rows=5):
+    return {"images": torch.randint(256, (rows, 3, 15, 15), dtype=torch.uint8), "ids": texts(rows)}
+
+
+def pictures(rows=3):
+    return torch.randn(rows, 3, 15, 15).double()
+
+
+class TestSizes:
+    @pytest.mark.parametrize("name, count", [
+        ("ViT-B/32", 151_277_313), ("ViT-B/16", 149_620_737), ("ViT-L/14", 427_616_513),
+        ("ViT-L/14@336", 427_944_193), ("tiny", 1_517_953)])
+    def test_the_published_parameter_counts_are_exact(self, name, count):
+        with torch.device("meta"):
+            model = CLIP(PRESETS[name])
+        assert sum(p.numel() for p in model.parameters()) == count
+
+    def test_heads_are_64_wide_in_every_published_config(self):
+        for name in PRESETS:
+            if "/" in name:
+                c = PRESETS[name]
+                assert c.vision_width == 64 * c.vision_heads and c.text_width == 64 * c.text_heads
+                assert (c.act, c.context, c.vocab, c.eos) == ("quick_gelu", 77, 49408, 49407)
+
+    def test_an_unknown_loss_or_activation_is_told(self):
+        with pytest.raises(ValueError, match="loss=cosine is not one of softmax, sigmoid"):
+            CLIPConfig(loss="cosine")
+        with pytest.raises(ValueError, match="act=tanh is not one of"):
+            CLIPConfig(act="tanh")
+
+
+class TestTowers:
+    def test_features_are_unit_vectors_of_the_embedding(self):
+        model = make()
+        for features in (model.encode_image(pictures()), model.encode_text(texts())):
+            assert features.shape == (3, 7)
+            torch.testing.assert_close(features.norm(dim=1), torch.ones(3).double())
+
+    def test_features_are_normalised_after_the_projection(self):
+        model, images, ids = make(), pictures(), texts()
+        before = model.encode_image(images), model.encode_text(ids)
+        model.image_projection.weight.data *= 7
+        model.text_projection.weight.data *= 7
+        torch.testing.assert_close((model.encode_image(images), model.encode_text(ids)), before)
+
+    def test_projections_have_no_bias(self):
+        assert make().image_projection.bias is None and make().text_projection.bias is None
+
+    def test_the_picture_is_read_at_the_class_token_after_the_last_norm(self):
+        model, images = make(), pictures()
+        tokens = model.vision.post_norm(model.vision.hidden(images))
+        want = F.normalize(tokens[:, 0] @ model.image_projection.weight.T, dim=-1)
+        torch.testing.assert_close(model.encode_image(images), want)
+        torch.testing.assert_close(model.image_features(images), tokens[:, 0])
+
+    def test_each_picture_and_text_is_encoded_alone(self):
+        model, images, ids = make(), pictures(), texts()
+        torch.testing.assert_close(model.encode_image(images[1:2]), model.encode_image(images)[1:2])
+        torch.testing.assert_close(model.encode_text(ids[1:2]), model.encode_text(ids)[1:2])
+
+
+class TestTextTower:
+    def test_the_text_is_read_at_the_end_token_and_follows_every_word_before_it(self):
+        model, ids = make(), texts(1)
+        for position in range(5):
+            other = ids.clone()
+            other[0, position] = 6 + (other[0, position] - 5) % 23
+            assert not torch.allclose(model.encode_text(ids), model.encode_text(other))
+
+    @pytest.mark.parametrize("pad", [0, 28, EOS])
+    def test_what_follows_the_end_token_is_irrelevant(self, pad):
+        model, ids = make(), texts()
+        padded = F.pad(ids, (0, 4), value=pad)
+        torch.testing.assert_close(model.encode_text(padded), model.encode_text(ids))
+
+    def test_an_id_above_the_end_token_does_not_move_the_reading(self):
+        model, ids = make(), texts(1)
+        assert ids.max() > EOS
+        state = model.text.transformer(
+            model.text.token_embed(ids) + model.text.positions[:6], mask=torch.ones(6, 6).tril().bool())
+        torch.testing.assert_close(model.text(ids), state[:, -1])
+
+    def test_rows_end_where_each_of_them_ends(self):
+        model, ids = make(), texts(2, 8)
+        ids[0, 3] = EOS
+        torch.testing.assert_close(model.encode_text(ids)[:1], model.encode_text(ids[:1, :4]))
+
+    def test_no_position_sees_a_later_one(self):
+        tower = make().text
+        states = []
+        tower.transformer.register_forward_hook(lambda m, i, out: states.append(out))
+        ids = texts(1, 8)
+        other = ids.clone()
+        other[0, 4] = 6 + (other[0, 4] - 5) % 23
+        tower(ids), tower(other)
+        same = (states[0] == states[1]).all(-1)[0]
+        assert same.tolist() == [True] * 4 + [False] * 4
+
+    def test_a_text_without_end_and_one_too_long_are_told(self):
+        with pytest.raises(ValueError, match="a text without the end-of-text id 5"):
+            make().text(torch.full((2, 4), 9))
+        with pytest.raises(ValueError, match="12 tokens, but the context is 11"):
+            make().text(texts(1, 12))
+
+    def test_the_last_norm_comes_before_the_projection(self):
+        model, ids = make(), texts()
+        hidden = []
+        model.text.transformer.norm.register_forward_hook(lambda m, i, out: hidden.append(out))
+        want = F.normalize(model.encode_text(ids).new_tensor(0) + model.text(ids)
+                           @ model.text_projection.weight.T, dim=-1)
+        torch.testing.assert_close(model.encode_text(ids), want)
+        torch.testing.assert_close(model.text(ids), hidden[-1][:, -1])
+
+
+class TestScale:
+    def test_it_starts_at_one_over_007(self):
+        model = CLIP(CONFIG)
+        assert model.logit_scale.item() == pytest.approx(math.log(1 / 0.07))
+        assert model.logit_bias is None
+
+    def test_siglip_starts_at_ten_and_minus_ten(self):
+        model = CLIP(replace(CONFIG, loss="sigmoid"))
+        assert model.logit_scale.exp().item() == pytest.approx(10)
+        assert model.logit_bias.item() == -10
+
+    @pytest.mark.parametrize("log_scale, multiplier", [(math.log(1 / 0.07), 14.2857), (0.0, 1.0)])
+    def test_it_multiplies_the_cosines_by_its_exponential(self, log_scale, multiplier):
+        model = make()
+        model.logit_scale.data.fill_(log_scale)
+        image, text = F.normalize(torch.randn(2, 4, 7).double(), dim=-1)
+        logits = multiplier * image @ text.T
+        want = (F.cross_entropy(logits, torch.arange(4)) + F.cross_entropy(logits.T, torch.arange(4))) / 2
+        torch.testing.assert_close(model.loss(image, text, model.scalars()), want, atol=1e-5, rtol=1e-5)
+
+    def test_it_is_clamped_at_100_after_a_step(self):
+        model = make()
+        for value, want in ((9.0, math.log(100)), (4.0, 4.0)):
+            model.logit_scale.data.fill_(value)
+            model.after_step(0)
+            assert model.logit_scale.item() == pytest.approx(want)
+
+    def test_the_first_loss_is_near_log_of_the_batch(self):
+        model = CLIP(replace(PRESETS["tiny"], vocab=29, eos=EOS))
+        images = torch.randint(256, (32, 3, 32, 32), dtype=torch.uint8)
+        loss = model({"images": images, "ids": texts(32)})["contrastive"].item()
+        # Cosines of random features vary, which adds about half the variance of the logits.
+        assert math.log(32) - 0.1 < loss < math.log(32) + 0.8
+
+    def test_scaling_the_features_of_a_tower_changes_no_logit(self):
+        model, given = make(), batch()
+        before = model(given)["contrastive"]
+        model.vision.post_norm.weight.data *= 7
+        model.vision.post_norm.bias.data *= 7
+        torch.testing.assert_close(model(given)["contrastive"], before)
+
+
+class TestInitialisation:
+    def test_it_follows_the_released_code(self):
+        model = CLIP(replace(PRESETS["tiny"], text_width=128, text_layers=3, vision_width=192))
+        block, eye = model.text.transformer.blocks[1], model.vision.transformer.blocks[1]
+        residual = 128 ** -0.5 * 6 ** -0.5
+        for tensor, std in ((model.text.token_embed.weight, 0.02), (model.text.positions, 0.01),
+                            (model.text_projection.weight, 128 ** -0.5),
+                            (model.image_projection.weight, 192 ** -0.5),
+                            (block.attn.q_proj.weight, 128 ** -0.5), (block.attn.v_proj.weight, 128 ** -0.5),
+                            (block.attn.out_proj.weight, residual), (block.mlp.fc1.weight, 256 ** -0.5),
+                            (block.mlp.fc2.weight, residual), (model.vision.positions, 192 ** -0.5),
+                            (eye.attn.k_proj.weight, (2 / (4 * 192)) ** 0.5),
+                            (eye.attn.out_proj.weight, (3 * 192) ** -0.5),
+                            (eye.mlp.fc1.weight, (3 * 192) ** -0.5),
+                            (eye.mlp.fc2.weight, (3 * 768) ** -0.5)):
+            assert tensor.std().item() == pytest.approx(std, rel=0.06)
+        for attn in (block.attn, eye.attn):
+            assert all((linear.bias == 0).all() for linear in attn.children())
+
+
+def gradients(model, losses):
+    model.zero_grad()
+    for loss in losses:
+        loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+class TestAccumulation:
+    def parts(self, whole, sizes):
+        return [{k: v.split(sizes)[i] for k, v in whole.items()} for i in range(len(sizes))]
+
+    @pytest.mark.parametrize("sizes", [[2, 2, 3], [7], [1] * 7])
+    def test_micro_batches_give_the_gradients_of_the_whole_batch(self, loss, sizes):
+        model, whole = make(loss=loss), batch(7)
+        want = gradients(model, [model(whole)["contrastive"]])
+        parts = self.parts(whole, sizes)
+        losses = [model(part, cached=cached)["contrastive"]
+                  for part, cached in zip(parts, model.accumulate(parts))]
+        got = gradients(model, losses)
+        for name in want:                   # logit_scale and logit_bias among them
+            torch.testing.assert_close(got[name], want[name], atol=1e-10, rtol=1e-8, msg=name)
+        torch.testing.assert_close(sum(losses), model(whole)["contrastive"])
+
+    def test_averaging_micro_batch_losses_is_something_else(self, loss):
+        model, whole = make(loss=loss), batch(6)
+        want = gradients(model, [model(whole)["contrastive"]])
+        got = gradients(model, [model(p)["contrastive"] / 3 for p in self.parts(whole, [2, 2, 2])])
+        name = "image_projection.weight"
+        assert (got[name] - want[name]).norm() > 0.05 * want[name].norm()
+
+    def test_no_graph_is_kept_between_the_passes(self, loss):
+        cached = make(loss=loss).accumulate(self.parts(batch(4), [2, 2]))[0]
+        assert not cached.whole.requires_grad and not cached.by_image.requires_grad
+
+
+class TestZeroShot:
+    def toy(self, names, templates):
+        """An encoder that maps 'word' k to the axis k, tilted a little by the template."""
+        class Toy(CLIP):
+            def __init__(self):
+                nn.Module.__init__(self)
+
+            def encode_text(self, vectors):
+                return F.normalize(vectors, dim=-1)
+        vectors = {t.format(n): torch.eye(5)[k] * (1 + 9 * j) + 0.3 * torch.eye(5)[4 - j]
+                   for k, n in enumerate(names) for j, t in enumerate(templates)}
+        return Toy(), lambda texts: torch.stack([vectors[t] for t in texts])
+
+    def test_each_name_gets_its_own_column(self):
+        names, templates = ["ant", "bee"], ["{}", "a {}", "the {}"]
+        toy, ids = self.toy(names, templates)
+        columns = toy.classifier(ids, names, templates)
+        assert columns.shape == (5, 2)
+        assert (torch.eye(5)[:2] @ columns).argmax(1).tolist() == [0, 1]
+
+    def test_templates_are_averaged_as_unit_vectors_and_normalised_again(self):
+        names, templates = ["ant", "bee"], ["{}", "a {}", "the {}"]
+        toy, ids = self.toy(names, templates)
+        want = [F.normalize(torch.stack([F.normalize(ids([t.format(n)])[0], dim=0) for t in templates])
+                            .mean(0), dim=0) for n in names]
+        torch.testing.assert_close(toy.classifier(ids, names, templates), torch.stack(want, dim=1))
+
+
+@pytest.fixture(scope="module")
+def trained():
+    torch.manual_seed(0)
+    world = Shapes(image_size=15)
+    tokenizer = world_tokenizer(world)
+    model = CLIP(replace(CONFIG, vocab=len(tokenizer), eos=2)).eval()
+    return world, Trained(model, tokenizer)
+
+
+class TestUse:
+    def test_evaluate_names_every_figure_with_its_chance(self, trained):
+        world, use = trained
+        world.splits = world.splits | {"test": 40, "single": 42, "composition": 12}
+        view = View(world, use.tokenizer, Pairs(use.tokenizer, 11, 15), "cpu")
+        figures = use.model.evaluate(view)
+        assert set(figures) == {
+            *(f"{a}_recall@{k}" for a in ("image_to_text", "text_to_image") for k in (1, 5, 10)),
+            "image_to_text_recall@1_chance", "text_to_image_recall@1_chance", "zero_shot_accuracy",
+            "zero_shot_accuracy_chance", "composition_accuracy", "composition_accuracy_chance"}
+        assert all(0 <= value <= 1 for value in figures.values())
+        assert figures["zero_shot_accuracy_chance"] == pytest.approx(1 / 42)
+        assert figures["composition_accuracy_chance"] == pytest.approx(1 / 48)
+        assert use.model.samples(view).width > 400
+
+    def test_classify_ranks_probabilities_that_sum_to_one(self, trained):
+        world, use = trained
+        ranked = use.classify(world.record("test", 3)["images"][0], ["a red circle", "a ring", "x"])
+        assert sum(p for _, p in ranked) == pytest.approx(1)
+        assert [p for _, p in ranked] == sorted((p for _, p in ranked), reverse=True)
+        assert {n for n, _ in ranked} == {"a red circle", "a ring", "x"}
+
+    def test_search_returns_the_highest_cosines_in_order(self, trained):
+        world, use = trained
+        found = [world.record("test", i)["images"][0] for i in range(9)]
+        cosines = use.images(found) @ use.model.encode_text(use.ids(["a red circle"]))[0]
+        best = use.search("a red circle", found, count=4)
+        assert [i for i, _ in best] == cosines.argsort(descending=True)[:4].tolist()
+        assert best[0][1] == pytest.approx(cosines.max().item())
+        assert len(use.search("a red circle", found, count=50)) == 9

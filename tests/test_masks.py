@@ -1,0 +1,51 @@
+"""Masks: the pictures in their docstrings, and what each of them promises."""
+import doctest
+
+import torch
+
+from common import masks
+from common.masks import causal, draw, padding, prefix
+
+
+def test_the_pictures_in_the_docstrings_are_true():
+    result = doctest.testmod(masks)
+    assert result.attempted >= 4 and result.failed == 0
+
+
+def test_causal_sees_itself_and_the_past_at_every_cache_length():
+    for T in (1, 2, 5):
+        for past in (0, 1, 3):
+            mask = causal(T, past)
+            assert mask.shape == (T, past + T) and mask.dtype == torch.bool
+            for t in range(T):
+                for s in range(past + T):
+                    assert mask[t, s] == (s <= past + t), f"query {t}, key {s}:\n{draw(mask)}"
+
+
+def test_causal_rows_behind_a_cache_are_the_last_rows_of_the_whole():
+    assert torch.equal(causal(2, past=5), causal(7)[5:]), draw(causal(2, past=5))
+
+
+def test_padding_hides_keys_in_every_row_and_head():
+    real = torch.tensor([[True, True, False], [True, False, False]])
+    mask = padding(real)
+    assert mask.shape == (2, 1, 1, 3)
+    assert torch.equal((causal(3) & mask)[1, 0], torch.tensor([[1, 0, 0]] * 3).bool()), draw(mask)
+
+
+def test_prefix_is_open_inside_and_causal_after():
+    mask = prefix(5, 2)
+    for t in range(5):
+        for s in range(5):
+            assert mask[t, s] == (s < 2 or s <= t), f"query {t}, key {s}:\n{draw(mask)}"
+    assert torch.equal(prefix(5, 0), causal(5)) and prefix(5, 5).all()
+
+
+def test_prefix_takes_a_length_for_each_row_and_a_cache():
+    mask = prefix(3, torch.tensor([0, 4]), past=2)
+    assert mask.shape == (2, 1, 3, 5)
+    assert torch.equal(mask[0, 0], causal(3, 2)) and torch.equal(mask[1, 0], prefix(3, 4, past=2))
+
+
+def test_draw_shows_each_head_below_the_other():
+    assert draw(torch.eye(2).bool().expand(2, 1, 2, 2)) == "#.\n.#\n\n#.\n.#"
