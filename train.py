@@ -107,7 +107,9 @@ def find_device(name):
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(f"--device {name}: use auto, cpu, cuda or mps") from None
+        device = None
+    if device is None or device.type not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"--device {name}: use auto, cpu, cuda or mps")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; "
                          "use --device cpu")
@@ -177,12 +179,14 @@ def to_device(batch, device):
 class Run:
     """One training run: what it is made of, where it stands, its folder."""
 
-    def __init__(self, name, options, settings):
+    def __init__(self, name, options, settings, began=None):
         """name: a stage of STAGES. settings: key=value fields of the model's config.
 
-        Raises ValueError, before anything is written, for whatever the user got wrong.
+        began: when the run's clock started (default now). Raises ValueError, before anything is
+        written, for whatever the user got wrong.
         """
         self.name, self.options, self.stage = name, options, STAGES[name]
+        self.began = began or time.time()
         self.device = distributed.start(find_device(options.device))
         self.half = half_precision(options.precision, self.device)
         transformer.ATTENTION = options.attention
@@ -204,24 +208,31 @@ class Run:
         torch.manual_seed(options.seed)
         try:
             self.model = self.stage.model(self.config).to(self.device)
-        except ValueError as error:
+        except (ValueError, ZeroDivisionError) as error:
             raise ValueError(f"--preset {options.preset} {' '.join(settings)}: {error}") from None
         self.table = freeze(self.model, self.stage.file.TRAINS[name])
         self.optimiser = torch.optim.AdamW(
             parameter_groups(self.model, self.recipe.decay), lr=self.recipe.lr,
             betas=self.recipe.betas, eps=self.recipe.eps, fused=True)
-        self.step, self.seconds, self.stopped, self.loss = 0, 0.0, None, math.nan
+        self.step, self.seconds, self.loss = 0, 0.0, math.nan
+        self.kept, self.stopped, self.measuring = None, None, False
 
     def find_recipe(self):
-        """The recipe of preset and data, or of the preset, or the paper's; flags go before it."""
-        world, preset, recipes = self.options.data.partition(":")[0], self.options.preset, self.stage.recipes
-        recipe = next(recipes[key] for key in (f"{preset} {world}", preset, "") if key in recipes)
-        given = {name: getattr(self.options, name) for name in ("steps", "batch_size", "lr")}
-        given = {name: value for name, value in given.items() if value is not None}
-        for name, value in given.items():
-            if value <= 0:
-                raise ValueError(f"--{name} {value}: must be more than 0")
-        recipe = dataclasses.replace(recipe, **given)
+        """The recipe of preset and data, or of the preset, or the paper's; flags go before it.
+
+        Raises ValueError for a number, of the recipe or beside it, that no run can have.
+        """
+        options, recipes = self.options, self.stage.recipes
+        for name in ("steps", "batch_size", "accumulate", "save_every", "workers"):
+            value, least = getattr(options, name), 0 if name == "workers" else 1
+            if value is not None and value < least:
+                raise ValueError(f"--{name} {value}: must be at least {least}")
+        if options.lr is not None and not 0 < options.lr < math.inf:
+            raise ValueError(f"--lr {options.lr}: must be more than 0")
+        keys = (f"{options.preset} {options.data.partition(':')[0]}", options.preset, "")
+        recipe = next(recipes[key] for key in keys if key in recipes)
+        given = {name: getattr(options, name) for name in ("steps", "batch_size", "lr")}
+        recipe = dataclasses.replace(recipe, **{k: v for k, v in given.items() if v is not None})
         return dataclasses.replace(recipe, warmup=min(recipe.warmup, recipe.steps // 5))
 
     def default_folder(self):
@@ -245,15 +256,15 @@ class Run:
 
     def open_folder(self):
         """Begin in an empty folder or take up the run in it, as --resume and --overwrite say."""
-        there = (self.folder / "config.json").exists()
-        if there and not (self.options.resume or self.options.overwrite or self.options.eval_only):
+        resume, overwrite = self.options.resume or self.options.eval_only, self.options.overwrite
+        if resume and overwrite:
+            raise ValueError("--overwrite throws the run away that --resume and --eval_only need")
+        there = any((self.folder / name).exists() for name in ("config.json", *checkpoint.NAMES))
+        if there and not resume and not overwrite:
             done = (self.folder / "result.json").exists()
             raise ValueError(f"{self.folder}: holds {'a finished' if done else 'an unfinished'} run; "
                              "--resume goes on with it, --overwrite throws it away")
-        if self.options.overwrite and there and distributed.rank() == 0:
-            shutil.rmtree(self.folder)
-        distributed.wait()
-        state = checkpoint.newest(self.folder)
+        state = None if overwrite else checkpoint.newest(self.folder)
         if self.options.eval_only and state is None:
             raise ValueError(f"{self.folder}: no checkpoint to measure")
         if state is not None:
@@ -261,6 +272,9 @@ class Run:
         elif self.options.init:
             _, _, weights = checkpoint.open_run(self.options.init, self.stage.file.__name__)
             checkpoint.load_weights(self.model, weights, self.options.init)
+        distributed.wait()               # all have read what is about to be written
+        if overwrite and there and distributed.rank() == 0:
+            shutil.rmtree(self.folder)
         if distributed.rank() == 0 and not self.options.eval_only:
             self.folder.mkdir(parents=True, exist_ok=True)
             checkpoint.write_json(self.folder / "config.json", self.described())
@@ -273,12 +287,17 @@ class Run:
         before, now = checkpoint.read_json(self.folder / "config.json"), self.described()
         for part in ("model", "stage", "config", "recipe", "options"):
             if before.get(part) != now[part] and not (self.options.eval_only and part == "recipe"):
-                raise ValueError(f"{self.folder}: began with {part} {differing(before[part], now[part])}; "
+                differs = differing(before.get(part), now[part])
+                raise ValueError(f"{self.folder}: began with {part} {differs}; "
                                  "repeat its flags, or choose another --out")
         checkpoint.load_weights(self.model, state["model"], self.folder)
-        self.optimiser.load_state_dict(state["optimizer"])
-        torch.set_rng_state(state["rng"])
-        self.step, self.seconds = state["step"], state["schedule"]["seconds"]
+        try:
+            self.optimiser.load_state_dict(state["optimizer"])
+            torch.set_rng_state(state["rng"])
+            self.step = self.kept = state["step"]
+            self.seconds, self.loss = (state["schedule"][name] for name in ("seconds", "loss"))
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{self.folder}: a checkpoint that cannot be resumed ({error})") from None
         if distributed.rank() == 0:
             print(f"resumed from step {self.step}")
 
@@ -290,16 +309,17 @@ class Run:
         checkpoint.write(path, lambda half: half.write_text("".join(line + "\n" for line in kept)))
 
     def save(self):
-        """Write last.pt: weights, optimiser and step are all there is, every draw is a function of them."""
+        """Write last.pt: weights, optimiser and step are all there is; every draw follows from them."""
+        self.kept = self.step
         if distributed.rank() == 0:
             checkpoint.save(self.folder, {
                 "model": self.model.state_dict(), "optimizer": self.optimiser.state_dict(),
-                "schedule": {"seconds": self.elapsed()}, "step": self.step,
+                "schedule": {"seconds": self.elapsed(), "loss": self.loss}, "step": self.step,
                 "rng": torch.get_rng_state(), "data": {"seed": self.options.seed}})
 
     def elapsed(self):
         """Wall seconds of the run, earlier sittings included."""
-        return self.seconds + time.time() - BEGAN
+        return self.seconds + time.time() - self.began
 
     # -------------------------------------------------------------- the loop
 
@@ -327,11 +347,11 @@ class Run:
                     loss = sum(forward(batch, gather=distributed.gather, cached=part).values())
                 loss.backward()
             total = total + loss.detach()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
         self.model.after_step(self.step)
-        return total
+        return total + 0 * norm          # NaN, too, when the loss is finite but its gradient is not
 
     def fit(self):
         """Train to the last step, or until a signal stops it; saves at the end either way."""
@@ -359,8 +379,10 @@ class Run:
                     losses = []
                     if not math.isfinite(self.loss):
                         bar.close()
-                        raise ValueError(f"the loss is {self.loss} at step {self.step}; the last good "
-                                         f"checkpoint stays in {self.folder}; try a smaller --lr")
+                        kept = "there is no checkpoint yet" if self.kept is None else \
+                            f"the checkpoint of step {self.kept} stays in {self.folder}"
+                        raise ValueError(f"the loss or its gradient is {self.loss} at step {self.step}; "
+                                         f"{kept}; try a smaller --lr")
                     bar.set_postfix(loss=f"{self.loss:.3f}", refresh=False)
                     if log and (self.step % 10 == 0 or last):
                         log.write(json.dumps({"step": self.step, "loss": round(self.loss, 5),
@@ -403,13 +425,15 @@ def differing(before, now):
     return ", ".join(f"{k}={before.get(k)} (now {now.get(k)})" for k in now if before.get(k) != now[k])
 
 
-def train(name, options, settings=()):
+def train(name, options, settings=(), began=None):
     """Run one stage; returns the exit status: 0, or 128 + the signal that stopped it."""
-    run = Run(name, options, list(settings))
+    run = Run(name, options, list(settings), began)
     run.open_folder()
 
     def stop(number, frame):
         run.stopped = number
+        if run.measuring:                # nothing is left to save
+            raise KeyboardInterrupt
     handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         if distributed.rank() == 0:
@@ -418,14 +442,16 @@ def train(name, options, settings=()):
         if not options.eval_only:
             run.fit()
         if run.stopped is None:
+            run.measuring = True
             run.finish()
-        elif distributed.rank() == 0:
-            print(f"stopped by {signal.Signals(run.stopped).name} at step {run.step}, saved; "
-                  "the same command with --resume goes on")
+    except KeyboardInterrupt:
+        pass
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        distributed.stop()
+    if run.stopped is not None and distributed.rank() == 0:
+        print(f"stopped by {signal.Signals(run.stopped).name} at step {run.step}, saved; "
+              "the same command with --resume goes on")
     return 128 + run.stopped if run.stopped else 0
 
 
@@ -445,11 +471,17 @@ def main():
             print(f"{key:16s} {stage.about}\n{'':16s} presets: {', '.join(stage.file.PRESETS)}")
         return 0
     if name not in STAGES and name not in LISTS:
-        raise ValueError(f"stage {name}: there are {', '.join([*STAGES, *LISTS])}")
-    for stage in LISTS.get(name, [name]):
-        status = train(stage, Options(**values), settings)
-        if status:
-            return status
+        raise ValueError(f"{f'no stage {name}' if name else 'which stage?'}; "
+                         f"there are {', '.join([*STAGES, *LISTS])}")
+    began = BEGAN
+    try:
+        for stage in LISTS.get(name, [name]):
+            status = train(stage, Options(**values), settings, began)
+            if status:
+                return status
+            began = time.time()
+    finally:
+        distributed.stop()
     return 0
 
 

@@ -2,6 +2,7 @@
 import json
 import os
 import pickle
+import shutil
 import zipfile
 from pathlib import Path
 
@@ -44,13 +45,17 @@ def read_json(path):
 def save(folder, state):
     """Make `state` the folder's last.pt; the one before stays as previous.pt.
 
-    At every moment one of the two names is a whole checkpoint.
+    At every moment one of the two names is a whole checkpoint. A last.pt that was cut off is not
+    kept: it would push a whole previous.pt out.
     """
     last, previous = (Path(folder) / name for name in NAMES)
-    if last.exists():
+    if zipfile.is_zipfile(last):
         spare = previous.with_name(previous.name + ".part")
         spare.unlink(missing_ok=True)
-        os.link(last, spare)             # a second name: last.pt never goes missing meanwhile
+        try:
+            os.link(last, spare)         # a second name: last.pt never goes missing meanwhile
+        except OSError:                  # a disk without links
+            shutil.copyfile(last, spare)
         os.replace(spare, previous)
     write(last, lambda half: torch.save(state, half))
 
@@ -64,14 +69,12 @@ def load(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise ValueError(f"{path}: no such checkpoint") from None
-    except pickle.UnpicklingError as error:
-        if "unsupported" in str(error).lower():
+    except Exception as error:           # a hostile file can make the unpickler raise anything
+        if isinstance(error, pickle.UnpicklingError) and "unsupported global" in str(error).lower():
             raise ValueError(f"{path}: holds more than tensors and numbers, refused "
                              "(it could run code)") from None
         raise ValueError(f"{path}: not a checkpoint, or cut off") from None
-    except (RuntimeError, EOFError, OSError, KeyError, zipfile.BadZipFile, ValueError):
-        raise ValueError(f"{path}: not a checkpoint, or cut off") from None
-    if not isinstance(state, dict) or "model" not in state:
+    if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
         raise ValueError(f"{path}: a file of tensors, but not a checkpoint of this project")
     return state
 

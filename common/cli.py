@@ -84,10 +84,15 @@ class Commands:
 
 
 def run(main):
-    """Call main(); a user's mistake (ValueError) ends in one line on stderr and exit status 2."""
+    """Call main(); a user's mistake (ValueError) ends in one line on stderr and exit status 2.
+
+    So does what the disk refuses (OSError). `python -X dev` shows the whole traceback.
+    """
     try:
         sys.exit(main())
-    except ValueError as error:
+    except (ValueError, OSError) as error:
+        if sys.flags.dev_mode:
+            raise
         sys.exit(fail(error))
     except KeyboardInterrupt:
         sys.exit(130)
@@ -95,5 +100,7 @@ def run(main):
 
 def fail(error):
     """Print one line for a mistake; returns the exit status 2."""
-    print(f"error: {error}", file=sys.stderr)
+    lines = str(error).splitlines() or [repr(error)]
+    # A worker process sends its whole traceback; what went wrong is the last line.
+    print("error:", lines[-1].removeprefix("ValueError: "), file=sys.stderr)
     return 2

@@ -4,7 +4,9 @@ A source of records has `size(split)`, `record(split, index, rng)` and `is_true(
 `worlds/shapes.py` shows. Every draw is a function of (seed, epoch, index): batch s is the same for
 any number of workers and processes, and a run can go on at any step.
 """
+import inspect
 import random
+import signal
 
 import torch
 from torch.utils.data import DataLoader
@@ -20,22 +22,26 @@ WORLDS = {"shapes": Shapes, "emoji": Emoji}
 def open_world(spec, image_size):
     """The world that --data names: "shapes", "emoji", or with a dial, "shapes:objects=3,noise=0.1".
 
-    Raises ValueError for a world or a dial that does not exist, naming those that do.
+    Raises ValueError for a world or a dial that does not exist, naming those that do, and for a
+    value of another type than the dial's own.
     """
     name, _, dials = spec.partition(":")
     if name not in WORLDS:
         raise ValueError(f"--data {spec}: no world {name!r}; there are {', '.join(WORLDS)}")
+    signature = inspect.signature(WORLDS[name]).parameters
+    kinds = {key: type(p.default) for key, p in signature.items() if key != "image_size"}
     values = {}
     for dial in filter(None, dials.split(",")):
         key, _, value = dial.partition("=")
+        if key not in kinds:
+            raise ValueError(f"--data {spec}: {name} has no dial {key!r}; "
+                             f"it has {', '.join(kinds) or 'none'}")
         try:
-            values[key] = float(value) if "." in value else int(value)
+            values[key] = kinds[key](value)
         except ValueError:
-            values[key] = value
-    try:
-        return WORLDS[name](image_size=image_size, **values)
-    except TypeError:
-        raise ValueError(f"--data {spec}: {name} has no such dial; see common/worlds/{name}.py") from None
+            raise ValueError(f"--data {spec}: {key} takes {kinds[key].__name__}, "
+                             f"not {value!r}") from None
+    return WORLDS[name](image_size=image_size, **values)
 
 
 def draw_rng(seed, epoch, index):
@@ -83,7 +89,7 @@ class Batches(torch.utils.data.Dataset):
     def keys(self, step):
         """(epoch, record indices) of this process in a step, all micro-batches in a row."""
         epoch, place = divmod(step, self.steps_per_epoch)
-        order = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        order = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2 ** 63)
         order = torch.randperm(self.world.size("train"), generator=order)
         first = place * self.total + self.rank * self.micro * self.accumulate
         return epoch, order[first:first + self.micro * self.accumulate].tolist()
@@ -99,11 +105,15 @@ class Batches(torch.utils.data.Dataset):
         """Iterate over the batches of steps start .. stop - 1, made by `workers` processes."""
         return DataLoader(self, batch_size=None, sampler=range(start, stop), num_workers=workers,
                           prefetch_factor=4 if workers else None,
-                          worker_init_fn=_one_thread if workers else None)
+                          worker_init_fn=_begin_worker if workers else None,
+                          generator=torch.Generator())    # else it draws from the model's
 
 
-def _one_thread(worker):
+def _begin_worker(worker):
+    """One thread, and deaf to the signals that ask the training process to save and stop."""
     torch.set_num_threads(1)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class View:

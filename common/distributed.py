@@ -10,7 +10,8 @@ from common.losses import alone
 def start(device):
     """Join the process group that torchrun announces, if it does. Returns this process's device.
 
-    NCCL for CUDA devices, gloo for the CPU.
+    NCCL for CUDA devices, gloo for the CPU. One group serves all stages of a list: a group that was
+    left cannot be joined again.
     """
     if "RANK" not in os.environ:
         return torch.device(device)
@@ -18,7 +19,8 @@ def start(device):
     if cuda:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if cuda else "gloo")
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo")
     return torch.device(device)
 
 

@@ -21,16 +21,15 @@ def open_image(path):
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(path) as picture:
                 if picture.width * picture.height > MOST_PIXELS:
-                    raise ValueError(f"{path}: {picture.width} x {picture.height} pixels, "
-                                     f"more than {MOST_PIXELS:,}")
+                    raise Image.DecompressionBombError
                 picture.load()
                 return to_rgb(ImageOps.exif_transpose(picture))
     except FileNotFoundError:
         raise ValueError(f"{path}: no such picture") from None
     except IsADirectoryError:
         raise ValueError(f"{path}: a folder, not a picture") from None
-    except ValueError:
-        raise
+    except Image.DecompressionBombError:
+        raise ValueError(f"{path}: a picture of more than {MOST_PIXELS:,} pixels") from None
     except Exception as error:           # Pillow's decoders raise many kinds on hostile input
         raise ValueError(f"{path}: not a readable picture ({type(error).__name__})") from None
 
@@ -39,7 +38,8 @@ def to_rgb(picture):
     """Any Pillow picture as RGB: transparency over white, 16 bits scaled to 8."""
     if picture.mode.startswith("I;16") or picture.mode in ("I", "F"):
         values = np.asarray(picture, dtype=np.float32)
-        top = 65535 if values.max(initial=0) > 255 else 255
+        wide = picture.mode.startswith("I;16") or values.max(initial=0) > 255
+        top = 65535 if wide else 255
         picture = Image.fromarray((values / top * 255).clip(0, 255).astype(np.uint8))
     if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
         picture = picture.convert("RGBA")
@@ -50,9 +50,13 @@ def to_rgb(picture):
 
 def centre_crop(picture, size):
     """CLIP's evaluation crop: the shorter side to `size` (bicubic, antialiased), then the middle."""
-    if picture.size == (size, size):
+    W, H = picture.size
+    if (W, H) == (size, size):
         return picture
-    return ImageOps.fit(picture, (size, size), Image.Resampling.BICUBIC)
+    wide, high = (int(size * side / min(W, H)) for side in (W, H))    # the whole picture, resized
+    left, top = round((wide - size) / 2), round((high - size) / 2)
+    box = left * W / wide, top * H / high, (left + size) * W / wide, (top + size) * H / high
+    return picture.resize((size, size), Image.Resampling.BICUBIC, box=box)
 
 
 def to_tensor(pictures):
@@ -104,6 +108,9 @@ def wrap(text, font, width):
             lines[-1] = longer
         else:
             lines.append(word)
+        while len(last := lines[-1]) > 1 and font.getlength(last) > width:     # one long word
+            fits = sum(font.getlength(last[:n + 1]) <= width for n in range(len(last)))
+            lines[-1:] = [last[:max(1, fits)], last[max(1, fits):]]
     return lines
 
 
@@ -120,12 +127,12 @@ def sheet(title, rows, cell=112):
 
     width = max(6 * cell, gap + left + max(sum(room(c[0]) for c in cells) for _, _, cells in rows))
     heading = wrap(title, font, width - 2 * gap)
-    top, height = 18 * len(heading) + 2 * gap, cell + 24
+    top, height = 18 * len(heading) + 2 * gap, cell + 40          # two lines of caption
     page = Image.new("RGB", (width, top + (height + gap) * len(rows)), "white")
     canvas = ImageDraw.Draw(page)
 
-    def words(text, x, y, width, colour=INK):
-        for number, line in enumerate(wrap(text, font, width)):
+    def words(text, x, y, width, colour=INK, most=99):
+        for number, line in enumerate(wrap(text, font, width)[:most]):
             canvas.text((x, y + 16 * number), line, fill=colour, font=font)
 
     words(title, gap, gap, width - 2 * gap)
@@ -133,16 +140,16 @@ def sheet(title, rows, cell=112):
         y = top + row * (height + gap)
         if asked is not None:
             page.paste(asked.resize((cell, cell), Image.Resampling.LANCZOS), (gap, y))
-        words(text, gap, y + 4, left - 2 * gap)
+        words(text, gap, y + 4, left - 2 * gap, most=height // 16)
         x = left
         for picture, caption, right in cells:
             colour = INK if right is None else GREEN if right else RED
             if picture is None:
-                words(caption, x, y + 4, 2 * cell - gap, colour)
+                words(caption, x, y + 4, 2 * cell - gap, colour, most=height // 16)
             else:
                 canvas.rectangle((x - 3, y - 3, x + cell + 2, y + cell + 2),
                                  fill=(225, 225, 225) if right is None else colour)
                 page.paste(picture.resize((cell, cell), Image.Resampling.LANCZOS), (x, y))
-                words(caption[:34], x, y + cell + 4, cell)
+                words(caption, x, y + cell + 4, cell, most=2)
             x += room(picture)
     return page

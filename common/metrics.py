@@ -48,8 +48,8 @@ def logistic_regression(features, labels, classes, l2, steps=100):
     """
     mean, std = features.mean(dim=0), features.std(dim=0).clamp(min=1e-6)
     x = (features - mean) / std
-    weight = torch.zeros(features.shape[1], classes, requires_grad=True)
-    bias = torch.zeros(classes, requires_grad=True)
+    weight = x.new_zeros(x.shape[1], classes).requires_grad_()
+    bias = x.new_zeros(classes).requires_grad_()
     optimiser = torch.optim.LBFGS([weight, bias], max_iter=steps, line_search_fn="strong_wolfe")
 
     def closure():

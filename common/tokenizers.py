@@ -26,9 +26,10 @@ class Tokenizer:
         """model: the bytes of a SentencePiece model. Raises ValueError for any other bytes."""
         self.model = model
         try:
-            self.pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
-        except Exception as error:
-            raise ValueError(f"not a SentencePiece model: {error}") from None
+            self.pieces = sentencepiece.SentencePieceProcessor()
+            self.pieces.LoadFromSerializedProto(model)
+        except Exception:                # its parser's own words help nobody
+            raise ValueError("not a SentencePiece model, or cut off") from None
         found = tuple(self.pieces.id_to_piece(i) for i in range(min(16, len(self))))
         if found != SPECIAL:
             raise ValueError(f"a vocabulary of another project: its first pieces are {found[:4]}...")
@@ -57,7 +58,10 @@ class Tokenizer:
     @classmethod
     def load(cls, path):
         """Read a tokenizer.model file. Raises ValueError when it is not one of ours."""
-        return cls(Path(path).read_bytes())
+        try:
+            return cls(Path(path).read_bytes())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path}: {error}") from None
 
     def __len__(self):
         return self.pieces.get_piece_size()
@@ -68,7 +72,7 @@ class Tokenizer:
 
     def decode(self, ids):
         """Ids -> text; special tokens leave no trace."""
-        return self.pieces.decode([int(i) for i in ids])
+        return self.pieces.decode([int(i) for i in ids if i != UNK])
 
     def batch(self, texts, context):
         """<bos> ids <eos> of each text, padded right with <pad>: int64 (B, T), T <= context.

@@ -4,6 +4,7 @@
 nothing with tasks.py but the vocabulary, and fails when a question has no answer or several.
 """
 import inspect
+import itertools
 import math
 import os
 import random
@@ -92,8 +93,8 @@ READERS = [                               # the more special first
     (r"(?:can you see )?how many (.+?) (?:are there|there are|does the picture show)\?",
      lambda s, x: ("zero", *NUMBERS[1:])[len(fitting(x, s))]),
     (r"what is the number of (.+)\?", lambda s, x: ("zero", *NUMBERS[1:])[len(fitting(x, s))]),
-    (r"(?:is|where is|what is true of) (the .+?)(?:,(?: is it)?)? (left or right of|above or below) "
-     r"(the .+)\?",
+    (r"(?:is|where is|what is true of) (the .+?)(?:,(?: is it)?)? (left or right of|above or below)"
+     r" (the .+)\?",
      lambda s, x, r, y: r.split()[0] if beside(one(x, s), r, one(y, s)) else r.split()[2]),
     (ASK + r" (the .+?) (?:is |look )?(larger|smaller) than (the .+)\?", lambda s, x, c, y: yes(
         larger(one(x, s), one(y, s)) == (c == "larger"))),
@@ -151,7 +152,7 @@ def blind(pairs):
 def test_answers_are_right_and_unique(split):
     kinds = Counter()
     for distinct in (True, False):
-        for scene, rng in many(600, (1, 5), distinct=distinct):
+        for scene, rng in many(500, (1, 5), distinct=distinct):
             for record in tasks.questions(scene, rng, split, side=None):
                 question, answer = said(record)
                 assert resolve(question, scene) == answer == record["answer"], (question, scene)
@@ -187,7 +188,7 @@ def test_test_wordings_and_one_kind_are_disjoint_from_training():
                     for w in form[n]} for n in (1, 2))
     assert not train & test
     heard = {split: Counter() for split in ("train", "test")}
-    for scene, rng in many(800, (1, 3)):
+    for scene, rng in many(400, (1, 3)):
         for split in heard:
             heard[split].update(said(r)[0] for r in tasks.questions(scene, rng, split, side=None))
     assert not set(heard["train"]) & set(heard["test"])
@@ -230,11 +231,11 @@ def test_blind_guessing_is_near_chance(split):
     chance = {"colour": 1 / 7, "shape": 1 / 5, "count": 1 / 3}
     for kind in tasks.KINDS[split]:
         rng = random.Random(kind)
-        found = [tasks.question(rng, kind, split, side=None) for _ in range(1200)]
+        found = [tasks.question(rng, kind, split, side=None) for _ in range(900)]
         assert all(resolve(*said(r)[:1], r["source"]) == r["answer"] for r in found)
         assert {r["kind"] for r in found} == {kind}
-        limit = chance.get(kind, 1 / 2) + 0.07
-        assert tasks.blind_baseline(found[:600], found[600:]) < limit, kind
+        limit = chance.get(kind, 1 / 2) + 0.08
+        assert tasks.blind_baseline(found[:450], found[450:]) < limit, kind
         if kind != "relation":            # left, right, above, below are told apart by the form
             assert blind([said(r) for r in found]) < limit, kind
         for form, (answers, *_) in tasks.FORMS[kind].items():
@@ -256,7 +257,7 @@ def test_blind_baseline_finds_a_bias():
 def test_yes_and_no_are_even_in_any_scenes():
     for objects in (1, 2, 3):
         answers = defaultdict(Counter)
-        for scene, rng in many(600, objects):
+        for scene, rng in many(300, objects):
             for record in tasks.questions(scene, rng, side=None):
                 if record["answer"] in ("yes", "no"):
                     answers[record["form"]][record["answer"]] += 1
@@ -268,8 +269,8 @@ def test_yes_and_no_are_even_in_any_scenes():
 def test_counts_of_larger_scenes():
     rng = random.Random(0)
     counts = Counter(tasks.question(rng, "count", side=None, objects=3)["answer"]
-                     for _ in range(300))
-    assert set(counts) == {"zero", "one", "two", "three"} and min(counts.values()) > 50
+                     for _ in range(200))
+    assert set(counts) == {"zero", "one", "two", "three"} and min(counts.values()) > 30
     with pytest.raises(ValueError, match="1 objects"):
         tasks.question(random.Random(0), "relation", objects=1)
 
@@ -456,6 +457,9 @@ def test_glyphs_are_distinct_and_small():
     # "T" has a bar on top and a stem; an upside-down or mirrored font would not
     assert [tasks.GLYPHS["T"][0], tasks.GLYPHS["T"][2]] == [1, 127]
     assert tasks.GLYPHS["L"] == bytes((127, 64, 64, 64, 64))
+    assert all(tasks.GLYPHS[c] == tasks.GLYPHS[c][::-1] for c in "AHIMOTUVWXY8")  # mirrored
+    assert all(tuple(tasks.GLYPHS[c]) == tuple(int(f"{dots:07b}"[::-1], 2)
+                                               for dots in tasks.GLYPHS[c][::-1]) for c in "NHIOX")
 
 
 # ---------------------------------------------------------------- instructions
@@ -581,6 +585,9 @@ def test_dialogues(split):
         last[record["right"]] += 1
     assert 0.4 < its["yes", True] / 500 < 0.6 and set(its) == {("yes", True), ("no", False)}
     assert set(last) == set(range(6)) and min(last.values()) > 50
+    full = Scene(tuple(replace(TWO.items[0], shape=s) for s in SHAPES if s != "star"))
+    full = replace(full, items=full.items + (Item("blue", "star", "small", 0.9, 0.9),))
+    assert stories.dialogue(full, random.Random(0), side=None)["turns"][1]["text"] == "yes"
     short = stories.dialogue(TWO, random.Random(1), rounds=2, shown=3, side=None)
     assert len(short["turns"]) == 3 and len(short["candidates"]) == 3
 
@@ -612,7 +619,7 @@ def judge(text, left, right):
 
 def test_two_scenes():
     forms, pairs = defaultdict(Counter), []
-    for left, rng in many(1600, (1, 3)):
+    for left, rng in many(1200, (1, 3)):
         right = sample(rng, (1, 3))
         record = stories.two_scenes(left, right, rng, side=None)
         text, = record["texts"]
@@ -623,8 +630,8 @@ def test_two_scenes():
     for form, counts in forms.items():
         total = sum(counts.values())
         assert abs(counts["true"] / total - 0.5) < 2 / math.sqrt(total), (form, counts)
-    assert len(forms) > 15
-    assert 0.45 < sum(a == "true" for _, a in pairs) / 1600 < 0.55
+    assert len(forms) > 15 and "more" in forms
+    assert 0.45 < sum(a == "true" for _, a in pairs) / 1200 < 0.55
     assert blind(pairs) < 0.57
     images = stories.two_scenes(TWO, ODD, random.Random(0))["images"]
     assert [i.tobytes() for i in images] == [draw(s, 32).tobytes() for s in (TWO, ODD)]
@@ -634,7 +641,7 @@ def test_two_scenes():
 
 def test_documents():
     kinds, where, pairs = Counter(), Counter(), []
-    for seed in range(900):
+    for seed in range(600):
         record = stories.document(random.Random(seed), images=3, side=None)
         segments, k, spot = record["segments"], record["image"], record["answer_at"]
         assert all(len(s) == 1 and set(s) <= {"image", "text"} for s in segments)
@@ -648,15 +655,16 @@ def test_documents():
             if i != k:
                 caption = segments[segments.index({"image": i}) + 1]["text"]
                 assert is_true(caption, scene)
+                assert not set(caption.split()) & {*COLOURS, *SHAPES}     # they would tell a no
             assert not {(o.colour, o.shape) for o in scene.items} & HELD_OUT
         kinds[record["kind"]] += 1
         where[k] += 1
         if record["kind"] == "existence":
             pairs.append((" ".join(s["text"] for n, s in enumerate(segments)
                                    if "text" in s and n != spot), record["answer"]))
-    assert set(kinds) == set(stories.DOCUMENT_KINDS) and min(kinds.values()) > 150
-    assert set(where) == {0, 1, 2} and min(where.values()) > 230
-    assert blind(pairs) < 0.66                # no text says what the other pictures show
+    assert set(kinds) == set(stories.DOCUMENT_KINDS) and min(kinds.values()) > 100
+    assert set(where) == {0, 1, 2} and min(where.values()) > 150
+    assert blind(pairs) < 0.7                # no text says what the other pictures show
     record = stories.document(random.Random(3), images=4, kind="shape", split="test")
     assert [i.tobytes() for i in record["images"]] == [draw(s, 32).tobytes()
                                                        for s in record["source"]]
@@ -832,7 +840,10 @@ def test_the_corpus_has_every_training_wording_and_no_test_wording(heard):
 
 def test_the_corpus_names_no_held_out_pair_and_is_always_the_same(heard):
     assert not any(map(held_out, heard))
-    assert heard == list(stories.corpus()) and len(heard) > 5000
+    assert heard[:2000] == list(itertools.islice(stories.corpus(), 2000)) and len(heard) > 5000
+    for n in range(50):                   # nor any disordered words
+        record = stories.examples(random.Random(f"stories/{n}"), side=None)["swapped order"]
+        assert record["texts"][1] not in heard
     # every word of the tests is in it, so that one vocabulary does for all
     words = {w for t in heard for w in re.findall(r"\w+", t)}
     for scene, rng in many(400, (1, 3)):

@@ -20,7 +20,7 @@ COLOURS = {"red": (220, 40, 40), "green": (40, 160, 60), "blue": (45, 80, 220),
            "cyan": (60, 200, 215), "pink": (250, 140, 190)}
 SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 SIZES = {"small": 0.16, "large": 0.26}                # radius, as a fraction of the picture's side
-BACKGROUNDS = {"white": (250, 250, 250), "grey": (150, 150, 150), "black": (20, 20, 20)}
+BACKGROUNDS = {"white": (250, 250, 250), "grey": (205, 205, 205), "cream": (250, 235, 205)}
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
 # Pairs that no training picture shows and no training text names (composition_accuracy).
 HELD_OUT = frozenset({("red", "star"), ("green", "ring"), ("blue", "triangle"),
@@ -225,7 +225,7 @@ def describe(scene, rng, length=None):
 
     Every sentence names every object by colour and shape.
     """
-    length = length or rng.choice(("short", "long", "long"))
+    length = length or rng.choice(("short", "short", "long"))
     items = list(scene.items)
     rng.shuffle(items)
     opening = rng.choice(OPENINGS)

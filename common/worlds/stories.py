@@ -197,9 +197,9 @@ def dialogue(scene, rng, rounds=4, shown=6, split="train", side=32):
     caption = f"{objects(len(scene.items))} on a {scene.background} background"
     options = {kind: candidates(scene, kind) for kind in KINDS["train"]}
     alone = [i for i in scene.items if len(matching(scene, shape=i.shape)) == 1]
-    answer = "yes" if alone and rng.random() < 0.5 else "no"
-    item = rng.choice(alone) if answer == "yes" else None
-    shape = item.shape if item else rng.choice([s for s in SHAPES if not matching(scene, shape=s)])
+    missing = [s for s in SHAPES if not matching(scene, shape=s)]
+    item = rng.choice(alone) if alone and (not missing or rng.random() < 0.5) else None
+    shape, answer = (item.shape, "yes") if item else (rng.choice(missing), "no")
     first = ("shape", answer, {"x": a_thing("", shape)})
     options["existence"].remove(first)
     said = [(f"is there {first[2]['x']}?", answer, YES_NO)]

@@ -490,10 +490,8 @@ def glyphs(rng, length=4, side=224, dot=2):
     if width > side or height > side:
         raise ValueError(f"{length} letters are {width} x {height} pixels, more than {side}")
     x, y = rng.randint(0, side - width), rng.randint(0, side - height)
-    paper = rng.choice(tuple(BACKGROUNDS))
-    ink = BACKGROUNDS["white" if paper == "black" else "black"]
-    picture = Image.new("RGB", (side, side), BACKGROUNDS[paper])
-    write(picture, text, x, y, dot, ink)
+    picture = Image.new("RGB", (side, side), rng.choice(tuple(BACKGROUNDS.values())))
+    write(picture, text, x, y, dot, ink=(20, 20, 20))
     wording = rng.choice(("read the letters in the picture.", "which letters are in the picture?"))
     box = tuple(min(999, 1000 * v // side) for v in (x, y, x + width, y + height))
     return {"images": [picture], "turns": turns(wording, text), "answer": text, "boxes": [box]}

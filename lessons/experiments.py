@@ -1,0 +1,212 @@
+"""The paper's questions at small size, one command each; every figure on unseen scenes.
+
+    python lessons/experiments.py ensemble     many prompts against one (paper, 3.1.4)
+    python lessons/experiments.py probe        linear probe against zero-shot (3.2)
+    python lessons/experiments.py shift        zero-shot against a supervised classifier of the same
+                                               tower, under shifted renderings (3.3)
+    python lessons/experiments.py batch        batch 32, 128, 512 at the same number of pairs
+    python lessons/experiments.py sigmoid      softmax against SigLIP's sigmoid at a small batch
+
+The first three read a trained run (--run, default runs/clip); the last two train short runs under
+RUNS/experiments, three seeds each, and take up where they were stopped.
+"""
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+import clip                                               # noqa: E402  the path comes first
+from common import checkpoint, cli, metrics               # noqa: E402
+from common.data import Batches, Pairs, View              # noqa: E402
+from common.images import normalise                       # noqa: E402
+from common.worlds.scene import STYLES                    # noqa: E402
+from common.worlds.shapes import Shapes                   # noqa: E402
+
+STYLED = STYLES[1:]                                       # what the split "shifted" is drawn in
+
+
+def table(head, rows):
+    """Print rows of a name and numbers under a head."""
+    wide = max(len(row[0]) for row in [head, *rows]) + 2
+    print(f"{head[0]:{wide}s}" + "".join(f"{name:>16s}" for name in head[1:]))
+    for name, *values in rows:
+        print(f"{name:{wide}s}" + "".join(f"{v:>16s}" if isinstance(v, str) else f"{v:16.3f}"
+                                          for v in values))
+
+
+class Bench:
+    """A trained run and the splits that experiments ask it about."""
+
+    def __init__(self, path):
+        self.trained = clip.from_pretrained(path)
+        self.model, size = self.trained.model, self.trained.model.config.image_size
+        self.world = Shapes(image_size=size)
+        self.collate = Pairs(self.trained.tokenizer, self.model.config.context, size)
+        self.view = View(self.world, self.trained.tokenizer, self.collate, "cpu")
+        self.records = {split: self.view.records(split) for split in ("single", "shifted")}
+
+    def labels(self, split):
+        """int64 (N,): the class of each picture of a split."""
+        return torch.tensor([self.world.label(record["source"]) for record in self.records[split]])
+
+    def by_style(self, scores, split):
+        """Accuracy on a split, for shifted by the style of the rendering: list of numbers."""
+        right = (scores.argmax(dim=1) == self.labels(split)).float()
+        if split == "single":
+            return [right.mean().item()]
+        styles = [record["source"].style for record in self.records[split]]
+        return [right[[s == style for s in styles]].mean().item() for style in STYLED]
+
+    def row(self, name, score):
+        """A table row: score(split) -> (N, classes), on single and on each shifted style."""
+        return [name] + self.by_style(score("single"), "single") + self.by_style(score("shifted"), "shifted")
+
+    @torch.no_grad()
+    def zero_shot(self, templates):
+        """score(split) of the zero-shot classifier with these templates."""
+        columns = self.model.classifier(self.trained.ids, self.world.classes, templates)
+        return lambda split: self.model.encode_all(self.view, self.records[split]) @ columns
+
+
+HEAD = ["accuracy", "plain", *STYLED]
+
+
+def ensemble(options):
+    """Each prompt alone, their ensemble in embedding space, and the mean of their probabilities."""
+    bench = Bench(options.run)
+    templates, scale = bench.world.templates, bench.model.logit_scale.exp()
+    with torch.no_grad():
+        rows = [bench.row(repr(t), bench.zero_shot([t])) for t in templates]
+        rows.append(["mean of the single prompts"] + [statistics.mean(c) for c in list(zip(*rows))[1:]])
+        rows.append(bench.row("ensemble", bench.zero_shot(templates)))
+        alone = [bench.zero_shot([t]) for t in templates]
+        rows.append(bench.row("mean of probabilities", lambda split: sum(
+            (scale * score(split)).softmax(1) for score in alone)))
+    table(HEAD, rows)
+
+
+def probe(options):
+    """Logistic regression on the image features before the projection, by labels a class.
+
+    The strength of the penalty is chosen on a fifth of the labelled pictures (paper, A.3).
+    """
+    bench = Bench(options.run)
+    view, world = bench.view, bench.world
+
+    @torch.no_grad()
+    def features(records):
+        parts = [records[k:k + 256] for k in range(0, len(records), 256)]
+        return torch.cat([bench.model.image_features(normalise(view.images(p))) for p in parts])
+
+    one = Shapes(objects=1, image_size=world.image_size)
+    pool = [one.record("train", i) for i in range(64 * len(world.classes))]
+    x, y = features(pool), torch.tensor([world.label(r["source"]) for r in pool])
+    known = {split: features(bench.records[split]) for split in bench.records}
+    rows = [bench.row("zero-shot", bench.zero_shot(world.templates))]
+    for shots in (1, 4, 16, 64):
+        count = shots * len(world.classes)
+        fit, held = slice(0, max(1, count * 4 // 5)), slice(count * 4 // 5, count)
+        best = max((10.0 ** k for k in range(-6, 2)), key=lambda l2: metrics.accuracy(
+            metrics.logistic_regression(x[fit], y[fit], len(world.classes), l2)(x[held]), y[held]))
+        predict = metrics.logistic_regression(x[:count], y[:count], len(world.classes), best)
+        rows.append(bench.row(f"linear probe, {shots} a class", lambda split: predict(known[split])))
+    table(HEAD, rows)
+
+
+def shift(options):
+    """The same vision tower trained with labels on as many pictures, against zero-shot."""
+    bench = Bench(options.run)
+    recipe = checkpoint.read_json(Path(options.run) / "config.json")["recipe"]
+    steps = options.steps or recipe["steps"]
+    torch.manual_seed(0)
+    tower = clip.CLIP(bench.model.config)
+    head = nn.Linear(bench.model.config.vision_width, len(bench.world.classes))
+    world = Shapes(objects=1, image_size=bench.world.image_size)
+    batches = Batches(world, lambda records, rngs: (
+        bench.collate.images(records), torch.tensor([world.label(r["source"]) for r in records])),
+        batch_size=recipe["batch_size"])
+    parameters = [*tower.vision.parameters(), *head.parameters()]
+    optimiser = torch.optim.AdamW(parameters, lr=recipe["lr"], betas=recipe["betas"], fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, recipe["lr"], total_steps=steps)
+    for [(images, labels)] in tqdm(batches.loader(0, steps, 0), total=steps, desc="supervised"):
+        loss = F.cross_entropy(head(tower.image_features(normalise(images))), labels)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        schedule.step()
+    with torch.no_grad():
+        table(HEAD, [
+            bench.row("zero-shot CLIP", bench.zero_shot(bench.world.templates)),
+            bench.row("supervised", lambda split: head(tower.image_features(
+                normalise(bench.view.images(bench.records[split])))))])
+
+
+def trained(options, name, *flags):
+    """result.json of a run of train.py clip under RUNS/experiments, made unless it is there."""
+    out = Path(options.runs) / "experiments" / name
+    if not (out / "result.json").exists():
+        command = [sys.executable, str(ROOT / "train.py"), "clip", "--out", str(out), "--resume", *flags]
+        subprocess.run(command, check=True)
+    return checkpoint.read_json(out / "result.json")
+
+
+def compare(options, variants):
+    """Train each variant with each seed and print the median and the range of its figures.
+
+    variants: {name: list of flags}.
+    """
+    shown = ("zero_shot_accuracy", "image_to_text_recall@1", "text_to_image_recall@1", "seconds")
+    rows = []
+    for name, flags in variants.items():
+        results = [trained(options, f"{name.replace(' ', '-')}-{seed}", "--seed", str(seed), *flags)
+                   for seed in range(options.seeds)]
+        cells = []
+        for figure in shown:
+            values = sorted(result[figure] for result in results)
+            low, middle, high = values[0], statistics.median(values), values[-1]
+            cells.append(f"{middle:.3g} ({low:.3g}-{high:.3g})")
+        rows.append([name, *cells])
+    print(f"median (range) of {options.seeds} seeds, {options.pairs:,d} pairs each")
+    table(["variant", "zero-shot", "image to text", "text to image", "seconds"], rows)
+
+
+def batch(options):
+    """Batch 32, 128 and 512 at the same number of pairs; the rate grows with the root of the batch."""
+    compare(options, {f"batch {size}": [
+        "--batch_size", str(size), "--steps", str(options.pairs // size),
+        "--lr", str(1e-3 * (size / 256) ** 0.5)] for size in (32, 128, 512)})
+
+
+def sigmoid(options):
+    """Softmax, sigmoid, and sigmoid without its bias, at batch 32."""
+    flags = ["--batch_size", "32", "--steps", str(options.pairs // 32), "--lr", str(1e-3 / 8 ** 0.5)]
+    compare(options, {"softmax 32": flags, "sigmoid 32": [*flags, "--set", "loss=sigmoid"]})
+
+
+EXPERIMENTS = {"ensemble": ensemble, "probe": probe, "shift": shift, "batch": batch, "sigmoid": sigmoid}
+
+
+def main():
+    """Read the command line and run one experiment."""
+    parser = cli.parser(__doc__)
+    parser.add_argument("experiment", choices=EXPERIMENTS, metavar="EXPERIMENT",
+                        help=", ".join(EXPERIMENTS))
+    parser.add_argument("--run", default="runs/clip", metavar="RUN", help="a trained CLIP on shapes")
+    parser.add_argument("--runs", default="runs", help="where short runs are kept")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds of each variant (default 3)")
+    parser.add_argument("--pairs", type=int, default=128000, help="pairs each run sees (default 128000)")
+    parser.add_argument("--steps", type=int, help="shift: steps of the supervised classifier")
+    options = parser.parse_args()
+    EXPERIMENTS[options.experiment](options)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,251 @@
+"""Runs on disk: what a kill leaves behind, and which files are refused."""
+import os
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from common import checkpoint
+from common.tokenizers import Tokenizer
+
+
+class Stop(BaseException):
+    """A kill: nothing catches it."""
+
+
+class Evil:
+    """Pickles into a call that makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def state(step):
+    return {"model": {"weight": torch.full((3, 5), float(step))}, "step": step}
+
+
+def write_damaged(path, damage):
+    """A whole checkpoint, then damaged: bytes -> bytes."""
+    torch.save(state(7), path)
+    path.write_bytes(damage(path.read_bytes()))
+
+
+DAMAGES = {"empty": lambda b: b"", "zeros": lambda b: b"\0" * len(b), "text": lambda b: b"a line of text\n",
+           "half": lambda b: b[:len(b) // 2], "first bytes": lambda b: b[:10], "all but one": lambda b: b[:-1],
+           "picture": lambda b: b"\x89PNG\r\n\x1a\n" + bytes(range(256)), "gzip": lambda b: b"\x1f\x8b\x08" + b}
+
+
+class TestWrite:
+    def test_it_replaces_the_file_and_leaves_no_other(self, tmp_path):
+        for text in ("one", "two"):
+            checkpoint.write(tmp_path / "a.txt", lambda half: half.write_text(text))
+        assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+        assert (tmp_path / "a.txt").read_text() == "two"
+
+    def test_a_kill_while_writing_leaves_the_old_file(self, tmp_path):
+        def killed(half):
+            half.write_text("tw")
+            raise Stop
+        checkpoint.write(tmp_path / "a.txt", lambda half: half.write_text("one"))
+        with pytest.raises(Stop):
+            checkpoint.write(tmp_path / "a.txt", killed)
+        assert (tmp_path / "a.txt").read_text() == "one"
+        checkpoint.write(tmp_path / "a.txt", lambda half: half.write_text("three"))
+        assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+    def test_json_comes_back(self, tmp_path):
+        value = {"a": [1, 2.5, None], "é": True}
+        checkpoint.write_json(tmp_path / "a.json", value)
+        assert checkpoint.read_json(tmp_path / "a.json") == value
+
+    @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b'{"a": 1'])
+    def test_damaged_json_is_refused_by_name(self, tmp_path, content):
+        (tmp_path / "a.json").write_bytes(content)
+        with pytest.raises(ValueError, match="a.json: not readable JSON"):
+            checkpoint.read_json(tmp_path / "a.json")
+
+    def test_missing_json_is_refused_by_name(self, tmp_path):
+        with pytest.raises(ValueError, match="a.json: no such file"):
+            checkpoint.read_json(tmp_path / "a.json")
+
+
+class TestSave:
+    def test_the_last_and_the_one_before_are_kept(self, tmp_path):
+        for step in (1, 2, 3):
+            checkpoint.save(tmp_path, state(step))
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["last.pt", "previous.pt"]
+        assert checkpoint.load(tmp_path / "last.pt")["step"] == 3
+        assert checkpoint.load(tmp_path / "previous.pt")["step"] == 2
+        assert checkpoint.newest(tmp_path)["step"] == 3
+
+    @pytest.mark.parametrize("damage", [None, *DAMAGES])
+    def test_a_kill_at_any_call_leaves_a_whole_checkpoint(self, tmp_path, monkeypatch, damage):
+        """Stopped before its n-th call to the disk, for every n; with last.pt whole or damaged."""
+        calls = [(os, "link"), (os, "replace"), (os, "fsync"), (torch, "save")]
+        real = {name: getattr(place, name) for place, name in calls}
+
+        def counted(name):
+            def call(*arguments):
+                nonlocal left
+                left -= 1
+                if left < 0:
+                    if name == "save":           # half a file is what a kill leaves
+                        arguments[1].write_bytes(b"half")
+                    raise Stop
+                return real[name](*arguments)
+            return call
+        for place, name in calls:
+            monkeypatch.setattr(place, name, counted(name))
+
+        finished = moment = 0
+        while not finished:
+            folder, left = tmp_path / str(moment), 99
+            folder.mkdir()
+            checkpoint.save(folder, state(1))
+            checkpoint.save(folder, state(2))
+            if damage:
+                write_damaged(folder / "last.pt", DAMAGES[damage])
+            before, left = checkpoint.newest(folder)["step"], moment
+            try:
+                checkpoint.save(folder, state(3))
+                finished = 1
+            except Stop:
+                assert checkpoint.newest(folder)["step"] in (before, 3), moment
+            left = 99
+            checkpoint.save(folder, state(4))
+            assert checkpoint.newest(folder)["step"] == 4
+            moment += 1
+        assert moment >= 4
+
+    def test_a_disk_without_links_is_served_too(self, tmp_path, monkeypatch):
+        def refused(*arguments):
+            raise PermissionError
+        monkeypatch.setattr(os, "link", refused)
+        for step in (1, 2):
+            checkpoint.save(tmp_path, state(step))
+        assert checkpoint.load(tmp_path / "previous.pt")["step"] == 1
+
+
+class TestLoad:
+    @pytest.mark.parametrize("name", DAMAGES)
+    def test_a_damaged_file_is_refused_in_one_line(self, tmp_path, name):
+        write_damaged(tmp_path / "last.pt", DAMAGES[name])
+        with pytest.raises(ValueError, match="last.pt: not a checkpoint, or cut off$"):
+            checkpoint.load(tmp_path / "last.pt")
+
+    def test_every_length_of_a_cut_off_file_is_refused(self, tmp_path):
+        torch.save(state(7), tmp_path / "whole.pt")
+        whole, cut = (tmp_path / "whole.pt").read_bytes(), tmp_path / "cut.pt"
+        for length in range(0, len(whole), 97):
+            cut.write_bytes(whole[:length])
+            with pytest.raises(ValueError, match="cut off"):
+                checkpoint.load(cut)
+
+    @pytest.mark.parametrize("save", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value)),
+                                      lambda value, path: path.write_bytes(pickle.dumps(value, protocol=2)),
+                                      lambda value, path: torch.save(
+                                          value, path, _use_new_zipfile_serialization=False)])
+    @pytest.mark.parametrize("place", [lambda evil: {"model": {"weight": evil}}, lambda evil: evil])
+    @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+    def test_code_in_a_file_is_refused_and_does_not_run(self, tmp_path, save, place):
+        save(place(Evil(tmp_path / "ran")), tmp_path / "last.pt")
+        with pytest.raises(ValueError, match="last.pt: (holds more than tensors|not a checkpoint)"):
+            checkpoint.load(tmp_path / "last.pt")
+        assert not (tmp_path / "ran").exists()
+
+    def test_it_is_said_that_a_file_could_run_code(self, tmp_path):
+        torch.save({"model": Evil(tmp_path / "ran")}, tmp_path / "last.pt")
+        with pytest.raises(ValueError, match="refused .it could run code"):
+            checkpoint.load(tmp_path / "last.pt")
+
+    @pytest.mark.parametrize("value", [torch.zeros(3), {"weight": torch.zeros(3)}, [1, 2], {"model": 3}])
+    def test_other_tensors_are_no_checkpoint(self, tmp_path, value):
+        torch.save(value, tmp_path / "last.pt")
+        with pytest.raises(ValueError, match="not a checkpoint of this project"):
+            checkpoint.load(tmp_path / "last.pt")
+
+    def test_a_missing_file_and_a_folder_are_refused(self, tmp_path):
+        with pytest.raises(ValueError, match="no such checkpoint"):
+            checkpoint.load(tmp_path / "last.pt")
+        with pytest.raises(ValueError, match="not a checkpoint"):
+            checkpoint.load(tmp_path)
+
+
+class TestNewest:
+    def test_an_empty_or_missing_folder_has_none(self, tmp_path):
+        assert checkpoint.newest(tmp_path) is None
+        assert checkpoint.newest(tmp_path / "nothing") is None
+
+    @pytest.mark.parametrize("name", DAMAGES)
+    def test_behind_a_damaged_last_one_stands_the_previous(self, tmp_path, name, capsys):
+        checkpoint.save(tmp_path, state(1))
+        checkpoint.save(tmp_path, state(2))
+        write_damaged(tmp_path / "last.pt", DAMAGES[name])
+        assert checkpoint.newest(tmp_path)["step"] == 1
+        out = capsys.readouterr().out
+        assert out.count("\n") == 1 and "last.pt" in out and "taking previous.pt" in out
+
+    def test_a_missing_last_one_is_no_hindrance(self, tmp_path):
+        checkpoint.save(tmp_path, state(1))
+        os.replace(tmp_path / "last.pt", tmp_path / "previous.pt")
+        assert checkpoint.newest(tmp_path)["step"] == 1
+
+    def test_two_damaged_ones_are_an_error(self, tmp_path):
+        for name in checkpoint.NAMES:
+            (tmp_path / name).write_bytes(b"damaged")
+        with pytest.raises(ValueError, match="previous.pt: not a checkpoint"):
+            checkpoint.newest(tmp_path)
+
+
+class TestLoadWeights:
+    def test_every_tensor_is_copied(self):
+        one, other = nn.Linear(3, 5), nn.Linear(3, 5)
+        checkpoint.load_weights(one, other.state_dict(), "there")
+        assert torch.equal(one.weight, other.weight) and torch.equal(one.bias, other.bias)
+
+    def test_what_does_not_fit_is_listed_and_nothing_is_copied(self):
+        module = nn.Linear(3, 5)
+        before = module.weight.clone()
+        with pytest.raises(ValueError) as caught:
+            checkpoint.load_weights(module, {"weight": torch.zeros(5, 7), "other": torch.zeros(2)}, "there")
+        assert torch.equal(module.weight, before)
+        for words in ("there: ", "missing bias", "unexpected other", "weight is (5, 7), the model's (5, 3)"):
+            assert words in str(caught.value)
+
+    def test_a_long_list_is_cut(self):
+        with pytest.raises(ValueError, match="and 3 more$"):
+            checkpoint.load_weights(nn.Module(), {f"w{i}": torch.zeros(1) for i in range(11)}, "there")
+
+
+class TestOpenRun:
+    @pytest.fixture
+    def run(self, tmp_path):
+        checkpoint.write_json(tmp_path / "config.json", {"model": "clip", "config": {"width": 7}})
+        (tmp_path / "tokenizer.model").write_bytes(Tokenizer.train(["a red circle"]).model)
+        checkpoint.save(tmp_path, state(3))
+        return tmp_path
+
+    def test_a_run_is_its_config_tokenizer_and_weights(self, run):
+        config, tokenizer, weights = checkpoint.open_run(run, "clip")
+        assert config == {"width": 7} and torch.equal(weights["weight"], torch.full((3, 5), 3.0))
+        assert tokenizer.decode(tokenizer.encode("a red circle")) == "a red circle"
+
+    @pytest.mark.parametrize("harm, words", [
+        (lambda run: (run / "config.json").unlink(), "no run here"),
+        (lambda run: (run / "config.json").write_text("{"), "config.json: not readable JSON"),
+        (lambda run: (run / "config.json").write_text("[]"), r"a run of \[\], not of 'clip'"),
+        (lambda run: (run / "config.json").write_text('{"model": "blip"}'), "a run of 'blip', not of 'clip'"),
+        (lambda run: (run / "config.json").write_text('{"model": "clip"}'), "an incomplete run"),
+        (lambda run: (run / "last.pt").unlink(), "no checkpoint yet"),
+        (lambda run: (run / "last.pt").write_bytes(b"cut"), "last.pt: not a checkpoint, or cut off"),
+        (lambda run: (run / "tokenizer.model").unlink(), "tokenizer.model"),
+        (lambda run: (run / "tokenizer.model").write_bytes(b"cut"), "tokenizer.model: not a SentencePiece")])
+    def test_what_is_missing_or_damaged_is_said_in_one_line(self, run, harm, words):
+        harm(run)
+        with pytest.raises(ValueError, match=words) as caught:
+            checkpoint.open_run(run, "clip")
+        assert "\n" not in str(caught.value) and str(run) in str(caught.value)

@@ -1,0 +1,268 @@
+"""Opening any file, the crop, tensors, sheets."""
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+
+from common.images import (GREEN, MEAN, MOST_PIXELS, RED, STD, centre_crop, normalise, open_folder,
+                           open_image, sheet, to_rgb, to_tensor)
+
+
+def halves(size=(6, 4), left=(200, 30, 40), right=(10, 60, 220)):
+    """An RGB picture, its left half of one colour, its right half of another."""
+    picture = Image.new("RGB", size, left)
+    picture.paste(right, (size[0] // 2, 0, *size))
+    return picture
+
+
+def noise(width, height, seed=0):
+    values = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(values)
+
+
+def saved(folder, picture, name="picture.png", **more):
+    picture.save(folder / name, **more)
+    return open_image(folder / name)
+
+
+def refusal(path):
+    """What open_image says of a file; one line that names it."""
+    with pytest.raises(ValueError) as caught:
+        open_image(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+class TestOpenImage:
+    def test_a_plain_picture_comes_back_as_it_is(self, tmp_path):
+        opened = saved(tmp_path, noise(7, 5))
+        assert opened.mode == "RGB" and opened.size == (7, 5)
+        assert np.array_equal(opened, noise(7, 5))
+
+    @pytest.mark.parametrize("orientation, turned", [
+        (1, lambda p: p), (2, ImageOps.mirror), (3, lambda p: p.rotate(180)), (4, ImageOps.flip),
+        (5, lambda p: p.transpose(Image.Transpose.TRANSPOSE)),
+        (6, lambda p: p.rotate(-90, expand=True)),
+        (7, lambda p: p.transpose(Image.Transpose.TRANSVERSE)),
+        (8, lambda p: p.rotate(90, expand=True))])
+    def test_exif_says_which_side_is_up(self, tmp_path, orientation, turned):
+        exif = Image.Exif()
+        exif[274] = orientation
+        assert np.array_equal(saved(tmp_path, noise(7, 5), exif=exif), turned(noise(7, 5)))
+
+    def test_cmyk_becomes_rgb(self, tmp_path):
+        opened = saved(tmp_path, halves((32, 16)).convert("CMYK"), "picture.jpg", quality=100)
+        assert opened.mode == "RGB"
+        assert np.abs(np.asarray(opened, int) - np.asarray(halves((32, 16)), int)).max() < 8
+
+    def test_palettes_are_looked_up(self, tmp_path):
+        picture = Image.new("P", (2, 1))
+        picture.putpalette([9, 8, 7, 250, 240, 230])
+        picture.putpixel((1, 0), 1)
+        opened = saved(tmp_path, picture)
+        assert [opened.getpixel((x, 0)) for x in (0, 1)] == [(9, 8, 7), (250, 240, 230)]
+
+    def test_a_transparent_palette_entry_is_white(self, tmp_path):
+        picture = Image.new("P", (2, 1))
+        picture.putpalette([9, 8, 7, 250, 240, 230])
+        picture.putpixel((1, 0), 1)
+        opened = saved(tmp_path, picture, transparency=0)
+        assert [opened.getpixel((x, 0)) for x in (0, 1)] == [(255, 255, 255), (250, 240, 230)]
+
+    @pytest.mark.parametrize("mode, pixel, want", [
+        ("RGBA", (200, 0, 100, 255), (200, 0, 100)), ("RGBA", (200, 0, 100, 0), (255, 255, 255)),
+        ("RGBA", (200, 0, 100, 51), (244, 204, 224)),          # a fifth of it, four of white
+        ("LA", (100, 255), (100, 100, 100)), ("LA", (100, 51), (224, 224, 224))])
+    def test_transparency_is_laid_over_white(self, tmp_path, mode, pixel, want):
+        opened = saved(tmp_path, Image.new(mode, (3, 2), pixel))
+        assert opened.getpixel((1, 1)) == pytest.approx(want, abs=1)
+
+    def test_sixteen_bits_are_scaled_to_eight(self, tmp_path):
+        values = np.array([[0, 257 * 51, 257 * 102, 65535]], dtype=np.uint16)
+        opened = saved(tmp_path, Image.fromarray(values))
+        assert [opened.getpixel((x, 0))[0] for x in range(4)] == [0, 51, 102, 255]
+
+    def test_sixteen_dark_bits_stay_dark(self, tmp_path):
+        opened = saved(tmp_path, Image.fromarray(np.full((2, 3), 200, dtype=np.uint16)))
+        assert opened.getpixel((0, 0)) == (0, 0, 0)
+
+    def test_numbers_up_to_255_are_taken_as_they_are(self):
+        assert to_rgb(Image.new("F", (1, 1), 51.0)).getpixel((0, 0)) == (51, 51, 51)
+        assert to_rgb(Image.new("I", (1, 1), 51)).getpixel((0, 0)) == (51, 51, 51)
+
+    def test_two_colours_of_one_bit_are_black_and_white(self, tmp_path):
+        opened = saved(tmp_path, Image.new("1", (3, 2), 1))
+        assert opened.getpixel((0, 0)) == (255, 255, 255)
+
+    @pytest.mark.parametrize("name", ["moves.gif", "moves.webp", "moves.png"])
+    def test_of_an_animation_the_first_frame_is_taken(self, tmp_path, name):
+        frames = [Image.new("RGB", (16, 8), c) for c in ("black", "white", "white")]
+        opened = saved(tmp_path, frames[0], name, save_all=True, append_images=frames[1:])
+        assert opened.size == (16, 8) and max(opened.getpixel((8, 4))) < 8
+
+    def test_a_missing_file_is_said_to_be_missing(self, tmp_path):
+        assert "no such picture" in refusal(tmp_path / "nothing.png")
+
+    def test_a_folder_is_no_picture(self, tmp_path):
+        assert "a folder" in refusal(tmp_path)
+
+    @pytest.mark.parametrize("content", [b"", b"a line of text\n", b"\x89PNG\r\n\x1a\n", b"BM",
+                                         b"GIF89a\x05\x00\x05\x00", b"\xff\xd8\xff\xe0\x00\x10JFIF"])
+    def test_what_is_no_picture_is_refused(self, tmp_path, content):
+        (tmp_path / "picture.png").write_bytes(content)
+        assert "not a readable picture" in refusal(tmp_path / "picture.png")
+
+    @pytest.mark.parametrize("name", ["picture.png", "picture.jpg", "picture.gif", "picture.bmp"])
+    def test_a_picture_that_is_cut_off_is_refused(self, tmp_path, name):
+        path = tmp_path / name
+        noise(40, 30).save(path)
+        path.write_bytes(path.read_bytes()[:path.stat().st_size // 2])
+        assert "not a readable picture" in refusal(path)
+
+    @pytest.mark.parametrize("width, height", [(MOST_PIXELS // 1000 + 1, 1000), (60000, 60000)])
+    def test_a_decompression_bomb_is_refused_by_its_header(self, tmp_path, width, height):
+        def chunk(kind, data):
+            return struct.pack(">I", len(data)) + kind + data \
+                + struct.pack(">I", zlib.crc32(kind + data))
+        header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+        (tmp_path / "bomb.png").write_bytes(
+            b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"0"))
+            + chunk(b"IEND", b""))
+        assert "more than 64,000,000 pixels" in refusal(tmp_path / "bomb.png")
+
+    def test_an_error_of_the_decoder_names_the_file(self, tmp_path, monkeypatch):
+        def broken(*arguments):
+            raise ValueError("something\nlong")
+        saved(tmp_path, noise(7, 5))
+        monkeypatch.setattr(Image.Image, "convert", broken)
+        monkeypatch.setattr(ImageOps, "exif_transpose", broken)
+        assert "not a readable picture" in refusal(tmp_path / "picture.png")
+
+
+class TestCentreCrop:
+    def test_the_middle_of_a_wide_picture_by_hand(self):
+        picture = Image.new("RGB", (12, 4), "black")
+        picture.paste("white", (4, 0, 8, 4))                   # the middle third
+        assert np.asarray(centre_crop(picture, 4)).min() == 255
+
+    def test_the_middle_of_a_high_picture_by_hand(self):
+        picture = Image.new("RGB", (4, 12), "black")
+        picture.paste("white", (0, 4, 4, 8))
+        assert np.asarray(centre_crop(picture, 4)).min() == 255
+
+    def test_an_odd_margin_is_cut_where_torchvision_cuts_it(self):
+        columns = np.arange(7, dtype=np.uint8)[None, :, None].repeat(4, 0).repeat(3, 2)
+        crop = np.asarray(centre_crop(Image.fromarray(columns), 4))
+        assert crop[0, :, 0].tolist() == [2, 3, 4, 5]          # round(1.5) columns are left out
+
+    @pytest.mark.parametrize("width, height", [(64, 47), (47, 64), (100, 37), (31, 90), (13, 11)])
+    def test_it_is_resizing_the_shorter_side_and_then_cutting(self, width, height):
+        size, ramp = 23, np.add.outer(np.arange(height), np.arange(width)) * 255.0
+        picture = Image.fromarray((ramp / (height + width)).astype(np.uint8)).convert("RGB")
+        short = min(width, height)
+        wide, high = int(size * width / short), int(size * height / short)
+        left, top = round((wide - size) / 2), round((high - size) / 2)
+        whole = picture.resize((wide, high), Image.Resampling.BICUBIC)
+        want = np.asarray(whole.crop((left, top, left + size, top + size)), int)
+        assert np.abs(np.asarray(centre_crop(picture, size), int) - want).max() <= 1
+
+    def test_shrinking_averages(self):
+        checkers = Image.fromarray(((np.indices((64, 64)).sum(0) % 2) * 255).astype(np.uint8))
+        assert np.abs(np.asarray(centre_crop(checkers, 8), int) - 127).max() <= 2
+
+    def test_a_picture_of_the_size_is_left_alone(self):
+        picture = noise(9, 9)
+        assert np.array_equal(centre_crop(picture, 9), picture)
+
+    def test_a_sliver_costs_no_memory(self):
+        assert centre_crop(Image.new("RGB", (1_000_000, 1)), 16).size == (16, 16)
+
+
+class TestTensors:
+    def test_rows_are_height_and_channels_come_first(self):
+        made = to_tensor([noise(7, 5, 1), noise(7, 5, 2)])
+        assert made.shape == (2, 3, 5, 7) and made.dtype == torch.uint8
+        assert made[1, :, 4, 6].tolist() == list(noise(7, 5, 2).getpixel((6, 4)))
+
+    def test_normalise_has_the_published_values(self):
+        pixels = torch.tensor([[0, 0, 0], [255, 255, 255], [124, 117, 104]], dtype=torch.uint8)
+        made = normalise(pixels[:, :, None, None])
+        want = torch.tensor([[-1.7922625, -1.7520971, -1.4802198], [1.9303361, 2.0748837, 2.1458969],
+                             [0.0179424, 0.0038118, -0.0013330]])
+        assert made.dtype == torch.float32
+        torch.testing.assert_close(made[:, :, 0, 0], want, atol=2e-6, rtol=0)
+
+    def test_normalise_is_by_channel(self):
+        made = normalise(torch.full((2, 3, 5, 7), 128, dtype=torch.uint8))
+        for c in range(3):
+            want = (128 / 255 - MEAN[c]) / STD[c]
+            torch.testing.assert_close(made[:, c], torch.full((2, 5, 7), want))
+
+
+class TestOpenFolder:
+    def test_pictures_come_by_name_and_other_files_are_counted(self, tmp_path, capsys):
+        for name, colour in (("b.png", "red"), ("a.jpg", "blue")):
+            Image.new("RGB", (8, 8), colour).save(tmp_path / name)
+        (tmp_path / "notes.txt").write_text("not a picture")
+        (tmp_path / "inner").mkdir()
+        paths, pictures = open_folder(tmp_path)
+        assert [p.name for p in paths] == ["a.jpg", "b.png"]
+        assert pictures[1].getpixel((0, 0)) == (255, 0, 0)
+        out = capsys.readouterr().out
+        assert "passed over 1 of 3 files" in out and "notes.txt" in out
+
+    def test_a_folder_without_pictures_is_refused(self, tmp_path):
+        (tmp_path / "notes.txt").write_text("not a picture")
+        with pytest.raises(ValueError, match="no pictures in it"):
+            open_folder(tmp_path)
+
+    def test_a_missing_folder_is_refused(self, tmp_path):
+        with pytest.raises(ValueError, match="no such folder"):
+            open_folder(tmp_path / "nothing")
+
+
+class TestSheet:
+    CELL = 40
+
+    def page(self, rows):
+        return np.asarray(sheet("what is shown here", rows, cell=self.CELL), int)
+
+    def test_every_picture_is_drawn_whole(self):
+        rows = [("words", None, [(halves(left=(200, 30, 40), right=(200, 30, 40)), "red", None)] * 5),
+                ("", halves(left=(1, 99, 2), right=(1, 99, 2)), [(None, "words alone", None)] * 2)]
+        page = self.page(rows)
+        assert (page == (200, 30, 40)).all(-1).sum() == 5 * self.CELL ** 2
+        assert (page == (1, 99, 2)).all(-1).sum() == self.CELL ** 2
+
+    def test_frames_say_right_and_wrong(self):
+        cell = Image.new("RGB", (5, 5), "white")
+        good, bad, plain = (self.page([("", None, [(cell, "", right)])]) for right in (True, False, None))
+        for page, has, lacks in ((good, GREEN, RED), (bad, RED, GREEN)):
+            assert (page == has).all(-1).any() and not (page == lacks).all(-1).any()
+        assert not (plain == GREEN).all(-1).any() and not (plain == RED).all(-1).any()
+
+    @pytest.mark.parametrize("cells", [
+        [(None, "a long sentence of many words that has to be broken into lines", True)] * 3,
+        [(Image.new("RGB", (9, 5), "white"), "caption", False)] * 7,
+        [(None, "words", True), (Image.new("RGB", (5, 9), "white"), "caption", False)] * 4])
+    def test_nothing_touches_the_right_edge(self, cells):
+        page = self.page([("left", None, cells), ("", Image.new("RGB", (3, 3)), cells[:1])])
+        assert (page[:, -1] == 255).all() and (page[-1] == 255).all()
+
+    def test_long_names_stay_below_their_own_picture(self):
+        cell = Image.new("RGB", (5, 5), (1, 99, 2))
+        name = "0.27 IMG_20240101_120000_a_very_long_name_of_a_file and more and more words after it"
+        many, few = (self.page([("", None, [(cell, name, None), (cell, second, None)])] * 2)
+                     for second in (name, ""))
+        second = slice(3 * self.CELL + 6, None)                # columns of the second cell
+        assert (many[:, second] != few[:, second]).any()
+        assert (many[:, :3 * self.CELL] == few[:, :3 * self.CELL]).all()
+        assert (many == (1, 99, 2)).all(-1).sum() == 4 * self.CELL ** 2
+        alone = self.page([("", None, [(cell, name, None)])])
+        assert (alone[:, second] == 255).all()
+
+    def test_letters_of_other_scripts_do_not_break_it(self):
+        self.page([("猫 😀 é", None, [(None, "\u200b кот", None)])])
