@@ -1,11 +1,11 @@
 """CLIP: two towers that agree on which picture belongs to which sentence.
 
-Learning Transferable Visual Models From Natural Language Supervision (Radford et al., 2021), and the
-sigmoid loss of SigLIP (Zhai et al., 2023).
+Learning Transferable Visual Models From Natural Language Supervision (Radford et al., 2021), and
+the sigmoid loss of SigLIP (Zhai et al., 2023).
 
-    picture -> ViT -> class token -> norm -> projection -> unit vector --+
-                                                                         +--> cosines * scale -> loss
-    words -> causal transformer -> norm -> EOT token -> projection ------+
+    picture -> ViT -> class token -> norm -> projection -> unit vector -+
+                                                                        +-> cosines * scale -> loss
+    words -> causal transformer -> norm -> EOT token -> projection -----+
 
     python train.py clip                                       train one on the shapes world
     python clip.py runs/clip classify PICTURE "a red circle" "a blue star"
@@ -19,11 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import checkpoint, cli, losses
+from common import checkpoint, cli, evaluation, losses
 from common.images import centre_crop, normalise, open_folder, open_image, sheet, to_tensor
 from common.masks import causal
-from common.metrics import accuracy, retrieval
-from common.metrics import chance as true_by_chance
 from common.transformer import LayerNorm, Transformer, full, gelu, quick_gelu, vit_block
 from common.vision import ViT
 
@@ -40,10 +38,10 @@ class CLIPConfig:
     vision_layers: int = 4
     vision_heads: int = 4
     text_width: int = 128
-    text_layers: int = 3
+    text_layers: int = 2
     text_heads: int = 4
     context: int = 32
-    vocab: int = 512
+    vocab: int = 1024
     eos: int = 2
     embed: int = 128
     act: str = "gelu"                    # published weights need quick_gelu
@@ -60,8 +58,9 @@ def published(image_size, patch, width, layers, text_width, embed):
     """A config of the paper's Table 20: heads are always 64 wide, the text tower has 12 layers."""
     return CLIPConfig(
         image_size=image_size, patch=patch, vision_width=width, vision_layers=layers,
-        vision_heads=width // 64, text_width=text_width, text_layers=12, text_heads=text_width // 64,
-        context=77, vocab=49408, eos=49407, embed=embed, act="quick_gelu")
+        vision_heads=width // 64, text_width=text_width, text_layers=12,
+        text_heads=text_width // 64, context=77, vocab=49408, eos=49407, embed=embed,
+        act="quick_gelu")
 
 
 PRESETS = {
@@ -139,7 +138,7 @@ class CLIP(nn.Module):
                     for _ in range(c.text_layers)])
         self.image_projection = nn.Linear(c.vision_width, c.embed, bias=False)
         self.text_projection = nn.Linear(c.text_width, c.embed, bias=False)
-        # The logarithm is learned; the multiplier of the cosines starts at 1 / 0.07, SigLIP's at 10.
+        # Its logarithm is learned; the multiplier itself starts at 1 / 0.07, SigLIP's at 10.
         sigmoid = c.loss == "sigmoid"
         self.logit_scale = nn.Parameter(torch.tensor(math.log(10 if sigmoid else 1 / 0.07)))
         self.logit_bias = nn.Parameter(torch.tensor(-10.0)) if sigmoid else None
@@ -147,7 +146,7 @@ class CLIP(nn.Module):
 
     @torch.no_grad()
     def initialise(self):
-        """OpenAI's initialisation: text by width and depth, vision as torch's own attention layer."""
+        """OpenAI's initialisation: text by width and depth, vision as torch's own layers."""
         width, layers = self.config.text_width, self.config.text_layers
         nn.init.normal_(self.text.token_embed.weight, std=0.02)
         nn.init.normal_(self.text.positions, std=0.01)
@@ -188,7 +187,7 @@ class CLIP(nn.Module):
 
     def scalars(self):
         """The learned numbers of the loss: [logit_scale], for SigLIP [logit_scale, logit_bias]."""
-        return [self.logit_scale] if self.logit_bias is None else [self.logit_scale, self.logit_bias]
+        return [s for s in (self.logit_scale, self.logit_bias) if s is not None]
 
     def loss(self, image, text, scalars, gather=losses.alone):
         """The contrastive loss of unit vectors (B, E), (B, E) under the numbers of `scalars`."""
@@ -232,27 +231,23 @@ class CLIP(nn.Module):
 
     @torch.no_grad()
     def evaluate(self, data):
-        """Retrieval both ways and zero-shot accuracy on a data.View -> {name of result.json: number}."""
-        world, records = data.world, data.records("test")
-        texts = [record["texts"][0] for record in records]
-
-        def is_true(text, image):
-            return world.is_true(texts[text], records[image]["source"])
-        images = self.encode_all(data, records)
-        figures = retrieval(images, self.encode_text(data.ids(texts)), is_true)
-        chance = true_by_chance(is_true, len(records))
-        figures |= {f"{name}_chance": chance for name in figures if name.endswith("@1")}
+        """Retrieval both ways and zero-shot accuracy on a data.View -> {name: number}."""
+        world = data.world
         classifier = self.classifier(data.ids, world.all_classes, world.templates)
-        for name, split, classes in (("zero_shot_accuracy", world.zero_shot, world.classes),
-                                     ("composition_accuracy", "composition", world.all_classes)):
-            records = data.records(split)
-            labels = torch.tensor([world.label(record["source"]) for record in records])
-            scores = self.encode_all(data, records) @ classifier[:, :len(classes)]
-            figures[name] = accuracy(scores.cpu(), labels)
-            figures[f"{name}_chance"] = 1 / len(classes)
-        return figures
+        return evaluation.retrieval(self.pool(data)) | evaluation.zero_shot(
+            world, lambda records: self.encode_records(data, records), classifier)
 
-    def encode_all(self, data, records, chunk=256):
+    @torch.no_grad()
+    def samples(self, data):
+        """A picture for people: what the model finds for unseen sentences and pictures."""
+        return evaluation.retrieval_sheet(self.pool(data))
+
+    def pool(self, data):
+        """The test pictures and sentences of a data.View, encoded."""
+        return evaluation.Pool(data.world, lambda records: self.encode_records(data, records),
+                               lambda texts: self.encode_text(data.ids(texts)))
+
+    def encode_records(self, data, records, chunk=256):
         """Unit vectors (N, E) of the records' pictures."""
         parts = [records[k:k + chunk] for k in range(0, len(records), chunk)]
         return torch.cat([self.encode_image(normalise(data.images(part))) for part in parts])
@@ -267,23 +262,6 @@ class CLIP(nn.Module):
         vectors = self.encode_text(ids(texts)).view(len(names), len(templates), -1)
         return F.normalize(vectors.mean(dim=1), dim=-1).T
 
-    @torch.no_grad()
-    def samples(self, data, count=6):
-        """A picture of what the model finds: sentences with their best pictures, and the reverse."""
-        world, records = data.world, data.records("test")
-        texts = [record["texts"][0] for record in records]
-        scores = self.encode_text(data.ids(texts)) @ self.encode_all(data, records).T
-        pictures = [record["images"][0] for record in records]
-        found = [(texts[t], None, [(pictures[i], "", world.is_true(texts[t], records[i]["source"]))
-                                   for i in scores[t].topk(count).indices.tolist()])
-                 for t in range(count)]
-        told = [("", pictures[i], [(None, texts[t], world.is_true(texts[t], records[i]["source"]))
-                                   for t in scores[:, i].topk(3).indices.tolist()])
-                for i in range(count, 2 * count)]
-        return sheet(f"CLIP on unseen {world.name}: a sentence, then the pictures it finds; below, a "
-                     "picture, then the sentences it finds. Green is right, red is wrong.",
-                     found + told)
-
 
 # ------------------------------------------------------------------ using a trained model
 
@@ -297,7 +275,8 @@ class Trained:
     def images(self, pictures):
         """Pillow pictures -> unit vectors (N, E)."""
         size = self.model.config.image_size
-        return self.model.encode_image(normalise(to_tensor([centre_crop(p, size) for p in pictures])))
+        pictures = to_tensor([centre_crop(p, size) for p in pictures])
+        return self.model.encode_image(normalise(pictures))
 
     def ids(self, texts):
         """Texts -> int64 (N, T)."""

@@ -63,8 +63,8 @@ class Stage:
 STAGES = {
     "clip": Stage("picture and text towers, contrastive (CLIP; --set loss=sigmoid: SigLIP)",
                   clip, clip.CLIP, {
-                      "tiny": Recipe(steps=1500, batch_size=256, lr=1e-3),
-                      "tiny emoji": Recipe(steps=1200, batch_size=256, lr=1e-3),
+                      "tiny": Recipe(steps=1100, batch_size=256, lr=1e-3),
+                      "tiny emoji": Recipe(steps=900, batch_size=256, lr=1e-3, decay=2.0),
                       "small": Recipe(steps=6000, batch_size=1024, lr=5e-4, warmup=500),
                       # The paper's own: 32 epochs of 400M pairs (B4 of its appendix F).
                       "": Recipe(steps=390000, batch_size=32768, lr=5e-4, warmup=2000)}),
@@ -363,7 +363,7 @@ class Run:
         bar = tqdm(total=self.recipe.steps, initial=self.step, desc=self.name, unit="step",
                    disable=distributed.rank() > 0, mininterval=0.5 if sys.stderr.isatty() else 20)
         losses, waited, mark = [], 0.0, time.time()
-        with open(self.folder / "log.jsonl", "a") if distributed.rank() == 0 else \
+        with bar, open(self.folder / "log.jsonl", "a") if distributed.rank() == 0 else \
                 contextlib.nullcontext() as log:
             for batches in self.batches.loader(self.step, self.recipe.steps, self.options.workers):
                 waited += time.time() - mark
@@ -378,7 +378,6 @@ class Run:
                                                  self.device)["loss"]
                     losses = []
                     if not math.isfinite(self.loss):
-                        bar.close()
                         kept = "there is no checkpoint yet" if self.kept is None else \
                             f"the checkpoint of step {self.kept} stays in {self.folder}"
                         raise ValueError(f"the loss or its gradient is {self.loss} at step {self.step}; "
@@ -392,10 +391,10 @@ class Run:
                         log.flush()
                     if saving or stop:
                         self.save()
-                    if stop:
+                    if stop:             # all end alike, whichever process was told to
+                        self.stopped = self.stopped or signal.SIGTERM
                         break
                 mark = time.time()
-        bar.close()
 
     def finish(self):
         """Measure the trained model; writes result.json and samples.png, prints the result."""
@@ -471,8 +470,10 @@ def main():
             print(f"{key:16s} {stage.about}\n{'':16s} presets: {', '.join(stage.file.PRESETS)}")
         return 0
     if name not in STAGES and name not in LISTS:
-        raise ValueError(f"{f'no stage {name}' if name else 'which stage?'}; "
-                         f"there are {', '.join([*STAGES, *LISTS])}")
+        raise ValueError(f"{f'no stage {name}' if name else 'which stage?'}; there are "
+                         + ", ".join([*STAGES, *LISTS]))
+    if name in LISTS and values["out"]:
+        raise ValueError("--out is one run's folder; the stages of a list go to --runs")
     began = BEGAN
     try:
         for stage in LISTS.get(name, [name]):

@@ -5,6 +5,7 @@ A source of records has `size(split)`, `record(split, index, rng)` and `is_true(
 any number of workers and processes, and a run can go on at any step.
 """
 import inspect
+import os
 import random
 import signal
 
@@ -23,7 +24,7 @@ def open_world(spec, image_size):
     """The world that --data names: "shapes", "emoji", or with a dial, "shapes:objects=3,noise=0.1".
 
     Raises ValueError for a world or a dial that does not exist, naming those that do, and for a
-    value of another type than the dial's own.
+    value of another type than the dial's own, or with which nothing can be drawn.
     """
     name, _, dials = spec.partition(":")
     if name not in WORLDS:
@@ -41,7 +42,12 @@ def open_world(spec, image_size):
         except ValueError:
             raise ValueError(f"--data {spec}: {key} takes {kinds[key].__name__}, "
                              f"not {value!r}") from None
-    return WORLDS[name](image_size=image_size, **values)
+    world = WORLDS[name](image_size=image_size, **values)
+    try:
+        world.record("train", 0, draw_rng(0, 0, 0))
+    except ValueError as error:
+        raise ValueError(f"--data {spec}: {error}") from None
+    return world
 
 
 def draw_rng(seed, epoch, index):
@@ -110,10 +116,14 @@ class Batches(torch.utils.data.Dataset):
 
 
 def _begin_worker(worker):
-    """One thread, and deaf to the signals that ask the training process to save and stop."""
+    """One thread. A Ctrl-C asks the training process alone to save and stop, which ends its workers.
+
+    A worker is a copy of that process, so it would also keep its handler and outlive terminate().
+    """
     torch.set_num_threads(1)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    os.setsid()                          # out of the group that a terminal sends its signals to
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class View:

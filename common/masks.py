@@ -54,5 +54,5 @@ def draw(mask):
 
     Leading axes of size 1 are dropped; larger ones are drawn one below the other.
     """
-    mask = mask.reshape(-1, *mask.shape[-2:])
-    return "\n\n".join("\n".join("".join(".#"[bool(v)] for v in row) for row in grid) for grid in mask)
+    grids = mask.reshape(-1, *mask.shape[-2:]).tolist()
+    return "\n\n".join("\n".join("".join(".#"[v] for v in row) for row in grid) for grid in grids)

@@ -1,8 +1,8 @@
 """A transformer from parts: attention, norms, MLPs, positions, Block, Transformer.
 
 Every model of the project is built from these few pieces by composition; `vit_block`, `gpt2_block`,
-`opt_block`, `llama_block`, `bert_block` and `t5_block` at the end show how. Letters: B batch, T query
-length, S key length, D width, H heads, K head width. Masks are boolean, True = may attend.
+`opt_block`, `llama_block`, `bert_block` and `t5_block` at the end show how. Letters: B batch,
+T query length, S key length, D width, H heads, K head width. Masks: boolean, True = may attend.
 """
 import math
 from functools import partial
@@ -19,7 +19,7 @@ SHORT = 64 * 80
 
 
 def full(x):
-    """x in float32 when it is a half type, else unchanged: sums over many values need the digits."""
+    """x in float32 when it is a half type, else unchanged: long sums need the digits."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
@@ -28,8 +28,9 @@ def full(x):
 def attention(q, k, v, mask=None, bias=None, scale=None):
     """Scaled dot-product attention, by hand (Attention Is All You Need, 3.2.1).
 
-    q (B, H, T, K), k (B, H, S, K), v (B, H, S, V), float. mask: bool, broadcastable to (B, H, T, S).
-    bias: float, broadcastable likewise, added to the scores. scale: default K ** -0.5.
+    q (B, H, T, K), k (B, H, S, K), v (B, H, S, V), float. mask: bool, broadcastable to
+    (B, H, T, S). bias: float, broadcastable likewise, added to the scores. scale: default
+    K ** -0.5.
     Returns (B, H, T, V). A query that may attend to nothing gets zeros, and so do its gradients.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -40,7 +41,7 @@ def attention(q, k, v, mask=None, bias=None, scale=None):
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     weights = scores.softmax(dim=-1)
     if mask is not None:
-        weights = weights.masked_fill(~mask, 0)       # a row with no True would be a uniform average
+        weights = weights.masked_fill(~mask, 0)        # a row with no True would be an average
     return weights @ v
 
 
@@ -157,7 +158,7 @@ class Attention(nn.Module):
 def layer_norm(x, weight, bias, eps):
     """(x - mean) / sqrt(variance + eps) * weight + bias over the last axis, computed in float32."""
     centred = full(x) - full(x).mean(dim=-1, keepdim=True)
-    variance = centred.square().mean(dim=-1, keepdim=True)            # biased, as in every paper here
+    variance = centred.square().mean(dim=-1, keepdim=True)            # biased: divided by D
     scaled = centred * torch.rsqrt(variance + eps) * weight
     return (scaled if bias is None else scaled + bias).to(x.dtype)
 
@@ -262,7 +263,7 @@ class LearnedPositions(nn.Module):
 
 
 def rope_table(positions, head_width, theta=10000.0):
-    """cos and sin of every position's angles (RoFormer, 3.2), for `rope_half` or `rope_interleaved`.
+    """cos and sin of every position's angles (RoFormer, 3.2), for the two functions below.
 
     positions int64 (T,) or (B, T) -> two float32 tensors (T, K/2) or (B, 1, T, K/2). float32 also
     under bf16: at position 4,000 a bf16 angle is off by several radians.
@@ -306,7 +307,7 @@ class RelativeBias(nn.Module):
             side, distance = (distance > 0) * buckets, distance.abs()
         else:
             distance = (-distance).clamp(min=0)
-        exact = buckets // 2             # half of the buckets are one distance each, half grow in log
+        exact = buckets // 2             # half are one distance each, the others grow in log
         far = exact + (torch.log(distance.clamp(min=1).float() / exact)
                        / math.log(self.max_distance / exact) * (buckets - exact)).long()
         return side + torch.where(distance < exact, distance, far.clamp(max=buckets - 1))

@@ -53,7 +53,7 @@ class ViT(nn.Module):
         self.transformer = Transformer(blocks)
 
     def embed(self, images):
-        """images float (B, 3, H, W), H = W = image_size, else ValueError -> tokens (B, 1 + N, D)."""
+        """images float (B, 3, H, W) -> tokens (B, 1 + N, D). ValueError unless H = W = image_size."""
         B, C, H, W = images.shape
         if (C, H, W) != (3, self.image_size, self.image_size):
             raise ValueError(f"pictures of shape {(C, H, W)}, but this tower takes "
@@ -64,7 +64,7 @@ class ViT(nn.Module):
         return x if self.pre_norm is None else self.pre_norm(x)
 
     def hidden(self, images):
-        """Tokens before the last norm: (B, 3, H, W) -> (B, 1 + N, D); token 0 is the class token."""
+        """Tokens before the last norm: (B, 3, H, W) -> (B, 1 + N, D); token 0 is the class's."""
         return self.transformer(self.embed(images))
 
     def forward(self, images):

@@ -67,13 +67,14 @@ class Bench:
 
     def row(self, name, score):
         """A table row: score(split) -> (N, classes), on single and on each shifted style."""
-        return [name] + self.by_style(score("single"), "single") + self.by_style(score("shifted"), "shifted")
+        return [name, *(x for split in ("single", "shifted")
+                        for x in self.by_style(score(split), split))]
 
     @torch.no_grad()
     def zero_shot(self, templates):
         """score(split) of the zero-shot classifier with these templates."""
         columns = self.model.classifier(self.trained.ids, self.world.classes, templates)
-        return lambda split: self.model.encode_all(self.view, self.records[split]) @ columns
+        return lambda split: self.model.encode_records(self.view, self.records[split]) @ columns
 
 
 HEAD = ["accuracy", "plain", *STYLED]
@@ -85,7 +86,8 @@ def ensemble(options):
     templates, scale = bench.world.templates, bench.model.logit_scale.exp()
     with torch.no_grad():
         rows = [bench.row(repr(t), bench.zero_shot([t])) for t in templates]
-        rows.append(["mean of the single prompts"] + [statistics.mean(c) for c in list(zip(*rows))[1:]])
+        columns = list(zip(*rows))[1:]
+        rows.append(["mean of the single prompts", *map(statistics.mean, columns)])
         rows.append(bench.row("ensemble", bench.zero_shot(templates)))
         alone = [bench.zero_shot([t]) for t in templates]
         rows.append(bench.row("mean of probabilities", lambda split: sum(
@@ -117,7 +119,8 @@ def probe(options):
         best = max((10.0 ** k for k in range(-6, 2)), key=lambda l2: metrics.accuracy(
             metrics.logistic_regression(x[fit], y[fit], len(world.classes), l2)(x[held]), y[held]))
         predict = metrics.logistic_regression(x[:count], y[:count], len(world.classes), best)
-        rows.append(bench.row(f"linear probe, {shots} a class", lambda split: predict(known[split])))
+        rows.append(bench.row(f"linear probe, {shots} a class",
+                              lambda split: predict(known[split])))
     table(HEAD, rows)
 
 
@@ -153,8 +156,8 @@ def trained(options, name, *flags):
     """result.json of a run of train.py clip under RUNS/experiments, made unless it is there."""
     out = Path(options.runs) / "experiments" / name
     if not (out / "result.json").exists():
-        command = [sys.executable, str(ROOT / "train.py"), "clip", "--out", str(out), "--resume", *flags]
-        subprocess.run(command, check=True)
+        subprocess.run([sys.executable, str(ROOT / "train.py"), "clip", "--out", str(out),
+                        "--resume", *flags], check=True)
     return checkpoint.read_json(out / "result.json")
 
 
@@ -179,19 +182,20 @@ def compare(options, variants):
 
 
 def batch(options):
-    """Batch 32, 128 and 512 at the same number of pairs; the rate grows with the root of the batch."""
+    """Batch 32, 128 and 512, as many pairs each; the rate grows with the root of the batch."""
     compare(options, {f"batch {size}": [
         "--batch_size", str(size), "--steps", str(options.pairs // size),
         "--lr", str(1e-3 * (size / 256) ** 0.5)] for size in (32, 128, 512)})
 
 
 def sigmoid(options):
-    """Softmax, sigmoid, and sigmoid without its bias, at batch 32."""
-    flags = ["--batch_size", "32", "--steps", str(options.pairs // 32), "--lr", str(1e-3 / 8 ** 0.5)]
+    """Softmax and sigmoid at batch 32."""
+    flags = ["--batch_size", "32", "--steps", str(options.pairs // 32),
+             "--lr", str(1e-3 / 8 ** 0.5)]
     compare(options, {"softmax 32": flags, "sigmoid 32": [*flags, "--set", "loss=sigmoid"]})
 
 
-EXPERIMENTS = {"ensemble": ensemble, "probe": probe, "shift": shift, "batch": batch, "sigmoid": sigmoid}
+EXPERIMENTS = {f.__name__: f for f in (ensemble, probe, shift, batch, sigmoid)}
 
 
 def main():
@@ -199,10 +203,11 @@ def main():
     parser = cli.parser(__doc__)
     parser.add_argument("experiment", choices=EXPERIMENTS, metavar="EXPERIMENT",
                         help=", ".join(EXPERIMENTS))
-    parser.add_argument("--run", default="runs/clip", metavar="RUN", help="a trained CLIP on shapes")
+    parser.add_argument("--run", default="runs/clip", help="a CLIP trained on shapes")
     parser.add_argument("--runs", default="runs", help="where short runs are kept")
     parser.add_argument("--seeds", type=int, default=3, help="seeds of each variant (default 3)")
-    parser.add_argument("--pairs", type=int, default=128000, help="pairs each run sees (default 128000)")
+    parser.add_argument("--pairs", type=int, default=128000,
+                        help="pairs each run sees (default 128000)")
     parser.add_argument("--steps", type=int, help="shift: steps of the supervised classifier")
     options = parser.parse_args()
     EXPERIMENTS[options.experiment](options)

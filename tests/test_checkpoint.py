@@ -82,7 +82,7 @@ class TestSave:
         assert checkpoint.load(tmp_path / "previous.pt")["step"] == 2
         assert checkpoint.newest(tmp_path)["step"] == 3
 
-    @pytest.mark.parametrize("damage", [None, *DAMAGES])
+    @pytest.mark.parametrize("damage", [None, "empty", "zeros", "half", "all but one"])
     def test_a_kill_at_any_call_leaves_a_whole_checkpoint(self, tmp_path, monkeypatch, damage):
         """Stopped before its n-th call to the disk, for every n; with last.pt whole or damaged."""
         calls = [(os, "link"), (os, "replace"), (os, "fsync"), (torch, "save")]
@@ -241,7 +241,7 @@ class TestOpenRun:
         (lambda run: (run / "config.json").write_text('{"model": "blip"}'), "a run of 'blip', not of 'clip'"),
         (lambda run: (run / "config.json").write_text('{"model": "clip"}'), "an incomplete run"),
         (lambda run: (run / "last.pt").unlink(), "no checkpoint yet"),
-        (lambda run: (run / "last.pt").write_bytes(b"cut"), "last.pt: not a checkpoint, or cut off"),
+        (lambda run: (run / "last.pt").write_bytes(b"half"), "last.pt: not a checkpoint, or cut off"),
         (lambda run: (run / "tokenizer.model").unlink(), "tokenizer.model"),
         (lambda run: (run / "tokenizer.model").write_bytes(b"cut"), "tokenizer.model: not a SentencePiece")])
     def test_what_is_missing_or_damaged_is_said_in_one_line(self, run, harm, words):

@@ -31,7 +31,7 @@ class Emoji:
     image_size: pixels of a side; pictures are resampled once, from the archive straight to it.
     """
     name = "emoji"
-    vocabulary = 1024                     # pieces of the tokenizer
+    vocabulary = 2048                     # pieces of the tokenizer
     zero_shot = "test"                    # the split that classes are told apart on
     templates = ("{}", "the {} emoji", "a picture of the {} emoji", "an emoji: {}",
                  "{}, drawn as an emoji", "a small drawing: {}")
@@ -109,7 +109,7 @@ class Emoji:
         templates, words = self.templates, entry["keywords"]
         if rng is not None:
             templates = (rng.choice(templates),)
-            words = rng.sample(words, rng.randint(min(2, len(words)), len(words)))
+            words = rng.sample(words, rng.randint(min(2, len(words)), min(5, len(words))))
         told = [template.format(entry["phrase"]) for template in templates]
         texts = list(dict.fromkeys([entry["name"], *told]))
         if len(words) > 1:

@@ -221,7 +221,8 @@ OPENINGS = ("", "", "", "a picture of ", "a photo of ", "there is ", "an image w
 
 
 def describe(scene, rng, length=None):
-    """One true sentence. length: "short" names objects, "long" adds sizes, places, relations.
+    """One true sentence. length: "short" names objects; "long" adds sizes, places or a relation,
+    and at times the background; "full" says of every object its size and place. None: any but full.
 
     Every sentence names every object by colour and shape.
     """
@@ -229,17 +230,14 @@ def describe(scene, rng, length=None):
     items = list(scene.items)
     rng.shuffle(items)
     opening = rng.choice(OPENINGS)
-    if length == "short":
-        return opening + listed([phrase(i) for i in items])
-    sized = rng.random() < 0.5
-    names = [phrase(i, sized) for i in items]
-    held = relations(items[0], items[1]) if len(items) == 2 else []
-    if held and rng.random() < 0.5:
-        text = f"{names[0]} {rng.choice(held)} {names[1]}"
-    else:
-        text = listed([f"{name} {'in' if where(i) == 'centre' else 'at'} the {where(i)}"
-                       for name, i in zip(names, items)])
-    if rng.random() < 0.3:
+    detail = rng.choice(("size", "place", "relation")) if length == "long" else length
+    held = relations(items[0], items[1]) if len(items) == 2 and detail == "relation" else []
+    names = [phrase(item, size=detail in ("size", "full")) for item in items]
+    if detail in ("place", "full"):
+        names = [f"{name} {'in' if where(item) == 'centre' else 'at'} the {where(item)}"
+                 for name, item in zip(names, items)]
+    text = f"{names[0]} {rng.choice(held)} {names[1]}" if held else listed(names)
+    if length == "full" or detail in ("size", "relation") and rng.random() < 0.3:
         text += f" on a {scene.background} background"
     return opening + text
 

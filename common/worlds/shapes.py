@@ -2,14 +2,17 @@
 
     world = Shapes()
     record = world.record("test", 0)
-    record["images"][0].show(); print(record["texts"]); world.is_true(record["texts"][0], record["source"])
+    record["images"][0].show()
+    world.is_true(record["texts"][0], record["source"])
 
-What later papers ask of a scene (questions, dialogues, documents, clips, episodes, boxes) is in
-`tasks.py`; how a scene is drawn, told and judged is in `scene.py`.
+How a scene is drawn, told and judged is in `scene.py`; what later papers ask of one scene
+(questions, probes, boxes, letters) is in `tasks.py`, of several (documents, clips, dialogues,
+episodes) in `stories.py`.
 """
 import random
 
 from common.worlds import scene as scenes
+from common.worlds import stories
 
 
 class Shapes:
@@ -23,7 +26,7 @@ class Shapes:
     in the background. image_size: pixels of a side. style: a rendering for every split.
     """
     name = "shapes"
-    vocabulary = 512                      # pieces of the tokenizer
+    vocabulary = 1024                     # pieces of the tokenizer
     zero_shot = "single"                  # the split that classes are told apart on
     splits = {"train": 65536, "test": 1000, "single": 1008, "composition": 300, "shifted": 1008}
     templates = ("a picture of {}", "a photo of {}", "there is {}", "an image with {}", "{}")
@@ -31,9 +34,9 @@ class Shapes:
     def __init__(self, *, objects=2, noise=0.0, clutter=0, image_size=32, style="plain"):
         self.objects, self.noise, self.clutter = objects, noise, clutter
         self.image_size, self.style = image_size, style
-        self.classes = [scenes.phrase(scenes.Item(c, s, "small", 0.5, 0.5)) for c, s in scenes.PAIRS]
-        self.all_classes = self.classes + [scenes.phrase(scenes.Item(c, s, "small", 0.5, 0.5))
-                                           for c, s in sorted(scenes.HELD_OUT)]
+        self.all_classes = [scenes.phrase(scenes.Item(colour, shape, "small", 0.5, 0.5))
+                            for colour, shape in (*scenes.PAIRS, *sorted(scenes.HELD_OUT))]
+        self.classes = self.all_classes[:len(scenes.PAIRS)]
 
     def size(self, split):
         """The number of records in a split (for train: in an epoch)."""
@@ -48,7 +51,7 @@ class Shapes:
             return self._sample(fixed, (1, self.objects))
         pairs = sorted(scenes.HELD_OUT) if split == "composition" else scenes.PAIRS
         scene = self._sample(fixed, 1, pairs=(pairs[index % len(pairs)],))
-        style = scenes.STYLES[1 + index % 3] if split == "shifted" else self.style
+        style = scenes.STYLES[1 + index // len(pairs) % 3] if split == "shifted" else self.style
         return scenes.restyled(scene, style)
 
     def _sample(self, rng, objects, pairs=scenes.PAIRS):
@@ -71,7 +74,8 @@ class Shapes:
         return self.all_classes.index(scenes.phrase(scene.items[0]))
 
     def corpus(self):
-        """Sentences for the tokenizer and the language model, in a fixed order."""
+        """Sentences for the tokenizer, in a fixed order: captions, and what every task says."""
         for index in range(4000):
             rng = random.Random(f"corpus/{index}")
-            yield scenes.describe(self.scene("train", index, rng), rng)
+            yield scenes.describe(scenes.sample(rng, (1, 3)), rng, None if index % 4 else "full")
+        yield from stories.corpus()

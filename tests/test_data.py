@@ -1,0 +1,202 @@
+"""Batches: who draws what, and that it never depends on workers, processes or micro-batches."""
+import os
+import random
+import signal
+
+import pytest
+import torch
+from PIL import Image
+
+from common import cli
+from common.data import Batches, Pairs, View, draw_rng, open_world, world_tokenizer
+from common.tokenizers import Tokenizer
+from common.worlds.emoji import Emoji
+from common.worlds.shapes import Shapes
+
+
+class Numbers:
+    """A world whose record is its index and a draw: batches can be read back."""
+    name = "numbers"
+
+    def size(self, split):
+        return {"train": 52, "test": 5}[split]
+
+    def record(self, split, index, rng=None):
+        return {"images": [Image.new("RGB", (4, 4))], "texts": ["a", "b"], "source": index,
+                "draw": rng.random() if rng else 0.0}
+
+
+def together(records, rngs):
+    """A collate that keeps what was drawn for whom, here and later by the rng."""
+    return {"index": torch.tensor([r["source"] for r in records]),
+            "draw": torch.tensor([r["draw"] for r in records]),
+            "later": torch.tensor([rng.random() for rng in rngs])}
+
+
+class Damaged(Numbers):
+    def record(self, split, index, rng=None):
+        raise ValueError(f"record {index} is damaged")
+
+
+class Whereabouts(Numbers):
+    """Its records say in which process group they were made, and what signals do there."""
+
+    def record(self, split, index, rng=None):
+        here = [os.getpgrp(), *map(signal.getsignal, (signal.SIGINT, signal.SIGTERM))]
+        return {"source": here, "draw": 0.0}
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    return Pairs(Tokenizer.train(["a red circle and a blue star"] * 9), 11, 8)
+
+
+def batches(**more):
+    return Batches(Numbers(), together, **{"batch_size": 12, "seed": 3, **more})
+
+
+def whole(step, **more):
+    """Everything that all processes see in a step, in their order: {name: (12,)}."""
+    ranks = more.pop("world_size", 1)
+    parts = [part for rank in range(ranks)
+             for part in batches(rank=rank, world_size=ranks, **more)[step]]
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def same(one, other):
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+class TestBatches:
+    @pytest.mark.parametrize("split", [{"accumulate": 4}, {"world_size": 3},
+                                       {"world_size": 2, "accumulate": 3}, {"world_size": 12}])
+    def test_processes_and_micro_batches_share_out_the_same_batch(self, split):
+        for step in (0, 3, 4, 9):
+            assert same(whole(step, **split), whole(step))
+
+    def test_micro_batches_are_equal_parts_of_a_process(self):
+        for rank in (0, 1):
+            made = batches(world_size=2, rank=rank, accumulate=3)[1]
+            assert [len(part["index"]) for part in made] == [2, 2, 2]
+            assert torch.equal(torch.cat([p["index"] for p in made]),
+                               whole(1)["index"][6 * rank:6 * rank + 6])
+
+    @pytest.mark.parametrize("workers", [1, 2])
+    def test_workers_make_the_same_batches(self, workers):
+        alone, many = (list(batches(accumulate=2).loader(2, 9, count)) for count in (0, workers))
+        assert len(alone) == len(many) == 7
+        for one, other in zip(alone, many):
+            assert len(one) == 2 and all(same(*pair) for pair in zip(one, other))
+
+    def test_going_on_at_a_step_gives_that_step(self):
+        through = list(batches().loader(0, 9, 0))
+        for step, late in zip(range(5, 9), batches().loader(5, 9, 0)):
+            assert same(through[step][0], late[0])
+
+    def test_an_epoch_uses_a_record_once(self):
+        for epoch in range(3):
+            steps = [whole(4 * epoch + place)["index"] for place in range(4)]
+            seen = torch.cat(steps).tolist()
+            assert len(seen) == len(set(seen)) == 48 and set(seen) <= set(range(52))
+
+    def test_epochs_differ_in_order_and_in_draws(self):
+        first, second = ({name: torch.cat([whole(step)[name] for step in steps]) for name in ("index", "draw")}
+                         for steps in (range(4), range(4, 8)))
+        assert not torch.equal(first["index"], second["index"])
+        assert set(first["index"].tolist()) != set(second["index"].tolist())    # other leftovers
+        assert not set(first["draw"].tolist()) & set(second["draw"].tolist())
+
+    def test_a_draw_belongs_to_seed_epoch_and_index(self):
+        made = whole(6)                                                  # epoch 1
+        for index, draw, later in zip(*(made[name].tolist() for name in ("index", "draw", "later"))):
+            rng = draw_rng(3, 1, index)
+            assert draw == pytest.approx(rng.random()) and later == pytest.approx(rng.random())
+        draws = {draw_rng(*key).random() for key in [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 11, 1),
+                                                     (11, 1, 1), (1, 1, 11)]}
+        assert len(draws) == 7
+
+    def test_seeds_differ(self):
+        assert not same(whole(0, seed=3), whole(0, seed=4))
+        assert len({tuple(whole(0, seed=seed)["index"].tolist()) for seed in (-5, 0, 10 ** 17)}) == 3
+
+    def test_drawing_leaves_the_models_random_numbers_alone(self):
+        torch.manual_seed(0)
+        random.seed(0)
+        before, plain = torch.get_rng_state(), random.getstate()
+        list(batches().loader(0, 4, 0))
+        list(batches().loader(0, 4, 1))
+        assert torch.equal(torch.get_rng_state(), before) and random.getstate() == plain
+
+    def test_a_batch_as_large_as_the_data_is_an_epoch(self):
+        assert sorted(whole(0, batch_size=52)["index"].tolist()) == list(range(52))
+
+    def test_a_batch_larger_than_the_data_is_refused(self):
+        with pytest.raises(ValueError, match=r"batch_size 53 is larger than the data \(52 records"):
+            batches(batch_size=53)
+
+    @pytest.mark.parametrize("more", [{"world_size": 5}, {"accumulate": 5}, {"world_size": 3, "accumulate": 8}])
+    def test_an_indivisible_batch_is_refused(self, more):
+        with pytest.raises(ValueError, match="batch_size 12 does not divide into"):
+            batches(**more)
+
+    def test_a_mistake_in_a_worker_is_told_in_one_line(self, capsys):
+        with pytest.raises(ValueError) as caught:
+            list(Batches(Damaged(), together, batch_size=1).loader(0, 1, 1))
+        cli.fail(caught.value)
+        index = batches(batch_size=1, seed=0).keys(0)[1][0]
+        assert capsys.readouterr().err == f"error: record {index} is damaged\n"
+
+    def test_a_worker_is_out_of_reach_of_ctrl_c_and_can_be_ended(self):
+        before = signal.signal(signal.SIGTERM, lambda number, frame: None)     # as a run's handler
+        try:
+            one, = Batches(Whereabouts(), together, batch_size=1).loader(0, 1, 1)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+        group, interrupt, terminate = one[0]["index"][0].tolist()
+        assert group != os.getpgrp()
+        assert (interrupt, terminate) == (signal.SIG_IGN, signal.SIG_DFL)
+
+
+class TestPairs:
+    def test_pictures_are_cut_and_one_text_is_chosen_by_the_rng(self, pairs):
+        picture = Image.new("RGB", (24, 8), "black")
+        picture.paste("white", (8, 0, 16, 8))
+        records = [{"images": [picture], "texts": ["a", "red", "blue star"]} for _ in range(30)]
+        rngs = [random.Random(i) for i in range(30)]
+        made = pairs(records, rngs)
+        assert made["images"].shape == (30, 3, 8, 8) and made["images"].min() == 255
+        said = [pairs.tokenizer.decode(row) for row in made["ids"].tolist()]
+        assert said == [random.Random(i).choice(["a", "red", "blue star"]) for i in range(30)]
+        assert set(said) == {"a", "red", "blue star"}
+
+    def test_a_view_batches_whole_splits(self, pairs):
+        view = View(Numbers(), pairs.tokenizer, pairs, "cpu")
+        assert [r["source"] for r in view.records("test")] == list(range(5))
+        assert view.images(view.records("test")).shape == (5, 3, 8, 8)
+        assert view.ids(["a", "red circle " * 40]).shape == (2, 11)
+
+
+class TestOpenWorld:
+    def test_worlds_by_name_with_their_dials(self):
+        world = open_world("shapes:objects=3,noise=1,style=outline", 16)
+        assert (world.objects, world.noise, world.style, world.image_size) == (3, 1.0, "outline", 16)
+        assert isinstance(open_world("shapes", 32), Shapes)
+        assert isinstance(open_world("emoji", 32), Emoji)
+
+    @pytest.mark.parametrize("spec, words", [
+        ("nothing", "no world 'nothing'; there are shapes, emoji"),
+        ("", "no world ''; there are shapes, emoji"),
+        ("shapes:sides=3", "shapes has no dial 'sides'; it has objects, noise, clutter, style"),
+        ("emoji:objects=3", "emoji has no dial 'objects'; it has none"),
+        ("shapes:image_size=64", "no dial 'image_size'"),
+        ("shapes:objects=many", "objects takes int, not 'many'"),
+        ("shapes:objects", "objects takes int, not ''"),
+        ("shapes:objects=2.5", "objects takes int, not '2.5'"),
+        ("shapes:noise=loud", "noise takes float, not 'loud'")])
+    def test_what_does_not_exist_is_refused_and_what_does_is_named(self, spec, words):
+        with pytest.raises(ValueError, match=words) as caught:
+            open_world(spec, 32)
+        assert "\n" not in str(caught.value) and f"--data {spec}" in str(caught.value)
+
+    def test_the_vocabulary_is_a_function_of_the_world(self):
+        assert world_tokenizer(Shapes()).model == world_tokenizer(Shapes()).model

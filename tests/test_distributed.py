@@ -1,0 +1,228 @@
+"""Two processes on one machine do what one process with the whole batch does."""
+import dataclasses
+import functools
+import os
+import signal
+import socket
+
+import pytest
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+import clip
+import train
+from common import checkpoint, distributed
+from tests.test_train import STEPS, TOY, Command, assert_same_run, at_step, fork, log, weights
+
+FLAGS = [*TOY, "--precision", "fp32", "--save_every", "4"]
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return str(found.getsockname()[1])
+
+
+def environments():
+    """What torchrun --nproc_per_node=2 tells its two processes."""
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    return [{**shared, "RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
+
+
+def pair(argv, folder, moments=(int, int)):
+    """Both `train.py ARGV` processes of a run."""
+    return [Command(argv, folder.with_name(f"{folder.name}{e['RANK']}.txt"), moment, **e)
+            for e, moment in zip(environments(), moments)]
+
+
+# One process and two compute the same gradients
+
+SIZES = dict(image_size=8, patch=4, vision_width=6, vision_layers=1, vision_heads=2, text_width=10,
+             text_layers=1, text_heads=2, embed=7, vocab=31, context=5)
+BATCH = 12
+
+
+def model_and_batch(loss):
+    torch.manual_seed(0)
+    model = clip.CLIP(clip.CLIPConfig(loss=loss, **SIZES)).double()
+    with torch.no_grad():                # off their symmetric starting points
+        for p in model.parameters():
+            p += 0.1 * torch.randn_like(p)
+    ids = torch.randint(3, 31, (BATCH, 5))
+    ids[:, -1] = 2
+    return model, {"images": torch.randint(0, 256, (BATCH, 3, 8, 8), dtype=torch.uint8), "ids": ids}
+
+
+def gradients(loss, parts, rank=0, ranks=1):
+    """{name: gradient} of this process's share, in so many micro-batches; the loss as "loss"."""
+    model, batch = model_and_batch(loss)
+    mine = BATCH // ranks // parts
+    micro = [{name: v[rank * BATCH // ranks + k * mine:][:mine] for name, v in batch.items()}
+             for k in range(parts)]
+    run = train.Run.__new__(train.Run)   # the loop's own update, without an optimiser that moves
+    run.device, run.half, run.model, run.step = torch.device("cpu"), False, model, 0
+    run.recipe, run.optimiser = train.Recipe(steps=9, batch_size=BATCH, lr=0.0, clip=1e9, decay=0.0), Watch(model)
+    forward = DistributedDataParallel(model) if ranks > 1 else model
+    total = run.update(forward, micro)
+    return run.optimiser.seen | {"loss": torch.tensor(distributed.mean({"": total.item()}, "cpu")[""])}
+
+
+class Watch:
+    """An optimiser that keeps the gradients and changes nothing."""
+    param_groups = []
+
+    def __init__(self, model):
+        self.model = model
+
+    def step(self):
+        self.seen = {name: p.grad.clone() for name, p in self.model.named_parameters()}
+
+    def zero_grad(self, set_to_none):
+        self.model.zero_grad(set_to_none)
+
+
+def both_ranks(environment, path):
+    """In one of two processes: the gradients of every case, and the small functions."""
+    os.environ |= environment
+    torch.set_num_threads(1)
+    distributed.start("cpu")
+    rank = distributed.rank()
+    found = {(loss, parts): gradients(loss, parts, rank, 2)
+             for loss in ("softmax", "sigmoid") for parts in (1, 2, 3)}
+    rows, first = distributed.gather(torch.full((2, 3), float(rank)))
+    found["gather"] = rows, torch.tensor(first)
+    found["any"] = torch.tensor([distributed.any_rank(rank == one, "cpu") for one in (0, 1, 7)])
+    found["mean"] = torch.tensor(distributed.mean({"a": rank + 1.0, "b": 4.0}, "cpu")["a"])
+    found["size"] = torch.tensor(distributed.world_size())
+    distributed.wait()
+    torch.save(found, path)
+    distributed.stop()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    """What `both_ranks` found in each of two processes."""
+    folder = tmp_path_factory.mktemp("two")
+    for process in [fork(both_ranks, e, folder / e["RANK"]) for e in environments()]:
+        process.join(60)
+        process.kill()
+        assert process.exitcode == 0
+    return [torch.load(folder / rank) for rank in ("0", "1")]
+
+
+class TestGradients:
+    @pytest.mark.parametrize("parts", [1, 2, 3])
+    @pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+    def test_of_two_processes_are_those_of_one_with_the_whole_batch(self, two, loss, parts):
+        want = gradients(loss, 1)
+        assert ("logit_bias" in want) == (loss == "sigmoid")
+        assert all(g.abs().max() > 1e-9 for name, g in want.items() if "k_proj.bias" not in name)
+        for found in two:
+            assert found[loss, parts].keys() == want.keys()
+            for name, gradient in want.items():
+                torch.testing.assert_close(found[loss, parts][name], gradient, atol=1e-9, rtol=1e-7, msg=name)
+
+    @pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+    def test_of_micro_batches_are_those_of_the_whole_batch(self, loss):
+        want, found = gradients(loss, 1), gradients(loss, 4)
+        for name, gradient in want.items():
+            torch.testing.assert_close(found[name], gradient, atol=1e-9, rtol=1e-7, msg=name)
+
+
+class TestFunctions:
+    def test_gather_puts_the_rows_in_the_order_of_the_processes(self, two):
+        for rank, found in enumerate(two):
+            rows, first = found["gather"]
+            assert rows[:, 0].tolist() == [0, 0, 1, 1] and first == 2 * rank
+
+    def test_a_flag_of_one_is_a_flag_of_all(self, two):
+        assert all(found["any"].tolist() == [True, True, False] for found in two)
+
+    def test_numbers_are_averaged(self, two):
+        assert all(found["mean"] == 1.5 and found["size"] == 2 for found in two)
+
+    def test_alone_they_are_harmless(self):
+        x = torch.randn(3, 5)
+        rows, first = distributed.gather(x)
+        assert torch.equal(rows, x) and first == 0
+        assert (distributed.rank(), distributed.world_size()) == (0, 1)
+        assert distributed.any_rank(True, "cpu") is True and distributed.any_rank(False, "cpu") is False
+        assert distributed.mean({"a": 2.0}, "cpu") == {"a": 2.0}
+        distributed.wait()
+        distributed.stop()
+        assert distributed.start("cpu") == torch.device("cpu") and distributed.world_size() == 1
+
+
+# Whole runs
+
+def two_stages():
+    """A trap: `all` is two stages, the second in micro-batches."""
+    class InParts(train.Run):
+        def __init__(self, name, options, *more):
+            options = dataclasses.replace(options, accumulate=3 if name == "parts" else 1)
+            super().__init__(name, options, *more)
+    train.Run = InParts
+    train.STAGES["parts"], clip.TRAINS["parts"] = train.STAGES["clip"], ("*",)
+    train.LISTS["all"] = ["clip", "parts"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A run of one process, and `all` of two: two stages, one after the other."""
+    folder = tmp_path_factory.mktemp("runs")
+    Command([*FLAGS, "--steps", "7", "--out", str(folder / "one")], folder / "one.txt").end()
+    both = pair(["all", *FLAGS[1:], "--steps", "7", "--runs", str(folder)], folder / "two", (two_stages,) * 2)
+    return folder, [process.end() for process in both]
+
+
+class TestRuns:
+    @pytest.mark.parametrize("name", ["clip-toy", "parts-toy"])
+    def test_two_processes_end_with_the_weights_of_one(self, runs, name):
+        folder, _ = runs
+        one, two = weights(folder / "one"), weights(folder / name)
+        for key in one:
+            torch.testing.assert_close(two[key], one[key], atol=1e-5, rtol=0, msg=key)
+        losses = [log(folder / run)[-1]["loss"] for run in ("one", name)]
+        assert losses[0] == pytest.approx(losses[1], abs=2e-5)
+
+    def test_the_first_alone_speaks_saves_and_measures(self, runs):
+        folder, (first, second) = runs
+        assert [line.split(":")[0] for line in first.splitlines()].count("result") == 2
+        assert second == ""
+        for name in ("clip-toy", "parts-toy"):
+            assert sorted(p.name for p in (folder / name).iterdir()) == [
+                "config.json", "last.pt", "log.jsonl", "previous.pt", "result.json", "samples.png", "tokenizer.model"]
+            assert [line["step"] for line in log(folder / name)] == [7]
+
+    def test_a_signal_to_one_stops_both_and_one_goes_on_alone(self, tmp_path):
+        moment = functools.partial(at_step, 5, signal.SIGTERM)
+        argv = [*FLAGS, "--steps", "7", "--out", str(tmp_path / "stopped")]
+        first, second = (p.end(128 + signal.SIGTERM) for p in pair(argv, tmp_path / "stopped", (int, moment)))
+        assert first.splitlines()[-1].startswith("stopped by SIGTERM at step 6, saved") and second == ""
+        assert not (tmp_path / "stopped/result.json").exists()
+        assert checkpoint.load(tmp_path / "stopped/last.pt")["step"] == 6
+        assert "resumed from step 6" in Command([*argv, "--resume"], tmp_path / "alone.txt").end()
+
+    def test_a_mistake_of_both_ends_both(self, tmp_path):
+        for process in pair([*FLAGS, "--batch_size", "9", "--out", str(tmp_path / "odd")], tmp_path / "odd"):
+            assert "batch_size 9 does not divide into 2 processes x 1 micro-batches" in process.end(2)
+        assert not (tmp_path / "odd").exists()
+
+    def test_two_killed_processes_go_on_to_the_same_end(self, tmp_path):
+        argv = [*TOY, "--steps", str(STEPS), "--out"]
+        kill = functools.partial(at_step, 21, signal.SIGKILL)
+        for process in pair([*argv, str(tmp_path / "whole")], tmp_path / "whole"):
+            process.end()
+        for process in pair([*argv, str(tmp_path / "killed")], tmp_path / "killed", (kill, kill)):
+            process.end(-signal.SIGKILL)
+        for process in pair([*argv, str(tmp_path / "killed"), "--resume"], tmp_path / "killed"):
+            process.end()
+        assert_same_run(tmp_path / "killed", tmp_path / "whole")

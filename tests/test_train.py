@@ -1,0 +1,505 @@
+"""train.py: the pieces of a run, and that neither a kill nor a stop changes what it ends with.
+
+Runs are processes forked from one that has imported torch already. Their world is `Toy`.
+"""
+import functools
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch._dynamo                      # the first optimiser asks for it; once for all forks
+from torch import nn
+
+import clip
+import train
+from common import checkpoint, cli, data
+from common.worlds.shapes import Shapes
+
+SIZES = ["vision_width=12", "vision_layers=1", "vision_heads=3", "text_width=10", "text_layers=1",
+         "text_heads=2", "embed=7"]
+TOY = ["clip", "--data", "toy", "--batch_size", "6", "--save_every", "6",
+       *itertools.chain.from_iterable(("--set", size) for size in SIZES)]
+STEPS = 23
+
+
+class Toy(Shapes):
+    """The shapes world with small splits and few words."""
+    name = "toy"
+    splits = {"train": 61, "test": 13, "single": 42, "composition": 6, "shifted": 42}
+
+    def corpus(self):
+        return itertools.islice(super().corpus(), 150)
+
+
+data.WORLDS["toy"] = Toy
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Several threads on tiny tensors wait for each other most of the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# Processes
+
+def child(argv, output, moment, environment):
+    """Be `python train.py ARGV` in this process; moment() may lay a trap first."""
+    os.setpgrp()
+    multiprocessing.set_start_method(None, force=True)       # workers start as they do by default
+    os.environ |= environment
+    with open(output, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    torch.set_num_threads(1)
+    sys.argv, train.BEGAN = ["train.py", *argv], time.time()
+    moment()
+    cli.run(train.main)
+
+
+def fork(target, *arguments):
+    """A process that calls target(*arguments), started from one that has imported all this."""
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload([__name__])
+    process = forks.Process(target=target, args=arguments)
+    with pytest.MonkeyPatch.context() as patch:          # for the server, which starts with the first
+        patch.setenv("PYTHONPATH", str(Path(train.__file__).parent))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        process.start()
+    return process
+
+
+class Command:
+    """A `python train.py ARGV` that runs beside the test."""
+
+    def __init__(self, argv, output, moment=int, **environment):
+        self.output = output
+        self.process = fork(child, argv, output, moment, environment)
+
+    def end(self, status=0):
+        """Its output, when it has ended with this status; -9 is killed by signal 9."""
+        self.process.join(60)
+        text = self.output.read_text()
+        if self.process.is_alive():
+            self.process.kill()
+            raise AssertionError(f"still running:\n{text}")
+        assert self.process.exitcode == status, text
+        assert "Traceback" not in text, text
+        return text
+
+
+def at_step(step, number, group=False):
+    """A trap: the process, or its whole group, gets a signal as it begins a step."""
+    update = train.Run.update
+
+    def struck(self, *arguments):
+        if self.step == step:
+            os.kill(0 if group else os.getpid(), number)
+        return update(self, *arguments)
+    train.Run.update = struck
+
+
+def writing(count):
+    """A trap: killed when half of the count-th checkpoint is written."""
+    save = torch.save
+
+    def struck(state, path):
+        nonlocal count
+        count -= 1
+        save(state, path)
+        if count == 0:
+            path.write_bytes(path.read_bytes()[:5000])
+            os.kill(os.getpid(), signal.SIGKILL)
+    torch.save = struck
+
+
+def naming(name, count):
+    """A trap: killed before a file is given this name for the count-th time."""
+    replace = os.replace
+
+    def struck(old, new):
+        nonlocal count
+        count -= new.name == name
+        if count == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(old, new)
+    os.replace = struck
+
+
+def while_measuring(number):
+    """A trap: the process gets a signal when all steps are done."""
+    def struck(self, view):
+        os.kill(os.getpid(), number)
+        return {}
+    clip.CLIP.evaluate = struck
+
+
+def weights(folder):
+    return checkpoint.load(folder / "last.pt")["model"]
+
+
+def log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def assert_same_run(folder, reference):
+    """Both ended with the same weights, optimiser, random numbers, figures and log."""
+    one, other = (checkpoint.load(f / "last.pt") for f in (folder, reference))
+    assert one["step"] == other["step"] == STEPS and torch.equal(one["rng"], other["rng"])
+    assert one["model"].keys() == other["model"].keys()
+    assert all(torch.equal(one["model"][name], other["model"][name]) for name in one["model"])
+    for key, moments in other["optimizer"]["state"].items():
+        assert all(torch.equal(one["optimizer"]["state"][key][m], moments[m]) for m in moments)
+    figures = [json.loads((f / "result.json").read_text()) for f in (folder, reference)]
+    for figure in figures:
+        figure.pop("seconds"), figure.pop("peak_memory_mb")
+    assert figures[0] == figures[1]
+    assert [(line["step"], line["loss"], line["lr"]) for line in log(folder)] \
+        == [(line["step"], line["loss"], line["lr"]) for line in log(reference)]
+    assert not list(folder.glob("*.part"))
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    """Start a run of the toy world: toy(name, *flags, moment=...) -> Command; its folder: toy.runs / name."""
+    runs = tmp_path_factory.mktemp("runs")
+
+    def start(name, *flags, **more):
+        argv = [*TOY, "--steps", str(STEPS), "--out", str(runs / name), *flags]
+        return Command(argv, runs / f"{name}.txt", **more)
+    start.runs = runs
+    return start
+
+
+@pytest.fixture(scope="module")
+def reference(toy):
+    """The folder of a run that nothing disturbed."""
+    toy("reference").end()
+    return toy.runs / "reference"
+
+
+class TestARun:
+    def test_its_folder_holds_what_the_head_of_the_file_says(self, reference):
+        assert sorted(p.name for p in reference.iterdir()) == [
+            "config.json", "last.pt", "log.jsonl", "previous.pt", "result.json", "samples.png",
+            "tokenizer.model"]
+        assert [line["step"] for line in log(reference)] == [10, 20, 23]
+        assert checkpoint.load(reference / "previous.pt")["step"] == 18
+
+    def test_a_checkpoint_has_its_six_parts(self, reference):
+        state = checkpoint.load(reference / "last.pt")
+        assert sorted(state) == ["data", "model", "optimizer", "rng", "schedule", "step"]
+
+    def test_the_last_line_is_the_result(self, toy, reference):
+        last = toy("again", "--steps", "2").end().splitlines()[-1]
+        assert last.startswith("result: {")
+        result = json.loads(last.removeprefix("result: "))
+        assert result == json.loads((toy.runs / "again/result.json").read_text())
+        assert result["steps"] == 2 and result["parameters"] == result["trainable_parameters"] \
+            == sum(w.numel() for w in weights(reference).values())
+        assert 0 < result["seconds"] < 60 and result["peak_memory_mb"] > 1
+        for name in ("zero_shot_accuracy", "composition_accuracy", "image_to_text_recall@1"):
+            assert 0 <= result[name] <= 1 and 0 < result[f"{name}_chance"] < 1
+
+    def test_training_changed_every_weight(self, toy, reference):
+        first = weights(toy.runs / "again")
+        assert all(not torch.equal(first[name], w) for name, w in weights(reference).items())
+
+    def test_a_finished_folder_is_refused(self, toy, reference):
+        before = {p: p.stat().st_mtime_ns for p in reference.iterdir()}
+        text = toy("reference").end(2)
+        assert re.search("^error: .*reference: holds a finished run; --resume .* --overwrite .*$", text, re.M)
+        assert before == {p: p.stat().st_mtime_ns for p in reference.iterdir()}
+
+    def test_a_finished_run_is_measured_again_by_resume_and_eval_only(self, toy, reference):
+        first = json.loads((reference / "result.json").read_text())
+        for flag in ("--resume", "--eval_only"):
+            (reference / "result.json").unlink()
+            text = toy("reference", flag).end()
+            again = json.loads((reference / "result.json").read_text())
+            assert "resumed from step 23\n" in text
+            assert {**again, "seconds": 0, "peak_memory_mb": 0} \
+                == {**first, "seconds": 0, "peak_memory_mb": 0}
+        assert len(log(reference)) == 3
+
+    def test_overwrite_begins_anew(self, toy, reference):
+        toy("anew", "--steps", "3").end()
+        (toy.runs / "anew/old.txt").write_text("an earlier run's")
+        assert "resumed" not in toy("anew", "--overwrite").end()
+        assert not (toy.runs / "anew/old.txt").exists()
+        assert_same_run(toy.runs / "anew", reference)
+
+    def test_resume_of_nothing_begins_at_0(self, toy, reference):
+        assert "resumed" not in toy("nothing", "--resume").end()
+        assert_same_run(toy.runs / "nothing", reference)
+
+    def test_workers_change_nothing(self, toy, reference):
+        toy("workers", "--workers", "1").end()
+        assert_same_run(toy.runs / "workers", reference)
+
+    def test_exact_accumulation_ends_with_the_same_weights(self, toy):
+        toy("whole", "--precision", "fp32", "--steps", "5").end()
+        toy("parts", "--precision", "fp32", "--steps", "5", "--accumulate", "3").end()
+        whole, parts = weights(toy.runs / "whole"), weights(toy.runs / "parts")
+        for name in whole:
+            torch.testing.assert_close(parts[name], whole[name], atol=1e-5, rtol=0)
+        assert log(toy.runs / "parts")[-1]["loss"] == pytest.approx(log(toy.runs / "whole")[-1]["loss"], abs=2e-5)
+
+    def test_init_starts_from_the_weights_of_a_run(self, toy, reference):
+        toy("init", "--init", str(reference), "--steps", "1", "--lr", "1e-12").end()
+        for name, w in weights(toy.runs / "init").items():
+            torch.testing.assert_close(w, weights(reference)[name], atol=1e-9, rtol=0)
+
+    def test_a_run_that_is_overwritten_can_be_its_own_start(self, toy, reference):
+        toy("own", "--steps", "2").end()
+        first = weights(toy.runs / "own")
+        toy("own", "--steps", "1", "--lr", "1e-12", "--overwrite", "--init", str(toy.runs / "own")).end()
+        for name, w in weights(toy.runs / "own").items():
+            torch.testing.assert_close(w, first[name], atol=1e-9, rtol=0)
+
+    def test_a_loss_that_is_not_finite_ends_it_and_leaves_the_checkpoint(self, toy):
+        text = toy("burst", "--lr", "1e30", "--save_every", "1").end(2)
+        assert re.search("^error: the loss or its gradient is nan at step 2; the checkpoint of step 1 stays "
+                         "in .*burst; try a smaller --lr$", text, re.M)
+        assert not (toy.runs / "burst/result.json").exists()
+        state = checkpoint.load(toy.runs / "burst/last.pt")
+        assert state["step"] == 1 and all(w.isfinite().all() for w in state["model"].values())
+
+    def test_it_is_said_when_there_is_no_checkpoint_yet(self, toy):
+        assert "there is no checkpoint yet" in toy("burst2", "--lr", "1e30").end(2)
+        assert not (toy.runs / "burst2/last.pt").exists()
+
+
+KILLS = {
+    "before the first checkpoint": (functools.partial(at_step, 4, signal.SIGKILL), None),
+    "in a step": (functools.partial(at_step, 21, signal.SIGKILL), 18),
+    "in the middle of a checkpoint":
+        (functools.partial(writing, 3), 12),
+    "between the two names": (functools.partial(naming, "last.pt", 3), 12),
+    "before the earlier one has its name": (functools.partial(naming, "previous.pt", 2), 12),
+    "while measuring": (functools.partial(while_measuring, signal.SIGKILL), 23),
+}
+
+
+class TestStops:
+    @pytest.mark.parametrize("name", KILLS)
+    def test_a_killed_run_ends_as_if_it_had_not_been(self, toy, reference, name):
+        moment, step = KILLS[name]
+        toy(name, moment=moment).end(-signal.SIGKILL)
+        resumed = [line for line in toy(name, "--resume").end().splitlines() if "resumed" in line]
+        assert resumed == ([] if step is None else [f"resumed from step {step}"])
+        assert_same_run(toy.runs / name, reference)
+
+    def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(self, toy, reference):
+        toy("damaged", moment=functools.partial(at_step, 21, signal.SIGKILL)).end(-signal.SIGKILL)
+        last = toy.runs / "damaged/last.pt"
+        last.write_bytes(last.read_bytes()[:20000])
+        assert log(toy.runs / "damaged")[-1]["step"] == 20       # later than both checkpoints
+        with open(toy.runs / "damaged/log.jsonl", "a") as file:
+            file.write('{"step": 21, "lo')
+        text = toy("damaged", "--resume").end()
+        assert "last.pt: not a checkpoint, or cut off; taking previous.pt\nresumed from step 12\n" in text
+        assert_same_run(toy.runs / "damaged", reference)
+
+    def test_killed_twice_with_a_worker_and_resumed_without(self, toy, reference):
+        for step in (9, 16):
+            toy("twice", "--workers", "1", "--resume",
+                moment=functools.partial(at_step, step, signal.SIGKILL)).end(-signal.SIGKILL)
+        assert "resumed from step 12\n" in toy("twice", "--resume").end()
+        assert_same_run(toy.runs / "twice", reference)
+
+    @pytest.mark.parametrize("number, flags, group", [
+        (signal.SIGINT, [], False), (signal.SIGTERM, [], False),
+        (signal.SIGINT, ["--workers", "1"], True), (signal.SIGTERM, ["--workers", "1"], True)])
+    def test_a_signal_saves_and_resume_goes_on_to_the_same_end(self, toy, reference, number, flags, group):
+        name = f"{number.name}{len(flags)}"
+        text = toy(name, *flags, moment=functools.partial(at_step, 7, number, group)).end(128 + number)
+        assert text.splitlines()[-1] == f"stopped by {number.name} at step 8, saved; " \
+            "the same command with --resume goes on"
+        assert not (toy.runs / name / "result.json").exists()
+        assert "resumed from step 8\n" in toy(name, *flags, "--resume").end()
+        assert_same_run(toy.runs / name, reference)
+
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+    def test_a_signal_while_measuring_ends_at_once(self, toy, reference, number):
+        text = toy(f"late {number.name}", moment=functools.partial(while_measuring, number)).end(128 + number)
+        assert text.splitlines()[-1].startswith(f"stopped by {number.name} at step 23, saved")
+        toy(f"late {number.name}", "--resume").end()
+        assert_same_run(toy.runs / f"late {number.name}", reference)
+
+    @pytest.mark.parametrize("flags, words", [
+        (["--seed", "1"], "options seed=0 (now 1)"), (["--lr", "0.01"], "recipe lr=0.001 (now 0.01)"),
+        (["--steps", "24"], "recipe steps=23 (now 24)"), (["--batch_size", "8"], "batch_size=6 (now 8)"),
+        (["--set", "embed=9"], "config embed=7 (now 9)"), (["--accumulate", "2"], "accumulate=1 (now 2)")])
+    def test_another_run_is_not_resumed(self, reference, flags, words, capsys, monkeypatch):
+        monkeypatch.setattr(sys, "argv", ["train.py", *TOY, "--steps", str(STEPS), "--out", str(reference),
+                                          "--resume", *flags])
+        with pytest.raises(SystemExit, match="2"):
+            cli.run(train.main)
+        assert words in capsys.readouterr().err
+
+
+# Pieces
+
+@pytest.fixture
+def model():
+    return clip.CLIP(clip.CLIPConfig(vision_width=12, vision_heads=3, vision_layers=2, text_width=10,
+                                     text_heads=2, text_layers=1, embed=7, vocab=31, loss="sigmoid"))
+
+
+class TestOptimiser:
+    def test_gains_biases_and_scalars_are_not_decayed(self, model):
+        train.freeze(model, ("*",))
+        decayed, plain = train.parameter_groups(model, 0.2)
+        names = {id(p): name for name, p in model.named_parameters()}
+        plain_names = {names[id(p)] for p in plain["params"]}
+        assert {"logit_scale", "logit_bias", "vision.cls"} <= plain_names
+        assert all(name.endswith((".bias", "norm.weight")) for name in
+                   plain_names - {"logit_scale", "logit_bias", "vision.cls"})
+        assert {names[id(p)] for p in decayed["params"]} == set(names.values()) - plain_names
+        assert (decayed["weight_decay"], plain["weight_decay"]) == (0.2, 0.0)
+        assert any(name.endswith("bias") for name in plain_names) \
+            and not any("norm" in names[id(p)] for p in decayed["params"])
+
+    def test_a_step_without_gradient_decays_matrices_alone(self, model):
+        train.freeze(model, ("*",))
+        optimiser = torch.optim.AdamW(train.parameter_groups(model, 0.2), lr=0.5)
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p)
+        optimiser.step()
+        for name, p in model.named_parameters():
+            if p.ndim >= 2:
+                torch.testing.assert_close(p, before[name] * 0.9)
+            else:
+                assert torch.equal(p, before[name]), name
+
+    def test_the_rate_rises_over_the_warm_up_and_falls_as_a_cosine(self):
+        recipe = train.Recipe(steps=110, batch_size=1, lr=0.8, warmup=10)
+        rate = functools.partial(train.learning_rate, recipe)
+        assert [rate(step) for step in (0, 4, 9, 10)] == pytest.approx([0.08, 0.4, 0.8, 0.8])
+        assert [rate(step) for step in (35, 60, 85)] == pytest.approx([0.8 * (2 + 2 ** 0.5) / 4, 0.4,
+                                                                      0.8 * (2 - 2 ** 0.5) / 4])
+        assert 0 < rate(109) < 0.001 and rate(110) == pytest.approx(0)
+
+    def test_without_a_warm_up_the_first_rate_is_the_peak(self):
+        assert train.learning_rate(train.Recipe(steps=4, batch_size=1, lr=0.8, warmup=0), 0) == 0.8
+
+    def test_the_gradient_is_clipped_and_the_rate_is_the_schedules(self, tmp_path, monkeypatch):
+        run = train.Run("clip", train.Options(data="toy", batch_size=6, steps=50, precision="fp32",
+                                              out=str(tmp_path / "run")), SIZES)
+        norms, clip_norm = [], nn.utils.clip_grad_norm_
+
+        def watched(parameters, most):
+            parameters = list(parameters)
+            for p in parameters:
+                p.grad *= 1e6
+            clip_norm(parameters, most)
+            norms.append(torch.stack([p.grad.norm() for p in parameters]).norm().item())
+            return torch.tensor(1.0)
+        monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", watched)
+        run.step = 3
+        run.update(run.model, run.batches[3])
+        assert norms == [pytest.approx(1.0, abs=1e-3)]
+        assert {group["lr"] for group in run.optimiser.param_groups} == {1e-3 * 4 / 10}
+        assert not (tmp_path / "run").exists()
+
+    @pytest.mark.parametrize("size", [math.inf, math.nan])
+    def test_a_gradient_that_is_not_finite_shows_in_the_loss(self, tmp_path, monkeypatch, size):
+        run = train.Run("clip", train.Options(data="toy", batch_size=6, steps=50), SIZES)
+        monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *arguments: torch.tensor(size))
+        assert not run.update(run.model, run.batches[0]).isfinite()
+
+
+class TestFreeze:
+    def test_patterns_choose_what_is_trained(self, model):
+        table = train.freeze(model, ("text.*", "vision.transformer.blocks.1.*", "logit_scale"))
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        assert trained == {name for name, p in model.named_parameters()
+                           if name.startswith(("text.", "vision.transformer.blocks.1.")) or name == "logit_scale"}
+        kept = {id(p) for group in train.parameter_groups(model, 0.1) for p in group["params"]}
+        assert kept == {id(p) for p in model.parameters() if p.requires_grad}
+        rows = {line.split()[0]: line.split()[1:] for line in table.splitlines()}
+        assert rows["logit_bias"] == ["1", "frozen"] and rows["logit_scale"] == ["1", "trained"]
+        assert rows["text"][1:] == ["trained"] and rows["image_projection"] == ["84", "frozen"]
+        assert rows["vision"][-1] == "trained" and len(rows["vision"]) == 3
+
+    def test_frozen_modules_are_in_eval_mode(self, model):
+        train.freeze(model, ("text.*", "logit_scale"))
+        assert not model.vision.training and not model.image_projection.training
+        assert not any(m.training for m in model.vision.modules())
+        assert model.text.training and all(m.training for m in model.text.modules())
+
+    def test_frozen_parameters_stay_bit_equal_over_a_step(self, tmp_path, monkeypatch):
+        monkeypatch.setitem(clip.TRAINS, "clip", ("text.*", "text_projection.*"))
+        run = train.Run("clip", train.Options(data="toy", batch_size=6, steps=50), SIZES)
+        before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
+        run.update(run.model, run.batches[0])
+        for name, p in run.model.named_parameters():
+            assert torch.equal(p, before[name]) != name.startswith("text"), name
+
+
+class TestOptions:
+    def test_the_recipe_is_the_presets_unless_a_flag_says_otherwise(self):
+        def recipe(**options):
+            run = train.Run.__new__(train.Run)
+            run.options, run.stage = train.Options(**options), train.STAGES["clip"]
+            return run.find_recipe()
+        recipes = train.STAGES["clip"].recipes
+        assert recipe() == recipes["tiny"] and recipe(data="shapes:objects=3") == recipes["tiny"]
+        assert recipe(data="emoji") == recipes["tiny emoji"]
+        assert recipe(preset="ViT-B/32") == recipes[""]
+        changed = recipe(steps=50, batch_size=8, lr=0.5)
+        assert (changed.steps, changed.batch_size, changed.lr, changed.warmup) == (50, 8, 0.5, 10)
+
+    @pytest.mark.parametrize("options, name", [
+        ({}, "clip"), ({"data": "emoji"}, "clip-emoji"), ({"preset": "ViT-B/32"}, "clip-ViT-B-32"),
+        ({"data": "shapes:objects=3,noise=0.1", "preset": "small"}, "clip-shapes-objects=3-noise=0.1-small")])
+    def test_the_default_folder_hides_no_other_run(self, options, name):
+        run = train.Run.__new__(train.Run)
+        run.name, run.options = "clip", train.Options(runs="some", **options)
+        assert run.default_folder() == Path("some") / name
+
+    def test_the_clock_starts_with_the_program_or_with_the_stage(self, monkeypatch):
+        run = train.Run("clip", train.Options(data="toy", batch_size=6), SIZES, began=time.time() - 100)
+        assert 100 <= run.elapsed() < 160
+        run.seconds = 50                 # of an earlier sitting
+        assert 150 <= run.elapsed() < 210
+        began = []
+        monkeypatch.setitem(train.LISTS, "all", ["clip", "clip"])
+        monkeypatch.setattr(train, "train", lambda *arguments: began.append(arguments[-1]))
+        monkeypatch.setattr(sys, "argv", ["train.py", "all"])
+        assert train.main() == 0
+        assert began[0] == train.BEGAN < began[1] <= time.time()
+
+    def test_a_list_ends_with_the_stage_that_was_stopped(self, monkeypatch):
+        statuses = iter([0, 143])
+        monkeypatch.setitem(train.LISTS, "all", ["clip", "clip", "clip"])
+        monkeypatch.setattr(train, "train", lambda *arguments: next(statuses))
+        monkeypatch.setattr(sys, "argv", ["train.py", "all"])
+        assert train.main() == 143
+
+    def test_half_precision_is_asked_for_or_fast(self, monkeypatch):
+        cpu = torch.device("cpu")
+        for fast in (True, False):
+            monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: fast)
+            assert train.half_precision("auto", cpu) is fast
+            assert train.half_precision("bf16", cpu) and not train.half_precision("fp32", cpu)
+
+    def test_every_stage_has_a_recipe_for_every_preset(self):
+        for name, stage in train.STAGES.items():
+            assert name in stage.file.TRAINS
+            for preset in stage.file.PRESETS:
+                assert preset in stage.recipes or "" in stage.recipes, (name, preset)
+        assert {stage for stages in train.LISTS.values() for stage in stages} <= set(train.STAGES)
