@@ -9,6 +9,7 @@ segments[:answer_at]. What needs several scenes samples them itself: dial goes t
 """
 import itertools
 import random
+import sys
 import textwrap
 from dataclasses import replace
 
@@ -490,3 +491,12 @@ def gallery(rng=None, columns=4):
 def sheet(path):
     """Write the gallery to an image file."""
     gallery().save(path)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m common.worlds.stories PICTURE.png")
+    try:
+        sheet(sys.argv[1])
+    except (OSError, ValueError) as error:
+        sys.exit(f"cannot write {sys.argv[1]}: {error}")
