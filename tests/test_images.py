@@ -262,7 +262,7 @@ class TestSheet:
         assert (many[:, :3 * self.CELL] == few[:, :3 * self.CELL]).all()
         assert (many == (1, 99, 2)).all(-1).sum() == 4 * self.CELL ** 2
         alone = self.page([("", None, [(cell, name, None)])])
-        assert (alone[:, second] == 255).all()
+        assert (alone[:, second] == 255).all() and (alone[-6:] == 255).all()
 
     def test_letters_of_other_scripts_do_not_break_it(self):
         self.page([("猫 😀 é", None, [(None, "\u200b кот", None)])])

@@ -63,6 +63,12 @@ def child(argv, output, moment, environment):
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     torch.set_num_threads(1)
+    update = train.Run.update
+
+    def drawing(self, *arguments):
+        torch.rand(1)                    # as dropout would
+        return update(self, *arguments)
+    train.Run.update = drawing
     sys.argv, train.BEGAN = ["train.py", *argv], time.time()
     moment()
     cli.run(train.main)
@@ -335,6 +341,7 @@ class TestStops:
     def test_a_signal_while_measuring_ends_at_once(self, toy, reference, number):
         text = toy(f"late {number.name}", moment=functools.partial(while_measuring, number)).end(128 + number)
         assert text.splitlines()[-1].startswith(f"stopped by {number.name} at step 23, saved")
+        assert "result:" not in text and not (toy.runs / f"late {number.name}/result.json").exists()
         toy(f"late {number.name}", "--resume").end()
         assert_same_run(toy.runs / f"late {number.name}", reference)
 
@@ -414,6 +421,18 @@ class TestOptimiser:
         assert norms == [pytest.approx(1.0, abs=1e-3)]
         assert {group["lr"] for group in run.optimiser.param_groups} == {1e-3 * 4 / 10}
         assert not (tmp_path / "run").exists()
+
+    def test_the_model_has_the_last_word_on_its_weights(self):
+        run = train.Run("clip", train.Options(data="toy", batch_size=6, steps=50), SIZES)
+        run.model.logit_scale.data.fill_(7.0)
+        run.update(run.model, run.batches[0])
+        assert run.model.logit_scale.item() == pytest.approx(math.log(100))
+
+    def test_the_seed_is_of_the_weights_and_of_the_order(self):
+        runs = [train.Run("clip", train.Options(data="toy", batch_size=6, seed=seed), SIZES) for seed in (3, 3, 4)]
+        one, same, other = (run.model.text_projection.weight for run in runs)
+        assert torch.equal(one, same) and not torch.equal(one, other)
+        assert runs[0].batches.keys(0) == runs[1].batches.keys(0) != runs[2].batches.keys(0)
 
     @pytest.mark.parametrize("size", [math.inf, math.nan])
     def test_a_gradient_that_is_not_finite_shows_in_the_loss(self, tmp_path, monkeypatch, size):
