@@ -15,8 +15,7 @@ import dataclasses
 import fnmatch
 import json
 import math
-import resource
-import shutil
+import os
 import signal
 import sys
 import time
@@ -31,6 +30,8 @@ import clip
 from common import checkpoint, cli, distributed, transformer
 from common.cli import option
 from common.data import Batches, Pairs, View, open_world, world_tokenizer
+from common.devices import autocast, find_device, half_precision, peak_memory, to_device
+from common.runs import RunFolder
 from common.tokenizers import EOS
 
 BEGAN = time.time()
@@ -53,7 +54,7 @@ class Recipe:
 
 @dataclass
 class Stage:
-    """A row of the table: a model of one file, what it trains, and its recipes by preset and data."""
+    """A row of the table: a model, the file it stands in, its recipes by preset and data."""
     about: str
     file: object                         # the module: PRESETS, TRAINS
     model: type
@@ -82,7 +83,8 @@ class Options:
     batch_size: int | None = option(None, "samples of a step, over all processes and micro-batches")
     lr: float | None = option(None, "peak learning rate")
     accumulate: int = option(1, "micro-batches of a step; contrastive losses stay exact")
-    workers: int = option(0, "processes that make batches; 0: the training process does")
+    workers: int | None = option(None, "processes that make batches (default: on a GPU up to 8, on "
+                                 "a CPU 0, the training process itself)")
     save_every: int = option(200, "steps between checkpoints")
     device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
     precision: str = option("auto", "auto: bf16 where the processor multiplies it fast",
@@ -99,34 +101,6 @@ class Options:
 
 
 # ------------------------------------------------------------------ pieces of a run
-
-def find_device(name):
-    """The torch device that --device names. Raises ValueError when this machine has none."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda", "mps"):
-        raise ValueError(f"--device {name}: use auto, cpu, cuda or mps")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; "
-                         "use --device cpu")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise ValueError("--device mps: this machine has none; use --device cpu")
-    return device
-
-
-def half_precision(precision, device):
-    """Whether to train in bf16; auto: on GPUs that have it and on CPUs with bf16 instructions."""
-    if precision == "auto" and device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    if precision == "auto":
-        fast = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
-        return device.type == "cpu" and fast()
-    return precision == "bf16"
-
 
 def freeze(model, patterns):
     """Train the parameters that match a pattern, freeze the rest; returns a table to print.
@@ -147,7 +121,7 @@ def freeze(model, patterns):
 
 
 def parameter_groups(model, decay):
-    """Two AdamW groups of what is trained: matrices with weight decay; gains, biases, scalars none."""
+    """Two AdamW groups of what is trained: matrices decay; gains, biases and scalars do not."""
     trained = [p for p in model.parameters() if p.requires_grad]
     return [{"params": [p for p in trained if p.ndim >= 2], "weight_decay": decay},
             {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}]
@@ -159,19 +133,6 @@ def learning_rate(recipe, step):
         return recipe.lr * (step + 1) / recipe.warmup
     done = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
     return recipe.lr * (1 + math.cos(math.pi * done)) / 2
-
-
-def peak_memory(device):
-    """Megabytes at the highest: of the GPU, else of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2 ** 20
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2 ** (20 if sys.platform == "darwin" else 10)
-
-
-def to_device(batch, device):
-    """Every tensor of a batch on the device."""
-    return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
 
 
 # ------------------------------------------------------------------ a run
@@ -196,15 +157,17 @@ class Run:
         config = cli.changed(self.stage.file.PRESETS[options.preset], settings)
         self.world = open_world(options.data, config.image_size)
         self.tokenizer = world_tokenizer(self.world)
-        self.config = dataclasses.replace(config, vocab=len(self.tokenizer),
-                                          eos=EOS)
+        self.config = dataclasses.replace(config, vocab=len(self.tokenizer), eos=EOS)
         self.recipe = self.find_recipe()
         self.collate = Pairs(self.tokenizer, self.config.context, self.config.image_size)
         self.batches = Batches(
             self.world, self.collate, batch_size=self.recipe.batch_size, seed=options.seed,
             rank=distributed.rank(), world_size=distributed.world_size(),
             accumulate=options.accumulate)
-        self.folder = Path(options.out or self.default_folder())
+        self.workers = options.workers
+        if self.workers is None:         # on a CPU a worker takes the core that training waits for
+            self.workers = 0 if self.device.type == "cpu" else min(8, (os.cpu_count() or 2) - 1)
+        self.folder = RunFolder(options.out or self.default_folder())
         torch.manual_seed(options.seed)
         try:
             self.model = self.stage.model(self.config).to(self.device)
@@ -256,76 +219,50 @@ class Run:
 
     def open_folder(self):
         """Begin in an empty folder or take up the run in it, as --resume and --overwrite say."""
-        resume, overwrite = self.options.resume or self.options.eval_only, self.options.overwrite
-        if resume and overwrite:
+        options = self.options
+        if options.overwrite and (options.resume or options.eval_only):
             raise ValueError("--overwrite throws the run away that --resume and --eval_only need")
-        there = any((self.folder / name).exists() for name in ("config.json", *checkpoint.NAMES))
-        if there and not resume and not overwrite:
-            done = (self.folder / "result.json").exists()
-            raise ValueError(f"{self.folder}: holds {'a finished' if done else 'an unfinished'} run; "
-                             "--resume goes on with it, --overwrite throws it away")
-        state = None if overwrite else checkpoint.newest(self.folder)
-        if self.options.eval_only and state is None:
-            raise ValueError(f"{self.folder}: no checkpoint to measure")
+        state = self.folder.claim(options.resume or options.eval_only, options.overwrite)
+        if options.eval_only and state is None:
+            raise ValueError(f"{self.folder.path}: no checkpoint to measure")
         if state is not None:
             self.restore(state)
-        elif self.options.init:
-            _, _, weights = checkpoint.open_run(self.options.init, self.stage.file.__name__)
-            checkpoint.load_weights(self.model, weights, self.options.init)
-        distributed.wait()               # all have read what is about to be written
-        if overwrite and there and distributed.rank() == 0:
-            shutil.rmtree(self.folder)
-        if distributed.rank() == 0 and not self.options.eval_only:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            checkpoint.write_json(self.folder / "config.json", self.described())
-            checkpoint.write(self.folder / "tokenizer.model",
-                             lambda half: half.write_bytes(self.tokenizer.model))
-            self.trim_log()
+        elif options.init:
+            _, _, weights = checkpoint.open_run(options.init, self.stage.file.__name__)
+            checkpoint.load_weights(self.model, weights, options.init)
+        if not options.eval_only:
+            self.folder.begin(self.described(), self.tokenizer, self.step, options.overwrite)
 
     def restore(self, state):
         """Take up a checkpoint. Raises ValueError when this command describes another run."""
-        before, now = checkpoint.read_json(self.folder / "config.json"), self.described()
-        for part in ("model", "stage", "config", "recipe", "options"):
-            if before.get(part) != now[part] and not (self.options.eval_only and part == "recipe"):
-                differs = differing(before.get(part), now[part])
-                raise ValueError(f"{self.folder}: began with {part} {differs}; "
-                                 "repeat its flags, or choose another --out")
-        checkpoint.load_weights(self.model, state["model"], self.folder)
+        parts = ["model", "stage", "config", "options"]
+        parts += [] if self.options.eval_only else ["recipe"]
+        self.folder.agree(self.described(), parts)
+        checkpoint.load_weights(self.model, state["model"], self.folder.path)
         try:
             self.optimiser.load_state_dict(state["optimizer"])
             torch.set_rng_state(state["rng"])
             self.step = self.kept = state["step"]
             self.seconds, self.loss = (state["schedule"][name] for name in ("seconds", "loss"))
         except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{self.folder}: a checkpoint that cannot be resumed ({error})") from None
+            raise ValueError(f"{self.folder.path}: a checkpoint that cannot be resumed "
+                             f"({error})") from None
         if distributed.rank() == 0:
             print(f"resumed from step {self.step}")
 
-    def trim_log(self):
-        """Drop the lines of log.jsonl that a killed run wrote after its last checkpoint."""
-        path = self.folder / "log.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= self.step]
-        checkpoint.write(path, lambda half: half.write_text("".join(line + "\n" for line in kept)))
-
     def save(self):
-        """Write last.pt: weights, optimiser and step are all there is; every draw follows from them."""
+        """Keep weights, optimiser and step: there is no more, every draw follows from them."""
         self.kept = self.step
-        if distributed.rank() == 0:
-            checkpoint.save(self.folder, {
-                "model": self.model.state_dict(), "optimizer": self.optimiser.state_dict(),
-                "schedule": {"seconds": self.elapsed(), "loss": self.loss}, "step": self.step,
-                "rng": torch.get_rng_state(), "data": {"seed": self.options.seed}})
+        self.folder.save({
+            "model": self.model.state_dict(), "optimizer": self.optimiser.state_dict(),
+            "schedule": {"seconds": self.elapsed(), "loss": self.loss}, "step": self.step,
+            "rng": torch.get_rng_state(), "data": {"seed": self.options.seed}})
 
     def elapsed(self):
         """Wall seconds of the run, earlier sittings included."""
         return self.seconds + time.time() - self.began
 
     # -------------------------------------------------------------- the loop
-
-    def autocast(self):
-        """bf16 for what is safe in it; the weights stay float32."""
-        return torch.autocast(self.device.type, torch.bfloat16) if self.half else contextlib.nullcontext()
 
     def update(self, forward, batches):
         """One optimiser step over the micro-batches -> the loss, a tensor on the device."""
@@ -335,7 +272,7 @@ class Run:
         batches = [to_device(batch, self.device) for batch in batches]
         parts = [None]
         if len(batches) > 1:
-            with self.autocast():
+            with autocast(self.device, self.half):
                 parts = self.model.accumulate(batches, distributed.gather)
         total = 0.0
         for number, (batch, part) in enumerate(zip(batches, parts)):
@@ -343,7 +280,7 @@ class Run:
             quiet = forward.no_sync if number + 1 < len(batches) and hasattr(forward, "no_sync") \
                 else contextlib.nullcontext
             with quiet():
-                with self.autocast():
+                with autocast(self.device, self.half):
                     loss = sum(forward(batch, gather=distributed.gather, cached=part).values())
                 loss.backward()
             total = total + loss.detach()
@@ -363,9 +300,8 @@ class Run:
         bar = tqdm(total=self.recipe.steps, initial=self.step, desc=self.name, unit="step",
                    disable=distributed.rank() > 0, mininterval=0.5 if sys.stderr.isatty() else 20)
         losses, waited, mark = [], 0.0, time.time()
-        with bar, open(self.folder / "log.jsonl", "a") if distributed.rank() == 0 else \
-                contextlib.nullcontext() as log:
-            for batches in self.batches.loader(self.step, self.recipe.steps, self.options.workers):
+        with bar:
+            for batches in self.batches.loader(self.step, self.recipe.steps, self.workers):
                 waited += time.time() - mark
                 losses.append(self.update(forward, batches))
                 self.step += 1
@@ -374,21 +310,14 @@ class Run:
                 saving = last or self.step % self.options.save_every == 0
                 if self.step % every == 0 or saving:
                     stop = distributed.any_rank(self.stopped is not None, self.device)
-                    self.loss = distributed.mean({"loss": torch.stack(losses).mean().item()},
-                                                 self.device)["loss"]
+                    self.check(losses)
                     losses = []
-                    if not math.isfinite(self.loss):
-                        kept = "there is no checkpoint yet" if self.kept is None else \
-                            f"the checkpoint of step {self.kept} stays in {self.folder}"
-                        raise ValueError(f"the loss or its gradient is {self.loss} at step {self.step}; "
-                                         f"{kept}; try a smaller --lr")
                     bar.set_postfix(loss=f"{self.loss:.3f}", refresh=False)
-                    if log and (self.step % 10 == 0 or last):
-                        log.write(json.dumps({"step": self.step, "loss": round(self.loss, 5),
-                                              "lr": self.optimiser.param_groups[0]["lr"],
-                                              "seconds": round(self.elapsed(), 2),
-                                              "waited": round(waited, 2)}) + "\n")
-                        log.flush()
+                    if self.step % 10 == 0 or last:
+                        self.folder.log({"step": self.step, "loss": round(self.loss, 5),
+                                         "lr": self.optimiser.param_groups[0]["lr"],
+                                         "seconds": round(self.elapsed(), 2),
+                                         "waited": round(waited, 2)})
                     if saving or stop:
                         self.save()
                     if stop:             # all end alike, whichever process was told to
@@ -396,15 +325,25 @@ class Run:
                         break
                 mark = time.time()
 
+    def check(self, losses):
+        """self.loss becomes the mean since the last look; ValueError when it is not finite."""
+        mean = torch.stack(losses).mean().item()
+        self.loss = distributed.mean({"loss": mean}, self.device)["loss"]
+        if not math.isfinite(self.loss):
+            kept = "there is no checkpoint yet" if self.kept is None else \
+                f"the checkpoint of step {self.kept} stays in {self.folder.path}"
+            raise ValueError(f"the loss or its gradient is {self.loss} at step {self.step}; "
+                             f"{kept}; try a smaller --lr")
+
     def finish(self):
         """Measure the trained model; writes result.json and samples.png, prints the result."""
         if distributed.rank() > 0:
             return
         self.model.eval()
         view = View(self.world, self.tokenizer, self.collate, self.device)
-        with self.autocast():
+        with autocast(self.device, self.half):
             figures = self.model.evaluate(view)
-            self.model.samples(view).save(self.folder / "samples.png")
+            self.model.samples(view).save(self.folder.path / "samples.png")
         parameters = list(self.model.parameters())
         result = {"stage": self.name, "seconds": round(self.elapsed(), 1),
                   "peak_memory_mb": round(peak_memory(self.device)),
@@ -412,16 +351,9 @@ class Run:
                   "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
                   "steps": self.step, "loss": round(self.loss, 4)}
         result |= {name: round(value, 4) for name, value in figures.items()}
-        checkpoint.write_json(self.folder / "result.json", result)
-        print(f"pictures: {self.folder / 'samples.png'}")
+        checkpoint.write_json(self.folder.path / "result.json", result)
+        print(f"pictures: {self.folder.path / 'samples.png'}")
         print("result:", json.dumps(result))
-
-
-def differing(before, now):
-    """What two descriptions disagree on, in words."""
-    if not isinstance(before, dict):
-        return f"{before}, not {now}"
-    return ", ".join(f"{k}={before.get(k)} (now {now.get(k)})" for k in now if before.get(k) != now[k])
 
 
 def train(name, options, settings=(), began=None):
@@ -437,7 +369,7 @@ def train(name, options, settings=(), began=None):
     try:
         if distributed.rank() == 0:
             print(f"{name}: {run.recipe.steps} steps of {run.recipe.batch_size} on {run.device} "
-                  f"in {'bf16' if run.half else 'fp32'}, in {run.folder}\n{run.table}")
+                  f"in {'bf16' if run.half else 'fp32'}, in {run.folder.path}\n{run.table}")
         if not options.eval_only:
             run.fit()
         if run.stopped is None:

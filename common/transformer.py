@@ -50,7 +50,7 @@ def fused_attention(q, k, v, mask=None, bias=None, scale=None):
     if mask is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
     some = mask.any(dim=-1, keepdim=True)
-    allowed = mask | ~some           # the kernel answers NaN to an empty row: open it, then zero it
+    allowed = mask | ~some           # kernels differ on an empty row: open it, then zero it
     if bias is not None:
         allowed = bias.masked_fill(~allowed, -torch.inf)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=scale) * some

@@ -38,12 +38,14 @@ class ViT(nn.Module):
 
     blocks: a list of Block. pre_norm: CLIP's norm before the blocks, else None. post_norm: the norm
     after them; `hidden` stops before it, `forward` applies it to every token. patch_bias: BLIP has
-    one, CLIP has none.
+    one, CLIP has none. Raises ValueError when image_size is no multiple of patch.
     """
 
     def __init__(self, *, image_size, patch, width, blocks, pre_norm=None, post_norm=None,
                  patch_bias=False):
         super().__init__()
+        if patch < 1 or image_size % patch:
+            raise ValueError(f"image_size {image_size} does not divide into patches of {patch}")
         self.image_size, self.patch, self.width = image_size, patch, width
         self.patch_embed = nn.Linear(3 * patch * patch, width, bias=patch_bias)
         self.cls = nn.Parameter(width ** -0.5 * torch.randn(width))

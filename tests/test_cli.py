@@ -220,7 +220,7 @@ class TestMistakes:
         (["--set", "loss=hinge"], "loss=hinge is not one of softmax, sigmoid"),
         (["--set", "vision_heads=5"], "width 12 does not divide into 5 heads"),
         (["--set", "vision_heads=0"], "vision_heads"), (["--set", "text_width=0"], "text_width"),
-        pytest.param(["--set", "patch=7"], "patch", marks=pytest.mark.xfail), (["--set", "patch=0"], "patch"),
+        (["--set", "patch=7"], "image_size 32 does not divide into patches of 7"), (["--set", "patch=0"], "patch"),
         (["--device", "toaster"], "--device toaster: use auto, cpu, cuda or mps"),
         (["--device", "meta"], "--device meta: use auto, cpu, cuda or mps"),
         (["--precision", "fp16"], "invalid choice: 'fp16'"), (["--attention", "flash"], "invalid choice: 'flash'"),

@@ -1,0 +1,52 @@
+"""What a run computes on: the device, its precision, its memory."""
+import contextlib
+import resource
+import sys
+
+import torch
+
+
+def find_device(name):
+    """The torch device that --device names. Raises ValueError when this machine has none."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda", "mps"):
+        raise ValueError(f"--device {name}: use auto, cpu, cuda or mps")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA "
+                         "devices; use --device cpu")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise ValueError("--device mps: this machine has none; use --device cpu")
+    return device
+
+
+def half_precision(precision, device):
+    """Whether to train in bf16; auto: on GPUs that have it and on CPUs with bf16 instructions."""
+    if precision == "auto" and device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    if precision == "auto":
+        fast = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+        return device.type == "cpu" and fast()
+    return precision == "bf16"
+
+
+def autocast(device, half):
+    """A context: bf16 for what is safe in it, when half; the weights stay float32."""
+    return torch.autocast(device.type, torch.bfloat16) if half else contextlib.nullcontext()
+
+
+def peak_memory(device):
+    """Megabytes at the highest: of the GPU, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2 ** 20
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2 ** (20 if sys.platform == "darwin" else 10)
+
+
+def to_device(batch, device):
+    """Every tensor of a batch on the device."""
+    return {name: value.to(device, non_blocking=True) for name, value in batch.items()}

@@ -1,0 +1,70 @@
+"""The folder of a run: whose it is, what it holds, and taking it up again."""
+import json
+import shutil
+from pathlib import Path
+
+from common import checkpoint, distributed
+
+
+class RunFolder:
+    """config.json, tokenizer.model, log.jsonl, checkpoints. Of all processes rank 0 writes."""
+
+    def __init__(self, path):
+        self.path = Path(path)
+
+    def claim(self, resume, overwrite):
+        """The checkpoint to go on from, or None to begin at step 0.
+
+        Raises ValueError when a run is in the folder and neither resume nor overwrite is set.
+        """
+        there = any((self.path / name).exists() for name in ("config.json", *checkpoint.NAMES))
+        if there and not resume and not overwrite:
+            done = (self.path / "result.json").exists()
+            raise ValueError(f"{self.path}: holds {'a finished' if done else 'an unfinished'} run; "
+                             "--resume goes on with it, --overwrite throws it away")
+        return checkpoint.newest(self.path) if resume else None
+
+    def agree(self, described, parts):
+        """Raise ValueError when the run in the folder differs in a part of config.json."""
+        before = checkpoint.read_json(self.path / "config.json")
+        for part in parts:
+            if before.get(part) != described[part]:
+                differs = differing(before.get(part), described[part])
+                raise ValueError(f"{self.path}: began with {part} {differs}; "
+                                 "repeat its flags, or choose another --out")
+
+    def begin(self, described, tokenizer, step, overwrite):
+        """Write what describes the run, and drop log lines of steps that no checkpoint kept."""
+        distributed.wait()               # all have read what is about to be written
+        if distributed.rank() > 0:
+            return
+        if overwrite and self.path.exists():
+            shutil.rmtree(self.path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        checkpoint.write_json(self.path / "config.json", described)
+        checkpoint.write(self.path / "tokenizer.model",
+                         lambda half: half.write_bytes(tokenizer.model))
+        log = self.path / "log.jsonl"
+        lines = log.read_text().splitlines() if log.exists() else []
+        kept = [f"{line}\n" for line in lines
+                if line.endswith("}") and json.loads(line)["step"] <= step]
+        checkpoint.write(log, lambda half: half.write_text("".join(kept)))
+
+    def log(self, line):
+        """Append a dict to log.jsonl."""
+        if distributed.rank() == 0:
+            with open(self.path / "log.jsonl", "a") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def save(self, state):
+        """Make state the folder's last checkpoint."""
+        if distributed.rank() == 0:
+            checkpoint.save(self.path, state)
+
+
+def differing(before, now):
+    """What two descriptions disagree on, in words."""
+    if not isinstance(before, dict):
+        return f"{before}, not {now}"
+    return ", ".join(f"{key}={before.get(key)} (now {value})" for key, value in now.items()
+                     if before.get(key) != value)
