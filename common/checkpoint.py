@@ -120,8 +120,8 @@ def open_run(folder, model):
     """
     folder = Path(folder)
     if not (folder / "config.json").exists():
-        raise ValueError(f"{folder}: no run here (no config.json); python train.py {model} makes one "
-                         f"in runs/{model}")
+        raise ValueError(f"{folder}: no run here (no config.json); "
+                         f"python train.py {model} makes one in runs/{model}")
     described = read_json(folder / "config.json")
     if not isinstance(described, dict) or described.get("model") != model:
         found = described.get("model") if isinstance(described, dict) else described

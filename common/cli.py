@@ -52,7 +52,8 @@ def changed(config, settings):
             else:
                 values[key] = kind(text)
         except (ValueError, KeyError):
-            raise ValueError(f"--set {setting}: {key} takes {kind.__name__}, not {text!r}") from None
+            raise ValueError(f"--set {setting}: {key} takes {kind.__name__}, "
+                             f"not {text!r}") from None
     return dataclasses.replace(config, **values)
 
 
@@ -65,10 +66,11 @@ class Commands:
     def __init__(self, description):
         self.parser = parser(description)
         self.parser.add_argument("run", metavar="RUN", help="a run folder, e.g. runs/clip")
-        self.commands = self.parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+        self.commands = self.parser.add_subparsers(title="commands", metavar="COMMAND",
+                                                   required=True)
 
     def add(self, function, **arguments):
-        """A command of the function's name; arguments: parameter=help, "..." first for one or more."""
+        """A command of the function's name; arguments: parameter=help, "..." for one or more."""
         command = self.commands.add_parser(function.__name__, help=function.__doc__,
                                            description=function.__doc__)
         for name, line in arguments.items():

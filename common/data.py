@@ -66,7 +66,7 @@ class Pairs:
         return to_tensor([centre_crop(r["images"][0], self.image_size) for r in records])
 
     def __call__(self, records, rngs):
-        """Records and their random.Random -> {"images": uint8 (B, 3, H, W), "ids": int64 (B, T)}."""
+        """Records and their rngs -> {"images": uint8 (B, 3, H, W), "ids": int64 (B, T)}."""
         texts = [rng.choice(r["texts"]) for r, rng in zip(records, rngs)]
         return {"images": self.images(records), "ids": self.tokenizer.batch(texts, self.context)}
 
@@ -116,12 +116,13 @@ class Batches(torch.utils.data.Dataset):
 
 
 def _begin_worker(worker):
-    """One thread. A Ctrl-C asks the training process alone to save and stop, which ends its workers.
+    """One thread. A Ctrl-C asks the training process alone to save and stop; it ends its workers.
 
     A worker is a copy of that process, so it would also keep its handler and outlive terminate().
     """
     torch.set_num_threads(1)
-    os.setsid()                          # out of the group that a terminal sends its signals to
+    if hasattr(os, "setsid"):            # out of the group that a terminal sends its signals to
+        os.setsid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 

@@ -1,9 +1,13 @@
 """What a run computes on: the device, its precision, its memory."""
 import contextlib
-import resource
 import sys
 
 import torch
+
+try:
+    import resource
+except ImportError:                      # Windows
+    resource = None
 
 
 def find_device(name):
@@ -40,9 +44,11 @@ def autocast(device, half):
 
 
 def peak_memory(device):
-    """Megabytes at the highest: of the GPU, else of the process."""
+    """Megabytes at the highest: of the GPU, else of the process (0 where it has no count)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2 ** 20
+    if resource is None:
+        return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2 ** (20 if sys.platform == "darwin" else 10)
 

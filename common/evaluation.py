@@ -1,4 +1,4 @@
-"""What contrastive models are asked in every stage: retrieval, zero-shot classes, a sheet to look at.
+"""What contrastive models are asked: retrieval, zero-shot classes, a sheet to look at.
 
 encode_images(records) and encode_texts(texts) give unit vectors (N, E) on one device.
 """

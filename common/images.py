@@ -14,7 +14,7 @@ MOST_PIXELS = 64_000_000                              # more in a small file is 
 def open_image(path):
     """The picture in a file, upright, RGB (transparency on white; the first frame of an animation).
 
-    Raises ValueError with one line that says what is wrong: missing, not a picture, cut off, too big.
+    Raises ValueError with one line that says what is wrong: missing, no picture, cut off, too big.
     """
     try:
         with warnings.catch_warnings():
@@ -49,7 +49,7 @@ def to_rgb(picture):
 
 
 def centre_crop(picture, size):
-    """CLIP's evaluation crop: the shorter side to `size` (bicubic, antialiased), then the middle."""
+    """CLIP's evaluation crop: the shorter side to `size` (bicubic, antialiased), its middle."""
     W, H = picture.size
     if (W, H) == (size, size):
         return picture

@@ -10,8 +10,8 @@ from pathlib import Path
 import sentencepiece
 import torch
 
-SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>", "<image>", "<eoc>", "<cls>", "<enc>", "<dec>", "<sep>",
-           "<system>", "<user>", "<assistant>", "<spare0>", "<spare1>", "<spare2>")
+SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>", "<image>", "<eoc>", "<cls>", "<enc>", "<dec>",
+           "<sep>", "<system>", "<user>", "<assistant>", "<spare0>", "<spare1>", "<spare2>")
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,:;?!'\"-()"      # never fall back to bytes
 PAD, BOS, EOS, UNK, IMAGE, EOC, CLS, ENC, DEC, SEP, SYSTEM, USER, ASSISTANT = range(13)
 
@@ -32,7 +32,7 @@ class Tokenizer:
             raise ValueError("not a SentencePiece model, or cut off") from None
         found = tuple(self.pieces.id_to_piece(i) for i in range(min(16, len(self))))
         if found != SPECIAL:
-            raise ValueError(f"a vocabulary of another project: its first pieces are {found[:4]}...")
+            raise ValueError(f"a vocabulary of another project: its first pieces are {found[:4]}")
 
     def __getstate__(self):
         return self.model
@@ -50,7 +50,8 @@ class Tokenizer:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(sentences), model_writer=out, vocab_size=size, model_type="bpe",
             hard_vocab_limit=False, byte_fallback=True, num_threads=1, minloglevel=2,
-            character_coverage=1.0, required_chars=CHARACTERS, normalization_rule_name="nmt_nfkc_cf",
+            character_coverage=1.0, required_chars=CHARACTERS,
+            normalization_rule_name="nmt_nfkc_cf",
             pad_id=PAD, bos_id=BOS, eos_id=EOS, unk_id=UNK, pad_piece="<pad>", bos_piece="<bos>",
             eos_piece="<eos>", unk_piece="<unk>", control_symbols=list(SPECIAL[4:]))
         return cls(out.getvalue())

@@ -55,7 +55,7 @@ class ViT(nn.Module):
         self.transformer = Transformer(blocks)
 
     def embed(self, images):
-        """images float (B, 3, H, W) -> tokens (B, 1 + N, D). ValueError unless H = W = image_size."""
+        """images float (B, 3, H, W) -> tokens (B, 1 + N, D); ValueError if of another size."""
         B, C, H, W = images.shape
         if (C, H, W) != (3, self.image_size, self.image_size):
             raise ValueError(f"pictures of shape {(C, H, W)}, but this tower takes "

@@ -39,7 +39,7 @@ def mistake(main, *argv):
     status, out, err = command(main, *argv)
     assert status == 2 and "Traceback" not in err, err
     lines = err.splitlines()
-    if not re.match(rf"{main.__module__}\.py.*: error: ", lines[-1]):      # argparse: below the usage
+    if not re.match(rf"{main.__module__}\.py.*: error: ", lines[-1]):     # argparse: usage, error
         assert len(lines) == 1 and lines[0].startswith("error: ") and len(lines[0]) > 20, err
     return lines[-1]
 
@@ -89,8 +89,10 @@ class TestOptions:
         return vars(parser.parse_args(argv))
 
     def test_every_field_is_a_flag_of_its_own_type(self):
-        assert self.parse() == {"words": "some", "count": None, "share": 0.5, "kind": "one", "switch": False}
-        given = self.parse("--words", "7", "--count", "7", "--share", "7", "--kind", "two", "--switch")
+        assert self.parse() == {"words": "some", "count": None, "share": 0.5, "kind": "one",
+                                "switch": False}
+        given = self.parse("--words", "7", "--count", "7", "--share", "7", "--kind", "two",
+                           "--switch")
         assert given == {"words": "7", "count": 7, "share": 7.0, "kind": "two", "switch": True}
         assert [type(v) for v in given.values()] == [str, int, float, str, bool]
 
@@ -123,8 +125,9 @@ class TestChanged:
         assert cli.changed(self.Config(), ["width=2", "width=3"]).width == 3
 
     @pytest.mark.parametrize("setting, words", [
-        ("width=wide", "width takes int, not 'wide'"), ("width=2.5", "width takes int"), ("on=1", "on takes bool"),
-        ("width", "write key=value with one of width, share, name, on"), ("depth=3", "one of width, share, name")])
+        ("width=wide", "width takes int, not 'wide'"), ("width=2.5", "width takes int"),
+        ("on=1", "on takes bool"), ("depth=3", "one of width, share, name"),
+        ("width", "write key=value with one of width, share, name, on")])
     def test_what_no_field_takes_is_refused(self, setting, words):
         with pytest.raises(ValueError, match=words):
             cli.changed(self.Config(), [setting])
@@ -187,7 +190,8 @@ class TestHelp:
         _, out, _ = command(clip.main, "runs/clip", "classify", "--help")
         assert "IMAGE TEXT [TEXT ...]" in out and "a picture" in out
 
-    @pytest.mark.parametrize("argv", [[], ["runs/clip"], ["runs/clip", "sing"], ["runs/clip", "classify", "x.png"]])
+    @pytest.mark.parametrize("argv", [[], ["runs/clip"], ["runs/clip", "sing"],
+                                      ["runs/clip", "classify", "x.png"]])
     def test_a_model_names_what_is_missing(self, argv):
         assert re.search("required|invalid choice", mistake(clip.main, *argv))
 
@@ -201,8 +205,8 @@ class TestMistakes:
     @pytest.mark.parametrize("flags, words", [
         (["--steps", "0"], "--steps 0: must be at least 1"), (["--steps", "-3"], "--steps -3"),
         (["--steps", "many"], "--steps: invalid int value: 'many'"),
-        (["--lr", "-0.1"], "--lr -0.1: must be more than 0"), (["--lr", "0"], "--lr 0"), (["--lr", "nan"], "--lr nan"),
-        (["--lr", "inf"], "--lr inf"),
+        (["--lr", "-0.1"], "--lr -0.1: must be more than 0"), (["--lr", "0"], "--lr 0"),
+        (["--lr", "nan"], "--lr nan"), (["--lr", "inf"], "--lr inf"),
         (["--batch_size", "0"], "--batch_size 0"), (["--accumulate", "0"], "--accumulate 0"),
         (["--accumulate", "-1"], "--accumulate -1"), (["--save_every", "0"], "--save_every 0"),
         (["--workers", "-1"], "--workers -1: must be at least 0"),
@@ -212,7 +216,7 @@ class TestMistakes:
         (["--data", "moon"], "--data moon: no world 'moon'; there are shapes, emoji"),
         (["--data", "toy:sides=3"], "toy has no dial 'sides'; it has objects"),
         (["--data", "toy:objects=many"], "objects takes int, not 'many'"),
-        (["--data", "toy:style=baroque"], "--data toy:style=baroque: style 'baroque' is not one of plain"),
+        (["--data", "toy:style=baroque"], "toy:style=baroque: style 'baroque' is not one of plain"),
         (["--data", "toy:objects=0"], "--data toy:objects=0: "),
         (["--set", "depth=3"], "--set depth=3: write key=value with one of image_size"),
         (["--set", "embed"], "--set embed: write key=value"),
@@ -220,11 +224,14 @@ class TestMistakes:
         (["--set", "loss=hinge"], "loss=hinge is not one of softmax, sigmoid"),
         (["--set", "vision_heads=5"], "width 12 does not divide into 5 heads"),
         (["--set", "vision_heads=0"], "vision_heads"), (["--set", "text_width=0"], "text_width"),
-        (["--set", "patch=7"], "image_size 32 does not divide into patches of 7"), (["--set", "patch=0"], "patch"),
+        (["--set", "patch=7"], "image_size 32 does not divide into patches of 7"),
+        (["--set", "patch=0"], "patch"),
         (["--device", "toaster"], "--device toaster: use auto, cpu, cuda or mps"),
         (["--device", "meta"], "--device meta: use auto, cpu, cuda or mps"),
-        (["--precision", "fp16"], "invalid choice: 'fp16'"), (["--attention", "flash"], "invalid choice: 'flash'"),
-        (["--stepz", "3"], "unrecognized arguments: --stepz 3"), (["more"], "unrecognized arguments: more"),
+        (["--precision", "fp16"], "invalid choice: 'fp16'"),
+        (["--attention", "flash"], "invalid choice: 'flash'"),
+        (["--stepz", "3"], "unrecognized arguments: --stepz 3"),
+        (["more"], "unrecognized arguments: more"),
         (["--init", "nowhere"], "nowhere: no run here"),
         (["--eval_only"], "no checkpoint to measure"),
         (["--overwrite", "--resume"], "--overwrite throws the run away")])
@@ -251,14 +258,17 @@ class TestMistakes:
 
     def test_a_run_is_not_thrown_away_for_a_mistake(self, run):
         before = {p.name: p.read_bytes() for p in run.iterdir()}
-        for flags in (["--init", "nowhere"], ["--set", "vision_heads=5"], ["--eval_only"], ["--resume"]):
+        for flags in (["--init", "nowhere"], ["--set", "vision_heads=5"], ["--eval_only"],
+                      ["--resume"]):
             mistake(train.main, *TOY, "--steps", "3", "--out", run, "--overwrite", *flags)
         assert before == {p.name: p.read_bytes() for p in run.iterdir()}
 
     @pytest.mark.parametrize("harm, words", [
-        (lambda c: {"model": {**c["model"], "logit_bias": torch.tensor(1.0)}}, "unexpected logit_bias"),
-        (lambda c: {"model": {k: w[:1] if w.ndim else w for k, w in c["model"].items()}}, r"is \(1, ?\d*\), the model's"),
-        (lambda c: {"optimizer": {}}, "cannot be resumed"), (lambda c: {"schedule": 3}, "cannot be resumed"),
+        (lambda c: {"model": {**c["model"], "logit_bias": torch.tensor(1.0)}}, "unexpected logit"),
+        (lambda c: {"model": {k: w[:1] if w.ndim else w for k, w in c["model"].items()}},
+         r"is \(1, ?\d*\), the model's"),
+        (lambda c: {"optimizer": {}}, "cannot be resumed"),
+        (lambda c: {"schedule": 3}, "cannot be resumed"),
         (lambda c: {"step": None, "schedule": {}}, "cannot be resumed")])
     def test_a_checkpoint_that_does_not_fit_is_told(self, run, harm, words):
         state = checkpoint.load(run / "last.pt")
@@ -268,6 +278,15 @@ class TestMistakes:
         assert re.search(words, line)
         assert sorted(os.listdir()) == ["config.json", "last.pt"]
 
+    @pytest.mark.xfail(strict=True, reason="RunFolder.begin removes the folder with all that is in it")
+    def test_overwriting_throws_away_the_run_and_nothing_else(self, run):
+        Path("mine").mkdir()
+        Path("mine/config.json").write_text("{}")             # another program's, perhaps
+        Path("mine/novel.txt").write_text("years of work")
+        status, _, err = command(train.main, *TOY, "--steps", "2", "--out", "mine", "--overwrite")
+        assert status == 0 and "of work" in Path("mine/novel.txt").read_text()
+        assert checkpoint.load("mine/last.pt")["step"] == 2
+
     def test_a_checkpoint_without_its_config_is_no_empty_folder(self, run):
         checkpoint.save(".", checkpoint.load(run / "last.pt"))
         assert "holds an unfinished run" in mistake(train.main, *TOY, "--out", ".")
@@ -275,14 +294,15 @@ class TestMistakes:
 
     def test_init_of_another_config_is_told(self, run):
         line = mistake(train.main, *TOY, "--init", run, "--set", "embed=9")
-        assert "weights of another model or config" in line and "image_projection.weight is (7, 12)" in line
+        assert "weights of another model or config" in line
+        assert "image_projection.weight is (7, 12)" in line
         assert os.listdir() == []
 
     @pytest.mark.parametrize("harm, words", [
         (lambda here: (here / "config.json").unlink(), "no run here"),
         (lambda here: (here / "last.pt").unlink(), "no checkpoint yet"),
-        (lambda here: (here / "last.pt").write_bytes((here / "last.pt").read_bytes()[:9999]), "cut off"),
-        (lambda here: (here / "tokenizer.model").write_bytes(b"x"), "tokenizer.model: not a SentencePiece model"),
+        (lambda here: os.truncate(here / "last.pt", 9999), "cut off"),
+        (lambda here: (here / "tokenizer.model").write_bytes(b"x"), "tokenizer.model: not a Sent"),
         (lambda here: rewrite(here, model="blip"), "a run of 'blip', not of 'clip'"),
         (lambda here: rewrite(here, config={}), "weights of another model or config")])
     def test_of_a_model_are_told(self, run, pictures, harm, words):
@@ -292,14 +312,16 @@ class TestMistakes:
         assert words in mistake(clip.main, ".", "classify", pictures / "red.png", "a red circle")
 
     @pytest.mark.parametrize("name, words", [
-        ("nothing.png", "nothing.png: no such picture"), ("notes.txt", "notes.txt: not a readable picture"),
+        ("nothing.png", "nothing.png: no such picture"),
+        ("notes.txt", "notes.txt: not a readable picture"),
         ("inner", "inner: a folder, not a picture")])
     def test_of_a_picture_are_told(self, run, pictures, name, words):
         assert words in mistake(clip.main, run, "classify", pictures / name, "a red circle")
 
     def test_of_a_folder_are_told(self, run, pictures):
-        assert "inner: no pictures in it" in mistake(clip.main, run, "search", "red", pictures / "inner")
-        assert "nothing: no such folder" in mistake(clip.main, run, "search", "red", pictures / "nothing")
+        for name, words in (("inner", "inner: no pictures in it"),
+                            ("nothing", "nothing: no such folder")):
+            assert words in mistake(clip.main, run, "search", "red", pictures / name)
         assert not (run / "search.png").exists()
 
 
@@ -314,16 +336,17 @@ class TestProcess:
 
     @staticmethod
     def python(file, *argv):
-        return subprocess.run([sys.executable, HERE / file, *map(str, argv)], capture_output=True, text=True,
-                              timeout=60)
+        return subprocess.run([sys.executable, HERE / file, *map(str, argv)],
+                              capture_output=True, text=True, timeout=60)
 
     def test_classify_prints_the_likeliest_first(self, run, pictures):
-        done = self.python("clip.py", run, "classify", pictures / "red.png", "a red circle", "a <eos> star", "猫")
+        texts = ["a red circle", "a <eos> star", "猫"]
+        done = self.python("clip.py", run, "classify", pictures / "red.png", *texts)
         assert (done.returncode, done.stderr) == (0, "")
         shares = [float(line.split("%")[0]) for line in done.stdout.splitlines()]
         assert len(shares) == 3 and shares == sorted(shares, reverse=True)
         assert sum(shares) == pytest.approx(100, abs=0.1)
-        assert {line.split("%  ")[1] for line in done.stdout.splitlines()} == {"a red circle", "a <eos> star", "猫"}
+        assert {line.split("%  ")[1] for line in done.stdout.splitlines()} == set(texts)
 
     def test_a_mistake_ends_with_status_2_and_one_line(self):
         done = self.python("train.py", "clip", "--steps", "0")
@@ -337,18 +360,20 @@ class TestUse:
         status, out, err = command(clip.main, run, "search", "a red circle", pictures)
         assert status == 0 and err == ""
         lines = out.splitlines()
-        assert lines[0].startswith("passed over 1 of 4 files") and lines[-1] == f"drawn in {run / 'search.png'}"
+        assert lines[0].startswith("passed over 1 of 4 files")
+        assert lines[-1] == f"drawn in {run / 'search.png'}"
         cosines = [float(line.split()[0]) for line in lines[1:-1]]
-        assert len(cosines) == 3 and cosines == sorted(cosines, reverse=True) and -1 <= cosines[0] <= 1
-        drawn = Image.open(run / "search.png")
-        assert {colour for _, colour in drawn.getcolors(100000)} >= {(255, 0, 0), (0, 0, 255), (0, 128, 0)}
+        assert len(cosines) == 3 and 1 >= cosines[0] >= cosines[1] >= cosines[2] >= -1
+        colours = {colour for _, colour in Image.open(run / "search.png").getcolors(100000)}
+        assert colours >= {(255, 0, 0), (0, 0, 255), (0, 128, 0)}
         (run / "search.png").unlink()
 
     def test_classify_agrees_with_the_model(self, run, pictures):
         trained = clip.from_pretrained(run)
         texts = ["a red circle", "a blue star"]
         image = trained.images([Image.open(pictures / "red.png")])
-        logits = trained.model.logit_scale.exp() * image @ trained.model.encode_text(trained.ids(texts)).T
+        words = trained.model.encode_text(trained.ids(texts))
+        logits = trained.model.logit_scale.exp() * image @ words.T
         want = dict(zip(texts, logits[0].softmax(0).tolist()))
         got = trained.classify(Image.open(pictures / "red.png"), texts)
         assert dict(got) == pytest.approx(want, abs=1e-5) and got[0][1] >= got[1][1]

@@ -61,10 +61,12 @@ def gradients(loss, parts, rank=0, ranks=1):
              for k in range(parts)]
     run = train.Run.__new__(train.Run)   # the loop's own update, without an optimiser that moves
     run.device, run.half, run.model, run.step = torch.device("cpu"), False, model, 0
-    run.recipe, run.optimiser = train.Recipe(steps=9, batch_size=BATCH, lr=0.0, clip=1e9, decay=0.0), Watch(model)
+    run.recipe = train.Recipe(steps=9, batch_size=BATCH, lr=0.0, clip=1e9)
+    run.optimiser = Watch(model)
     forward = DistributedDataParallel(model) if ranks > 1 else model
     total = run.update(forward, micro)
-    return run.optimiser.seen | {"loss": torch.tensor(distributed.mean({"": total.item()}, "cpu")[""])}
+    mean = distributed.mean({"loss": total.item()}, "cpu")["loss"]
+    return run.optimiser.seen | {"loss": torch.tensor(mean)}
 
 
 class Watch:
@@ -128,7 +130,8 @@ class TestGradients:
         for found in two:
             assert found[loss, parts].keys() == want.keys()
             for name, gradient in want.items():
-                torch.testing.assert_close(found[loss, parts][name], gradient, atol=1e-9, rtol=1e-7, msg=name)
+                torch.testing.assert_close(found[loss, parts][name], gradient,
+                                           atol=1e-9, rtol=1e-7, msg=name)
 
     @pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
     def test_of_micro_batches_are_those_of_the_whole_batch(self, loss):
@@ -154,7 +157,7 @@ class TestFunctions:
         rows, first = distributed.gather(x)
         assert torch.equal(rows, x) and first == 0
         assert (distributed.rank(), distributed.world_size()) == (0, 1)
-        assert distributed.any_rank(True, "cpu") is True and distributed.any_rank(False, "cpu") is False
+        assert [distributed.any_rank(flag, "cpu") for flag in (True, False)] == [True, False]
         assert distributed.mean({"a": 2.0}, "cpu") == {"a": 2.0}
         distributed.wait()
         distributed.stop()
@@ -179,7 +182,8 @@ def runs(tmp_path_factory):
     """A run of one process, and `all` of two: two stages, one after the other."""
     folder = tmp_path_factory.mktemp("runs")
     Command([*FLAGS, "--steps", "7", "--out", str(folder / "one")], folder / "one.txt").end()
-    both = pair(["all", *FLAGS[1:], "--steps", "7", "--runs", str(folder)], folder / "two", (two_stages,) * 2)
+    argv = ["all", *FLAGS[1:], "--steps", "7", "--runs", str(folder)]
+    both = pair(argv, folder / "two", (two_stages, two_stages))
     return folder, [process.end() for process in both]
 
 
@@ -199,21 +203,25 @@ class TestRuns:
         assert second == ""
         for name in ("clip-toy", "parts-toy"):
             assert sorted(p.name for p in (folder / name).iterdir()) == [
-                "config.json", "last.pt", "log.jsonl", "previous.pt", "result.json", "samples.png", "tokenizer.model"]
+                "config.json", "last.pt", "log.jsonl", "previous.pt", "result.json",
+                "samples.png", "tokenizer.model"]
             assert [line["step"] for line in log(folder / name)] == [7]
 
     def test_a_signal_to_one_stops_both_and_one_goes_on_alone(self, tmp_path):
         moment = functools.partial(at_step, 5, signal.SIGTERM)
         argv = [*FLAGS, "--steps", "7", "--out", str(tmp_path / "stopped")]
-        first, second = (p.end(128 + signal.SIGTERM) for p in pair(argv, tmp_path / "stopped", (int, moment)))
-        assert first.splitlines()[-1].startswith("stopped by SIGTERM at step 6, saved") and second == ""
+        both = pair(argv, tmp_path / "stopped", (int, moment))
+        first, second = (process.end(128 + signal.SIGTERM) for process in both)
+        assert first.splitlines()[-1].startswith("stopped by SIGTERM at step 6, saved")
+        assert second == ""
         assert not (tmp_path / "stopped/result.json").exists()
         assert checkpoint.load(tmp_path / "stopped/last.pt")["step"] == 6
         assert "resumed from step 6" in Command([*argv, "--resume"], tmp_path / "alone.txt").end()
 
     def test_a_mistake_of_both_ends_both(self, tmp_path):
-        for process in pair([*FLAGS, "--batch_size", "9", "--out", str(tmp_path / "odd")], tmp_path / "odd"):
-            assert "batch_size 9 does not divide into 2 processes x 1 micro-batches" in process.end(2)
+        argv = [*FLAGS, "--batch_size", "9", "--out", str(tmp_path / "odd")]
+        for process in pair(argv, tmp_path / "odd"):
+            assert "batch_size 9 does not divide into 2 processes x 1 micro" in process.end(2)
         assert not (tmp_path / "odd").exists()
 
     def test_two_killed_processes_go_on_to_the_same_end(self, tmp_path):

@@ -109,8 +109,9 @@ class TestOpenImage:
     def test_a_folder_is_no_picture(self, tmp_path):
         assert "a folder" in refusal(tmp_path)
 
-    @pytest.mark.parametrize("content", [b"", b"a line of text\n", b"\x89PNG\r\n\x1a\n", b"BM",
-                                         b"GIF89a\x05\x00\x05\x00", b"\xff\xd8\xff\xe0\x00\x10JFIF"])
+    @pytest.mark.parametrize("content", [
+        b"", b"a line of text\n", b"\x89PNG\r\n\x1a\n", b"BM", b"GIF89a\x05\x00\x05\x00",
+        b"\xff\xd8\xff\xe0\x00\x10JFIF"])
     def test_what_is_no_picture_is_refused(self, tmp_path, content):
         (tmp_path / "picture.png").write_bytes(content)
         assert "not a readable picture" in refusal(tmp_path / "picture.png")
@@ -190,7 +191,8 @@ class TestTensors:
     def test_normalise_has_the_published_values(self):
         pixels = torch.tensor([[0, 0, 0], [255, 255, 255], [124, 117, 104]], dtype=torch.uint8)
         made = normalise(pixels[:, :, None, None])
-        want = torch.tensor([[-1.7922625, -1.7520971, -1.4802198], [1.9303361, 2.0748837, 2.1458969],
+        want = torch.tensor([[-1.7922625, -1.7520971, -1.4802198],
+                             [1.9303361, 2.0748837, 2.1458969],
                              [0.0179424, 0.0038118, -0.0013330]])
         assert made.dtype == torch.float32
         torch.testing.assert_close(made[:, :, 0, 0], want, atol=2e-6, rtol=0)
@@ -231,15 +233,17 @@ class TestSheet:
         return np.asarray(sheet("what is shown here", rows, cell=self.CELL), int)
 
     def test_every_picture_is_drawn_whole(self):
-        rows = [("words", None, [(halves(left=(200, 30, 40), right=(200, 30, 40)), "red", None)] * 5),
-                ("", halves(left=(1, 99, 2), right=(1, 99, 2)), [(None, "words alone", None)] * 2)]
+        red, green = (Image.new("RGB", (6, 4), colour) for colour in ((200, 30, 40), (1, 99, 2)))
+        rows = [("words", None, [(red, "red", None)] * 5),
+                ("", green, [(None, "words alone", None)] * 2)]
         page = self.page(rows)
         assert (page == (200, 30, 40)).all(-1).sum() == 5 * self.CELL ** 2
         assert (page == (1, 99, 2)).all(-1).sum() == self.CELL ** 2
 
     def test_frames_say_right_and_wrong(self):
         cell = Image.new("RGB", (5, 5), "white")
-        good, bad, plain = (self.page([("", None, [(cell, "", right)])]) for right in (True, False, None))
+        good, bad, plain = (self.page([("", None, [(cell, "", right)])])
+                            for right in (True, False, None))
         for page, has, lacks in ((good, GREEN, RED), (bad, RED, GREEN)):
             assert (page == has).all(-1).any() and not (page == lacks).all(-1).any()
         assert not (plain == GREEN).all(-1).any() and not (plain == RED).all(-1).any()
@@ -254,7 +258,7 @@ class TestSheet:
 
     def test_long_names_stay_below_their_own_picture(self):
         cell = Image.new("RGB", (5, 5), (1, 99, 2))
-        name = "0.27 IMG_20240101_120000_a_very_long_name_of_a_file and more and more words after it"
+        name = "0.27 IMG_20240101_120000_a_very_long_name_of_a_file and more and more words"
         many, few = (self.page([("", None, [(cell, name, None), (cell, second, None)])] * 2)
                      for second in (name, ""))
         second = slice(3 * self.CELL + 6, None)                # columns of the second cell

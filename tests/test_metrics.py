@@ -39,7 +39,8 @@ class TestRecalls:
 
     def test_every_right_item_counts(self):
         # Item 0 stands first in every row, and is right for row 2 as well.
-        found = recalls(self.SCORES, lambda query, item: query == item or (query, item) == (2, 0), ks=(1, 2))
+        right = {(0, 0), (1, 1), (2, 2), (2, 0)}
+        found = recalls(self.SCORES, lambda query, item: (query, item) in right, ks=(1, 2))
         assert found == {1: pytest.approx(2 / 3), 2: 1.0}
 
     def test_a_k_above_the_number_of_items_means_all_of_them(self):
@@ -73,8 +74,8 @@ class TestRetrieval:
                          "text_to_image_recall@1": 1.0, "text_to_image_recall@2": 1.0}
 
     def test_truth_is_asked_as_text_then_image(self):
-        # Text 0 is true of every image, so every image finds a true text only where it ranks text 0.
-        images, texts = torch.eye(3), torch.eye(3).roll(1, dims=0)     # image i is nearest to text i+1
+        # Text 0 is true of every image; image i is nearest to text i + 1.
+        images, texts = torch.eye(3), torch.eye(3).roll(1, dims=0)
         found = retrieval(images, texts, lambda text, image: text == 0, ks=(1,))
         assert found["image_to_text_recall@1"] == pytest.approx(1 / 3)     # image 2 finds text 0
         assert found["text_to_image_recall@1"] == pytest.approx(1 / 3)     # text 0 finds whatever
@@ -105,7 +106,9 @@ class TestChance:
 class TestLogisticRegression:
     @staticmethod
     def clouds(spread, seed=0, each=61):
-        centres = torch.tensor([[5.0, 0.0, 1.0, 0.0, 0.0], [0.0, 5.0, 0.0, 0.0, 2.0], [0.0, 0.0, 9.0, 1.0, 0.0]])
+        centres = torch.tensor([[5.0, 0.0, 1.0, 0.0, 0.0],
+                                [0.0, 5.0, 0.0, 0.0, 2.0],
+                                [0.0, 0.0, 9.0, 1.0, 0.0]])
         labels = torch.arange(3).repeat_interleave(each)
         noise = torch.randn(3 * each, 5, generator=torch.Generator().manual_seed(seed))
         return centres[labels] + spread * noise, labels
@@ -118,9 +121,10 @@ class TestLogisticRegression:
 
     def test_features_are_standardised_inside(self):
         features, labels = self.clouds(2.0)
-        scale, shift = torch.tensor([1e4, 1.0, 1e-4, 1.0, 10.0]), torch.tensor([0.0, 1e3, 0.0, -5.0, 0.0])
+        scaled = features * torch.tensor([1e4, 1.0, 1e-4, 1.0, 10.0])
+        scaled += torch.tensor([0.0, 1e3, 0.0, -5.0, 0.0])
         plain = logistic_regression(features, labels, 3, l2=0.1)(features)
-        other = logistic_regression(features * scale + shift, labels, 3, l2=0.1)(features * scale + shift)
+        other = logistic_regression(scaled, labels, 3, l2=0.1)(scaled)
         torch.testing.assert_close(plain, other, atol=2e-2, rtol=1e-2)
 
     def test_a_constant_feature_does_no_harm(self):
@@ -130,9 +134,10 @@ class TestLogisticRegression:
 
     def test_the_penalty_shrinks_the_scores_to_the_class_shares(self):
         features, labels = self.clouds(0.5)
-        keep = torch.cat([torch.arange(20), torch.arange(61, 183)])      # 20, 61 and 61 of the classes
+        keep = torch.cat([torch.arange(20), torch.arange(61, 183)])      # 20, 61, 61 of the classes
         features, labels = features[keep], labels[keep]
-        loose, tight = (logistic_regression(features, labels, 3, l2)(features) for l2 in (1e-4, 1e5))
+        loose, tight = (logistic_regression(features, labels, 3, l2)(features)
+                        for l2 in (1e-4, 1e5))
         assert loose.std(dim=0).min() > 1 > 1e-3 > tight.std(dim=0).max()
         shares = torch.tensor([20, 61, 61]) / 142                        # the bias is not penalised
         torch.testing.assert_close(tight.softmax(dim=1).mean(dim=0), shares, atol=1e-3, rtol=0)

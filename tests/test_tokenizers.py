@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from common.data import world_tokenizer
-from common.tokenizers import (ASSISTANT, BOS, CHARACTERS, CLS, DEC, ENC, EOC, EOS, IMAGE, PAD, SEP, SPECIAL,
-                               SYSTEM, UNK, USER, Tokenizer)
+from common.tokenizers import (ASSISTANT, BOS, CHARACTERS, CLS, DEC, ENC, EOC, EOS, IMAGE, PAD, SEP,
+                               SPECIAL, SYSTEM, UNK, USER, Tokenizer)
 from common.worlds.shapes import Shapes
 
-STRANGE = ["猫 кот", "naïve café", "🙂👩🏽‍🚀🇫🇷", "\u202eabc", "a\u0301", "x̱̂", "{}[]\\|~^_<>@#$%&*+=/", "ß ſ ﬁ ½"]
+STRANGE = ["猫 кот", "naïve café", "🙂👩🏽‍🚀🇫🇷", "\u202eabc", "a\u0301", "x̱̂",
+           "{}[]\\|~^_<>@#$%&*+=/", "ß ſ ﬁ ½"]
 
 
 def corpus():
@@ -36,13 +37,14 @@ class TestSpecial:
         assert tuple(tokenizer.pieces.id_to_piece(i) for i in range(16)) == SPECIAL
 
     def test_the_names_are_the_ids(self):
-        named = {"<pad>": PAD, "<bos>": BOS, "<eos>": EOS, "<unk>": UNK, "<image>": IMAGE, "<eoc>": EOC,
-                 "<cls>": CLS, "<enc>": ENC, "<dec>": DEC, "<sep>": SEP, "<system>": SYSTEM,
-                 "<user>": USER, "<assistant>": ASSISTANT}
+        named = {"<pad>": PAD, "<bos>": BOS, "<eos>": EOS, "<unk>": UNK, "<image>": IMAGE,
+                 "<eoc>": EOC, "<cls>": CLS, "<enc>": ENC, "<dec>": DEC, "<sep>": SEP,
+                 "<system>": SYSTEM, "<user>": USER, "<assistant>": ASSISTANT}
         assert named == {name: SPECIAL.index(name) for name in SPECIAL[:13]}
 
-    @pytest.mark.parametrize("text", [*SPECIAL, "".join(SPECIAL), " ".join(SPECIAL), "red<eos>circle",
-                                      "<EOS>", "＜eos＞", "<s> </s> <0x41>", "▁<eos>", "<image>" * 50])
+    @pytest.mark.parametrize("text", [
+        *SPECIAL, "".join(SPECIAL), " ".join(SPECIAL), "red<eos>circle", "<EOS>", "＜eos＞",
+        "<s> </s> <0x41>", "▁<eos>", "<image>" * 50])
     def test_no_text_spells_a_special_token(self, tokenizer, text):
         assert min(tokenizer.encode(text)) >= 16
         assert min(tokenizer.batch([text], 500)[0, 1:-1]) >= 16
@@ -57,8 +59,8 @@ class TestSpecial:
 
 
 class TestText:
-    @pytest.mark.parametrize("text", ["a red circle", "Two  LARGE\tblue stars,\nand a ring!", *STRANGE[:2],
-                                      STRANGE[6], CHARACTERS])
+    @pytest.mark.parametrize("text", ["a red circle", "Two  LARGE\tblue stars,\nand a ring!",
+                                      *STRANGE[:2], STRANGE[6], CHARACTERS])
     def test_text_comes_back_lower_case_with_single_spaces(self, tokenizer, text):
         assert tokenizer.decode(tokenizer.encode(text)) == normal(text)
 
@@ -78,12 +80,14 @@ class TestText:
 
     def test_letters_of_the_alphabet_never_fall_back_to_bytes(self, tokenizer):
         for character in CHARACTERS:
-            assert not any(tokenizer.pieces.is_byte(i) for i in tokenizer.encode(character)), character
+            ids = tokenizer.encode(character)
+            assert not any(tokenizer.pieces.is_byte(i) for i in ids), character
 
     def test_words_of_the_world_are_single_pieces(self):
         world = world_tokenizer(Shapes())
         assert len(world) == Shapes.vocabulary
-        assert [len(world.encode(word)) for word in ("red", "circle", "triangle", "purple")] == [1] * 4
+        for word in ("red", "circle", "triangle", "purple"):
+            assert len(world.encode(word)) == 1, word
 
     def test_no_text_is_no_ids(self, tokenizer):
         assert tokenizer.encode("") == tokenizer.encode(" \n") == []
@@ -91,8 +95,8 @@ class TestText:
 
 class TestBatch:
     def test_rows_are_bos_text_eos_and_then_pad(self, tokenizer):
-        one, two = tokenizer.encode("a red circle"), tokenizer.encode("a large blue star at the top")
-        made = tokenizer.batch(["a red circle", "a large blue star at the top"], 23)
+        texts = ["a red circle", "a large blue star at the top"]
+        (one, two), made = map(tokenizer.encode, texts), tokenizer.batch(texts, 23)
         assert made.dtype == torch.int64 and made.shape == (2, len(two) + 2)
         assert made[1].tolist() == [BOS, *two, EOS]
         assert made[0].tolist() == [BOS, *one, EOS, *[PAD] * (len(two) - len(one))]
@@ -118,7 +122,8 @@ class TestModel:
 
     def test_it_survives_pickling_and_the_disk(self, tokenizer, tmp_path):
         (tmp_path / "tokenizer.model").write_bytes(tokenizer.model)
-        for again in (pickle.loads(pickle.dumps(tokenizer)), Tokenizer.load(tmp_path / "tokenizer.model")):
+        for again in (pickle.loads(pickle.dumps(tokenizer)),
+                      Tokenizer.load(tmp_path / "tokenizer.model")):
             assert again.encode("a red circle") == tokenizer.encode("a red circle")
             assert len(again) == len(tokenizer)
 

@@ -212,28 +212,34 @@ class BertCase(BlockCase):
 
 
 class T5Case(BlockCase):
-    """T5's decoder block with cross-attention, its relative bias, and both kinds of MLP."""
+    """T5's block with its relative bias: encoder or decoder, plain or gated MLP."""
 
-    def __init__(self, gated):
-        self.gated, self.name = gated, "t5_block_gated" if gated else "t5_block"
+    def __init__(self, decoder, gated):
+        self.decoder, self.gated = decoder, gated
+        self.name = f"t5_{'decoder' if decoder else 'encoder'}_block{'_gated' if gated else ''}"
 
     def reference(self, seed):
         from transformers import T5Config
         from transformers.models.t5.modeling_t5 import T5Block
         layer = randomise(T5Block(T5Config(
-            d_model=24, d_kv=5, num_heads=4, d_ff=37, is_decoder=True, dropout_rate=0.0,
+            d_model=24, d_kv=5, num_heads=4, d_ff=37, is_decoder=self.decoder, dropout_rate=0.0,
             relative_attention_num_buckets=8, relative_attention_max_distance=6,
             feed_forward_proj="gated-gelu" if self.gated else "relu"),
             has_relative_attention_bias=True, layer_idx=0), seed)
         x, context = self.draw(), torch.randn(B, S, 24)
-        y = layer(x, attention_mask=self.additive(), encoder_hidden_states=context)
-        names = {"layer.0.layer_norm": "attn_norm", "layer.1.layer_norm": "cross_norm",
-                 "layer.2.layer_norm": "mlp_norm",
+        y = layer(x, attention_mask=self.additive(),
+                  encoder_hidden_states=context if self.decoder else None)
+        mlp = f"layer.{2 if self.decoder else 1}"
+        names = {"layer.0.layer_norm": "attn_norm", f"{mlp}.layer_norm": "mlp_norm",
                  "layer.0.SelfAttention.relative_attention_bias.weight": "bias.weight"}
-        for theirs, own in (("layer.0.SelfAttention", "attn"), ("layer.1.EncDecAttention", "cross")):
+        attentions = {"layer.0.SelfAttention": "attn"}
+        if self.decoder:
+            names["layer.1.layer_norm"] = "cross_norm"
+            attentions["layer.1.EncDecAttention"] = "cross"
+        for theirs, own in attentions.items():
             names |= {f"{theirs}.{a}": f"{own}.{b}_proj" for a, b in
                       (("q", "q"), ("k", "k"), ("v", "v"), ("o", "out"))}
-        dense = "layer.2.DenseReluDense"
+        dense = f"{mlp}.DenseReluDense"
         names |= ({f"{dense}.wi_0": "mlp.gate_proj", f"{dense}.wi_1": "mlp.up_proj",
                    f"{dense}.wo": "mlp.down_proj"} if self.gated else
                   {f"{dense}.wi": "mlp.fc1", f"{dense}.wo": "mlp.fc2"})
@@ -244,13 +250,18 @@ class T5Case(BlockCase):
         mlp = (GatedMLP(width=24, hidden=37, act=gelu_tanh) if self.gated
                else MLP(width=24, hidden=37, act=F.relu, bias=False))
         weights = dict(weights)
-        bias = load(RelativeBias(heads=4, buckets=8, max_distance=6, bidirectional=False),
+        bias = load(RelativeBias(heads=4, buckets=8, max_distance=6,
+                                 bidirectional=not self.decoder),
                     {"weight": weights.pop("bias.weight")})
-        block = load(t5_block(width=24, heads=4, head_width=5, mlp=mlp, decoder=True), weights)
-        return self.run(block, inputs, context=torch.as_tensor(inputs["context"]), bias=bias(T, T))
+        block = load(t5_block(width=24, heads=4, head_width=5, mlp=mlp, decoder=self.decoder),
+                     weights)
+        context = torch.as_tensor(inputs["context"]) if self.decoder else None
+        return self.run(block, inputs, context=context, bias=bias(T, T))
 
 
-CASES = [ClipCase(), Gpt2Case(), OptCase(), LlamaCase(), BertCase(), T5Case(False), T5Case(True)]
+CASES = [ClipCase(), Gpt2Case(), OptCase(), LlamaCase(), BertCase(),
+         T5Case(decoder=True, gated=False), T5Case(decoder=True, gated=True),
+         T5Case(decoder=False, gated=False)]
 
 
 def compare(ours, theirs, atol=1e-4):
