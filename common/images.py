@@ -120,7 +120,8 @@ def sheet(title, rows, cell=112):
     rows: (text, picture or None, cells) each; what was asked stands left, as words or a picture. A
     cell is (picture or None, caption, right): right True or False frames it green or red, None not.
     """
-    font, gap, left = ImageFont.load_default(13), 8, 2 * cell
+    font, gap = ImageFont.load_default(13), 8
+    left = 2 * cell if any(text or asked for text, asked, _ in rows) else gap
 
     def room(picture):                   # words need twice a picture's width
         return cell + gap if picture else 2 * cell + gap

@@ -259,13 +259,13 @@ class TestSheet:
     def test_long_names_stay_below_their_own_picture(self):
         cell = Image.new("RGB", (5, 5), (1, 99, 2))
         name = "0.27 IMG_20240101_120000_a_very_long_name_of_a_file and more and more words"
-        many, few = (self.page([("", None, [(cell, name, None), (cell, second, None)])] * 2)
+        many, few = (self.page([("asked", None, [(cell, name, None), (cell, second, None)])] * 2)
                      for second in (name, ""))
         second = slice(3 * self.CELL + 6, None)                # columns of the second cell
         assert (many[:, second] != few[:, second]).any()
         assert (many[:, :3 * self.CELL] == few[:, :3 * self.CELL]).all()
         assert (many == (1, 99, 2)).all(-1).sum() == 4 * self.CELL ** 2
-        alone = self.page([("", None, [(cell, name, None)])])
+        alone = self.page([("asked", None, [(cell, name, None)])])
         assert (alone[:, second] == 255).all() and (alone[-6:] == 255).all()
 
     def test_letters_of_other_scripts_do_not_break_it(self):
