@@ -1,9 +1,11 @@
 """The folder of a run: whose it is, what it holds, and taking it up again."""
 import json
-import shutil
 from pathlib import Path
 
 from common import checkpoint, distributed
+
+FILES = ("config.json", "tokenizer.model", "log.jsonl", *checkpoint.NAMES, "result.json",
+         "samples.png", "search.png")
 
 
 class RunFolder:
@@ -38,8 +40,9 @@ class RunFolder:
         distributed.wait()               # all have read what is about to be written
         if distributed.rank() > 0:
             return
-        if overwrite and self.path.exists():
-            shutil.rmtree(self.path)
+        if overwrite:                    # what a run wrote, not what else lies in the folder
+            for name in (*FILES, *(f"{name}.part" for name in FILES)):
+                (self.path / name).unlink(missing_ok=True)
         self.path.mkdir(parents=True, exist_ok=True)
         checkpoint.write_json(self.path / "config.json", described)
         checkpoint.write(self.path / "tokenizer.model",

@@ -169,8 +169,8 @@ def compare(options, variants):
     shown = ("zero_shot_accuracy", "image_to_text_recall@1", "text_to_image_recall@1", "seconds")
     rows = []
     for name, flags in variants.items():
-        results = [trained(options, f"{name.replace(' ', '-')}-{seed}", "--seed", str(seed), *flags)
-                   for seed in range(options.seeds)]
+        results = [trained(options, f"{name.replace(' ', '-')}-{options.pairs}-{seed}",
+                           "--seed", str(seed), *flags) for seed in range(options.seeds)]
         cells = []
         for figure in shown:
             values = sorted(result[figure] for result in results)
@@ -183,7 +183,7 @@ def compare(options, variants):
 
 def batch(options):
     """Batch 32, 128 and 512, as many pairs each; the rate grows with the root of the batch."""
-    compare(options, {f"batch {size}": [
+    compare(options, {f"softmax {size}": [
         "--batch_size", str(size), "--steps", str(options.pairs // size),
         "--lr", str(1e-3 * (size / 256) ** 0.5)] for size in (32, 128, 512)})
 

@@ -278,7 +278,6 @@ class TestMistakes:
         assert re.search(words, line)
         assert sorted(os.listdir()) == ["config.json", "last.pt"]
 
-    @pytest.mark.xfail(strict=True, reason="RunFolder.begin removes the folder with all that is in it")
     def test_overwriting_throws_away_the_run_and_nothing_else(self, run):
         Path("mine").mkdir()
         Path("mine/config.json").write_text("{}")             # another program's, perhaps

@@ -64,7 +64,7 @@ def test_shift_trains_the_same_tower_with_labels(run, monkeypatch, capsys):
     assert all(0 <= float(v) <= 1 for v in table["supervised"])
 
 
-@pytest.mark.parametrize("name, variants", [("batch", ["batch 32", "batch 128", "batch 512"]),
+@pytest.mark.parametrize("name, variants", [("batch", ["softmax 32", "softmax 128", "softmax 512"]),
                                             ("sigmoid", ["softmax 32", "sigmoid 32"])])
 def test_a_comparison_prints_median_and_range_of_its_seeds(name, variants, monkeypatch, capsys):
     asked = []
