@@ -22,11 +22,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-# A thread that waits for another spins; where a second program runs, the one that it waits for has
-# no core to finish on, and a step takes up to 60 times as long. Short spins cost a tenth instead.
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-
-import torch                             # noqa: E402  reads the setting as it loads
+import common                            # noqa: F401  first: it sets how torch's threads wait
+import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 

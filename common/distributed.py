@@ -57,7 +57,8 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        grad = grad.contiguous()
+        """grad (B * world, D), of what this process made of all rows -> (B, D), of its own."""
+        grad = grad.clone(memory_format=torch.contiguous_format)     # another may read it still
         dist.all_reduce(grad)
         return grad.chunk(dist.get_world_size())[dist.get_rank()]
 

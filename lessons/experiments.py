@@ -15,20 +15,21 @@ import subprocess
 import sys
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from torch import nn
-from tqdm import tqdm
-
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import clip                                               # noqa: E402  the path comes first
+import common                                             # noqa: E402,F401  before torch
+import clip                                               # noqa: E402
 from common import checkpoint, cli, metrics               # noqa: E402
 from common.data import Batches, Pairs, View              # noqa: E402
 from common.images import normalise                       # noqa: E402
 from common.worlds.scene import STYLES                    # noqa: E402
 from common.worlds.shapes import Shapes                   # noqa: E402
+
+import torch                                              # noqa: E402
+import torch.nn.functional as F                           # noqa: E402
+from torch import nn                                      # noqa: E402
+from tqdm import tqdm                                     # noqa: E402
 
 STYLED = STYLES[1:]                                       # what the split "shifted" is drawn in
 

@@ -1,5 +1,2 @@
 """Settings of every test."""
-import os
-
-# As in train.py: on a busy machine threads that spin take a test from seconds to minutes.
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+import common                            # noqa: F401  before torch: it sets how threads wait

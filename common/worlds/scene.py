@@ -43,6 +43,7 @@ class Item:
 
     @property
     def radius(self):
+        """Fraction of the side."""
         return SIZES[self.size]
 
     @property
