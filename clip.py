@@ -52,6 +52,10 @@ class CLIPConfig:
             raise ValueError(f"loss={self.loss} is not one of {', '.join(LOSSES)}")
         if self.act not in ACTIVATIONS:
             raise ValueError(f"act={self.act} is not one of {', '.join(ACTIVATIONS)}")
+        for name, value in vars(self).items():
+            least = {"context": 3, "eos": 0}.get(name, 1)         # context: begin, a word, end
+            if isinstance(value, int) and value < least:
+                raise ValueError(f"{name}={value}: must be at least {least}")
 
 
 def published(image_size, patch, width, layers, text_width, embed):
@@ -301,7 +305,10 @@ class Trained:
 def from_pretrained(path):
     """A Trained CLIP from a run folder. Raises ValueError in one line when it is none."""
     config, tokenizer, weights = checkpoint.open_run(path, "clip")
-    model = CLIP(CLIPConfig(**config))
+    try:
+        model = CLIP(CLIPConfig(**config))
+    except TypeError as error:
+        raise ValueError(f"{path}: a config of another version ({error})") from None
     checkpoint.load_weights(model, weights, path)
     return Trained(model, tokenizer)
 

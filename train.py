@@ -155,6 +155,9 @@ class Run:
         if options.preset not in self.stage.file.PRESETS:
             raise ValueError(f"--preset {options.preset}: {name} has "
                              + ", ".join(self.stage.file.PRESETS))
+        for setting in settings:
+            if setting.partition("=")[0] in ("vocab", "eos"):
+                raise ValueError(f"--set {setting}: it belongs to the world's tokenizer")
         config = cli.changed(self.stage.file.PRESETS[options.preset], settings)
         self.world = open_world(options.data, config.image_size)
         self.tokenizer = world_tokenizer(self.world)

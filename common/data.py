@@ -42,8 +42,8 @@ def open_world(spec, image_size):
         except ValueError:
             raise ValueError(f"--data {spec}: {key} takes {kinds[key].__name__}, "
                              f"not {value!r}") from None
-    world = WORLDS[name](image_size=image_size, **values)
     try:
+        world = WORLDS[name](image_size=image_size, **values)
         world.record("train", 0, draw_rng(0, 0, 0))
     except ValueError as error:
         raise ValueError(f"--data {spec}: {error}") from None

@@ -49,6 +49,7 @@ def zero_shot(world, encode_images, classifier):
 def retrieval_sheet(pool, count=6):
     """Sentences with the pictures found for them; below, pictures with the sentences found."""
     pictures = [record["images"][0] for record in pool.records]
+    count = min(count, len(pictures) // 2)
     found = [(pool.texts[t], None, [(pictures[i], "", pool.is_true(t, i))
                                     for i in pool.scores[:, t].topk(count).indices.tolist()])
              for t in range(count)]

@@ -23,7 +23,8 @@ class Shapes:
     pairs that training never shows. shifted: the scenes of single, drawn in other styles.
 
     objects: most objects in a scene. noise: pixel noise, standard deviation of 1. clutter: strokes
-    in the background. image_size: pixels of a side. style: a rendering for every split.
+    in the background. image_size: pixels of a side. style: a rendering for every split. Raises
+    ValueError for more objects than fit.
     """
     name = "shapes"
     vocabulary = 1024                     # pieces of the tokenizer
@@ -32,6 +33,8 @@ class Shapes:
     templates = ("a picture of {}", "a photo of {}", "there is {}", "an image with {}", "{}")
 
     def __init__(self, *, objects=2, noise=0.0, clutter=0, image_size=32, style="plain"):
+        if not 1 <= objects <= 6:
+            raise ValueError(f"objects={objects}: a scene has 1 to 6")
         self.objects, self.noise, self.clutter = objects, noise, clutter
         self.image_size, self.style = image_size, style
         self.all_classes = [scenes.phrase(scenes.Item(colour, shape, "small", 0.5, 0.5))
