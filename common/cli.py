@@ -92,6 +92,9 @@ def run(main):
     """
     try:
         sys.exit(main())
+    except BrokenPipeError:              # whoever read the output, head say, has had enough
+        sys.stderr.close()
+        sys.exit(0)
     except (ValueError, OSError) as error:
         if sys.flags.dev_mode:
             raise

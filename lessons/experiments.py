@@ -22,6 +22,7 @@ import common                                             # noqa: E402,F401  bef
 import clip                                               # noqa: E402
 from common import checkpoint, cli, metrics               # noqa: E402
 from common.data import Batches, Pairs, View              # noqa: E402
+from common.devices import autocast, half_precision       # noqa: E402
 from common.images import normalise                       # noqa: E402
 from common.worlds.scene import STYLES                    # noqa: E402
 from common.worlds.shapes import Shapes                   # noqa: E402
@@ -141,7 +142,8 @@ def shift(options):
     optimiser = torch.optim.AdamW(parameters, lr=recipe["lr"], betas=recipe["betas"], fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, recipe["lr"], total_steps=steps)
     for [(images, labels)] in tqdm(batches.loader(0, steps, 0), total=steps, desc="supervised"):
-        loss = F.cross_entropy(head(tower.image_features(normalise(images))), labels)
+        with autocast(images.device, half_precision("auto", images.device)):
+            loss = F.cross_entropy(head(tower.image_features(normalise(images))).float(), labels)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()

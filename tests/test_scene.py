@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from common.worlds import scene as scenes
 from common.worlds.scene import (BACKGROUNDS, COLOURS, HELD_OUT, MARGIN, OPENINGS, PAIRS, SHAPES,
@@ -391,3 +392,15 @@ def test_records_of_the_world():
     for index in range(60):
         plain, shifted = world.scene("single", index), world.scene("shifted", index)
         assert shifted.style in STYLES[1:] and restyled(shifted, "plain") == plain
+
+
+def test_extracted_pictures_are_named_by_what_they_show(tmp_path):
+    world = Shapes(image_size=20)
+    assert world.extract(tmp_path / "new", count=7) == 7
+    files = sorted((tmp_path / "new").iterdir())
+    assert [f.name[:3] for f in files] == [f"{i:03d}" for i in range(7)]
+    for index, file in enumerate(files):
+        shown = file.stem[4:].replace("-", " ")
+        assert world.is_true(shown, world.scene("test", index)), shown
+        with Image.open(file) as picture:
+            assert picture.size == (20, 20)

@@ -5,11 +5,16 @@
     record["images"][0].show()
     world.is_true(record["texts"][0], record["source"])
 
+    python -m common.worlds.shapes FOLDER    # writes 100 test pictures as PNG files
+
 How a scene is drawn, told and judged is in `scene.py`; what later papers ask of one scene
 (questions, probes, boxes, letters) is in `tasks.py`, of several (documents, clips, dialogues,
 episodes) in `stories.py`.
 """
 import random
+import re
+import sys
+from pathlib import Path
 
 from common.worlds import scene as scenes
 from common.worlds import stories
@@ -82,3 +87,23 @@ class Shapes:
             rng = random.Random(f"corpus/{index}")
             yield scenes.describe(scenes.sample(rng, (1, 3)), rng, None if index % 4 else "full")
         yield from stories.corpus()
+
+    def extract(self, folder, count=100):
+        """Write test pictures as PNG files named by what they show; returns their number."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        for index in range(count):
+            record = self.record("test", index)
+            shown = scenes.listed([scenes.phrase(item) for item in record["source"].items])
+            name = f"{index:03d}-{re.sub('[^a-z]+', '-', shown)}.png"
+            record["images"][0].save(folder / name)
+        return count
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m common.worlds.shapes FOLDER")
+    try:
+        print(f"{Shapes(image_size=96).extract(sys.argv[1])} pictures in {sys.argv[1]}")
+    except OSError as error:
+        sys.exit(f"cannot write to {sys.argv[1]}: {error.strerror}")
