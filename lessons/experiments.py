@@ -36,12 +36,11 @@ STYLED = STYLES[1:]                                       # what the split "shif
 
 
 def table(head, rows):
-    """Print rows of a name and numbers under a head."""
-    wide = max(len(row[0]) for row in [head, *rows]) + 2
-    print(f"{head[0]:{wide}s}" + "".join(f"{name:>16s}" for name in head[1:]))
-    for name, *values in rows:
-        print(f"{name:{wide}s}" + "".join(f"{v:>16s}" if isinstance(v, str) else f"{v:16.3f}"
-                                          for v in values))
+    """Print rows of a name and numbers (or words) under a head."""
+    rows = [[c if isinstance(c, str) else f"{c:.3f}" for c in row] for row in [head, *rows]]
+    wide = [max(len(row[k]) for row in rows) + 2 for k in range(len(head))]
+    for name, *cells in rows:
+        print(name.ljust(wide[0]) + "".join(c.rjust(w) for c, w in zip(cells, wide[1:])))
 
 
 class Bench:
