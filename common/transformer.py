@@ -74,6 +74,7 @@ class KVCache:
     def __init__(self):
         self.entries = {}                # attention module -> (k, v), each (B, H, S, K)
         self.length = 0                  # positions seen so far; masks and positions start here
+        self.state = {}                  # name -> tensor (B, ...): what else a model remembers
 
     def append(self, layer, k, v):
         """Add k, v (B, H, T, K) to the layer's entry; returns all of it, (B, H, S, K)."""
@@ -93,6 +94,14 @@ class KVCache:
     def reorder(self, rows):
         """Keep these batch rows in this order: rows (B',) int64, as beam search chooses them."""
         self.entries = {layer: (k[rows], v[rows]) for layer, (k, v) in self.entries.items()}
+        self.state = {name: value[rows] for name, value in self.state.items()}
+
+    def select(self, rows):
+        """A new cache of these batch rows in this order; rows (B',) int64 may repeat."""
+        new = KVCache()
+        new.entries, new.length, new.state = self.entries, self.length, self.state
+        new.reorder(rows)
+        return new
 
 
 class Attention(nn.Module):
@@ -348,6 +357,18 @@ class Block(nn.Module):
                          lambda h: self.cross(h, context, mask=context_mask, cache=cache))
         return self.add(x, self.mlp_norm, self.mlp)
 
+    def read(self, x, rows, mask=None):
+        """What `forward` gives at one position of each text or picture, without the rest.
+
+        x (B, T, D), rows int64 (B,), mask bool (T, T) -> (B, D). Only keys and values are needed
+        of the other positions: a sixth of the block's work.
+        """
+        own = x[torch.arange(len(x), device=x.device), rows][:, None]         # (B, 1, D)
+        seen = None if mask is None else mask[rows][:, None, None]            # (B, 1, 1, T)
+        whole = x if self.post_norm else self.attn_norm(x)
+        own = self.add(own, self.attn_norm, lambda h: self.attn(h, whole, mask=seen))
+        return self.add(own, self.mlp_norm, self.mlp)[:, 0]
+
 
 class Transformer(nn.Module):
     """Blocks in a row and a last norm (None: no last norm)."""
@@ -360,6 +381,14 @@ class Transformer(nn.Module):
         """x (B, T, D) -> (B, T, D). The arguments are those of Block.forward."""
         for block in self.blocks:
             x = block(x, context, **arguments)
+        return x if self.norm is None else self.norm(x)
+
+    def read(self, x, rows, mask=None):
+        """`forward` at one position of each row, x (B, T, D) -> (B, D); see `Block.read`."""
+        *first, last = self.blocks
+        for block in first:
+            x = block(x, mask=mask)
+        x = last.read(x, rows, mask)
         return x if self.norm is None else self.norm(x)
 
 

@@ -362,6 +362,14 @@ class TestBlocks:
         x, mask = torch.randn(B, T, 12).double(), causal(T)
         torch.testing.assert_close(block(x, mask=mask), theirs(x, src_mask=~mask))
 
+    @pytest.mark.parametrize("make", [vit_block, transformer.bert_block])
+    @pytest.mark.parametrize("mask", [None, causal(T)])
+    def test_reading_one_position_gives_what_forward_gives_there(self, make, mask):
+        blocks = [randomise(make(width=12, heads=3, hidden=17).double()) for _ in range(2)]
+        stack = transformer.Transformer(blocks, randomise(LayerNorm(12).double()))
+        x, rows = torch.randn(B, T, 12).double(), torch.tensor([0, T - 1, 2])[:B]
+        torch.testing.assert_close(stack.read(x, rows, mask), stack(x, mask=mask)[range(B), rows])
+
     def test_a_decoder_block_equals_torch(self):
         block = randomise(Block(Attention(width=12, heads=3), MLP(width=12, hidden=17, act=F.relu),
                                 partial(LayerNorm, 12), Attention(width=12, heads=3)).double())
