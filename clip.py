@@ -4,7 +4,7 @@ Learning Transferable Visual Models From Natural Language Supervision (Radford e
 the sigmoid loss of SigLIP (Zhai et al., 2023).
 
     picture -> ViT -> class token -> norm -> projection -> unit vector -+
-                                                                        +-> cosines * scale -> loss
+           (or ResNet -> attention pool)                                +-> cosines * scale -> loss
     words -> causal transformer -> norm -> EOT token -> projection -----+
 
     python train.py clip                                       train one on the shapes world
@@ -12,7 +12,7 @@ the sigmoid loss of SigLIP (Zhai et al., 2023).
     python clip.py runs/clip search "a small green ring" FOLDER
 """
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,8 +22,8 @@ from torch import nn
 from common import checkpoint, cli, evaluation, losses
 from common.images import centre_crop, normalise, open_folder, open_image, sheet, to_tensor
 from common.masks import causal
-from common.transformer import LayerNorm, Transformer, full, gelu, quick_gelu, vit_block
-from common.vision import ViT
+from common.transformer import Block, LayerNorm, Transformer, full, gelu, quick_gelu, vit_block
+from common.vision import ModifiedResNet, ViT, statistics_at_rest
 
 ACTIVATIONS = {"gelu": gelu, "quick_gelu": quick_gelu}
 LOSSES = ("softmax", "sigmoid")
@@ -31,8 +31,13 @@ LOSSES = ("softmax", "sigmoid")
 
 @dataclass
 class CLIPConfig:
-    """Sizes of the two towers. vocab and eos belong to the tokenizer."""
+    """Sizes of the two towers. vocab and eos belong to the tokenizer.
+
+    With stages the picture's tower is a ResNet: vision_width is that of its stem, vision_heads are
+    those of its pool, patch and vision_layers say nothing.
+    """
     image_size: int = 32
+    stages: tuple[int, ...] = ()         # blocks in each of a ResNet's four stages; empty: a ViT
     patch: int = 8
     vision_width: int = 128
     vision_layers: int = 4
@@ -48,6 +53,7 @@ class CLIPConfig:
     loss: str = "softmax"                # or sigmoid, SigLIP's
 
     def __post_init__(self):
+        self.stages = tuple(self.stages)                          # JSON has no tuples
         if self.loss not in LOSSES:
             raise ValueError(f"loss={self.loss} is not one of {', '.join(LOSSES)}")
         if self.act not in ACTIVATIONS:
@@ -67,6 +73,12 @@ def published(image_size, patch, width, layers, text_width, embed):
         act="quick_gelu")
 
 
+def published_resnet(image_size, stages, width, text_width, embed):
+    """A config of the paper's Table 19: the pool's heads are 64 wide, too, of 32 * width."""
+    vit = published(image_size, 32, width, 12, text_width, embed)
+    return replace(vit, stages=stages, vision_heads=width * 32 // 64)
+
+
 PRESETS = {
     "tiny": CLIPConfig(),
     "small": CLIPConfig(image_size=64, vision_width=384, vision_layers=8, vision_heads=6,
@@ -75,6 +87,12 @@ PRESETS = {
     "ViT-B/16": published(224, 16, 768, 12, 512, 512),
     "ViT-L/14": published(224, 14, 1024, 24, 768, 768),
     "ViT-L/14@336": published(336, 14, 1024, 24, 768, 768),
+    "RN-tiny": CLIPConfig(image_size=64, stages=(1, 1, 1, 1), vision_width=16, vision_heads=8),
+    "RN50": published_resnet(224, (3, 4, 6, 3), 64, 512, 1024),
+    "RN101": published_resnet(224, (3, 4, 23, 3), 64, 512, 512),
+    "RN50x4": published_resnet(288, (4, 6, 10, 6), 80, 640, 640),
+    "RN50x16": published_resnet(384, (6, 8, 18, 8), 96, 768, 768),
+    "RN50x64": published_resnet(448, (3, 15, 36, 10), 128, 1024, 1024),
 }
 
 
@@ -97,16 +115,29 @@ class TextTower(nn.Module):
         Found by its id: that it is the largest id, as in the published vocabulary, need not hold.
         No padding mask is needed: behind a causal mask nothing after eos reaches it.
         """
-        B, T = ids.shape
+        T = ids.shape[1]
         if T > len(self.positions):
             raise ValueError(f"{T} tokens, but the context is {len(self.positions)}")
         ends = ids == self.eos
         if not ends.any(dim=1).all():
             raise ValueError(f"a text without the end-of-text id {self.eos}")
         x = self.token_embed(ids) + self.positions[:T]
-        x = self.transformer(x, mask=causal(T, device=ids.device))    # (B, T, D)
         first = ends.int().argmax(dim=1)         # argmax of 0/1 is the first 1
-        return x[torch.arange(B, device=ids.device), first]           # (B, D)
+        return self.transformer.read(x, first, causal(T, device=ids.device))
+
+
+def image_tower(c):
+    """The picture's tower, a ViT or a ResNet, as the config says.
+
+    Of either CLIP reads `features(images)`; a ResNet's are in the joint space already.
+    """
+    if c.stages:
+        return ModifiedResNet(image_size=c.image_size, stages=c.stages, width=c.vision_width,
+                              heads=c.vision_heads, embed=c.embed)
+    blocks = [vit_block(width=c.vision_width, heads=c.vision_heads, act=ACTIVATIONS[c.act])
+              for _ in range(c.vision_layers)]
+    return ViT(image_size=c.image_size, patch=c.patch, width=c.vision_width, blocks=blocks,
+               pre_norm=LayerNorm(c.vision_width), post_norm=LayerNorm(c.vision_width))
 
 
 @dataclass
@@ -125,22 +156,25 @@ class Cached:
         return share - share.detach() + self.whole / self.parts
 
 
+def blocks_of(tower):
+    """The transformer's blocks in a tower; a ResNet has none."""
+    return [module for module in tower.modules() if isinstance(module, Block)]
+
+
 class CLIP(nn.Module):
     """Both towers, their bias-free projections and the learned scale (paper, Figure 3)."""
 
     def __init__(self, config):
         super().__init__()
         self.config, c, act = config, config, ACTIVATIONS[config.act]
-        self.vision = ViT(
-            image_size=c.image_size, patch=c.patch, width=c.vision_width,
-            blocks=[vit_block(width=c.vision_width, heads=c.vision_heads, act=act)
-                    for _ in range(c.vision_layers)],
-            pre_norm=LayerNorm(c.vision_width), post_norm=LayerNorm(c.vision_width))
+        self.vision = image_tower(c)
         self.text = TextTower(
             vocab=c.vocab, context=c.context, width=c.text_width, eos=c.eos,
             blocks=[vit_block(width=c.text_width, heads=c.text_heads, act=act)
                     for _ in range(c.text_layers)])
-        self.image_projection = nn.Linear(c.vision_width, c.embed, bias=False)
+        # A ResNet's pool ends in the projection, and that one has a bias.
+        self.image_projection = nn.Identity() if c.stages else \
+            nn.Linear(c.vision_width, c.embed, bias=False)
         self.text_projection = nn.Linear(c.text_width, c.embed, bias=False)
         # Its logarithm is learned; the multiplier itself starts at 1 / 0.07, SigLIP's at 10.
         sigmoid = c.loss == "sigmoid"
@@ -150,36 +184,42 @@ class CLIP(nn.Module):
 
     @torch.no_grad()
     def initialise(self):
-        """OpenAI's initialisation: text by width and depth, vision as torch's own layers."""
+        """OpenAI's initialisation: text by width and depth, a ViT as torch's own layers.
+
+        A ResNet comes with its own.
+        """
         width, layers = self.config.text_width, self.config.text_layers
         nn.init.normal_(self.text.token_embed.weight, std=0.02)
         nn.init.normal_(self.text.positions, std=0.01)
-        nn.init.normal_(self.text_projection.weight, std=width ** -0.5)
-        nn.init.normal_(self.image_projection.weight, std=self.config.vision_width ** -0.5)
-        for block in self.text.transformer.blocks:
+        for projection in (self.text_projection, self.image_projection):
+            for weight in projection.parameters():
+                nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
+        for block in blocks_of(self.text):
             residual = width ** -0.5 * (2 * layers) ** -0.5
             for linear in (block.attn.q_proj, block.attn.k_proj, block.attn.v_proj):
                 nn.init.normal_(linear.weight, std=width ** -0.5)
             nn.init.normal_(block.attn.out_proj.weight, std=residual)
             nn.init.normal_(block.mlp.fc1.weight, std=(2 * width) ** -0.5)
             nn.init.normal_(block.mlp.fc2.weight, std=residual)
-        for block in self.vision.transformer.blocks:
+        for block in blocks_of(self.vision):
             for linear in (block.attn.q_proj, block.attn.k_proj, block.attn.v_proj):
                 # Xavier over the fused (3D, D) matrix of torch's layer, hence the 4.
-                nn.init.uniform_(linear.weight, -(6 / (4 * self.config.vision_width)) ** 0.5,
-                                 (6 / (4 * self.config.vision_width)) ** 0.5)
-        for tower in (self.text, self.vision):
-            for block in tower.transformer.blocks:
-                for linear in block.attn.children():
-                    nn.init.zeros_(linear.bias)
+                bound = (6 / (4 * linear.in_features)) ** 0.5
+                nn.init.uniform_(linear.weight, -bound, bound)
+        for block in (*blocks_of(self.text), *blocks_of(self.vision)):
+            for linear in block.attn.children():
+                nn.init.zeros_(linear.bias)
 
     def encode_image(self, images):
         """images float (B, 3, H, W), normalised -> unit vectors (B, E), float32 or wider."""
         return F.normalize(full(self.image_projection(self.image_features(images))), dim=-1)
 
     def image_features(self, images):
-        """What a linear probe reads: the class token before the projection, (B, D)."""
-        return self.vision.post_norm(self.vision.hidden(images)[:, 0])
+        """What a linear probe reads: (B, D).
+
+        A ViT's class token before the projection (paper, A.3), what a ResNet's pool returns.
+        """
+        return self.vision.features(images)
 
     def encode_text(self, ids):
         """ids int64 (B, T) -> unit vectors (B, E), float32 or wider."""
@@ -217,8 +257,11 @@ class CLIP(nn.Module):
         features again and pushes that gradient through its tower (feature caching, as in BASIC and
         GradCache). The scale and the bias meet the whole loss once, so their gradient is exact too:
         re-running the loss for each of K micro-batches would give them K times theirs.
+
+        A ResNet's BatchNorm sees micro-batches in both passes, so a step is exact for pictures
+        normalised in these groups, not for one large group. Its running statistics move once.
         """
-        with torch.no_grad():
+        with torch.no_grad(), statistics_at_rest(self.vision):
             made = [self.features(batch) for batch in batches]
         image, text = (torch.cat(side).requires_grad_() for side in zip(*made))
         scalars = [s.detach().requires_grad_() for s in self.scalars()]

@@ -62,14 +62,20 @@ class Stage:
     recipes: dict                        # "preset data", "preset" -> Recipe
 
 
+# The paper's own: 32 epochs of 400M pairs (its appendix F), of a ResNet with Adam's usual numbers.
+PAPER = Recipe(steps=390000, batch_size=32768, lr=5e-4, warmup=2000)
+RESNET = {"betas": (0.9, 0.999), "eps": 1e-8}
+
 STAGES = {
     "clip": Stage("picture and text towers, contrastive (CLIP; --set loss=sigmoid: SigLIP)",
                   clip, clip.CLIP, {
                       "tiny": Recipe(steps=1100, batch_size=256, lr=1e-3),
                       "tiny emoji": Recipe(steps=900, batch_size=256, lr=1e-3, decay=2.0),
                       "small": Recipe(steps=6000, batch_size=1024, lr=5e-4, warmup=500),
-                      # The paper's own: 32 epochs of 400M pairs (B4 of its appendix F).
-                      "": Recipe(steps=390000, batch_size=32768, lr=5e-4, warmup=2000)}),
+                      "RN-tiny": Recipe(steps=700, batch_size=256, lr=1e-3, **RESNET),
+                      **{name: dataclasses.replace(PAPER, **RESNET)
+                         for name in clip.PRESETS if name.startswith("RN") and "-" not in name},
+                      "": PAPER}),
 }
 LISTS = {"all": ["clip"]}
 
@@ -216,7 +222,7 @@ class Run:
         """What config.json says: all that a resumed run must share with the one that began."""
         keep = ("preset", "data", "seed", "accumulate", "precision", "init")
         return {"model": self.stage.file.__name__, "stage": self.name,
-                "config": dataclasses.asdict(self.config),
+                "config": json.loads(json.dumps(dataclasses.asdict(self.config))),
                 "recipe": json.loads(json.dumps(dataclasses.asdict(self.recipe))),
                 "options": {name: getattr(self.options, name) for name in keep} | {
                     "precision": "bf16" if self.half else "fp32"}}

@@ -49,11 +49,13 @@ def changed(config, settings):
         try:
             if kind is bool:
                 values[key] = {"true": True, "false": False}[text.lower()]
+            elif kind == tuple[int, ...]:                         # "1,2,3", or nothing: ()
+                values[key] = tuple(int(number) for number in text.split(",") if text)
             else:
                 values[key] = kind(text)
         except (ValueError, KeyError):
-            raise ValueError(f"--set {setting}: {key} takes {kind.__name__}, "
-                             f"not {text!r}") from None
+            words = kind.__name__ if kind in (bool, int, float, str) else "numbers like 1,2,3"
+            raise ValueError(f"--set {setting}: {key} takes {words}, not {text!r}") from None
     return dataclasses.replace(config, **values)
 
 

@@ -116,18 +116,25 @@ class TestChanged:
         share: float = 0.5
         name: str = "x"
         on: bool = True
+        stages: tuple[int, ...] = ()
 
     def test_values_are_read_as_the_fields_type(self):
         made = cli.changed(self.Config(), ["width=11", "share=2", "name=a=b", "on=False"])
-        assert dataclasses.astuple(made) == (11, 2.0, "a=b", False)
+        assert dataclasses.astuple(made) == (11, 2.0, "a=b", False, ())
         assert type(made.share) is float and made.on is False
         assert cli.changed(self.Config(), []) == self.Config()
         assert cli.changed(self.Config(), ["width=2", "width=3"]).width == 3
 
+    @pytest.mark.parametrize("text, value", [("1,2,11,3", (1, 2, 11, 3)), ("7", (7,)), ("", ())])
+    def test_a_row_of_numbers_is_written_with_commas(self, text, value):
+        assert cli.changed(self.Config(), [f"stages={text}"]).stages == value
+        assert cli.changed(self.Config(stages=(5, 5)), [f"stages={text}"]).stages == value
+
     @pytest.mark.parametrize("setting, words", [
         ("width=wide", "width takes int, not 'wide'"), ("width=2.5", "width takes int"),
-        ("on=1", "on takes bool"), ("depth=3", "one of width, share, name"),
-        ("width", "write key=value with one of width, share, name, on")])
+        ("on=1", "on takes bool"), ("stages=1,x", "stages takes numbers like 1,2,3, not '1,x'"),
+        ("stages=1,,2", "stages takes numbers"), ("stages=(1, 2)", "stages takes"), ("depth=3", "one of width, share, name"),
+        ("width", "write key=value with one of width, share, name, on, stages")])
     def test_what_no_field_takes_is_refused(self, setting, words):
         with pytest.raises(ValueError, match=words):
             cli.changed(self.Config(), [setting])
@@ -230,6 +237,8 @@ class TestMistakes:
         (["--set", "vision_heads=0"], "vision_heads"), (["--set", "text_width=0"], "text_width"),
         (["--set", "patch=7"], "image_size 32 does not divide into patches of 7"),
         (["--set", "patch=0"], "patch"),
+        (["--set", "stages=1,1"], r"stages \(1, 1\) of width 12: a ResNet has four stages"),
+        (["--set", "stages=1,1,1,1", "--set", "image_size=48"], "takes a multiple of 32"),
         (["--device", "toaster"], "--device toaster: use auto, cpu, cuda or mps"),
         (["--device", "meta"], "--device meta: use auto, cpu, cuda or mps"),
         (["--precision", "fp16"], "invalid choice: 'fp16'"),
@@ -356,6 +365,21 @@ class TestProcess:
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr == "error: --steps 0: must be at least 1\n"
         assert os.listdir() == []
+
+
+def test_a_resnet_is_trained_resumed_measured_and_used(pictures):
+    flags = [*TOY, "--out", "resnet", "--set", "stages=1,1,2,1", "--set", "vision_width=4",
+             "--set", "vision_heads=2"]
+    assert command(train.main, *flags, "--steps", 2)[0] == 0
+    config = checkpoint.read_json("resnet/config.json")["config"]
+    assert config["stages"] == [1, 1, 2, 1]
+    for flag in ("--resume", "--eval_only"):
+        status, out, err = command(train.main, *flags, "--steps", 2, flag)
+        assert status == 0 and "resumed from step 2\n" in out, err
+    line = mistake(train.main, *TOY, "--out", "resnet", "--steps", 2, "--resume")
+    assert "stages=[1, 1, 2, 1] (now [])" in line
+    assert clip.from_pretrained("resnet").model.config == clip.CLIPConfig(**config)
+    assert command(clip.main, "resnet", "classify", pictures / "red.png", "a red ring", "x")[0] == 0
 
 
 class TestUse:

@@ -1,6 +1,8 @@
 """CLIP: the classic mistakes, one by one, and the figures that the paper fixes."""
+import copy
+import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import clip
+import train
 from clip import CLIP, PRESETS, CLIPConfig, TextTower, Trained
 from common.data import Pairs, View, world_tokenizer
 from common.losses import alone
@@ -52,7 +55,9 @@ def pictures(rows=3):
 class TestSizes:
     @pytest.mark.parametrize("name, count", [
         ("ViT-B/32", 151_277_313), ("ViT-B/16", 149_620_737), ("ViT-L/14", 427_616_513),
-        ("ViT-L/14@336", 427_944_193), ("tiny", 1_385_217)])
+        ("ViT-L/14@336", 427_944_193), ("tiny", 1_385_217), ("RN50", 102_007_137),
+        ("RN101", 119_688_033), ("RN50x4", 178_300_601), ("RN50x16", 290_979_217),
+        ("RN50x64", 623_258_305), ("RN-tiny", 1_910_553)])
     def test_the_published_parameter_counts_are_exact(self, name, count):
         with torch.device("meta"):
             model = CLIP(PRESETS[name])
@@ -63,7 +68,13 @@ class TestSizes:
             if "/" in name:
                 c = PRESETS[name]
                 assert c.vision_width == 64 * c.vision_heads and c.text_width == 64 * c.text_heads
-                assert (c.act, c.context, c.vocab, c.eos) == ("quick_gelu", 77, 49408, 49407)
+            elif name.startswith("RN") and name != "RN-tiny":
+                c = PRESETS[name]                   # the pool's 2048 channels in RN50 are 32 heads
+                assert 32 * c.vision_width == 64 * c.vision_heads
+                assert c.text_width == 64 * c.text_heads
+            else:
+                continue
+            assert (c.act, c.context, c.vocab, c.eos) == ("quick_gelu", 77, 49408, 49407)
 
     def test_an_unknown_loss_or_activation_is_told(self):
         with pytest.raises(ValueError, match="loss=cosine is not one of softmax, sigmoid"):
@@ -131,7 +142,7 @@ class TestTextTower:
     def test_no_position_sees_a_later_one(self):
         tower = make().text
         states = []
-        tower.transformer.register_forward_hook(lambda m, i, out: states.append(out))
+        tower.transformer.blocks[0].register_forward_hook(lambda m, i, out: states.append(out))
         ids = texts(1, 8)
         other = ids.clone()
         other[0, 4] = 6 + (other[0, 4] - 5) % 23
@@ -152,7 +163,7 @@ class TestTextTower:
         want = F.normalize(model.encode_text(ids).new_tensor(0) + model.text(ids)
                            @ model.text_projection.weight.T, dim=-1)
         torch.testing.assert_close(model.encode_text(ids), want)
-        torch.testing.assert_close(model.text(ids), hidden[-1][:, -1])
+        torch.testing.assert_close(model.text(ids), hidden[-1])
 
 
 class TestScale:
@@ -279,6 +290,115 @@ class TestZeroShot:
         want = [F.normalize(torch.stack([F.normalize(ids([t.format(n)])[0], dim=0) for t in templates])
                             .mean(0), dim=0) for n in names]
         torch.testing.assert_close(toy.classifier(ids, names, templates), torch.stack(want, dim=1))
+
+
+RESNET = dict(image_size=64, stages=(1, 1, 2, 1), vision_width=4, vision_heads=2)
+
+
+def squares(rows=5):
+    return {"images": torch.randint(256, (rows, 3, 64, 64), dtype=torch.uint8), "ids": texts(rows)}
+
+
+def statistics(model):
+    return {name: b.clone() for name, b in model.named_buffers()}
+
+
+class TestResNet:
+    def test_the_pools_output_is_in_the_joint_space_and_projected_once(self):
+        model, images = make(**RESNET), torch.randn(3, 3, 64, 64).double()
+        pool, cells = model.vision.pool, model.vision.grid(images)
+        want = F.normalize(pool(cells), dim=-1)
+        assert want.shape == (3, 7)
+        torch.testing.assert_close(model.encode_image(images), want)
+        torch.testing.assert_close(model.image_features(images), pool(cells))
+        assert pool.out_proj.bias is not None
+        assert not any(name.startswith("image_projection") for name in model.state_dict())
+
+    def test_the_text_tower_is_that_of_the_vit(self):
+        model, other = make(**RESNET), make()
+        assert {n: p.shape for n, p in model.text.named_parameters()} == \
+            {n: p.shape for n, p in other.text.named_parameters()}
+
+    def test_it_is_initialised_as_the_released_code_does(self):
+        model = CLIP(replace(PRESETS["RN-tiny"], text_layers=3))
+        for linear in (model.vision.pool.k_proj, model.vision.pool.out_proj):
+            assert linear.weight.std().item() == pytest.approx(512 ** -0.5, rel=0.05)
+            assert (linear.bias != 0).any()
+        assert model.vision.pool.positions.std().item() == pytest.approx(512 ** -0.5, rel=0.05)
+        assert (model.vision.layer3[0].bn3.weight == 0).all()
+        assert model.text_projection.weight.std().item() == pytest.approx(128 ** -0.5, rel=0.05)
+        assert all((m.bias == 0).all() for m in model.text.transformer.blocks[0].attn.children())
+
+    @pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+    def test_the_gradient_reaches_every_parameter(self, loss):
+        model = make(loss=loss, **RESNET)
+        for name, gradient in gradients(model, [model(squares())["contrastive"]]).items():
+            if not name.endswith("k_proj.bias") and name != "text.token_embed.weight":
+                assert gradient.abs().max() > 1e-9, name
+
+    @pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+    def test_accumulation_is_exact_for_pictures_normalised_in_micro_batches(self, loss):
+        model, whole = make(loss=loss, **RESNET), squares(7)
+        parts = [{k: v.split([2, 3, 2])[i] for k, v in whole.items()} for i in range(3)]
+        image, text = (torch.cat(side) for side in zip(*map(model.features, parts)))
+        want = gradients(model, [model.loss(image, text, model.scalars())])
+        got = gradients(model, [model(part, cached=cached)["contrastive"]
+                                for part, cached in zip(parts, model.accumulate(parts))])
+        for name in want:
+            torch.testing.assert_close(got[name], want[name], atol=1e-9, rtol=1e-7, msg=name)
+
+    def test_accumulation_moves_the_running_statistics_once(self):
+        model, whole = make(**RESNET), squares(6)
+        parts = [{k: v.split(2)[i] for k, v in whole.items()} for i in range(3)]
+        before = statistics(model)
+        once = copy.deepcopy(model)
+        cached = model.accumulate(parts)
+        assert all(torch.equal(b, before[name]) for name, b in statistics(model).items())
+        for part, share in zip(parts, cached):
+            model(part, cached=share)
+            once.features(part)
+        for name, buffer in statistics(once).items():
+            torch.testing.assert_close(statistics(model)[name], buffer, msg=name)
+            assert not torch.equal(buffer, before[name]), name
+
+    def test_a_frozen_tower_keeps_its_statistics(self):
+        model = make(**RESNET)
+        train.freeze(model, ("text.*", "logit_scale"))
+        before = statistics(model)
+        model(squares())["contrastive"].backward()
+        assert before and all(torch.equal(b, before[n]) for n, b in statistics(model).items())
+
+    def test_batch_norms_gains_are_not_decayed_and_convolutions_are(self):
+        model = CLIP(replace(CONFIG, **RESNET))
+        decayed, plain = ({id(p) for p in group["params"]}
+                          for group in train.parameter_groups(model, 0.2))
+        norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+        convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+        assert len(norms) == len(convolutions) == 3 + 5 * 3 + 4
+        assert {id(p) for m in norms for p in (m.weight, m.bias)} <= plain
+        assert {id(m.weight) for m in convolutions} <= decayed
+
+    def test_under_bf16_features_are_unit_vectors_in_float32(self):
+        model, given = CLIP(replace(CONFIG, **RESNET)), squares()
+        with torch.autocast("cpu", torch.bfloat16):
+            image, text = model.features(given)
+            loss = model(given)["contrastive"]
+        loss.backward()
+        assert image.dtype == text.dtype == torch.float32
+        torch.testing.assert_close(image.norm(dim=1), torch.ones(5))
+        assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+    def test_its_config_survives_json(self):
+        config = replace(CONFIG, **RESNET)
+        again = CLIPConfig(**json.loads(json.dumps(asdict(config))))
+        assert again == config and again.stages == (1, 1, 2, 1)
+
+    @pytest.mark.parametrize("name", ["RN50", "RN50x64", "RN-tiny"])
+    def test_it_is_optimised_with_the_papers_numbers_for_resnets(self, name):
+        recipes = train.STAGES["clip"].recipes
+        assert (recipes[name].betas, recipes[name].eps) == ((0.9, 0.999), 1e-8)
+        assert (recipes[""].betas, recipes[""].eps) == ((0.9, 0.98), 1e-6)
+        assert name == "RN-tiny" or recipes[name].steps == recipes[""].steps
 
 
 @pytest.fixture(scope="module")
