@@ -49,3 +49,15 @@ def next_token_loss(logits, labels, smoothing=0.0, count=None):
     count = (labels != -100).sum().clamp(min=1) if count is None else count
     return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100,
                            label_smoothing=smoothing, reduction="sum") / count
+
+
+def label_count(labels, gather=alone):
+    """The count for `next_token_loss`: what a step predicts, divided by its processes.
+
+    labels: int64 (B, T), one for each micro-batch of this process. Losses divided by it, summed
+    over the micro-batches and averaged over the processes, as DDP averages gradients, are the mean
+    over the tokens of the whole batch. At least one token is counted.
+    """
+    own = torch.stack([(part[:, 1:] != -100).sum() for part in labels]).sum()
+    counts, _ = gather(own.float().view(1, 1))
+    return counts.sum().clamp(min=1) / len(counts)

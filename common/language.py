@@ -1,0 +1,325 @@
+"""Decoder language models: GPT-2, OPT and LLaMA are one class, three kinds of block and position.
+
+    lm = LanguageModel(PRESETS["tiny"])
+    logits = lm(ids)                                   # (B, T) -> (B, T, V)
+
+    x, places = lm.place(lm.embed(ids), mask, cache)   # the same by its parts, for a paper that
+    for block in lm.blocks:                            # puts layers of its own in between
+        x = block(x, **places)
+    logits = lm.head(x)
+
+Language Models are Unsupervised Multitask Learners (Radford et al., 2019); OPT (Zhang et al., 2022);
+LLaMA (Touvron et al., 2023).
+"""
+import math
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common import losses
+from common.generation import generate
+from common.images import sheet
+from common.losses import next_token_loss
+from common.masks import causal, padding
+from common.transformer import (LayerNorm, LearnedPositions, RMSNorm, gpt2_block, llama_block,
+                                opt_block, rope_table)
+
+
+def llama(c):
+    """A block of LLaMA's kind."""
+    return llama_block(width=c.width, heads=c.heads, kv_heads=c.kv_heads, hidden=c.hidden,
+                       eps=c.eps)
+
+
+def gpt2(c):
+    """A block of GPT-2's kind."""
+    return gpt2_block(width=c.width, heads=c.heads, hidden=c.hidden, eps=c.eps)
+
+
+def opt(c):
+    """A block of OPT's kind."""
+    return opt_block(width=c.width, heads=c.heads, hidden=c.hidden, eps=c.eps)
+
+
+# kind: its block, its norm, the first row of its table of positions (None: rotary, no table)
+KINDS = {"gpt2": (gpt2, LayerNorm, 0), "opt": (opt, LayerNorm, 2), "llama": (llama, RMSNorm, None)}
+
+
+@dataclass
+class LanguageConfig:
+    """Sizes of a decoder. vocab, eos and pad belong to the tokenizer."""
+    kind: str = "llama"                  # or gpt2, opt
+    vocab: int = 1024
+    context: int = 256
+    width: int = 160
+    layers: int = 5
+    heads: int = 5
+    kv_heads: int = 5                    # fewer than heads: queries share keys (llama alone)
+    hidden: int = 432                    # of the MLP
+    tied: bool = True                    # the head is the table of embeddings
+    eps: float = 1e-5                    # of the norms
+    theta: float = 10000.0               # the rotary base
+    stretch: float = 1.0                 # rotary positions are divided by it (linear scaling)
+    eos: int = 2
+    pad: int = 0
+
+    def __post_init__(self):
+        if self.kind not in KINDS:
+            raise ValueError(f"kind={self.kind} is not one of {', '.join(KINDS)}")
+        for name in ("vocab", "context", "width", "layers", "heads", "kv_heads", "hidden"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
+        if not (self.eps > 0 and self.theta > 0 and self.stretch > 0):
+            raise ValueError(f"eps={self.eps}, theta={self.theta}, stretch={self.stretch}: "
+                             "must be more than 0")
+        if self.kind != "llama" and self.kv_heads != self.heads:
+            raise ValueError(f"kv_heads={self.kv_heads}: {self.kind} has as many as its "
+                             f"{self.heads} heads")
+        if self.kind == "llama" and self.width % self.heads == 0 and self.width // self.heads % 2:
+            raise ValueError(f"width {self.width} / {self.heads} heads is odd: rotary positions "
+                             "turn pairs")
+
+
+def gpt2_size(layers, width, heads):
+    """One of GPT-2's sizes."""
+    return LanguageConfig(kind="gpt2", vocab=50257, context=1024, width=width, layers=layers,
+                          heads=heads, kv_heads=heads, hidden=4 * width, eos=50256, pad=50256)
+
+
+def opt_size(layers, width, heads):
+    """One of OPT's sizes (its Table 1), but for 350m, which is built differently."""
+    return LanguageConfig(kind="opt", vocab=50272, context=2048, width=width, layers=layers,
+                          heads=heads, kv_heads=heads, hidden=4 * width, eos=2, pad=1)
+
+
+def llama_size(layers, width, heads, hidden):
+    """One of LLaMA's sizes (its Table 2)."""
+    return LanguageConfig(vocab=32000, context=2048, width=width, layers=layers, heads=heads,
+                          kv_heads=heads, hidden=hidden, tied=False, eps=1e-6)
+
+
+PRESETS = {
+    "tiny": LanguageConfig(),
+    "small": LanguageConfig(context=512, width=512, layers=8, heads=8, kv_heads=8, hidden=1408),
+    "gpt2": gpt2_size(12, 768, 12),
+    "gpt2-medium": gpt2_size(24, 1024, 16),
+    "gpt2-large": gpt2_size(36, 1280, 20),
+    "gpt2-xl": gpt2_size(48, 1600, 25),
+    "opt-125m": opt_size(12, 768, 12),
+    "opt-1.3b": opt_size(24, 2048, 32),
+    "opt-2.7b": opt_size(32, 2560, 32),
+    "opt-6.7b": opt_size(32, 4096, 32),
+    "llama-7b": llama_size(32, 4096, 32, 11008),
+    "llama-13b": llama_size(40, 5120, 40, 13824),
+    "vicuna-7b-v1.5": replace(llama_size(32, 4096, 32, 11008), context=4096, eps=1e-5),
+    "vicuna-13b-v1.5": replace(llama_size(40, 5120, 40, 13824), context=4096, eps=1e-5),
+}
+
+TRAINS = {"lm": ("*",)}                  # by stage: patterns of the parameters that learn
+
+
+class NewTokens(nn.Module):
+    """A few learned rows laid over a frozen table of embeddings, and over an untied head.
+
+    The frozen tables themselves never change, so neither a mask on gradients nor an exception from
+    weight decay is needed. ids: those of the table, or the ones right after its end.
+    """
+
+    def __init__(self, *, ids, table, output=None):
+        """table, output: the frozen float (V, D); output None: the head is tied to the table."""
+        super().__init__()
+        if len(set(ids)) != len(ids) or not all(0 <= i < len(table) + len(ids) for i in ids):
+            raise ValueError(f"new tokens {list(ids)}: not {len(ids)} different ids below "
+                             f"{len(table)} + {len(ids)}")
+        self.register_buffer("ids", torch.tensor(ids), persistent=False)
+        self.beyond = max(0, max(ids) + 1 - len(table))
+        self.rows = nn.Parameter(self.like(table))
+        self.output = None if output is None else nn.Parameter(self.like(output))
+
+    @torch.no_grad()
+    def like(self, table):
+        """A row for each new id near the mean of the table, where no old token is overruled."""
+        noise = torch.randn(len(self.ids), table.shape[1], dtype=table.dtype, device=table.device)
+        return table.mean(dim=0) + 0.1 * table.std(dim=0) * noise
+
+    def embed(self, ids, table):
+        """ids int64 (..., T) -> (..., T, D): the new tokens' own rows, else the table's."""
+        new = ids[..., None] == self.ids                              # (..., T, n)
+        old = F.embedding(ids if not self.beyond else ids.clamp(max=len(table) - 1), table)
+        return torch.where(new.any(dim=-1, keepdim=True), new.to(old.dtype) @ self.rows, old)
+
+    def logits(self, x, logits):
+        """x (B, T, D) and the frozen head's logits (B, T, V) -> with the new tokens' columns."""
+        own = F.linear(x, self.rows if self.output is None else self.output)
+        return F.pad(logits, (0, self.beyond)).index_copy(-1, self.ids, own.to(logits.dtype))
+
+
+class LanguageModel(nn.Module):
+    """A causal transformer over tokens: embeddings, blocks, a last norm, a head."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, c = config, config
+        block, norm, offset = KINDS[c.kind]
+        self.token_embed = nn.Embedding(c.vocab, c.width)
+        self.positions = None if offset is None else LearnedPositions(
+            count=c.context, width=c.width, offset=offset)
+        self.blocks = nn.ModuleList(block(c) for _ in range(c.layers))
+        self.norm = norm(c.width, c.eps)
+        self.output = None if c.tied else nn.Linear(c.width, c.vocab, bias=False)
+        self.new = None                  # NewTokens, for a model that needs tokens of its own
+        self.initialise()
+
+    @torch.no_grad()
+    def initialise(self):
+        """GPT-2's: N(0, 0.02), biases 0; what adds to the residual is smaller the deeper it is."""
+        for module in self.modules():
+            if isinstance(module, (nn.Linear, nn.Embedding)):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        for block in self.blocks:
+            last = block.mlp.down_proj if hasattr(block.mlp, "down_proj") else block.mlp.fc2
+            for linear in (block.attn.out_proj, last):
+                nn.init.normal_(linear.weight, std=0.02 / math.sqrt(2 * len(self.blocks)))
+
+    def add_tokens(self, ids):
+        """Learned rows for these ids, over tables that may stay frozen; the parameters new.*"""
+        self.new = NewTokens(ids=ids, table=self.token_embed.weight,
+                             output=None if self.output is None else self.output.weight)
+
+    def embed(self, ids):
+        """ids int64 (B, T) -> (B, T, D), without positions."""
+        if self.new is not None:
+            return self.new.embed(ids, self.token_embed.weight)
+        return self.token_embed(ids)
+
+    def place(self, x, mask=None, cache=None):
+        """What every forward needs: x with its positions, and the arguments of every block.
+
+        x: float (B, T, D), the newest T tokens. mask: bool (B, S), True at the real ones of all
+        tokens, those in the cache included; None when there is no padding. Positions count real
+        tokens, so padding on either side changes nothing. Returns (B, T, D) and the dict of
+        mask, table and cache. Raises ValueError for more tokens than the context.
+        """
+        T, past = x.shape[1], 0 if cache is None else cache.length
+        if mask is not None and mask.dtype != torch.bool:
+            raise ValueError(f"a mask of {mask.dtype}: it must be bool, True at real tokens")
+        if mask is not None and mask.shape[1] != past + T:
+            raise ValueError(f"a mask of {mask.shape[1]} tokens for {past} in the cache and {T} new")
+        if past + T > self.config.context:
+            longest = past + T if mask is None else int(mask.sum(dim=1).max())
+            if longest > self.config.context:
+                raise ValueError(f"{longest} tokens, but the context is {self.config.context}")
+        if mask is None:
+            positions = torch.arange(past, past + T, device=x.device)                 # (T,)
+        else:
+            positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, past:]               # (B, T)
+        seen = causal(T, past, x.device) if T > 1 else None    # one new token sees all there is
+        if mask is not None:
+            seen = padding(mask) if seen is None else seen & padding(mask)
+        table = None
+        if self.positions is None:
+            scaled = positions if self.config.stretch == 1 else positions / self.config.stretch
+            table = rope_table(scaled, self.config.width // self.config.heads, self.config.theta)
+        else:
+            x = x + self.positions(positions)
+        return x, {"mask": seen, "table": table, "cache": cache}
+
+    def head(self, x):
+        """The last block's output (B, T, D) -> logits (B, T, V)."""
+        x = self.norm(x)
+        logits = F.linear(x, self.token_embed.weight) if self.output is None else self.output(x)
+        return logits if self.new is None else self.new.logits(x, logits)
+
+    def forward(self, x, mask=None, cache=None, last=False):
+        """x: ids int64 (B, T) or embeddings float (B, T, D) -> logits (B, T, V).
+
+        mask, cache: as for `place`. last: logits of the newest token alone, (B, 1, V); with padding
+        on the right that is not each row's last real one.
+        """
+        x = x if x.is_floating_point() else self.embed(x)
+        x, places = self.place(x, mask, cache)
+        for block in self.blocks:
+            x = block(x, **places)
+        return self.head(x[:, -1:] if last else x)
+
+    def generate(self, prompt, mask=None, **options):
+        """`generation.generate` with this model's context, end and padding."""
+        own = {"context": self.config.context, "stop": (self.config.eos,), "pad": self.config.pad}
+        return generate(self, prompt, mask, **own | options)
+
+
+@torch.no_grad()
+def perplexity(lm, ids, labels=None, mask=None, rows=64):
+    """exp of the mean negative log-likelihood of a token, over all tokens of all texts.
+
+    ids int64 (N, T), each row beginning with <bos>: every later token counts, the first and <eos>
+    too. labels int64 (N, T), -100 = not counted; None: all ids but padding at the rows' ends.
+    """
+    labels = unpadded(ids, lm.config.pad) if labels is None else labels
+    total, count = 0.0, int((labels[:, 1:] != -100).sum())
+    for k in range(0, len(ids), rows):
+        logits = lm(ids[k:k + rows], None if mask is None else mask[k:k + rows])
+        total += next_token_loss(logits, labels[k:k + rows], count=1).item()
+    return math.exp(total / max(1, count))
+
+
+def unpadded(ids, pad):
+    """ids int64 (B, T), padded right -> labels int64 (B, T): the ids, -100 at the padding."""
+    after = (ids != pad).flip(1).cumsum(dim=1).flip(1)         # real tokens from here on
+    return ids.masked_fill(after == 0, -100)
+
+
+class Pretraining(nn.Module):
+    """A language model in training: the mean of -log p(token | all before it), in nats.
+
+    Its weights are named lm.*, as in every model that reads a language model's run.
+    """
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.lm = config, LanguageModel(config)
+
+    def labels(self, batch):
+        """The batch's own labels, or all its ids but the padding."""
+        return batch["labels"] if "labels" in batch else unpadded(batch["ids"], self.config.pad)
+
+    def forward(self, batch, gather=losses.alone, cached=None):
+        """{"ids": int64 (B, T), padded right, "labels" likewise or absent} -> {"lm": scalar}.
+
+        cached: the label count of the whole step, from `accumulate`.
+        """
+        labels = self.labels(batch)
+        count = losses.label_count([labels], gather) if cached is None else cached
+        return {"lm": next_token_loss(self.lm(batch["ids"]), labels, count=count)}
+
+    def accumulate(self, batches, gather=losses.alone):
+        """Micro-batches -> for each the number that their summed losses divide by.
+
+        A token weighs the same in whichever micro-batch and process it stands.
+        """
+        return [losses.label_count(map(self.labels, batches), gather)] * len(batches)
+
+    def after_step(self, step):
+        """Nothing to keep in bounds."""
+
+    def texts(self, data, split="test"):
+        """One text of every record of a split: int64 (N, T), <bos> ... <eos>, padded right."""
+        return data.ids([record["texts"][0] for record in data.records(split)])
+
+    def evaluate(self, data):
+        """Perplexity of unseen texts of a data.View; chance: every token equally likely."""
+        return {"perplexity": perplexity(self.lm, self.texts(data)),
+                "perplexity_chance": float(self.config.vocab)}
+
+    def samples(self, data, count=6, begun=3):
+        """A picture for people: how the model goes on from the first words of unseen texts."""
+        ids = self.texts(data)[:count, :1 + begun]
+        more = self.lm.generate(ids, tokens=min(32, self.config.context - ids.shape[1]))
+        decode = data.tokenizer.decode
+        return sheet("Unseen texts: their beginning, then what the model writes.",
+                     [(decode(row.tolist()), None, [(None, decode(both.tolist()), None)])
+                      for row, both in zip(ids, torch.cat([ids, more], dim=1))])

@@ -1,0 +1,382 @@
+"""Language models: sizes, padding, caches, new tokens in a frozen model, the training contract."""
+import copy
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common import losses
+from common.language import (PRESETS, TRAINS, LanguageConfig, LanguageModel, NewTokens, Pretraining,
+                             perplexity, unpadded)
+from common.transformer import KVCache, rms_norm
+from train import freeze, parameter_groups
+
+V, T, PAST = 31, 11, 7
+KINDS = {
+    "gpt2": LanguageConfig(kind="gpt2", vocab=V, context=19, width=24, layers=2, heads=3,
+                           kv_heads=3, hidden=37),
+    "opt": LanguageConfig(kind="opt", vocab=V, context=19, width=24, layers=2, heads=3,
+                          kv_heads=3, hidden=37),
+    "llama": LanguageConfig(vocab=V, context=19, width=24, layers=2, heads=3, kv_heads=1,
+                            hidden=37, tied=False),
+}
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    return request.param
+
+
+def model(kind="llama", **changes):
+    """A small model in float64 with every parameter random."""
+    torch.manual_seed(0)
+    lm = LanguageModel(LanguageConfig(**vars(KINDS[kind]) | changes)).double().eval()
+    for parameter in lm.parameters():
+        nn.init.normal_(parameter, std=0.4)
+    return lm
+
+
+def random_ids(*shape):
+    return torch.randint(3, V, shape, generator=torch.Generator().manual_seed(1))
+
+
+def same(a, b):
+    # The rotary angles are float32, so that a float64 model agrees to about 1e-7.
+    torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+class TestSizes:
+    @pytest.mark.parametrize("preset, count", [
+        ("gpt2", 124_439_808), ("gpt2-medium", 354_823_168), ("gpt2-large", 774_030_080),
+        ("gpt2-xl", 1_557_611_200), ("opt-125m", 125_239_296), ("opt-1.3b", 1_315_758_080),
+        ("opt-2.7b", 2_651_596_800), ("opt-6.7b", 6_658_473_984), ("llama-7b", 6_738_415_616),
+        ("llama-13b", 13_015_864_320), ("vicuna-7b-v1.5", 6_738_415_616)])
+    def test_a_published_size_has_exactly_its_parameters(self, preset, count):
+        with torch.device("meta"):
+            lm = LanguageModel(PRESETS[preset])
+        assert sum(p.numel() for p in lm.parameters()) == count
+
+    def test_a_tied_head_is_the_table_and_an_untied_one_is_not(self):
+        tied, untied = model(tied=True), model(tied=False)
+        assert sum(p.numel() for p in untied.parameters()) == V * 24 + sum(
+            p.numel() for p in tied.parameters())
+        tied(random_ids(1, 5)).square().sum().backward()
+        used = set(random_ids(1, 5)[0].tolist())
+        # The head's gradient reaches rows that no token of the text uses.
+        assert all(tied.token_embed.weight.grad[i].abs().sum() > 0 for i in range(V))
+        untied(random_ids(1, 5)).square().sum().backward()
+        rows = untied.token_embed.weight.grad.abs().sum(dim=1) > 0
+        assert set(rows.nonzero()[:, 0].tolist()) == used
+
+    @pytest.mark.parametrize("change, message", [
+        ({"kind": "bert"}, "kind=bert is not one of gpt2, opt, llama"),
+        ({"layers": 0}, "layers=0: must be at least 1"),
+        ({"kind": "opt", "heads": 4, "kv_heads": 2}, "kv_heads=2: opt has as many as its 4 heads"),
+        ({"width": 21, "heads": 3, "kv_heads": 3}, "is odd"),
+        ({"stretch": 0.0}, "must be more than 0")])
+    def test_an_impossible_config_is_told(self, change, message):
+        with pytest.raises(ValueError, match=message):
+            LanguageConfig(**change)
+
+    def test_it_begins_with_every_token_equally_likely(self, kind):
+        torch.manual_seed(0)
+        pre = Pretraining(LanguageConfig(**vars(KINDS[kind]) | {"vocab": 211}))
+        loss = pre({"ids": torch.randint(3, 211, (13, 17))})["lm"]
+        assert loss.item() == pytest.approx(math.log(211), rel=0.02)
+
+    def test_what_adds_to_the_residual_begins_smaller_in_deeper_models(self, kind):
+        torch.manual_seed(0)
+        lm = LanguageModel(LanguageConfig(**vars(KINDS[kind]) | {"layers": 8}))
+        for block in lm.blocks:
+            last = block.mlp.fc2 if hasattr(block.mlp, "fc2") else block.mlp.down_proj
+            for linear, std in ((block.attn.out_proj, 0.005), (last, 0.005),
+                                (block.attn.q_proj, 0.02)):
+                assert linear.weight.std().item() == pytest.approx(std, rel=0.2)
+        assert lm.token_embed.weight.std().item() == pytest.approx(0.02, rel=0.2)
+
+
+class TestForward:
+    def test_no_token_sees_what_comes_after_it(self, kind):
+        lm, ids = model(kind), random_ids(2, T)
+        before = lm(ids)
+        changed = ids.clone()
+        changed[:, 6] = (changed[:, 6] + 1) % V
+        after = lm(changed)
+        assert torch.equal(before[:, :6], after[:, :6]) and before.isfinite().all()
+        assert (before[:, 6:] != after[:, 6:]).any(dim=-1).all()       # and it sees itself
+
+    def test_embeddings_go_in_as_ids_do(self, kind):
+        lm, ids = model(kind), random_ids(2, T)
+        assert torch.equal(lm(ids), lm(lm.embed(ids)))
+
+    def test_its_parts_in_a_loop_are_its_forward(self, kind):
+        lm, ids = model(kind), random_ids(2, T)
+        x, places = lm.place(lm.embed(ids))
+        for block in lm.blocks:
+            x = block(x, **places)
+        assert torch.equal(lm.head(x), lm(ids))
+
+    def test_last_gives_the_newest_logits_alone(self, kind):
+        lm, ids = model(kind), random_ids(2, T)
+        same(lm(ids, last=True), lm(ids)[:, -1:])
+
+    def test_a_mask_of_ones_is_no_mask(self, kind):
+        lm, ids = model(kind), random_ids(2, T)
+        same(lm(ids, torch.ones(2, T, dtype=torch.bool)), lm(ids))
+
+    @pytest.mark.parametrize("side", ["left", "right"])
+    def test_a_padded_row_is_what_it_is_alone(self, kind, side):
+        lm, lengths = model(kind), (T, 4, 1)
+        texts = [random_ids(1, n) for n in lengths]
+        padding = [(T - n, 0) if side == "left" else (0, T - n) for n in lengths]
+        ids = torch.cat([F.pad(text, pad, value=9) for text, pad in zip(texts, padding)])
+        mask = torch.cat([F.pad(torch.ones_like(text), pad) for text, pad in zip(texts, padding)])
+        logits = lm(ids, mask.bool())
+        assert logits.isfinite().all()
+        for row, real, text in zip(logits, mask.bool(), texts):
+            same(row[real], lm(text)[0])
+        ids[~mask.bool()] = 10                  # whatever stands in the padding
+        same(lm(ids, mask.bool())[mask.bool()], logits[mask.bool()])
+
+    def test_positions_differ(self, kind):
+        # A model without positions gives a text of one token in a row the same logits throughout.
+        lm, ids = model(kind), torch.full((1, T), 5)
+        logits = lm(ids)[0] if kind != "llama" else lm(
+            torch.tensor([[4, 6, 5, 5, 5]]))[0, 2:] - lm(torch.tensor([[6, 4, 5, 5, 5]]))[0, 2:]
+        assert (logits[1:] - logits[:-1]).abs().amax(dim=-1).min() > 1e-3
+
+    def test_opts_first_token_stands_in_row_two_of_its_table(self):
+        lm, ids = model("opt"), random_ids(1, T)
+        before = lm(ids)
+        with torch.no_grad():
+            lm.positions.weight[:2] = torch.nan
+            assert torch.equal(lm(ids), before)
+            lm.positions.weight[2] = torch.nan
+        assert lm(ids)[0, 0].isnan().all()
+
+    def test_stretched_rotary_positions_lie_closer(self):
+        # Every second token of a text at half the distances is the text at whole distances.
+        lm, slow = model(layers=1), model(layers=1, stretch=2.0)
+        ids = random_ids(2, 5)
+        doubled = ids.repeat_interleave(2, dim=1)
+        mask = torch.tensor([True, False] * 5).expand(2, 10)
+        x, places = slow.place(slow.embed(doubled))
+        places["mask"] = places["mask"] & mask[:, None, None]
+        same(slow.head(slow.blocks[0](x, **places))[:, ::2], lm(ids))
+        assert (slow(ids) - lm(ids)).abs().max() > 1e-3
+
+    def test_a_larger_base_turns_slower(self):
+        assert (model(theta=5e5)(random_ids(1, T)) - model()(random_ids(1, T))).abs().max() > 1e-3
+
+    def test_the_gate_and_the_norm_are_where_llama_has_them(self):
+        # One token, one layer: attention is its own value, so all of it fits in six lines.
+        lm = model(layers=1)
+        block, x = lm.blocks[0], lm.embed(torch.tensor([[5]]))
+        h = rms_norm(x, block.attn_norm.weight, 1e-5)
+        value = block.attn.v_proj(h).repeat(1, 1, 3)
+        x = x + block.attn.out_proj(value)
+        h = rms_norm(x, block.mlp_norm.weight, 1e-5)
+        gate, up = block.mlp.gate_proj(h), block.mlp.up_proj(h)
+        x = x + block.mlp.down_proj(gate * gate.sigmoid() * up)
+        same(lm(torch.tensor([[5]])), lm.output(rms_norm(x, lm.norm.weight, 1e-5)))
+
+    @pytest.mark.parametrize("kind, act", [("gpt2", "tanh"), ("opt", None)])
+    def test_gpt2_uses_the_tanh_gelu_and_opt_relu(self, kind, act):
+        x = torch.linspace(-3, 3, 13)
+        want = F.gelu(x, approximate="tanh") if act else F.relu(x)
+        assert torch.equal(model(kind).blocks[0].mlp.act(x), want)
+
+    def test_too_many_tokens_are_told_and_padding_does_not_count(self, kind):
+        lm = model(kind)
+        with pytest.raises(ValueError, match="20 tokens, but the context is 19"):
+            lm(random_ids(1, 20))
+        mask = torch.ones(2, 23, dtype=torch.bool)
+        mask[:, :4] = False
+        ids = random_ids(2, 23)
+        same(lm(ids, mask)[:, 4:], lm(ids[:, 4:]))
+        mask[1, 3] = True
+        with pytest.raises(ValueError, match="20 tokens, but the context is 19"):
+            lm(ids, mask)
+
+    def test_a_mask_of_numbers_or_of_another_length_is_refused(self, kind):
+        with pytest.raises(ValueError, match="int64: it must be bool"):
+            model(kind)(random_ids(2, T), torch.ones(2, T, dtype=torch.int64))
+        with pytest.raises(ValueError, match="mask of 3 tokens for 0 in the cache and 11 new"):
+            model(kind)(random_ids(2, T), torch.ones(2, 3, dtype=torch.bool))
+
+
+class TestCache:
+    @pytest.mark.parametrize("padded", [False, True])
+    @pytest.mark.parametrize("chunks", [[1] * T, [10, 1], [7, 4], [3, 1, 5, 2], [2, 9]], ids=str)
+    def test_in_chunks_it_is_what_it_is_in_one(self, kind, padded, chunks):
+        lm, ids = model(kind), random_ids(3, T)
+        mask = torch.ones(3, T, dtype=torch.bool)
+        if padded:
+            mask[1, :2], mask[2, :5] = False, False
+        whole, cache, parts, past = lm(ids, mask if padded else None), KVCache(), [], 0
+        for n in chunks:
+            seen = mask[:, :past + n] if padded else None
+            parts.append(lm(ids[:, past:past + n], seen, cache))
+            past += n
+        same(torch.cat(parts, dim=1)[mask], whole[mask])
+
+    def test_rows_may_be_chosen_repeated_and_leave_the_old_cache_alone(self, kind):
+        lm, ids = model(kind), random_ids(3, T)
+        cache = KVCache()
+        lm(ids[:, :PAST], cache=cache)
+        cache.state["seen"] = torch.tensor([5, 6, 7])
+        rows = torch.tensor([2, 0, 0, 1])
+        chosen = cache.select(rows)
+        same(lm(ids[rows, PAST:], cache=chosen), lm(ids[rows])[:, PAST:])
+        assert chosen.state["seen"].tolist() == [7, 5, 5, 6]
+        same(lm(ids[:, PAST:], cache=cache), lm(ids)[:, PAST:])
+
+
+class TestNewTokens:
+    def added(self, kind, ids, **changes):
+        lm = model(kind, **changes)
+        old = copy.deepcopy(lm)
+        lm.add_tokens(ids)
+        return old, lm.double()
+
+    @pytest.mark.parametrize("ids", [(4, 17), (V, V + 1), (4, V)])
+    def test_old_tokens_are_as_before_and_new_ones_have_their_rows(self, kind, ids):
+        old, lm = self.added(kind, ids)
+        text = random_ids(2, T)
+        text[(text == 4) | (text == 17)] = 3
+        size, kept = max(V, max(ids) + 1), [i for i in range(V) if i not in ids]
+        logits = lm(text)
+        assert logits.shape == (2, T, size)
+        assert torch.equal(logits[..., kept], old(text)[..., kept])
+        assert torch.equal(lm.embed(torch.tensor([ids])), lm.new.rows[None])
+        rows = lm.new.rows if lm.output is None else lm.new.output
+        x = torch.randn(1, 3, 24, dtype=torch.float64)
+        same(lm.head(x)[..., list(ids)], lm.norm(x) @ rows.T)
+
+    @pytest.mark.parametrize("tied", [True, False])
+    def test_only_the_new_rows_learn_and_the_frozen_table_stays_to_the_bit(self, tied):
+        old, lm = self.added("llama", (4, V), tied=tied)
+        freeze(lm, ("new.*",))
+        optimiser = torch.optim.AdamW(parameter_groups(lm, decay=0.5), lr=0.1)
+        start = [p.clone() for p in lm.new.parameters()]
+        text = random_ids(3, T)
+        text[:, 5], text[:, 7] = 4, V
+        loss = [losses.next_token_loss(lm(text), text)]
+        for _ in range(3):
+            loss[-1].backward()
+            optimiser.step()
+            optimiser.zero_grad()
+            loss.append(losses.next_token_loss(lm(text), text))
+        assert loss[-1] < loss[0]
+        assert len(start) == (1 if tied else 2)
+        assert all((a != b).all() for a, b in zip(start, lm.new.parameters()))
+        frozen = {n: p for n, p in lm.named_parameters() if not n.startswith("new.")}
+        assert all(torch.equal(p, frozen[n]) for n, p in old.named_parameters())
+        assert all(p.grad is None for p in frozen.values())
+        assert sum(len(g["params"]) for g in optimiser.param_groups) == len(start)
+
+    def test_a_new_token_is_not_favoured_at_the_start(self, kind):
+        _, lm = self.added(kind, (V, V + 1))
+        x = torch.randn(5, 7, 24, dtype=torch.float64)
+        logits = lm.head(x)
+        assert (logits[..., V:].amax(dim=-1) < logits[..., :V].amax(dim=-1)).float().mean() > 0.9
+        assert (lm.new.rows[0] != lm.new.rows[1]).any()
+
+    @pytest.mark.parametrize("ids", [(4, 4), (-1,), (V + 1,)])
+    def test_impossible_ids_are_told(self, ids):
+        with pytest.raises(ValueError, match="new tokens"):
+            NewTokens(ids=ids, table=torch.zeros(V, 5))
+
+
+class TestTraining:
+    def batches(self):
+        ids = random_ids(6, T)
+        ids[0, 3:] = ids[1, 8:] = ids[4, 2:] = 0
+        return {"ids": ids}, [{"ids": ids[:2]}, {"ids": ids[2:5]}, {"ids": ids[5:]}]
+
+    def gradients(self, pre, losses_):
+        pre.zero_grad()
+        sum(losses_).backward()
+        return [p.grad.clone() for p in pre.parameters()]
+
+    def pre(self, kind):
+        torch.manual_seed(0)
+        return Pretraining(KINDS[kind]).double()
+
+    def test_the_loss_by_hand(self):
+        pre, (whole, _) = self.pre("gpt2"), self.batches()
+        logs, ids, terms = pre.lm(whole["ids"]).log_softmax(dim=-1), whole["ids"], []
+        for row in range(6):
+            real = int((ids[row] != 0).sum())
+            terms += [-logs[row, t - 1, ids[row, t]].item() for t in range(1, real)]
+        assert pre(whole)["lm"].item() == pytest.approx(sum(terms) / len(terms), rel=1e-6)
+
+    def test_micro_batches_weigh_every_token_alike(self, kind):
+        pre, (whole, parts) = self.pre(kind), self.batches()
+        want = self.gradients(pre, pre(whole).values())
+        cached = pre.accumulate(parts)
+        made = [pre(part, cached=c)["lm"] for part, c in zip(parts, cached)]
+        assert sum(made).item() == pytest.approx(pre(whole)["lm"].item(), rel=1e-5)
+        for a, b in zip(self.gradients(pre, made), want):
+            torch.testing.assert_close(a, b)
+
+    def test_processes_weigh_every_token_alike(self):
+        pre, (whole, parts) = self.pre("llama"), self.batches()
+        want = self.gradients(pre, pre(whole).values())
+        counts = torch.stack([(unpadded(p["ids"], 0)[:, 1:] != -100).sum() for p in parts])
+        def gather(x):
+            return counts.float().view(3, 1), 0
+        made = [pre(part, gather)["lm"] / 3 for part in parts]        # DDP averages
+        for a, b in zip(self.gradients(pre, made), want):
+            torch.testing.assert_close(a, b)
+
+    def test_labels_of_the_batch_go_first(self):
+        pre, (whole, _) = self.pre("llama"), self.batches()
+        labels = torch.full_like(whole["ids"], -100)
+        labels[2, 4] = whole["ids"][2, 4]
+        want = -pre.lm(whole["ids"])[2, 3].log_softmax(dim=-1)[whole["ids"][2, 4]]
+        assert pre(whole | {"labels": labels})["lm"].item() == pytest.approx(want.item(), rel=1e-6)
+
+    def test_padding_is_no_label_but_the_same_id_within_a_text_is(self):
+        ids = torch.tensor([[1, 5, 0, 7, 0, 0], [1, 2, 3, 4, 5, 6]])
+        assert unpadded(ids, 0).tolist() == [[1, 5, 0, 7, -100, -100], [1, 2, 3, 4, 5, 6]]
+
+    def test_a_model_learns_a_text_by_heart(self, kind):
+        torch.manual_seed(0)
+        pre, ids = Pretraining(KINDS[kind]), random_ids(1, T)
+        optimiser = torch.optim.AdamW(pre.parameters(), lr=1e-2)
+        for _ in range(60):
+            pre({"ids": ids})["lm"].backward()
+            optimiser.step()
+            optimiser.zero_grad()
+        assert pre.lm(ids)[0, :-1].argmax(dim=-1).tolist() == ids[0, 1:].tolist()
+        assert pre.lm.generate(ids[:, :1], tokens=T - 1, stop=()).tolist() == ids[:, 1:].tolist()
+
+    def test_a_stage_trains_all_of_it(self):
+        pre = self.pre("llama")
+        freeze(pre, TRAINS["lm"])
+        assert all(p.requires_grad for p in pre.parameters())
+        assert all(name.startswith("lm.") for name in pre.state_dict())
+
+
+class TestPerplexity:
+    def test_it_is_the_exponential_of_the_mean_over_all_tokens(self):
+        lm = model("gpt2")
+        ids = random_ids(5, T)
+        ids[1, 4:] = ids[3, 2:] = 0
+        total, count = 0.0, 0
+        for row in ids:
+            text = row[row != 0]
+            logs = lm(text[None])[0].log_softmax(dim=-1)
+            total -= sum(logs[t - 1, text[t]].item() for t in range(1, len(text)))
+            count += len(text) - 1
+        want = math.exp(total / count)
+        assert perplexity(lm, ids) == pytest.approx(want, rel=1e-4)
+        assert perplexity(lm, ids, rows=2) == pytest.approx(want, rel=1e-4)
+
+    def test_a_uniform_model_has_the_vocabularys_size(self):
+        lm = model("gpt2")
+        nn.init.zeros_(lm.token_embed.weight)
+        assert perplexity(lm, random_ids(3, T)) == pytest.approx(V, rel=1e-5)
