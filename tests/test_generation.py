@@ -1,0 +1,440 @@
+"""generate, beam search and rank against slow loops, on toy models whose answers are known."""
+import itertools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common.generation import (Beams, Writing, generate, keep_top_k, keep_top_p, pad_left,
+                               penalise, rank, sample)
+from common.language import LanguageConfig, LanguageModel
+from common.transformer import KVCache
+
+V, PAD, STOP = 13, 0, 2
+
+
+def model(kind="gpt2", vocab=V):
+    """A small random model in float64, so that no two texts tie."""
+    torch.manual_seed(3)
+    lm = LanguageModel(LanguageConfig(
+        kind=kind, vocab=vocab, context=23, width=24, layers=2, heads=3, hidden=37,
+        kv_heads=1 if kind == "llama" else 3, tied=False)).double().eval()
+    for parameter in lm.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    if kind != "llama":                     # else one token is the likeliest after every text
+        nn.init.zeros_(lm.norm.bias)
+    return lm
+
+
+def prompts(*lengths, side="left", seed=1):
+    """Ragged prompts -> (ids, mask) padded on one side, and the prompts alone (1, T)."""
+    draw = torch.Generator().manual_seed(seed)
+    texts = [torch.randint(3, V, (1, n), generator=draw) for n in lengths]
+    pads = [(max(lengths) - n, 0) if side == "left" else (0, max(lengths) - n) for n in lengths]
+    ids = torch.cat([F.pad(text, pad, value=PAD) for text, pad in zip(texts, pads)])
+    mask = torch.cat([F.pad(torch.ones_like(text), pad) for text, pad in zip(texts, pads)]).bool()
+    return ids, mask, texts
+
+
+def alone(lm, texts, tokens, **options):
+    """Each prompt continued by itself, the rest filled with PAD: (B, longest)."""
+    rows = [generate(lm, text, tokens=tokens, pad=PAD, **options)[0] for text in texts]
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
+
+
+def slow_greedy(lm, text, tokens, stop):
+    """Without cache, mask or batch."""
+    for n in range(tokens):
+        text = torch.cat([text, lm(text)[:, -1:].argmax(dim=-1)], dim=1)
+        if text[0, -1] in stop:
+            break
+    return text
+
+
+class Table:
+    """A model that knows one step: logits of the next token given the last, (V, V)."""
+
+    def __init__(self, logits):
+        self.logits, self.calls = logits, []
+
+    def __call__(self, x, mask=None, cache=None, last=False):
+        self.calls.append(tuple(x.shape))
+        return self.logits[x[:, -1:] if last else x]
+
+
+def chain(*follows, vocab=V):
+    """A Table in which token a is followed by b for each (a, b), and STOP by itself."""
+    logits = torch.zeros(vocab, vocab)
+    for a, b in follows:
+        logits[a, b] = 9.0
+    return Table(logits)
+
+
+class TestChoosing:
+    def test_top_k_keeps_k_and_ties(self):
+        logits = torch.tensor([[1.0, 4.0, 3.0, 3.0, 2.0]])
+        assert keep_top_k(logits, 1).isfinite().tolist() == [[False, True, False, False, False]]
+        assert keep_top_k(logits, 2).isfinite().sum() == 3
+        assert keep_top_k(logits, 4).isfinite().sum() == 4
+        assert torch.equal(keep_top_k(logits, 99), logits)
+
+    @pytest.mark.parametrize("p, kept", [(0.01, 1), (0.5, 1), (0.6, 2), (0.81, 3), (0.999, 3)])
+    def test_top_p_keeps_the_token_that_crosses_and_at_least_one(self, p, kept):
+        logits = torch.tensor([[0.2, 0.5, 0.3]]).log()
+        want = [[kept > 2, True, kept > 1]]
+        assert keep_top_p(logits, p).isfinite().tolist() == want
+
+    def test_temperature_comes_before_top_p(self):
+        # At temperature 1 top_p 0.6 keeps two of [.5 .3 .2]; at 0.25 the first alone has 0.87.
+        logits = torch.tensor([[0.5, 0.3, 0.2]]).log().expand(400, 3)
+        draws = torch.Generator().manual_seed(0)
+        assert set(sample(logits, 1.0, top_p=0.6, generator=draws).tolist()) == {0, 1}
+        assert set(sample(logits, 0.25, top_p=0.6, generator=draws).tolist()) == {0}
+
+    def test_top_k_comes_before_top_p(self):
+        # Of the two that top-k leaves, .5 and .3, the first alone holds 0.62 of what is left.
+        logits = torch.tensor([[0.5, 0.3, 0.2]]).log().expand(400, 3)
+        draws = torch.Generator().manual_seed(0)
+        assert set(sample(logits, 1.0, 2, 0.6, draws).tolist()) == {0}
+
+    def test_draws_follow_the_probabilities(self):
+        probabilities = torch.tensor([0.5, 0.3, 0.15, 0.05])
+        logits = (probabilities.log() / 2).expand(40_000, 4)          # at temperature 0.5: these
+        token = sample(logits, 0.5, generator=torch.Generator().manual_seed(0))
+        torch.testing.assert_close(token.bincount() / 40_000, probabilities, atol=0.01, rtol=0)
+
+    def test_temperature_zero_is_the_likeliest(self):
+        logits = torch.randn(5, V)
+        assert torch.equal(sample(logits, 0), logits.argmax(dim=1))
+
+    def test_the_penalty_makes_what_occurred_less_likely(self):
+        scores = torch.tensor([[2.0, -2.0, 2.0, -2.0]])
+        seen = torch.tensor([[True, True, False, False]])
+        assert penalise(scores, seen, 2.0).tolist() == [[1.0, -4.0, 2.0, -2.0]]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt", "llama"])
+class TestGreedy:
+    @pytest.mark.parametrize("side", ["left", "right"])
+    def test_a_ragged_batch_writes_what_a_slow_loop_writes(self, kind, side):
+        lm = model(kind)
+        ids, mask, texts = prompts(5, 1, 3, 7, side=side)
+        new, lengths = generate(lm, ids, mask, tokens=11, stop=(STOP, 3, 7, 9), pad=PAD), set()
+        for row, text in zip(new, texts):
+            want = slow_greedy(lm, text, 11, torch.tensor([STOP, 3, 7, 9]))[0, text.shape[1]:].tolist()
+            assert row.tolist() == want + [PAD] * (new.shape[1] - len(want))
+            lengths.add(len(want))
+        assert new.dtype == torch.int64 and len(lengths) > 1          # rows end at different steps
+
+    def test_it_goes_on_from_embeddings(self, kind):
+        lm, (ids, mask, _) = model(kind), prompts(5, 1, 3)
+        assert torch.equal(generate(lm, lm.embed(ids), mask, tokens=7), generate(lm, ids, mask, tokens=7))
+
+    def test_each_token_is_fed_once(self, kind):
+        lm, calls = model(kind), []
+
+        def counted(x, **arguments):
+            calls.append(x.shape[1])
+            assert not torch.is_grad_enabled()
+            return lm(x, **arguments)
+        generate(counted, prompts(5)[0], tokens=6)
+        assert calls == [5, 1, 1, 1, 1, 1]      # the last token is never fed
+
+    def test_a_second_prompt_knows_nothing_of_the_first(self, kind):
+        lm, (ids, _, _), (other, _, _) = model(kind), prompts(5, seed=1), prompts(4, seed=2)
+        want = generate(lm, other, tokens=6)
+        generate(lm, ids, tokens=6)
+        assert torch.equal(generate(lm, other, tokens=6), want)
+
+
+class TestStopping:
+    def test_a_row_that_ends_pads_and_the_others_go_on(self):
+        lm = chain((3, STOP), (4, 5), (5, 6), (6, STOP), (7, 7), (STOP, 8))
+        new = generate(lm, torch.tensor([[3], [4], [7]]), tokens=5, stop=(STOP,), pad=12)
+        assert new.tolist() == [[STOP, 12, 12, 12, 12], [5, 6, STOP, 12, 12], [7] * 5]
+
+    def test_it_ends_when_all_rows_have_ended(self):
+        lm = chain((3, STOP), (4, 5), (5, 9))
+        new = generate(lm, torch.tensor([[3], [4]]), tokens=50, stop=(STOP, 9), pad=PAD)
+        assert new.tolist() == [[STOP, PAD], [5, 9]] and len(lm.calls) == 2
+
+    def test_without_a_stop_it_writes_all_its_tokens(self):
+        new = generate(chain((3, STOP), (STOP, 5), (5, 3)), torch.tensor([[3]]), tokens=4)
+        assert new.tolist() == [[STOP, 5, 3, STOP]]
+
+    def test_stop_strings_are_looked_for_in_each_rows_text(self):
+        lm = chain((3, 4), (4, 5), (5, 6), (6, 7), (7, 8), (8, 9), (9, 10))
+        calls = []
+
+        def decode(ids):
+            calls.append(list(ids))
+            return " ".join(map(str, ids))
+        new = generate(lm, torch.tensor([[3], [5]]), tokens=5, pad=PAD,
+                       stop_strings=("5 6", "8 9"), decode=decode)
+        # Two tokens long; the prompt's own 5 in the second row is no part of it.
+        assert new.tolist() == [[4, 5, 6, PAD], [6, 7, 8, 9]]
+        assert [4, 5, 6, PAD] not in calls      # a finished row is not read again
+
+    def test_the_end_may_be_the_padding_too(self):
+        lm = chain((3, PAD), (4, 5), (5, 6))
+        new = generate(lm, torch.tensor([[3], [4]]), tokens=3, stop=(PAD,), pad=PAD)
+        assert new.tolist() == [[PAD, PAD, PAD], [5, 6, PAD]]
+
+
+class TestSampling:
+    def test_the_generator_decides(self):
+        lm, (ids, mask, _) = model(), prompts(5, 1, 3)
+        draws = [generate(lm, ids, mask, tokens=9, temperature=1.3,
+                          generator=torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
+        assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+
+    def test_with_a_generator_each_a_row_is_what_it_is_alone(self):
+        lm, (ids, mask, texts) = model(), prompts(5, 1, 3)
+
+        def draw(row):
+            return torch.Generator().manual_seed(40 + row)
+        options = {"temperature": 1.5, "top_k": 7, "top_p": 0.9, "tokens": 9, "stop": (STOP,)}
+        new = generate(lm, ids, mask, generator=[draw(r) for r in range(3)], **options)
+        for r, text in enumerate(texts):
+            own = generate(lm, text, generator=[draw(r)], **options)[0].tolist()
+            assert new[r].tolist() == own + [PAD] * (new.shape[1] - len(own))
+
+    def test_the_penalty_counts_prompt_and_new_tokens_but_no_padding(self):
+        logits = torch.zeros(V, V)
+        logits[:, 3:8] = torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0])
+        ids = torch.tensor([[PAD, PAD, 4], [4, 3, 6]])
+        mask = torch.tensor([[False, False, True], [True, True, True]])
+        new = generate(Table(logits), ids, mask, tokens=3, repetition_penalty=100.0)
+        assert new.tolist() == [[3, 5, 6], [5, 7, 3]]
+        free = logits.clone()
+        free[:, PAD] = 6.0
+        assert generate(Table(free), ids, mask, tokens=1, repetition_penalty=100.0)[0] == PAD
+
+
+class TestClearErrors:
+    @pytest.mark.parametrize("options, message", [
+        ({"temperature": -1.0}, "temperature=-1.0: must be at least 0"),
+        ({"top_k": 0}, "top_k=0: must be at least 1"), ({"top_p": 0.0}, r"top_p=0.0: must be in"),
+        ({"top_p": 1.5}, "top_p=1.5"), ({"tokens": 0}, "tokens=0, beams=1: must be at least 1"),
+        ({"beams": 0}, "beams=0"), ({"beams": 2, "temperature": 1.0}, "choose one"),
+        ({"stop_strings": ("x",)}, "stop_strings need decode"),
+        ({"repetition_penalty": -1.0}, "repetition_penalty=-1.0"),
+        ({"beams": 2, "early_stopping": "soon"}, "early_stopping=soon"),
+        ({"context": 9, "tokens": 5}, "prompt of 5 tokens and 5 new ones are 10, but the context is 9")])
+    def test_what_cannot_be_is_told(self, options, message):
+        with pytest.raises(ValueError, match=message):
+            generate(model(), prompts(5)[0], **options)
+
+    def test_padding_does_not_count_towards_the_context(self):
+        lm, (ids, mask, _) = model(), prompts(5, 3)
+        ids, mask = F.pad(ids, (4, 0)), F.pad(mask, (4, 0))
+        assert generate(lm, ids, mask, tokens=18, context=23).shape[0] == 2
+        with pytest.raises(ValueError, match="prompt of 5 tokens and 19 new ones are 24"):
+            generate(lm, ids, mask, tokens=19, context=23)
+
+    def test_an_empty_prompt_is_told(self):
+        with pytest.raises(ValueError, match="an empty prompt"):
+            generate(model(), torch.zeros(2, 0, dtype=torch.int64))
+        with pytest.raises(ValueError, match="without a real token"):
+            generate(model(), *prompts(3, 2)[:1], torch.tensor([[True] * 3, [False] * 3]))
+
+    def test_the_models_own_method_knows_its_context_and_end(self):
+        lm = model()
+        with pytest.raises(ValueError, match="but the context is 23"):
+            lm.generate(prompts(5)[0], tokens=30)
+        ids, mask, texts = prompts(5, 1, 3, 7)
+        assert torch.equal(lm.generate(ids, mask, tokens=11),
+                           generate(lm, ids, mask, tokens=11, stop=(2,)))
+
+
+def test_padding_moves_left_and_the_order_stays():
+    ids = torch.tensor([[1, 2, 3, 4], [5, 0, 6, 0], [0, 7, 0, 0]])
+    mask = ids > 0
+    left, real = pad_left(ids, mask)
+    assert left.tolist() == [[1, 2, 3, 4], [0, 0, 5, 6], [0, 0, 0, 7]]
+    assert torch.equal(real, left > 0)
+    embeddings, _ = pad_left(ids[..., None] * torch.ones(5), mask)
+    assert torch.equal(embeddings[..., 4], left.float())
+    assert pad_left(ids, torch.ones_like(mask))[1] is None
+
+
+def every_text(lm, text, tokens, stop):
+    """(log p, new ids) of every text of at most `tokens` tokens that ends with stop or is full."""
+    found = []
+    for length in range(1, tokens + 1):
+        middle = [i for i in range(lm.config.vocab) if i != stop]
+        last = range(lm.config.vocab) if length == tokens else [stop]
+        for ids in itertools.product(*[middle] * (length - 1), last):
+            found.append(ids)
+    scores = []
+    for length in range(1, tokens + 1):
+        group = [ids for ids in found if len(ids) == length]
+        new = torch.tensor(group)
+        logs = lm(torch.cat([text.expand(len(new), -1), new], dim=1)).log_softmax(dim=-1)
+        logs = logs[:, text.shape[1] - 1:-1].gather(2, new[..., None])[..., 0].sum(dim=1)
+        scores += [(log, ids) for log, ids in zip(logs.tolist(), group)]
+    return scores
+
+
+class TestBeams:
+    @pytest.mark.parametrize("length_penalty", [-1.0, 0.0, 1.0, 2.0])
+    def test_wide_enough_it_finds_the_best_of_all_texts(self, length_penalty):
+        lm, (ids, mask, texts) = model(vocab=5), (None, None, [torch.tensor([[3, 4]]), torch.tensor([[4]])])
+        ids, mask = torch.tensor([[3, 4], [0, 4]]), torch.tensor([[True, True], [False, True]])
+        new = generate(lm, ids, mask, tokens=4, stop=(STOP,), beams=70, pad=PAD,
+                       length_penalty=length_penalty, early_stopping="never")
+        for row, text in zip(new, texts):
+            score, best = max((log / len(ids) ** length_penalty, ids)
+                              for log, ids in every_text(lm, text, 4, STOP))
+            assert row.tolist() == list(best) + [PAD] * (new.shape[1] - len(best))
+
+    @pytest.mark.parametrize("early_stopping", [True, False, "never"])
+    @pytest.mark.parametrize("kind", ["gpt2", "llama"])
+    def test_a_ragged_batch_is_its_rows_alone(self, kind, early_stopping):
+        lm, (ids, mask, texts) = model(kind), prompts(5, 1, 3, 7)
+        options = {"beams": 3, "stop": (STOP, 7), "early_stopping": early_stopping}
+        new = generate(lm, ids, mask, tokens=8, pad=PAD, **options)
+        assert torch.equal(new, alone(lm, texts, 8, **options))
+        greedy = generate(lm, ids, mask, tokens=8, pad=PAD, stop=(STOP, 7))
+        assert not torch.equal(new, greedy)
+
+    def test_one_beam_is_greedy(self):
+        lm, (ids, mask, _) = model(), prompts(5, 1, 3, 7)
+        beams = Beams(Writing(lm, *pad_left(ids, mask), 9, {}), 1, 9, torch.tensor([STOP]), PAD,
+                      1.0, False)
+        with torch.no_grad():
+            assert torch.equal(beams.search(), generate(lm, ids, mask, tokens=9, stop=(STOP,), pad=PAD))
+
+    @pytest.mark.parametrize("length_penalty, best", [(0.0, [8, STOP]), (1.0, [9, 10, STOP])])
+    def test_above_zero_the_length_penalty_favours_longer_texts(self, length_penalty, best):
+        # 8 STOP has log p -2.0 in two tokens; 9 10 STOP has -2.7 in three: -1.00 against -0.90.
+        logits = torch.full((V, V), -50.0)
+        for a, b, log in ((3, 8, -1.0), (3, 9, -0.9), (8, STOP, -1.0), (9, 10, -0.9),
+                          (10, STOP, -0.9)):
+            logits[a, b] = log
+        for a in (3, 8, 9, 10):                 # the rest of each row's probability
+            left = 1 - logits[a].exp().sum()
+            logits[a, 11] = left.log()
+        logits[11] = torch.full((V,), -math.log(V))
+        new = generate(Table(logits), torch.tensor([[3]]), tokens=4, stop=(STOP,), beams=4, pad=PAD,
+                       length_penalty=length_penalty, early_stopping="never")
+        assert [i for i in new[0].tolist() if i != PAD] == best
+
+    def test_beams_are_different_texts(self):
+        lm = model()
+        with torch.no_grad():
+            beams = Beams(Writing(lm, prompts(4)[0], None, 5, {}), 3, 5, torch.tensor([]), PAD, 1.0,
+                          False)
+            for n in range(4):
+                logs = beams.writing.logits.log_softmax(dim=-1).unflatten(0, (-1, 3))
+                rows, token = beams.step(logs, n)
+                beams.writing.cache.reorder(rows)
+                beams.writing.read(token)
+                texts = {tuple(text) for text in beams.ids[0, :, :n + 1].tolist()}
+                assert len(texts) == 3
+
+    @pytest.mark.parametrize("early_stopping, calls", [(True, 2), (False, 3), ("never", 3)])
+    def test_early_stopping_ends_with_as_many_texts_as_beams(self, early_stopping, calls):
+        # STOP and 5 STOP are finished after two tokens. 5 5 is likelier than the worse of them, so
+        # only early stopping ends here; 5 5 5 is not.
+        probabilities = torch.full((V, V), 0.35 / (V - 2))
+        probabilities[:, 5], probabilities[:, STOP] = 0.35, 0.3
+        table = Table(probabilities.log())
+        generate(table, torch.tensor([[3]]), tokens=20, stop=(STOP,), beams=2, length_penalty=0.0,
+                 early_stopping=early_stopping)
+        assert len(table.calls) == calls
+
+    @pytest.mark.parametrize("early_stopping, calls", [(False, 2), ("never", 20)])
+    def test_never_waits_for_what_a_long_text_may_still_score(self, early_stopping, calls):
+        # Behind 5 STOP nothing is likely, at the present length; divided by 20 it may be.
+        probabilities = torch.full((V, V), 1 / V)
+        probabilities[3], probabilities[5] = 0.05 / (V - 2), 0.1 / (V - 1)
+        probabilities[3, 5], probabilities[3, STOP], probabilities[5, STOP] = 0.5, 0.45, 0.9
+        probabilities[7:] = 1e-9
+        probabilities[6], probabilities[4] = 1e-9, 1e-9
+        probabilities[[4, 6, *range(7, V)], 4] = 1.0
+        table = Table(probabilities.log())
+        generate(table, torch.tensor([[3]]), tokens=20, stop=(STOP,), beams=2,
+                 early_stopping=early_stopping)
+        assert len(table.calls) == calls
+
+    def test_state_and_cache_follow_the_beams(self):
+        # The model's choice depends on a state of each row and on what the cache remembers.
+        lm = model()
+
+        def stateful(x, mask=None, cache=None, last=False, tint=None):
+            before = cache.state.get("sum", torch.zeros(len(x), dtype=torch.float64))
+            cache.state["sum"] = before + x.sum(dim=1)
+            shift = torch.sin(cache.state["sum"][:, None] * torch.arange(1, V + 1)) + tint
+            return lm(x, mask=mask, cache=cache, last=last) + shift[:, None]
+        ids = torch.tensor([[3, 4], [5, 6], [7, 8]])
+        tint = torch.randn(3, V, dtype=torch.float64)
+        options = {"tokens": 6, "beams": 3, "stop": (STOP,), "pad": PAD}
+        new = generate(stateful, ids, state={"tint": tint}, **options)
+        rows = [generate(stateful, ids[r:r + 1], state={"tint": tint[r:r + 1]}, **options)[0]
+                for r in range(3)]
+        assert torch.equal(new, nn.utils.rnn.pad_sequence(rows, batch_first=True))
+        # A reorder forgotten gives worse texts than greedy writes; their scores by themselves:
+        greedy = generate(stateful, ids, state={"tint": tint}, **options | {"beams": 1})
+        for r in range(3):
+            found, likeliest = (self.score(stateful, ids[r], rows[r], tint[r])
+                                for rows in (new.tolist(), greedy.tolist()))
+            assert found >= likeliest
+
+    def score(self, model_, prompt, text, tint):
+        """The mean log p of a text up to its STOP, fed token by token without beams."""
+        cache, total, x = KVCache(), 0.0, prompt[None]
+        for n, token in enumerate(text):
+            logs = model_(x, cache=cache, last=True, tint=tint[None])[0, -1].log_softmax(dim=-1)
+            total, x = total + logs[token].item(), torch.tensor([[token]])
+            if token == STOP:
+                break
+        return total / (n + 1)
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "opt", "llama"])
+class TestRank:
+    candidates = torch.tensor([[3, 5, 7], [4, -100, -100], [8, 2, -100], [3, 5, -100], [3, 6, 7]])
+
+    def slow(self, lm, text, candidate, mean):
+        ids = candidate[candidate >= 0]
+        logs = lm(torch.cat([text, ids[None]], dim=1))[0].log_softmax(dim=-1)
+        picked = [logs[text.shape[1] - 1 + i, token].item() for i, token in enumerate(ids)]
+        return sum(picked) / (len(picked) if mean else 1)
+
+    @pytest.mark.parametrize("mean", [False, True])
+    @pytest.mark.parametrize("rows", [256, 4])
+    def test_it_is_the_likelihood_of_each_candidate_after_each_prompt(self, kind, mean, rows):
+        lm, (ids, mask, texts) = model(kind), prompts(5, 1, 3)
+        scores = rank(lm, ids, self.candidates, mask, mean=mean, rows=rows)
+        for row, text in zip(scores, texts):
+            want = [self.slow(lm, text, c, mean) for c in self.candidates]
+            assert row.tolist() == pytest.approx(want, abs=1e-5)
+
+    def test_prompts_may_have_candidates_of_their_own(self, kind):
+        lm, (ids, mask, texts) = model(kind), prompts(5, 1)
+        own = torch.stack([self.candidates[:2], self.candidates[2:4]])
+        scores = rank(lm, ids, own, mask)
+        for row, text, candidates in zip(scores, texts, own):
+            want = [self.slow(lm, text, c, False) for c in candidates]
+            assert row.tolist() == pytest.approx(want, abs=1e-5)
+
+    def test_the_prompt_is_read_once(self, kind):
+        lm, calls = model(kind), []
+
+        def counted(x, **arguments):
+            calls.append(tuple(x.shape))
+            return lm(x, **arguments)
+        rank(counted, prompts(5, 4)[0], self.candidates)
+        assert calls == [(2, 5), (10, 2)]
+        calls.clear()
+        rank(counted, prompts(5, 4)[0], self.candidates[:, :1])
+        assert calls == [(2, 5)]                # candidates of one token need no more
+
+    def test_what_cannot_be_ranked_is_told(self, kind):
+        with pytest.raises(ValueError, match="a candidate without a token"):
+            rank(model(kind), prompts(3)[0], torch.tensor([[3], [-100]]))
+        with pytest.raises(ValueError, match="prompt of 7 tokens and a candidate of 3 are 10"):
+            rank(model(kind), prompts(7)[0], self.candidates, context=9)
