@@ -278,10 +278,12 @@ class CLIP(nn.Module):
 
     @torch.no_grad()
     def evaluate(self, data):
-        """Retrieval both ways and zero-shot accuracy on a data.View -> {name: number}."""
-        world = data.world
+        """Retrieval both ways, and zero-shot accuracy where there are classes -> {name: number}."""
+        world, figures = data.world, evaluation.retrieval(self.pool(data))
+        if not world.zero_shot:
+            return figures
         classifier = self.classifier(data.ids, world.all_classes, world.templates)
-        return evaluation.retrieval(self.pool(data)) | evaluation.zero_shot(
+        return figures | evaluation.zero_shot(
             world, lambda records: self.encode_records(data, records), classifier)
 
     @torch.no_grad()

@@ -2,6 +2,7 @@
 
     python train.py clip                                       about 3 minutes on 2 CPU cores
     python train.py clip --data emoji                          real pictures and names
+    python train.py clip --data jsonl:captions.jsonl           your own; see common/formats.py
     python train.py clip --resume                              go on after a stop or a kill
     torchrun --nproc_per_node=2 train.py clip --out runs/two   the same run on two processes
     python train.py clip --set loss=sigmoid --batch_size 64    any field of the model's config
@@ -30,8 +31,10 @@ from tqdm import tqdm
 import clip
 from common import checkpoint, cli, distributed, transformer
 from common.cli import option
-from common.data import Batches, Pairs, View, open_world, world_tokenizer
+from common.data import STAND_INS, Batches, Pairs, View, open_world, world_tokenizer
 from common.devices import autocast, find_device, half_precision, peak_memory, to_device
+from common.formats import FORMATS, Files, Refusals
+from common.images import shown
 from common.runs import RunFolder
 from common.tokenizers import EOS
 
@@ -84,7 +87,11 @@ LISTS = {"all": ["clip"]}
 class Options:
     """The command line; a flag each. None: the stage's recipe decides."""
     preset: str = option("tiny", "size of the model; see the model's file")
-    data: str = option("shapes", "a world and its dial: shapes, emoji, shapes:objects=3,noise=0.1")
+    data: str = option("shapes", "a world and its dial: shapes, emoji, shapes:objects=3,noise=0.1; "
+                       "or your own: coco:FILE, flickr:FILE, jsonl:FILE, tar:GLOB")
+    images: str | None = option(None, "folder of the pictures of --data (default: the file's own)")
+    skip: float = option(0.05, "fraction of your records that may be refused before the run stops")
+    shuffle: int = option(10_000, "window in which the samples of tar shards change places")
     seed: int = option(0, "of weights, order and draws; never of the test splits")
     steps: int | None = option(None, "optimiser steps")
     batch_size: int | None = option(None, "samples of a step, over all processes and micro-batches")
@@ -112,7 +119,8 @@ class Options:
 def freeze(model, patterns):
     """Train the parameters that match a pattern, freeze the rest; returns a table to print.
 
-    A top-level module without a trained parameter is put into eval mode, else into train mode.
+    A module without a trained parameter is put into eval mode, else into train mode: BatchNorm's
+    statistics, too, stay as they are where its gains do.
     """
     for name, parameter in model.named_parameters():
         parameter.requires_grad = any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
@@ -120,8 +128,10 @@ def freeze(model, patterns):
     for name, parameter in model.named_parameters():
         row = rows.setdefault(name.split(".")[0], [0, 0])
         row[not parameter.requires_grad] += parameter.numel()
-    for name, module in model.named_children():
-        module.train(any(p.requires_grad for p in module.parameters()))
+    for module in model.modules():       # from the outside in: the inner ones have the last word
+        parameters = list(module.parameters())
+        if parameters:
+            module.train(any(p.requires_grad for p in parameters))
     return "\n".join(f"  {name:18s} {trained + frozen:>12,d}  "
                      + ("trained" if not frozen else "frozen" if not trained else
                         f"{trained:,d} trained") for name, (trained, frozen) in rows.items())
@@ -165,7 +175,8 @@ class Run:
             if setting.partition("=")[0] in ("vocab", "eos"):
                 raise ValueError(f"--set {setting}: it belongs to the world's tokenizer")
         config = cli.changed(self.stage.file.PRESETS[options.preset], settings)
-        self.world = open_world(options.data, config.image_size)
+        self.world = open_world(options.data, config.image_size, options.images, options.skip,
+                                options.shuffle)
         self.tokenizer = world_tokenizer(self.world)
         self.config = dataclasses.replace(config, vocab=len(self.tokenizer), eos=EOS)
         self.recipe = self.find_recipe()
@@ -189,6 +200,7 @@ class Run:
             betas=self.recipe.betas, eps=self.recipe.eps, fused=True)
         self.step, self.seconds, self.loss = 0, 0.0, math.nan
         self.kept, self.stopped, self.measuring = None, None, False
+        self.refused = Refusals(options.skip) if isinstance(self.world, Files) else None
 
     def find_recipe(self):
         """The recipe of preset and data, or of the preset, or the paper's; flags go before it.
@@ -211,7 +223,11 @@ class Run:
     def default_folder(self):
         """RUNS/STAGE, with what is not the default added, so that no run hides another."""
         parts = [self.name]
-        parts += [] if self.options.data == "shapes" else [self.options.data]
+        data, (kind, _, where) = self.options.data, self.options.data.partition(":")
+        if kind in FORMATS:              # of a long path the file, of shards the folder
+            where = Path(where).absolute()
+            data = f"{kind}-{where.parent.name if kind == 'tar' else where.stem}"
+        parts += [] if data == "shapes" else [data]
         parts += [] if self.options.preset == "tiny" else [self.options.preset]
         safe = ["".join(c if c.isalnum() or c in ".=@" else "-" for c in part) for part in parts]
         return Path(self.options.runs) / "-".join(safe)
@@ -221,10 +237,14 @@ class Run:
     def described(self):
         """What config.json says: all that a resumed run must share with the one that began."""
         keep = ("preset", "data", "seed", "accumulate", "precision", "init")
+        own = {}
+        if self.refused:
+            own = {"images": self.options.images, "shuffle": self.options.shuffle,
+                   "records": {split: self.world.size(split) for split in ("train", "test")}}
         return {"model": self.stage.file.__name__, "stage": self.name,
                 "config": json.loads(json.dumps(dataclasses.asdict(self.config))),
                 "recipe": json.loads(json.dumps(dataclasses.asdict(self.recipe))),
-                "options": {name: getattr(self.options, name) for name in keep} | {
+                "options": {name: getattr(self.options, name) for name in keep} | own | {
                     "precision": "bf16" if self.half else "fp32"}}
 
     def open_folder(self):
@@ -242,6 +262,8 @@ class Run:
             checkpoint.load_weights(self.model, weights, options.init)
         if not options.eval_only:
             self.folder.begin(self.described(), self.tokenizer, self.step, options.overwrite)
+            if self.refused and self.step == 0:
+                self.folder.refuse(0, self.world.refused.reasons)
 
     def restore(self, state):
         """Take up a checkpoint. Raises ValueError when this command describes another run."""
@@ -254,6 +276,8 @@ class Run:
             torch.set_rng_state(state["rng"])
             self.step = self.kept = state["step"]
             self.seconds, self.loss = (state["schedule"][name] for name in ("seconds", "loss"))
+            if self.refused:
+                self.refused.count = state["data"]["refused"]
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{self.folder.path}: a checkpoint that cannot be resumed "
                              f"({error})") from None
@@ -266,7 +290,8 @@ class Run:
         self.folder.save({
             "model": self.model.state_dict(), "optimizer": self.optimiser.state_dict(),
             "schedule": {"seconds": self.elapsed(), "loss": self.loss}, "step": self.step,
-            "rng": torch.get_rng_state(), "data": {"seed": self.options.seed}})
+            "rng": torch.get_rng_state(), "data": {"seed": self.options.seed} | (
+                {"refused": self.refused.count} if self.refused else {})})
 
     def elapsed(self):
         """Wall seconds of the run, earlier sittings included."""
@@ -309,10 +334,11 @@ class Run:
         every = 1 if self.device.type == "cpu" else 10     # reading a number waits for the GPU
         bar = tqdm(total=self.recipe.steps, initial=self.step, desc=self.name, unit="step",
                    disable=distributed.rank() > 0, mininterval=0.5 if sys.stderr.isatty() else 20)
-        losses, waited, mark = [], 0.0, time.time()
+        losses, refused, waited, mark = [], [], 0.0, time.time()
         with bar:
             for batches in self.batches.loader(self.step, self.recipe.steps, self.workers):
                 waited += time.time() - mark
+                refused.append((batches[0].pop("refused", []), batches[0].pop("lost", False)))
                 losses.append(self.update(forward, batches))
                 self.step += 1
                 bar.update()
@@ -320,14 +346,14 @@ class Run:
                 saving = last or self.step % self.options.save_every == 0
                 if self.step % every == 0 or saving:
                     stop = distributed.any_rank(self.stopped is not None, self.device)
-                    self.check(losses)
-                    losses = []
+                    self.check(losses, refused)
+                    losses, refused = [], []
                     bar.set_postfix(loss=f"{self.loss:.3f}", refresh=False)
                     if self.step % 10 == 0 or last:
                         self.folder.log({"step": self.step, "loss": round(self.loss, 5),
                                          "lr": self.optimiser.param_groups[0]["lr"],
                                          "seconds": round(self.elapsed(), 2),
-                                         "waited": round(waited, 2)})
+                                         "waited": round(waited, 2), **self.passed_over()})
                     if saving or stop:
                         self.save()
                     if stop:             # all end alike, whichever process was told to
@@ -335,15 +361,47 @@ class Run:
                         break
                 mark = time.time()
 
-    def check(self, losses):
-        """self.loss becomes the mean since the last look; ValueError when it is not finite."""
+    def check(self, losses, refused=()):
+        """self.loss becomes the mean since the last look; ValueError when it is not finite.
+
+        refused: since then, for each step (reasons, lost), as `Batches` says; also a ValueError
+        when too many records are. Every process learns the same and raises the same.
+        """
         mean = torch.stack(losses).mean().item()
-        self.loss = distributed.mean({"loss": mean}, self.device)["loss"]
+        reasons, lost = sum((step[0] for step in refused), []), any(step[1] for step in refused)
+        shared = distributed.mean({"loss": mean, "refused": len(reasons), "lost": lost},
+                                  self.device)
+        self.loss = shared["loss"]
+        if shared["refused"]:
+            self.pass_over(distributed.together(reasons), shared["lost"])
         if not math.isfinite(self.loss):
             kept = "there is no checkpoint yet" if self.kept is None else \
                 f"the checkpoint of step {self.kept} stays in {self.folder.path}"
             raise ValueError(f"the loss or its gradient is {self.loss} at step {self.step}; "
                              f"{kept}; try a smaller --lr")
+
+    def pass_over(self, reasons, lost):
+        """Count refused records, write them down; ValueError when they are too many."""
+        for reason in reasons:
+            self.refused.add(reason)
+            if self.refused.count <= 3 and distributed.rank() == 0:
+                tqdm.write(f"refused: {shown(reason)}")
+        self.folder.refuse(self.step, reasons)
+        there = f"; {self.folder.path / 'refused.jsonl'} lists them"
+        try:
+            self.refused.check(self.step * self.recipe.batch_size + self.refused.count)
+        except ValueError as error:
+            raise ValueError(f"{error}{there}") from None
+        if lost:
+            raise ValueError(f"no readable record among {STAND_INS} drawn in a row, the last: "
+                             f"{self.refused.reasons[-1]}{there}")
+
+    def passed_over(self):
+        """{"refused": how often a record was, at the start, in training and in the test split}."""
+        if not self.refused:
+            return {}
+        return {"refused": self.world.refused.count + self.refused.count
+                + self.world.unreadable("test").count}
 
     def finish(self):
         """Measure the trained model; writes result.json and samples.png, prints the result."""
@@ -359,9 +417,13 @@ class Run:
                   "peak_memory_mb": round(peak_memory(self.device)),
                   "parameters": sum(p.numel() for p in parameters),
                   "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
-                  "steps": self.step, "loss": round(self.loss, 4)}
+                  "steps": self.step, "loss": round(self.loss, 4), **self.passed_over()}
         result |= {name: round(value, 4) for name, value in figures.items()}
         checkpoint.write_json(self.folder.path / "result.json", result)
+        if result.get("refused"):
+            self.folder.refuse(self.step, self.world.unreadable("test").reasons)
+            print(f"refused: {result['refused']:,} in all; {self.folder.path / 'refused.jsonl'} "
+                  "lists them")
         print(f"pictures: {self.folder.path / 'samples.png'}")
         print("result:", json.dumps(result))
 
@@ -380,6 +442,8 @@ def train(name, options, settings=(), began=None):
         if distributed.rank() == 0:
             print(f"{name}: {run.recipe.steps} steps of {run.recipe.batch_size} on {run.device} "
                   f"in {'bf16' if run.half else 'fp32'}, in {run.folder.path}\n{run.table}")
+            if run.refused and run.world.refused.count:
+                print(f"{run.world.name}: {run.world.refused.told(run.world.tried)}")
         if not options.eval_only:
             run.fit()
         if run.stopped is None:

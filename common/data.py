@@ -1,8 +1,9 @@
 """From records to batches: any world or file of records, any number of workers and processes.
 
 A source of records has `size(split)`, `record(split, index, rng)` and `is_true(text, source)`, as
-`worlds/shapes.py` shows. Every draw is a function of (seed, epoch, index): batch s is the same for
-any number of workers and processes, and a run can go on at any step.
+`worlds/shapes.py` shows; it may have an `order` of its own, and `formats.Files` may refuse records.
+Every draw is a function of (seed, epoch, index): batch s is the same for any number of workers and
+processes, and a run can go on at any step.
 """
 import inspect
 import os
@@ -12,23 +13,35 @@ import signal
 import torch
 from torch.utils.data import DataLoader
 
-from common.images import centre_crop, to_tensor
+from common.formats import FORMATS, Files, all_records
+from common.images import centre_crop, shown, to_tensor
 from common.tokenizers import Tokenizer
 from common.worlds.emoji import Emoji
 from common.worlds.shapes import Shapes
 
 WORLDS = {"shapes": Shapes, "emoji": Emoji}
+STAND_INS = 20                           # tries to replace a record that cannot be read
 
 
-def open_world(spec, image_size):
+def open_world(spec, image_size, images=None, skip=0.05, shuffle=10_000):
     """The world that --data names: "shapes", "emoji", or with a dial, "shapes:objects=3,noise=0.1".
 
-    Raises ValueError for a world or a dial that does not exist, naming those that do, and for a
-    value of another type than the dial's own, or with which nothing can be drawn.
+    Or files of the user's own, "coco:FILE"; images, skip and shuffle are theirs: see formats.Files.
+    Raises ValueError for a world or a dial that does not exist, naming those that do, for a value
+    of another type than the dial's own, or with which nothing can be drawn, and for bad files.
     """
     name, _, dials = spec.partition(":")
+    if name in FORMATS:
+        try:
+            return Files(name, dials, image_size=image_size, images=images, skip=skip,
+                         shuffle=shuffle)
+        except ValueError as error:
+            raise ValueError(f"--data {shown(spec)}: {error}") from None
     if name not in WORLDS:
-        raise ValueError(f"--data {spec}: no world {name!r}; there are {', '.join(WORLDS)}")
+        raise ValueError(f"--data {spec}: no world {name!r}; there are {', '.join(WORLDS)}, and "
+                         + ", ".join(f"{kind}:FILE" for kind in FORMATS))
+    if images is not None:
+        raise ValueError(f"--images {shown(images)}: {name} draws its own pictures")
     signature = inspect.signature(WORLDS[name]).parameters
     kinds = {key: type(p.default) for key, p in signature.items() if key != "image_size"}
     values = {}
@@ -78,6 +91,10 @@ class Batches(torch.utils.data.Dataset):
     both and be no larger than the data, else ValueError. An epoch is a fresh permutation; what does
     not fill a batch is left out, because a contrastive loss depends on the batch's size.
     Item s is a list of `accumulate` micro-batches.
+
+    Of `Files`, a record that raises ValueError is replaced by another, and the first micro-batch
+    also has "refused", the reasons, and "lost", whether the search for one that can be read was
+    given up: then the batch is no good for training.
     """
 
     def __init__(self, world, collate, *, batch_size, seed=0, rank=0, world_size=1, accumulate=1):
@@ -88,24 +105,57 @@ class Batches(torch.utils.data.Dataset):
         self.world, self.collate, self.seed = world, collate, seed
         self.total, self.rank, self.micro = batch_size, rank, batch_size // share
         self.accumulate, self.steps_per_epoch = accumulate, world.size("train") // batch_size
+        self.permuted = None, None       # an epoch and its order
         if not self.steps_per_epoch:
             raise ValueError(f"batch_size {batch_size} is larger than the data "
-                             f"({world.size('train')} records in {world.name})")
+                             f"({world.size('train')} records in {world.name}); "
+                             "--batch_size sets another")
 
     def keys(self, step):
         """(epoch, record indices) of this process in a step, all micro-batches in a row."""
         epoch, place = divmod(step, self.steps_per_epoch)
-        order = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2 ** 63)
-        order = torch.randperm(self.world.size("train"), generator=order)
         first = place * self.total + self.rank * self.micro * self.accumulate
-        return epoch, order[first:first + self.micro * self.accumulate].tolist()
+        return epoch, self.order(epoch)[first:first + self.micro * self.accumulate].tolist()
+
+    def order(self, epoch):
+        """The order of an epoch, int64 (size of train,); the last one asked for is kept."""
+        if self.permuted[0] != epoch:
+            drawn = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2 ** 63)
+            own = getattr(self.world, "order", None)
+            self.permuted = epoch, own(drawn) if own else \
+                torch.randperm(self.world.size("train"), generator=drawn)
+        return self.permuted[1]
 
     def __getitem__(self, step):
         epoch, indices = self.keys(step)
-        rngs = [draw_rng(self.seed, epoch, i) for i in indices]
-        records = [self.world.record("train", i, rng) for i, rng in zip(indices, rngs)]
-        return [self.collate(records[k:k + self.micro], rngs[k:k + self.micro])
-                for k in range(0, len(records), self.micro)]
+        draw = self.draw_or_replace if isinstance(self.world, Files) else self.draw
+        records, rngs, refused, lost = zip(*[draw(epoch, index) for index in indices])
+        parts = [self.collate(records[k:k + self.micro], rngs[k:k + self.micro])
+                 for k in range(0, len(records), self.micro)]
+        if isinstance(self.world, Files):
+            parts[0] |= {"refused": sum(refused, []), "lost": any(lost)}
+        return parts
+
+    def draw(self, epoch, index):
+        """(record, its rng, reasons of refusals, whether they were too many)."""
+        rng = draw_rng(self.seed, epoch, index)
+        return self.world.record("train", index, rng), rng, [], False
+
+    def draw_or_replace(self, epoch, index):
+        """`draw`, or in the place of a record that cannot be read another of the same epoch.
+
+        Which one is a function of (seed, epoch, index) too. A search that finds none gives the
+        record without its pictures, so that all processes can come to the end of the step.
+        """
+        refused, place, rng = [], index, draw_rng(self.seed, epoch, index)
+        for attempt in range(1 + STAND_INS):
+            try:
+                return self.world.record("train", place, rng), rng, refused, False
+            except ValueError as error:
+                refused.append(str(error))
+            rng = draw_rng(self.seed, epoch, f"{index}/{attempt}")
+            place = rng.randrange(self.world.size("train"))
+        return self.world.blank("train", index), rng, refused, True
 
     def loader(self, start, stop, workers):
         """Iterate over the batches of steps start .. stop - 1, made by `workers` processes."""
@@ -134,8 +184,8 @@ class View:
         self.world, self.tokenizer, self.collate, self.device = world, tokenizer, collate, device
 
     def records(self, split):
-        """Every record of a split."""
-        return [self.world.record(split, i) for i in range(self.world.size(split))]
+        """Every record of a split that can be read."""
+        return all_records(self.world, split)
 
     def ids(self, texts):
         """Texts -> int64 (N, T) on the device."""
@@ -147,5 +197,9 @@ class View:
 
 
 def world_tokenizer(world):
-    """The world's own vocabulary, the same in every run."""
-    return Tokenizer.train(world.corpus(), world.vocabulary)
+    """The world's own vocabulary, the same in every run. Raises ValueError when it has no words."""
+    try:
+        return Tokenizer.train(world.corpus(), world.vocabulary)
+    except RuntimeError as error:
+        raise ValueError(f"{world.name}: no vocabulary can be made of its texts ({shown(error)})") \
+            from None

@@ -90,3 +90,12 @@ def mean(values, device):
     shared = torch.tensor(list(values.values()), device=device, dtype=torch.float64)
     dist.all_reduce(shared)
     return dict(zip(values, (shared / world_size()).tolist()))
+
+
+def together(items):
+    """The lists of all processes as one, in their order, on every process."""
+    if world_size() == 1:
+        return items
+    lists = [None] * world_size()
+    dist.all_gather_object(lists, items)
+    return sum(lists, [])

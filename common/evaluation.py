@@ -5,6 +5,7 @@ encode_images(records) and encode_texts(texts) give unit vectors (N, E) on one d
 import torch
 
 from common import metrics
+from common.formats import all_records
 from common.images import sheet
 
 
@@ -13,7 +14,7 @@ class Pool:
 
     def __init__(self, world, encode_images, encode_texts):
         self.world = world
-        self.records = [world.record("test", i) for i in range(world.size("test"))]
+        self.records = all_records(world, "test")
         self.texts = [record["texts"][0] for record in self.records]
         self.vectors = encode_images(self.records).cpu(), encode_texts(self.texts).cpu()
         self.scores = self.vectors[0] @ self.vectors[1].T             # row a picture, column a text

@@ -1,43 +1,98 @@
 """Pictures in and out: opening files, resizing, tensors, sheets to look at."""
+import io
+import math
+import os
+import stat
 import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)            # CLIP's, also BLIP's and LLaVA's
 STD = (0.26862954, 0.26130258, 0.27577711)
 MOST_PIXELS = 64_000_000                              # more in a small file is a decompression bomb
+MOST_BYTES = 100_000_000                              # of a picture's file
+KINDS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO", "PPM")     # others may start programs
+TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+         4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
+         6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+         8: Image.Transpose.ROTATE_90}                # by the number in EXIF's orientation
 
 
-def open_image(path):
-    """The picture in a file, upright, RGB (transparency on white; the first frame of an animation).
+def shown(name, most=300):
+    """A name from outside as a part of one printable line: no control characters, not too long."""
+    name = "".join(c if c.isprintable() else "?" for c in str(name)[:most + 1])
+    return name if len(name) <= most else name[:most] + "..."
 
-    Raises ValueError with one line that says what is wrong: missing, no picture, cut off, too big.
+
+def open_regular(path, kind="file"):
+    """The file at a path, open for reading bytes.
+
+    Raises ValueError in one line when there is none, or when it is a folder, a pipe or a device:
+    reading those may wait or go on for ever.
     """
     try:
+        mode = os.stat(path).st_mode
+        if stat.S_ISDIR(mode):
+            raise ValueError(f"a folder, not a {kind}")
+        if not stat.S_ISREG(mode):
+            raise ValueError(f"a pipe or a device, not a {kind}")
+        wait_for_none = getattr(os, "O_NONBLOCK", 0)
+        return open(path, "rb", opener=lambda name, flags: os.open(name, flags | wait_for_none))
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"{shown(path)}: no such {kind}") from None
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise ValueError(f"{shown(path)}: {why}") from None
+
+
+def open_image(source, name=None):
+    """The picture in a file, upright, RGB (transparency on white; the first frame of an animation).
+
+    source: a path, the bytes of a file, or a file open for reading bytes; name: what to call it.
+    Raises ValueError with one line that says what is wrong: missing, no picture (of one of KINDS),
+    cut off, too big.
+    """
+    if isinstance(source, (bytes, bytearray)):
+        source, name = io.BytesIO(source), name or "a picture in memory"
+    elif not hasattr(source, "read"):
+        with open_regular(source, "picture") as file:
+            return open_image(file, name or source)
+    name = shown(name or getattr(source, "name", "a picture"))
+    if source.seek(0, os.SEEK_END) > MOST_BYTES:
+        raise ValueError(f"{name}: a file of more than {MOST_BYTES:,} bytes")
+    source.seek(0)
+    try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as picture:
-                if picture.width * picture.height > MOST_PIXELS:
-                    raise Image.DecompressionBombError
-                picture.load()
-                return to_rgb(ImageOps.exif_transpose(picture))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such picture") from None
-    except IsADirectoryError:
-        raise ValueError(f"{path}: a folder, not a picture") from None
+            warnings.simplefilter("ignore")          # on stderr nobody knows whose they are
+            return _decoded(source)
     except Image.DecompressionBombError:
-        raise ValueError(f"{path}: a picture of more than {MOST_PIXELS:,} pixels") from None
+        raise ValueError(f"{name}: a picture of more than {MOST_PIXELS:,} pixels") from None
     except Exception as error:           # Pillow's decoders raise many kinds on hostile input
-        raise ValueError(f"{path}: not a readable picture ({type(error).__name__})") from None
+        raise ValueError(f"{name}: not a readable picture ({type(error).__name__})") from None
+
+
+def _decoded(file):
+    with Image.open(file, formats=KINDS) as picture:
+        if picture.width * picture.height > MOST_PIXELS:
+            raise Image.DecompressionBombError
+        picture.load()
+        if not picture.width or not picture.height:
+            raise ValueError("no pixels")
+        try:
+            turn = TURNS.get(picture.getexif().get(0x0112))
+        except Exception:                # broken EXIF around a picture that is whole
+            turn = None
+        picture = to_rgb(picture)
+        return picture if turn is None else picture.transpose(turn)
 
 
 def to_rgb(picture):
     """Any Pillow picture as RGB: transparency over white, 16 bits scaled to 8."""
     if picture.mode.startswith("I;16") or picture.mode in ("I", "F"):
-        values = np.asarray(picture, dtype=np.float32)
+        values = np.nan_to_num(np.asarray(picture, dtype=np.float32))
         wide = picture.mode.startswith("I;16") or values.max(initial=0) > 255
         top = 65535 if wide else 255
         picture = Image.fromarray((values / top * 255).clip(0, 255).astype(np.uint8))
@@ -56,6 +111,19 @@ def centre_crop(picture, size):
     wide, high = (int(size * side / min(W, H)) for side in (W, H))    # the whole picture, resized
     left, top = round((wide - size) / 2), round((high - size) / 2)
     box = left * W / wide, top * H / high, (left + size) * W / wide, (top + size) * H / high
+    return picture.resize((size, size), Image.Resampling.BICUBIC, box=box)
+
+
+def random_crop(picture, size, rng, least=0.9):
+    """CLIP's training crop, its only augmentation: a square from anywhere in the picture.
+
+    Its side is the shorter side (paper, 2.3) with `least` to all of that square's area kept, as
+    open_clip draws it, so that square pictures vary too. rng: a random.Random.
+    """
+    W, H = picture.size
+    side = min(W, H) * math.sqrt(rng.uniform(least, 1))
+    left, top = (W - side) * rng.random(), (H - side) * rng.random()
+    box = left, top, min(left + side, W), min(top + side, H)
     return picture.resize((size, size), Image.Resampling.BICUBIC, box=box)
 
 

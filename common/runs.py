@@ -3,9 +3,11 @@ import json
 from pathlib import Path
 
 from common import checkpoint, distributed
+from common.images import shown
 
-FILES = ("config.json", "tokenizer.model", "log.jsonl", *checkpoint.NAMES, "result.json",
-         "samples.png", "search.png")
+FILES = ("config.json", "tokenizer.model", "log.jsonl", "refused.jsonl", *checkpoint.NAMES,
+         "result.json", "samples.png", "search.png")
+MOST_REFUSED = 1000                      # lines of refused.jsonl
 
 
 class RunFolder:
@@ -47,11 +49,9 @@ class RunFolder:
         checkpoint.write_json(self.path / "config.json", described)
         checkpoint.write(self.path / "tokenizer.model",
                          lambda half: half.write_bytes(tokenizer.model))
-        log = self.path / "log.jsonl"
-        lines = log.read_text().splitlines() if log.exists() else []
-        kept = [f"{line}\n" for line in lines
-                if line.endswith("}") and json.loads(line)["step"] <= step]
-        checkpoint.write(log, lambda half: half.write_text("".join(kept)))
+        keep_lines(self.path / "log.jsonl", step)
+        if (self.path / "refused.jsonl").exists():
+            keep_lines(self.path / "refused.jsonl", step)
 
     def log(self, line):
         """Append a dict to log.jsonl."""
@@ -59,10 +59,31 @@ class RunFolder:
             with open(self.path / "log.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")
 
+    def refuse(self, step, reasons):
+        """Append to refused.jsonl what was passed over up to a step: once each, and not for ever."""
+        path = self.path / "refused.jsonl"
+        if distributed.rank() > 0 or not reasons:
+            return
+        lines = path.read_text().splitlines() if path.exists() else []
+        known = {json.loads(line)["reason"] for line in lines if line.endswith("}")}
+        new = [reason for reason in dict.fromkeys(shown(r, 500) for r in reasons)
+               if reason not in known]
+        with open(path, "a") as file:
+            for reason in new[:max(0, MOST_REFUSED - len(known))]:
+                file.write(json.dumps({"step": step, "reason": reason}) + "\n")
+
     def save(self, state):
         """Make state the folder's last checkpoint."""
         if distributed.rank() == 0:
             checkpoint.save(self.path, state)
+
+
+def keep_lines(path, step):
+    """Drop the lines of a log that are of later steps, or cut off."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    kept = [f"{line}\n" for line in lines
+            if line.endswith("}") and json.loads(line)["step"] <= step]
+    checkpoint.write(path, lambda half: half.write_text("".join(kept)))
 
 
 def differing(before, now):
