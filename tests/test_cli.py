@@ -133,7 +133,8 @@ class TestChanged:
     @pytest.mark.parametrize("setting, words", [
         ("width=wide", "width takes int, not 'wide'"), ("width=2.5", "width takes int"),
         ("on=1", "on takes bool"), ("stages=1,x", "stages takes numbers like 1,2,3, not '1,x'"),
-        ("stages=1,,2", "stages takes numbers"), ("stages=(1, 2)", "stages takes"), ("depth=3", "one of width, share, name"),
+        ("stages=1,,2", "stages takes numbers"), ("stages=(1, 2)", "stages takes"),
+        ("depth=3", "one of width, share, name"),
         ("width", "write key=value with one of width, share, name, on, stages")])
     def test_what_no_field_takes_is_refused(self, setting, words):
         with pytest.raises(ValueError, match=words):

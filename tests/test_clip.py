@@ -361,12 +361,20 @@ class TestResNet:
             torch.testing.assert_close(statistics(model)[name], buffer, msg=name)
             assert not torch.equal(buffer, before[name]), name
 
-    def test_a_frozen_tower_keeps_its_statistics(self):
+    def moved(self, *patterns):
+        """The top of the names of statistics that a step moves when these patterns train."""
         model = make(**RESNET)
-        train.freeze(model, ("text.*", "logit_scale"))
+        train.freeze(model, patterns)
         before = statistics(model)
         model(squares())["contrastive"].backward()
-        assert before and all(torch.equal(b, before[n]) for n, b in statistics(model).items())
+        return {name.split(".")[1] for name, b in statistics(model).items()
+                if not torch.equal(b, before[name])}
+
+    def test_a_frozen_tower_or_part_of_one_keeps_its_statistics(self):
+        assert self.moved("*") == {"bn1", "bn2", "bn3", "layer1", "layer2", "layer3", "layer4"}
+        assert self.moved("text.*", "logit_scale") == set()
+        assert self.moved("vision.pool.*") == set()
+        assert self.moved("vision.layer4.*", "vision.pool.*") == {"layer4"}
 
     def test_batch_norms_gains_are_not_decayed_and_convolutions_are(self):
         model = CLIP(replace(CONFIG, **RESNET))

@@ -163,10 +163,11 @@ def grid_again(model, x):
 def pool_again(pool, cells, heads):
     x = torch.cat([cells.mean(1, keepdim=True), cells], dim=1) + pool.positions
     x, C = x.transpose(0, 1), x.shape[2]
+    biases = torch.cat([pool.q_proj.bias, pool.k_proj.bias, pool.v_proj.bias])
     out, _ = F.multi_head_attention_forward(
-        x[:1], x, x, C, heads, None, torch.cat([pool.q_proj.bias, pool.k_proj.bias, pool.v_proj.bias]),
-        None, None, False, 0.0, pool.out_proj.weight, pool.out_proj.bias,
-        use_separate_proj_weight=True, q_proj_weight=pool.q_proj.weight,
+        x[:1], x, x, C, heads, None, biases, None, None, False, 0.0,
+        pool.out_proj.weight, pool.out_proj.bias, use_separate_proj_weight=True,
+        q_proj_weight=pool.q_proj.weight,
         k_proj_weight=pool.k_proj.weight, v_proj_weight=pool.v_proj.weight, need_weights=False)
     return out[0]
 
@@ -270,6 +271,8 @@ class TestResNet:
         gains = [m.bn3.weight for m in model.modules() if isinstance(m, Bottleneck)]
         assert len(gains) == 5 and all((gain == 0).all() for gain in gains)
         assert (model.bn3.weight == 1).all()            # the stem's is no residual's
+        model(torch.randn(3, 3, 64, 64)).square().sum().backward()
+        assert all(gain.grad.abs().max() > 0 for gain in gains), "a block that never wakes"
 
     def test_the_gradient_reaches_every_parameter(self):
         model = resnet(embed=1)
@@ -286,8 +289,8 @@ class TestResNet:
 
     def test_in_train_mode_the_statistics_of_the_batch_are_kept_for_later(self):
         model, images = resnet().train(), squares()
-        stem, old = F.conv2d(images, model.conv1.weight, stride=2, padding=1), model.bn1.running_mean
-        want = 0.9 * old + 0.1 * stem.mean((0, 2, 3))
+        stem = F.conv2d(images, model.conv1.weight, stride=2, padding=1)
+        want = 0.9 * model.bn1.running_mean + 0.1 * stem.mean((0, 2, 3))
         model(images)
         torch.testing.assert_close(model.bn1.running_mean, want)
 
