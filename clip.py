@@ -10,6 +10,8 @@ the sigmoid loss of SigLIP (Zhai et al., 2023).
     python train.py clip                                       train one on the shapes world
     python clip.py runs/clip classify PICTURE "a red circle" "a blue star"
     python clip.py runs/clip search "a small green ring" FOLDER
+
+In place of runs/clip: a Hugging Face folder, or OpenAI's .pt file with its vocabulary beside it.
 """
 import math
 from dataclasses import dataclass, replace
@@ -22,6 +24,8 @@ from torch import nn
 from common import checkpoint, cli, evaluation, losses
 from common.images import centre_crop, normalise, open_folder, open_image, sheet, to_tensor
 from common.masks import causal
+from common.pretrained import clip as pretrained
+from common.pretrained.files import is_published
 from common.transformer import Block, LayerNorm, Transformer, full, gelu, quick_gelu, vit_block
 from common.vision import ModifiedResNet, ViT, statistics_at_rest
 
@@ -347,9 +351,16 @@ class Trained:
         return list(zip(best.indices.tolist(), best.values.tolist()))
 
 
-def from_pretrained(path):
-    """A Trained CLIP from a run folder. Raises ValueError in one line when it is none."""
-    config, tokenizer, weights = checkpoint.open_run(path, "clip")
+def from_pretrained(path, act=None):
+    """A Trained CLIP from a run folder, a Hugging Face folder, or OpenAI's or open_clip's file.
+
+    act: "gelu" or "quick_gelu", for an open_clip file that cannot say which (pretrained/clip.py).
+    Raises ValueError in one line when it is none of them, damaged, or of another model.
+    """
+    if is_published(path):
+        config, weights, tokenizer = pretrained.read(path, act)
+    else:
+        config, tokenizer, weights = checkpoint.open_run(path, "clip")
     try:
         model = CLIP(CLIPConfig(**config))
     except TypeError as error:
@@ -365,14 +376,17 @@ def classify(run, image, texts):
 
 
 def search(run, text, folder):
-    """Print the pictures of a folder that fit the text best; draws them in RUN/search.png."""
+    """Print the pictures of a folder that fit the text best; draws them in RUN/search.png.
+
+    With published weights the drawing is search.png in the current directory.
+    """
     trained = from_pretrained(run)
     paths, pictures = open_folder(folder)
     best = trained.search(text, pictures)
     for index, cosine in best:
         print(f"{cosine:6.3f}  {paths[index]}")
     cells = [(pictures[i], f"{cosine:.2f} {paths[i].stem}", None) for i, cosine in best]
-    out = Path(run) / "search.png"
+    out = Path("." if is_published(run) else run) / "search.png"
     sheet(f"the best of {len(paths)} pictures for: {text}",
           [("", None, cells[k:k + 6]) for k in range(0, len(cells), 6)]).save(out)
     print(f"drawn in {out}")

@@ -3,6 +3,7 @@
 Its parameter names are those of the published .pt files; its forward is written from the paper and
 shares no code with ours.
 """
+import copy
 import warnings
 from collections import OrderedDict
 
@@ -178,5 +179,5 @@ def save_script(model, path, half=True):
     ids = torch.full((1, 4), model.eos)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        script = torch.jit.trace(model, (images, ids), check_trace=False)
+        script = torch.jit.trace(copy.deepcopy(model), (images, ids), check_trace=False)
         (script.half() if half else script).save(str(path))
