@@ -15,6 +15,8 @@ from common.tokenizers import ASSISTANT, BOS, EOS, IMAGE, PAD, SYSTEM, USER
 
 IGNORED = -100                           # the label of what is not learned
 IMAGES = object()                        # in a Template: where a turn's pictures stand
+OUTPUT, ANSWER = "output:", "question: {} answer:"      # Flamingo's prompts (its A.2), and what
+                                                        # the worlds' pages are written like
 
 
 @dataclass(frozen=True)

@@ -13,9 +13,10 @@ import signal
 import torch
 from torch.utils.data import DataLoader
 
+from common.conversation import IGNORED, collate
 from common.formats import FORMATS, Files, all_records
 from common.images import centre_crop, shown, to_tensor
-from common.tokenizers import Tokenizer
+from common.tokenizers import BOS, EOS, Tokenizer
 from common.worlds.emoji import Emoji
 from common.worlds.shapes import Shapes
 
@@ -84,7 +85,67 @@ class Pairs:
         return {"images": self.images(records), "ids": self.tokenizer.batch(texts, self.context)}
 
 
-class Batches(torch.utils.data.Dataset):
+class Texts:
+    """Collate records into rows of texts, each <bos> ... <eos>, as many as fit one after another.
+
+    length: tokens of a row; a longer text is cut. Several texts share a row so that little is
+    padding; what a row ends with is.
+    """
+
+    def __init__(self, tokenizer, context, length):
+        self.tokenizer, self.context, self.length = tokenizer, context, min(length, context)
+
+    def __call__(self, records, rngs):
+        """Records and their rngs -> {"ids", "labels": int64 (B', T)}; B' rows hold all the texts."""
+        rows = [[]]
+        for record, rng in zip(records, rngs):
+            ids = self.tokenizer.encode(rng.choice(record["texts"]))[:self.length - 2]
+            if len(rows[-1]) + len(ids) + 2 > self.length:
+                rows.append([])
+            rows[-1] += [BOS, *ids, EOS]
+        # What follows an end is not to be learned: another text begins.
+        batch = collate([(row, [IGNORED if i == BOS else i for i in row]) for row in rows if row])
+        return {"ids": batch["ids"], "labels": batch["labels"]}
+
+
+class Drawn:
+    """Records of another sort than a world's own, as many: make(split, rng) at every index."""
+
+    def __init__(self, world, make):
+        self.world, self.make, self.name = world, make, world.name
+
+    def size(self, split):
+        """The number of records in a split."""
+        return self.world.size(split)
+
+    def record(self, split, index, rng=None):
+        """The record that rng draws; without one it never changes."""
+        return self.make(split, rng or random.Random(f"{split}/{index}"))
+
+
+class Steps(torch.utils.data.Dataset):
+    """The micro-batches of every step of a run: item s is a list of them."""
+
+    def loader(self, start, stop, workers):
+        """Iterate over the batches of steps start .. stop - 1, made by `workers` processes."""
+        return DataLoader(self, batch_size=None, sampler=range(start, stop), num_workers=workers,
+                          prefetch_factor=4 if workers else None,
+                          worker_init_fn=_begin_worker if workers else None,
+                          generator=torch.Generator())    # else it draws from the model's
+
+
+class Mixture(Steps):
+    """Several data sets in every step, their micro-batches one after another."""
+
+    def __init__(self, parts):
+        """parts: Batches, one a data set."""
+        self.parts = parts
+
+    def __getitem__(self, step):
+        return [batch for part in self.parts for batch in part[step]]
+
+
+class Batches(Steps):
     """Batch number s of a run, as one process sees it.
 
     batch_size counts the samples of a step over all processes and micro-batches; it must divide by
@@ -156,13 +217,6 @@ class Batches(torch.utils.data.Dataset):
             rng = draw_rng(self.seed, epoch, f"{index}/{attempt}")
             place = rng.randrange(self.world.size("train"))
         return self.world.blank("train", index), rng, refused, True
-
-    def loader(self, start, stop, workers):
-        """Iterate over the batches of steps start .. stop - 1, made by `workers` processes."""
-        return DataLoader(self, batch_size=None, sampler=range(start, stop), num_workers=workers,
-                          prefetch_factor=4 if workers else None,
-                          worker_init_fn=_begin_worker if workers else None,
-                          generator=torch.Generator())    # else it draws from the model's
 
 
 def _begin_worker(worker):

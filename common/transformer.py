@@ -85,9 +85,9 @@ class KVCache:
         self.length = k.shape[2]
         return k, v
 
-    def once(self, layer, compute):
-        """The layer's entry; compute() -> (k, v) makes it the first time."""
-        if layer not in self.entries:
+    def once(self, layer, length, compute):
+        """The layer's entry; compute() -> (k, v) makes it, and anew when it has other keys."""
+        if layer not in self.entries or self.entries[layer][0].shape[2] != length:
             self.entries[layer] = compute()
         return self.entries[layer]
 
@@ -154,7 +154,7 @@ class Attention(nn.Module):
         elif cache is None:
             k, v = self.keys_values(context, None)
         else:
-            k, v = cache.once(self, lambda: self.keys_values(context, None))
+            k, v = cache.once(self, context.shape[1], lambda: self.keys_values(context, None))
         if self.kv_heads != self.heads:  # query head j reads key-value head j // group
             group = self.heads // self.kv_heads
             k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)

@@ -72,9 +72,19 @@ class ViT(nn.Module):
         x = torch.cat([self.cls.to(x.dtype).expand(len(x), 1, -1), x], dim=1) + self.positions
         return x if self.pre_norm is None else self.pre_norm(x)
 
-    def hidden(self, images):
-        """Tokens before the last norm: (B, 3, H, W) -> (B, 1 + N, D); token 0 is the class's."""
-        return self.transformer(self.embed(images))
+    def hidden(self, images, skip=0):
+        """Tokens before the last norm: (B, 3, H, W) -> (B, 1 + N, D); token 0 is the class's.
+
+        skip: so many of the last blocks are left out.
+        """
+        x = self.embed(images)
+        for block in self.transformer.blocks[:len(self.transformer.blocks) - skip]:
+            x = block(x)
+        return x
+
+    def grid(self, images, skip=0):
+        """The patches' tokens alone, row by row: (B, 3, H, W) -> (B, N, D)."""
+        return self.hidden(images, skip)[:, 1:]
 
     def features(self, images):
         """The picture in one vector, the class token after the last norm: -> (B, D)."""

@@ -367,7 +367,7 @@ class TestBlocks:
     def test_reading_one_position_gives_what_forward_gives_there(self, make, mask):
         blocks = [randomise(make(width=12, heads=3, hidden=17).double()) for _ in range(2)]
         stack = transformer.Transformer(blocks, randomise(LayerNorm(12).double()))
-        x, rows = torch.randn(B, T, 12).double(), torch.tensor([0, T - 1, 2])[:B]
+        x, rows = torch.randn(B, T, 12).double(), torch.tensor([1, T - 2])
         torch.testing.assert_close(stack.read(x, rows, mask), stack(x, mask=mask)[range(B), rows])
 
     def test_a_decoder_block_equals_torch(self):

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 from common.worlds import scene as scenes
-from common.worlds import stories
+from common.worlds import readings, stories
 
 
 class Shapes:
@@ -77,6 +77,18 @@ class Shapes:
         """Whether every statement of the text holds in the scene; False for any other text."""
         return scenes.is_true(text, scene)
 
+    def interleaved(self, kind, rng, split="train", **more):
+        """A sample of pages, questions, episodes, clips: `readings.interleaved`, as this world's
+        dials say."""
+        if kind in ("caption", "question", "document"):
+            more = {"objects": (1, self.objects), "noise": self.noise,
+                    "clutter": self.clutter} | more
+        return readings.interleaved(kind, rng, split, self.image_size, **more)
+
+    def reading(self, rng):
+        """A text for a language model."""
+        return readings.reading(rng)
+
     def label(self, scene):
         """The index in all_classes of a one-object scene."""
         return self.all_classes.index(scenes.phrase(scene.items[0]))
@@ -87,6 +99,8 @@ class Shapes:
             rng = random.Random(f"corpus/{index}")
             yield scenes.describe(scenes.sample(rng, (1, 3)), rng, None if index % 4 else "full")
         yield from stories.corpus()
+        for index in range(2000):
+            yield readings.reading(random.Random(f"reading/{index}"))
 
     def extract(self, folder, count=100):
         """Write test pictures as PNG files named by what they show; returns their number."""

@@ -1,0 +1,112 @@
+"""What the shapes world gives to read: interleaved samples, and texts for a language model.
+
+An interleaved sample is a list of pages, each some pictures and a text that belongs to them:
+{"images": [[frame, ...], ...], "texts": [(told, learned), ...]}: one clip or picture (a clip of one
+frame) a text. told is what a prompt says, learned what is to be said: ("output:", " a red circle").
+
+A language model reads the same samples with every picture in words, so that it knows how such a
+page goes on before it ever sees one.
+
+    sample = interleaved("episode", random.Random(0))
+    print(reading(random.Random(0)))
+"""
+from common.conversation import ANSWER, OUTPUT
+from common.worlds import stories
+from common.worlds.scene import describe, listed, phrase, sample
+from common.worlds.tasks import candidates, pick, worded
+
+KINDS = ("caption", "question", "document", "episode", "clip")
+ASKED = ("colour", "shape", "count", "existence", "relation")
+SHOTS = (2, 4, 6, 8)                      # of an episode in training
+
+
+def interleaved(kind, rng, split="train", side=32, **more):
+    """A sample of one of KINDS; split "test" asks in wordings that training never uses.
+
+    {"images", "texts"} as above, "source": the Scene of each picture or clip, "answer": of the last
+    text. more: of `stories.episode` (shots, classes, shuffled), `stories.clip` (frames, kind),
+    `stories.document` (images, kind) or of `sample` (objects, pairs, ...).
+    """
+    return {"caption": caption, "question": question, "document": document, "episode": episode,
+            "clip": clip}[kind](rng, split, side, **more)
+
+
+def made(scenes, images, texts, **more):
+    """A sample from its parts; images: a list of frames for each text."""
+    return {"images": images, "texts": texts, "source": tuple(scenes), "answer": texts[-1][1][1:],
+            **more}
+
+
+def caption(rng, split, side, **dial):
+    """One picture and its caption."""
+    scene = sample(rng, **dial)
+    return made([scene], [stories.pictures((scene,), side)], [(OUTPUT, f" {describe(scene, rng)}")])
+
+
+def question(rng, split, side, **dial):
+    """One picture and a question with its answer."""
+    option = None
+    while not option:
+        scene, kind = sample(rng, **dial), rng.choice(ASKED)
+        option = pick(candidates(scene, kind), rng)
+    asks = worded(option, rng, kind, split, scene)
+    return made([scene], [stories.pictures((scene,), side)],
+                [(ANSWER.format(asks), f" {option[1]}")], kind=kind)
+
+
+def document(rng, split, side, images=None, kind=None, **dial):
+    """Two to four pictures, each with a true text; one is a question that the others would mislead.
+
+    "at": the text that is the question; "answer": its answer, wherever it stands.
+    """
+    record = stories.document(rng, images=images or rng.randint(2, 4), kind=kind, split=split,
+                              side=side, **dial)
+    words = [part["text"] for part in record["segments"] if "text" in part]
+    at, texts = record["image"], []
+    for number in range(len(record["source"])):
+        if number == at:
+            texts.append((ANSWER.format(words.pop(0)), f" {words.pop(0)}"))
+        else:
+            texts.append((OUTPUT, f" {words.pop(0)}"))
+    return made(record["source"], [[p] for p in record["images"]], texts) | {
+        "answer": record["answer"], "at": at, "kind": record["kind"]}
+
+
+def episode(rng, split, side, shots=None, **more):
+    """Labelled pictures and one more: few-shot learning (`stories.episode`)."""
+    record = stories.episode(rng, shots=rng.choice(SHOTS) if shots is None else shots, side=side,
+                             **more)
+    labels = [part["text"] for part in record["segments"] if "text" in part]
+    return made(record["source"], [[p] for p in record["images"]],
+                [(OUTPUT, f" {label}") for label in labels], candidates=record["candidates"])
+
+
+def clip(rng, split, side, **more):
+    """A clip and a question that its order decides (`stories.clip`)."""
+    record = stories.clip(rng, side=side, **more)
+    asks = record["turns"][0]["text"]
+    return made(record["source"], [record["images"]], [(ANSWER.format(asks), f" {record['answer']}")],
+                kind=record["kind"])
+
+
+# ------------------------------------------------------------------ in words alone
+
+def in_words(kind, sample, rng):
+    """What stands for each picture of a sample in a text: its objects, named."""
+    if kind == "clip":                    # nothing short tells a clip: its answer does
+        return [f"the answer is {sample['answer']}."]
+    return [f"{listed([phrase(item) for item in rng.sample(scene.items, len(scene.items))])}."
+            for scene in sample["source"]]
+
+
+def reading(rng):
+    """A text for a language model: a caption, or a sample with its pictures in words.
+
+    reading(rng) -> "a red circle. output: dax. a blue star. output: wug. a red circle. output: dax."
+    """
+    kind = rng.choice(KINDS)
+    if kind == "caption" and rng.random() < 0.5:
+        return describe(sample(rng, (1, 3)), rng)
+    told = interleaved(kind, rng, side=None)
+    return " ".join(f"{words} {prompt}{learned}{'' if learned.endswith('.') else '.'}"
+                    for words, (prompt, learned) in zip(in_words(kind, told, rng), told["texts"]))
