@@ -147,7 +147,7 @@ class BPE:
         """
         folder = Path(folder)
         readers = {("vocab.json", "merges.txt"): read_pair, ("tokenizer.json",): read_tokenizer}
-        if style is CLIP:
+        if style == CLIP:
             readers[CLIP_FILE,] = read_clip
         for names, reader in readers.items():
             if all((folder / name).is_file() for name in names):

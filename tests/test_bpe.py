@@ -37,8 +37,8 @@ def write_pair(folder, vocab, merges):
 
 
 def write_tokenizer(folder, vocab, merges, added=(), **model):
-    (folder / "tokenizer.json").write_text(json.dumps({
-        "added_tokens": list(added), "model": {"type": "BPE", "vocab": vocab, "merges": merges} | model}))
+    model = {"type": "BPE", "vocab": vocab, "merges": merges} | model
+    (folder / "tokenizer.json").write_text(json.dumps({"added_tokens": list(added), "model": model}))
 
 
 class TestClip:
@@ -63,7 +63,8 @@ class TestClip:
 
     def test_a_batch_begins_ends_and_is_padded_with_zeros(self):
         ids = golden().batch(["a dog", "a photo of car"], 77)
-        assert ids.tolist() == [[49406, 320, 1929, 49407, 0, 0], [49406, 320, 1125, 539, 1615, 49407]]
+        assert ids.tolist() == [[49406, 320, 1929, 49407, 0, 0],
+                                [49406, 320, 1125, 539, 1615, 49407]]
         assert str(ids.dtype) == "torch.int64"
 
     def test_a_long_text_is_cut_so_that_its_last_id_is_still_the_end(self):
@@ -87,7 +88,8 @@ class TestClip:
 
     def test_digits_stand_alone_and_white_space_is_one_blank(self):
         split = compiled(CLIP.words).findall
-        assert split(CLIP.clean(" Two\u00a0\n 12½x_x's ")) == ["two", "1", "2", "½", "x", "_", "x", "'s"]
+        assert split(CLIP.clean(" Two\u00a0\n 12½x_x's ")) == [
+            "two", "1", "2", "½", "x", "_", "x", "'s"]
 
     def test_an_empty_text_has_no_ids(self):
         assert golden().encode("") == golden().encode(" \n") == []
@@ -198,7 +200,7 @@ class TestFiles:
         assert len(use) == 49408 and (use.bos, use.eos) == (49406, 49407)
         assert use.vocab["!!"] == 512 and use.vocab["".join(pairs[CLIP_MERGES - 1])] == 49405
         assert "".join(pairs[CLIP_MERGES]) not in use.vocab
-        with pytest.raises(ValueError, match="no vocabulary; put vocab.json and merges.txt, or tok"):
+        with pytest.raises(ValueError, match="put vocab.json and merges.txt, or tokenizer.json there"):
             BPE.load(tmp_path, GPT2)
 
     def test_a_shorter_file_of_openais_kind_is_refused(self, tmp_path):

@@ -52,7 +52,8 @@ def entry(dtype="F32", shape=(2, 3), offsets=(0, 24)):
 class TestSafetensors:
     def test_every_type_comes_back(self, tmp_path):
         torch.manual_seed(0)
-        values = {code: (torch.randn(3, 5) * 9).to(kind) for code, kind in safetensors.DTYPES.items()}
+        values = {code: (torch.randn(3, 5) * 9).to(kind)
+                  for code, kind in safetensors.DTYPES.items()}
         values |= {"scalar": torch.tensor(1.5), "empty": torch.zeros(0, 7)}
         found = safetensors.read(write_tensors(tmp_path / "x.safetensors", values))
         assert list(found) == list(values)
@@ -60,8 +61,8 @@ class TestSafetensors:
             assert found[name].dtype == value.dtype and torch.equal(found[name], value)
 
     def test_tensors_at_odd_places_and_odd_truth_values_are_read(self, tmp_path):
-        path = write(tmp_path / "x", {"b": entry("BOOL", [3], [0, 3]), "f": entry("F64", [1], [3, 11])},
-                     b"\0\1\7" + struct.pack("<d", -2.5))
+        header = {"b": entry("BOOL", [3], [0, 3]), "f": entry("F64", [1], [3, 11])}
+        path = write(tmp_path / "x", header, b"\0\1\7" + struct.pack("<d", -2.5))
         found = safetensors.read(path)
         assert found["b"].tolist() == [False, True, True] and found["f"].tolist() == [-2.5]
         assert (found["b"] == torch.tensor([False, True, True])).all()
@@ -78,7 +79,8 @@ class TestSafetensors:
         assert safetensors.read(path)["a"].tolist() == [1] * 4
 
     @pytest.mark.parametrize("header, message", [
-        ({"a": entry(offsets=[0, 20])}, "'a': F32 [2, 3] takes 24 bytes, but its data_offsets give 20"),
+        ({"a": entry(offsets=[0, 20])},
+         "'a': F32 [2, 3] takes 24 bytes, but its data_offsets give 20"),
         ({"a": entry(shape=[2, 4])}, "takes 32 bytes"),
         ({"a": entry(offsets=[4, 28])}, "bytes 4 to 28, but the buffer has 24"),
         ({"a": entry(offsets=[24, 0])}, "bytes 24 to 0"),
@@ -214,8 +216,8 @@ class TestFiles:
                 files.read_weights(tmp_path)
 
     def test_nothing_found_names_what_was_looked_for(self, tmp_path):
-        with one_line("no weights here; looked for model.safetensors, model.safetensors.index.json, "
-                      "pytorch_model.bin, pytorch_model.bin.index.json"):
+        with one_line("no weights here; looked for model.safetensors, "
+                      "model.safetensors.index.json, pytorch_model.bin, pytorch_model.bin.index.json"):
             files.read_weights(tmp_path)
         with one_line("none.pt: no such file"):
             files.read_weights(tmp_path / "none.pt")
@@ -227,8 +229,8 @@ class TestFiles:
         assert not (tmp_path / "harm").exists()
 
     @pytest.mark.parametrize("state, message", [
-        ({"a": 3}, "'a' is a int, not a tensor"), ([1], "no tensors in it"), ({}, "no tensors in it"),
-        ({1: torch.ones(2)}, "1 is a Tensor"),
+        ({"a": 3}, "'a' is a int, not a tensor"), ([1], "no tensors in it"),
+        ({}, "no tensors in it"), ({1: torch.ones(2)}, "1 is a Tensor"),
         ({"a": torch.ones(1).expand(10 ** 9)}, "'a' is not a plain tensor with all its numbers"),
         ({"a": torch.ones(3, 3).to_sparse()}, "'a' is not a plain tensor")])
     def test_anything_but_plain_tensors_is_told(self, tmp_path, state, message):
@@ -340,8 +342,12 @@ def config(**changes):
 
 
 OURS = CLIPConfig(image_size=15, patch=5, vision_width=24, vision_layers=2, vision_heads=3,
-                  text_width=28, text_layers=3, text_heads=2, context=11, vocab=523, eos=522, embed=17,
-                  act="quick_gelu")
+                  text_width=28, text_layers=3, text_heads=2, context=11, vocab=523, eos=522,
+                  embed=17, act="quick_gelu")
+
+
+def text_config(**changes):
+    return {"text_config": config()["text_config"] | changes}
 
 
 def folder(path, **changes):
@@ -414,18 +420,16 @@ class TestHuggingFace:
         ({"projection_dim": 19}, "embed would be 19, the weights say 17"),
         ({"projection_dim": "x"}, "projection_dim is 'x', not a whole number"),
         ({"text_config": [1]}, "text_config is no JSON object"),
-        ({"text_config": config()["text_config"] | {"hidden_act": "gelu"}}, "hidden_act is 'gelu' for"),
-        ({"text_config": config()["text_config"] | {"layer_norm_eps": 1e-6}}, "layer_norm_eps is 1e-06"),
-        ({"text_config": config()["text_config"] | {"eos_token_id": 7}},
-         "eos_token_id is 7, but the vocabulary's <.endoftext.> is 522"),
-        ({"text_config": config()["text_config"] | {"num_hidden_layers": 4}},
+        (text_config(hidden_act="gelu"), "hidden_act is 'gelu' for"),
+        (text_config(layer_norm_eps=1e-6), "layer_norm_eps is 1e-06"),
+        (text_config(eos_token_id=7), "eos_token_id is 7, but the vocabulary's <.endoftext.> is 522"),
+        (text_config(num_hidden_layers=4),
          "missing text_model.encoder.layers.3.self_attn.q_proj.weight"),
-        ({"text_config": config()["text_config"] | {"num_hidden_layers": 2}},
-         "unexpected text_model.encoder.layers.2"),
-        ({"text_config": config()["text_config"] | {"num_hidden_layers": 10 ** 9}}, "no text tower"),
-        ({"text_config": config()["text_config"] | {"vocab_size": 10 ** 12}}, "vocab would be 1000"),
+        (text_config(num_hidden_layers=2), "unexpected text_model.encoder.layers.2"),
+        (text_config(num_hidden_layers=10 ** 9), "no text tower"),
+        (text_config(vocab_size=10 ** 12), "vocab would be 1000"),
         ({"vision_config": config()["vision_config"] | {"patch_size": 3}}, "patch would be 3"),
-        ({"vision_config": config()["vision_config"] | {"num_attention_heads": 5}}, "5 heads at width"),
+        ({"vision_config": config()["vision_config"] | {"num_attention_heads": 5}}, "5 heads at"),
     ], ids=lambda x: x[:30] if isinstance(x, str) else "")
     def test_a_config_at_odds_with_the_weights_is_one_line(self, tmp_path, change, message):
         folder(tmp_path, **change)
@@ -433,7 +437,7 @@ class TestHuggingFace:
             clip.from_pretrained(tmp_path)
 
     def test_the_right_end_id_in_the_config_is_fine(self, tmp_path):
-        folder(tmp_path, text_config=config()["text_config"] | {"eos_token_id": 522})
+        folder(tmp_path, **text_config(eos_token_id=522))
         assert clip.from_pretrained(tmp_path).model.text.eos == 522
 
     @pytest.mark.parametrize("said, message", [
@@ -479,7 +483,7 @@ class TestHuggingFace:
 
 
 def published(path, make=openai_layout.vit, half=True, **changes):
-    """An OpenAI file with its vocabulary beside it -> (path, the model as its numbers are stored)."""
+    """An OpenAI file with its vocabulary beside it -> (path, the model as it is stored)."""
     vocabulary(path)
     model = make(**changes)
     if half:
@@ -518,13 +522,14 @@ class TestOpenAI:
     def test_all_sizes_are_read_off_the_shapes(self, tmp_path):
         found = clip.from_pretrained(published(tmp_path)[0]).model.config
         assert found == CLIPConfig(
-            image_size=28, patch=7, vision_width=128, vision_layers=2, vision_heads=2, text_width=192,
-            text_layers=3, text_heads=3, context=11, vocab=523, eos=522, embed=67, act="quick_gelu")
+            image_size=28, patch=7, vision_width=128, vision_layers=2, vision_heads=2,
+            text_width=192, text_layers=3, text_heads=3, context=11, vocab=523, eos=522, embed=67,
+            act="quick_gelu")
 
     def test_a_resnet_has_stages_and_heads_of_its_pool(self, tmp_path):
         found = clip.from_pretrained(published(tmp_path, openai_layout.resnet)[0]).model.config
-        assert (found.stages, found.vision_width, found.vision_heads, found.image_size, found.embed) \
-            == ((1, 2, 1, 3), 4, 2, 64, 67)
+        assert found.stages == (1, 2, 1, 3) and found.embed == 67
+        assert (found.vision_width, found.vision_heads, found.image_size) == (4, 2, 64)
 
     def test_published_presets_follow_from_their_own_shapes(self):
         for name in ("ViT-B/32", "ViT-L/14@336", "RN50", "RN50x16"):
@@ -547,14 +552,14 @@ class TestOpenAI:
     def test_a_plain_state_dict_and_open_clips_prefixes_are_the_same(self, tmp_path):
         model = openai_layout.vit()
         vocabulary(tmp_path)
-        text = ("transformer", "token_embedding", "positional_embedding", "ln_final", "text_projection")
+        text = ("transformer", "token_", "positional_embedding", "ln_final", "text_projection")
         state = {f"module.{'text.' * name.startswith(text)}{name}": value
                  for name, value in model.state_dict().items()}
         assert sum(".text." in name for name in state) > 30
         torch.save({"epoch": 1, "state_dict": state}, tmp_path / "model.pt")
         use = clip.from_pretrained(tmp_path / "model.pt").model
-        torch.testing.assert_close(use.encode_text(ids()), model(torch.randn(3, 3, 28, 28), ids())[1],
-                                   atol=2e-5, rtol=0)
+        want = model(torch.randn(3, 3, 28, 28), ids())[1]
+        torch.testing.assert_close(use.encode_text(ids()), want, atol=2e-5, rtol=0)
 
     def test_which_gelu_is_said_by_the_caller_or_open_clips_config(self, tmp_path):
         path, _ = published(tmp_path)
@@ -571,12 +576,12 @@ class TestOpenAI:
         (lambda s: s.pop("visual.proj"), "missing visual.conv2.weight"),
         (lambda s: s.pop("text_projection"), "missing text_projection"),
         (lambda s: s.update(extra=torch.ones(1)), "unexpected extra"),
-        (lambda s: s.update({"visual.positional_embedding": torch.ones(18, 128)}), "17 patches of a pict"),
+        (lambda s: s.update({"visual.positional_embedding": torch.ones(18, 128)}), "17 patches of"),
         (lambda s: s.update({"visual.positional_embedding": torch.ones(128)}), "no matrix"),
-        (lambda s: s.update({"visual.conv1.weight": torch.ones(128, 3)}), r"a convolution \(D, C, P, P\)"),
+        (lambda s: s.update({"visual.conv1.weight": torch.ones(128, 3)}), "a convolution .D, C, P, P"),
         (lambda s: s.update({"token_embedding.weight": torch.ones(523, 100)}), "an MLP of"),
-        (lambda s: s.update({"ln_final.weight": torch.ones(191)}), r"text.transformer.norm.weight is \(191"),
-        (lambda s: s.update({"text_projection": torch.ones(191, 67)}), r"text_projection.weight is \(67, 191"),
+        (lambda s: s.update({"ln_final.weight": torch.ones(191)}), "norm.weight is .191"),
+        (lambda s: s.update({"text_projection": torch.ones(191, 67)}), "weight is .67, 191"),
     ])
     def test_a_file_of_other_weights_is_one_line(self, tmp_path, change, message):
         vocabulary(tmp_path)

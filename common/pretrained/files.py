@@ -60,8 +60,9 @@ def read_shards(index):
         found = reader(index.parent / shard)
         wrong = [name for name in found if where.get(name) != shard]
         if wrong:
+            place = f"in {where[wrong[0]]!r}" if wrong[0] in where else "nowhere"
             raise ValueError(f"{index}: {shard} holds {shown(wrong[0])}, which the index puts "
-                             f"{'in ' + shown(where[wrong[0]]) if wrong[0] in where else 'nowhere'}")
+                             + place)
         out |= found
     absent = [name for name in where if name not in out]
     if absent:

@@ -60,7 +60,7 @@ def read_header(path):
 
 
 def check_entry(where, entry, size):
-    """(first byte, last byte + 1) of a header's entry in a buffer of `size` bytes, or ValueError."""
+    """(first byte, last byte + 1) of an entry in a buffer of `size` bytes, or ValueError."""
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise ValueError(f"{where}: dtype, shape and data_offsets were expected")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]

@@ -2,8 +2,8 @@
 
     python tests/parity/make_bpe_golden.py FOLDER      where bpe_simple_vocab_16e6.txt.gz lies
 
-It keeps the pieces of single bytes, the special ones, and every merge whose piece occurs inside of a
-word of the texts below: those are all that can take part, so the ids are those of the whole.
+It keeps the pieces of single bytes, the special ones, and every merge whose piece occurs inside of
+a word of the texts below: those are all that can take part, so the ids are those of the whole.
 """
 import json
 import sys
@@ -28,7 +28,7 @@ def main():
             *map("".join, merges)}
     golden = {"texts": {text: whole.encode(text) for text in TEXTS},
               "pieces": {piece: i for piece, i in whole.vocab.items() if piece in kept},
-              "merges": [[rank, *pair] for pair, rank in sorted(merges.items(), key=lambda m: m[1])]}
+              "merges": sorted([rank, *pair] for pair, rank in merges.items())}
     part = BPE(golden["pieces"], [(a, b) for _, a, b in golden["merges"]], CLIP)
     assert {text: part.encode(text) for text in TEXTS} == golden["texts"]
     path = Path(__file__).parents[1] / "goldens" / "clip_bpe.json"

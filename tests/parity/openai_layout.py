@@ -46,6 +46,7 @@ class Stack(nn.Module):
 class Vit(nn.Module):
     def __init__(self, image_size, patch, width, layers, embed):
         super().__init__()
+        self.image_size = image_size
         self.conv1 = nn.Conv2d(3, width, patch, stride=patch, bias=False)
         self.class_embedding = nn.Parameter(torch.empty(width))
         self.positional_embedding = nn.Parameter(torch.empty(1 + (image_size // patch) ** 2, width))
@@ -77,7 +78,8 @@ class Bottleneck(nn.Module):
     def forward(self, x):
         h = F.relu(self.bn1(self.conv1(x)))
         h = F.avg_pool2d(F.relu(self.bn2(self.conv2(h))), self.stride)
-        return F.relu(self.bn3(self.conv3(h)) + (x if self.downsample is None else self.downsample(x)))
+        shortcut = x if self.downsample is None else self.downsample(x)
+        return F.relu(self.bn3(self.conv3(h)) + shortcut)
 
 
 class Pool(nn.Module):
@@ -101,6 +103,7 @@ class Pool(nn.Module):
 class ResNet(nn.Module):
     def __init__(self, image_size, stages, width, embed):
         super().__init__()
+        self.image_size = image_size
         for n, (a, b) in enumerate(((3, width // 2), (width // 2,) * 2, (width // 2, width)), 1):
             setattr(self, f"conv{n}", nn.Conv2d(a, b, 3, 2 if n == 1 else 1, 1, bias=False))
             setattr(self, f"bn{n}", nn.BatchNorm2d(b))
@@ -134,7 +137,7 @@ class OpenAI(nn.Module):
         self.ln_final = nn.LayerNorm(width)
         self.text_projection = nn.Parameter(torch.empty(width, embed))
         self.logit_scale = nn.Parameter(torch.tensor(1.7))
-        for name, value in (("input_resolution", 28), ("context_length", context),
+        for name, value in (("input_resolution", visual.image_size), ("context_length", context),
                             ("vocab_size", vocab)):
             self.register_buffer(name, torch.tensor(value))
 
@@ -174,8 +177,7 @@ def resnet(seed=0, embed=67, **changes):
 
 def save_script(model, path, half=True):
     """Write the model as the published files are: a TorchScript archive, in fp16."""
-    size = model.visual.conv1.weight.shape[-1]
-    images = torch.randn(1, 3, 28 if size == 7 else 64, 28 if size == 7 else 64)
+    images = torch.randn(1, 3, model.visual.image_size, model.visual.image_size)
     ids = torch.full((1, 4), model.eos)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -1,0 +1,206 @@
+"""Published weights and vocabularies: what we read against what the reference libraries read."""
+import json
+import random
+import unicodedata
+
+import pytest
+import torch
+
+import clip
+from common.bpe import BPE, BYTES, CLIP, GPT2
+from common.pretrained import clip as pretrained
+from common.pretrained import safetensors
+from common.pretrained.names import plan
+from tests.fuzz import mutations
+from tests.parity import openai_layout
+from tests.parity.cases import randomise
+
+WHY = "needs transformers and safetensors: pip install -r tests/requirements.txt"
+pytest.importorskip("transformers", reason=WHY)
+library = pytest.importorskip("safetensors", reason=WHY)
+
+MERGES = [("a", "b"), ("t", "h"), ("th", "e</w>"), ("th", "e"), ("r", "e"), ("re", "d</w>"),
+          ("c", "ab"), ("d", "o"), ("do", "g</w>"), ("Ġ", "the"), ("Ġ", "do"), ("l", "l</w>"),
+          ("'", "s</w>"), ("Ã", "©</w>"), ("Ã", "©"), ("Ġ", "Ġ"), ("1", "2</w>"), ("!", "!</w>")]
+
+
+def vocabulary(folder, style):
+    """vocab.json and merges.txt -> how many pieces."""
+    merges = [m for m in MERGES if style.end or not m[1].endswith("</w>")]
+    merges = [m for m in merges if not (style.end and "Ġ" in m)]
+    pieces = [c + end for end in dict.fromkeys(("", style.end)) for c in BYTES.values()]
+    pieces = list(dict.fromkeys([*pieces, *map("".join, merges), style.bos, style.eos]))
+    (folder / "vocab.json").write_text(json.dumps({p: i for i, p in enumerate(pieces)}))
+    lines = ["#version: 0.2", *map(" ".join, merges), ""]
+    (folder / "merges.txt").write_text("\n".join(lines), encoding="utf-8")
+    return len(pieces)
+
+
+def reference(vocab, seed=0, vision=24, text=28, embed=17, heads=(3, 2)):
+    """A random CLIPModel."""
+    from transformers import CLIPConfig, CLIPModel
+    return randomise(CLIPModel(CLIPConfig(
+        projection_dim=embed,
+        text_config=dict(hidden_size=text, intermediate_size=4 * text, num_hidden_layers=3,
+                         num_attention_heads=heads[1], max_position_embeddings=11,
+                         vocab_size=vocab, eos_token_id=vocab - 1, bos_token_id=vocab - 2,
+                         pad_token_id=0),
+        vision_config=dict(hidden_size=vision, intermediate_size=4 * vision, num_hidden_layers=2,
+                           num_attention_heads=heads[0], image_size=15, patch_size=5))), seed)
+
+
+def save_whole(model, folder):
+    model.save_pretrained(folder)
+    assert (folder / "model.safetensors").exists()
+
+
+def save_shards(model, folder):
+    model.save_pretrained(folder, max_shard_size="60KB")
+    assert len(list(folder.glob("model-*.safetensors"))) > 3
+
+
+def save_pickle(model, folder):
+    model.config.save_pretrained(folder)
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+
+
+def agree(use, model, ids):
+    """Our features and logits are the reference's."""
+    torch.manual_seed(3)
+    pictures = torch.randn(3, 3, 15, 15)
+    with torch.no_grad():
+        want = model(input_ids=ids, pixel_values=pictures)
+        image, text = use.model.encode_image(pictures), use.model.encode_text(ids)
+    torch.testing.assert_close(image, want.image_embeds, atol=1e-4, rtol=0)
+    torch.testing.assert_close(text, want.text_embeds, atol=1e-4, rtol=0)
+    logits = use.model.logit_scale.exp() * image @ text.T
+    torch.testing.assert_close(logits, want.logits_per_image, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("save", [save_whole, save_shards, save_pickle])
+def test_a_folder_that_transformers_wrote_gives_the_same_features_and_logits(tmp_path, save):
+    vocab = vocabulary(tmp_path, CLIP)
+    model = reference(vocab)
+    model.logit_scale.data.fill_(1.7)
+    save(model, tmp_path)
+    use = clip.from_pretrained(tmp_path)
+    agree(use, model, use.ids(["the red dog", "a cab", "é"]))
+
+
+@pytest.mark.parametrize("embed", [67, 192, 128], ids=["", "square text", "square vision"])
+def test_openais_layout_of_the_same_weights_gives_the_same_features(tmp_path, embed):
+    vocab = vocabulary(tmp_path, CLIP)
+    model = reference(vocab, 0, 128, 192, embed, heads=(2, 3))
+    model.logit_scale.data.fill_(1.7)
+    theirs = openai_layout.OpenAI(openai_layout.Vit(15, 5, 128, 2, embed), vocab=vocab, context=11,
+                                  width=192, layers=3, embed=embed, eos=vocab - 1)
+    state = {}
+    for name, value in theirs.state_dict().items():
+        state[name] = fused(name, model.state_dict()) if value.ndim or name == "logit_scale" \
+            else value
+    theirs.load_state_dict(state)
+    openai_layout.save_script(theirs.eval(), tmp_path / "model.pt", half=False)
+    use = clip.from_pretrained(tmp_path / "model.pt")
+    agree(use, model, use.ids(["the red dog", "a cab", "é"]))
+
+
+def fused(name, hf):
+    """The tensor of an OpenAI name, from Hugging Face's weights, by words and by hand."""
+    for a, b in (("visual.transformer.resblocks", "vision_model.encoder.layers"),
+                 ("transformer.resblocks", "text_model.encoder.layers"), (".ln_1", ".layer_norm1"),
+                 (".ln_2", ".layer_norm2"), ("c_fc", "fc1"), ("c_proj", "fc2"),
+                 ("attn.out", "self_attn.out"),
+                 ("visual.ln_pre", "vision_model.pre_layrnorm"),
+                 ("visual.ln_post", "vision_model.post_layernorm"),
+                 ("visual.conv1", "vision_model.embeddings.patch_embedding"),
+                 ("visual.class_", "vision_model.embeddings.class_"),
+                 ("visual.positional_embedding",
+                  "vision_model.embeddings.position_embedding.weight"),
+                 ("ln_final", "text_model.final_layer_norm"),
+                 ("token_embedding", "text_model.embeddings.token_embedding")):
+        name = name.replace(a, b)
+    if ".in_proj_" in name:
+        head, kind = name.split("attn.in_proj_")
+        return torch.cat([hf[f"{head}self_attn.{part}_proj.{kind}"] for part in "qkv"])
+    if name in ("visual.proj", "text_projection"):
+        return hf[{"visual.proj": "visual_projection"}.get(name, name) + ".weight"].T
+    if name == "positional_embedding":
+        return hf["text_model.embeddings.position_embedding.weight"]
+    return hf[name]
+
+
+def test_the_table_names_exactly_what_a_vit_b_32_of_transformers_holds():
+    from transformers import CLIPConfig, CLIPModel
+    with torch.device("meta"):
+        names = set(CLIPModel(CLIPConfig()).state_dict())
+    assert len(names) == 398
+    assert names == set(plan(pretrained.HUGGING_FACE, {"text": 12, "vision": 12}))
+
+
+def text(draw):
+    """A text of letters, digits, marks and blanks of several scripts."""
+    kinds = ("abcdthers", "the dog cab red ", " '!.,123", "éÉßÄ東京½²٣\u0301\u00a0\t\n", "🙂ñK’")
+    return "".join(draw.choice(draw.choice(kinds)) for _ in range(draw.randrange(25)))
+
+
+def test_our_ids_are_those_of_the_reference_tokenizers(tmp_path):
+    from transformers import CLIPTokenizer, GPT2Tokenizer
+    for style, kind in ((CLIP, CLIPTokenizer), (GPT2, GPT2Tokenizer)):
+        vocabulary(tmp_path, style)
+        theirs, ours = kind.from_pretrained(tmp_path), BPE.load(tmp_path, style)
+        assert len(theirs) == len(ours) and theirs.eos_token_id == ours.eos
+        draw = random.Random(0)
+        for _ in range(2000):
+            given = text(draw)
+            want = theirs(given, add_special_tokens=False).input_ids
+            assert ours.encode(given) == want, repr(given)
+            if style is GPT2:
+                assert ours.decode(want) == given
+        if style is CLIP:
+            want = theirs(given).input_ids
+            assert ours.batch([given], 99)[0].tolist() == want
+        theirs.save_pretrained(tmp_path / style.bos)
+        assert (tmp_path / style.bos / "tokenizer.json").exists()
+        assert not (tmp_path / style.bos / "vocab.json").exists()
+        again = BPE.load(tmp_path / style.bos, style)
+        assert (again.vocab, again.ranks) == (ours.vocab, ours.ranks)
+
+
+def test_character_classes_are_those_of_regex():
+    """Of the characters that this Python's Unicode already knows."""
+    regex = pytest.importorskip("regex", reason="comes with transformers")
+    from common.bpe import SPACE, characters, re
+    for ours, theirs in ((characters("L"), r"\p{L}"), (characters("N"), r"\p{N}"), (SPACE, r"\s")):
+        ours, theirs = re.compile(f"[{ours}]"), regex.compile(theirs)
+        for code in range(0x110000):
+            if unicodedata.category(chr(code)) != "Cn":
+                assert bool(ours.match(chr(code))) == bool(theirs.match(chr(code))), hex(code)
+
+
+def test_what_the_safetensors_library_writes_we_read_alike(tmp_path):
+    from safetensors.torch import save_file
+    torch.manual_seed(0)
+    values = {code: (torch.randn(3, 5) * 9).to(kind) for code, kind in safetensors.DTYPES.items()}
+    values |= {"scalar": torch.tensor(1.5), "empty": torch.zeros(0, 7), "odd": torch.ones(3).bool()}
+    save_file(values, tmp_path / "x.safetensors", metadata={"format": "pt"})
+    found = safetensors.read(tmp_path / "x.safetensors")
+    assert set(found) == set(values)
+    assert all(torch.equal(found[name], value) for name, value in values.items())
+
+
+def test_whatever_damaged_file_we_accept_the_library_accepts_and_reads_alike(tmp_path):
+    from safetensors.torch import load, save
+    whole, accepted = save({"a": torch.randn(2, 3), "b": torch.zeros(5).half()}), 0
+    for data in mutations(whole, 1200):
+        (tmp_path / "x").write_bytes(data)
+        try:
+            ours = safetensors.read(tmp_path / "x")
+        except ValueError:
+            continue
+        theirs, accepted = load(data), accepted + 1
+        assert set(ours) == set(theirs)
+        for name, value in theirs.items():
+            assert value.dtype == ours[name].dtype
+            assert torch.equal(value.flatten().view(torch.uint8),
+                               ours[name].contiguous().flatten().view(torch.uint8))
+    assert accepted > 50
