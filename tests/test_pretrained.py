@@ -217,7 +217,8 @@ class TestFiles:
 
     def test_nothing_found_names_what_was_looked_for(self, tmp_path):
         with one_line("no weights here; looked for model.safetensors, "
-                      "model.safetensors.index.json, pytorch_model.bin, pytorch_model.bin.index.json"):
+                      "model.safetensors.index.json, pytorch_model.bin, "
+                      "pytorch_model.bin.index.json"):
             files.read_weights(tmp_path)
         with one_line("none.pt: no such file"):
             files.read_weights(tmp_path / "none.pt")
@@ -429,7 +430,8 @@ class TestHuggingFace:
         (text_config(num_hidden_layers=10 ** 9), "no text tower"),
         (text_config(vocab_size=10 ** 12), "vocab would be 1000"),
         ({"vision_config": config()["vision_config"] | {"patch_size": 3}}, "patch would be 3"),
-        ({"vision_config": config()["vision_config"] | {"num_attention_heads": 5}}, "5 heads at"),
+        ({"vision_config": config()["vision_config"] | {"num_attention_heads": 5}},
+         "5 heads at"),
     ], ids=lambda x: x[:30] if isinstance(x, str) else "")
     def test_a_config_at_odds_with_the_weights_is_one_line(self, tmp_path, change, message):
         folder(tmp_path, **change)
@@ -578,7 +580,7 @@ class TestOpenAI:
         (lambda s: s.update(extra=torch.ones(1)), "unexpected extra"),
         (lambda s: s.update({"visual.positional_embedding": torch.ones(18, 128)}), "17 patches of"),
         (lambda s: s.update({"visual.positional_embedding": torch.ones(128)}), "no matrix"),
-        (lambda s: s.update({"visual.conv1.weight": torch.ones(128, 3)}), "a convolution .D, C, P, P"),
+        (lambda s: s.update({"visual.conv1.weight": torch.ones(128, 3)}), "a convolution .D, C, P"),
         (lambda s: s.update({"token_embedding.weight": torch.ones(523, 100)}), "an MLP of"),
         (lambda s: s.update({"ln_final.weight": torch.ones(191)}), "norm.weight is .191"),
         (lambda s: s.update({"text_projection": torch.ones(191, 67)}), "weight is .67, 191"),
