@@ -198,7 +198,7 @@ class Beams:
         return rows.flatten(), token.gather(1, kept).view(-1, 1)
 
     def finish(self, ids, scores, length):
-        """Keep the K best of the texts finished before and now; ids (B, width, N), scores (B, K)."""
+        """Keep the K best texts of those before and now; ids (B, width, N), scores (B, K)."""
         scores = (scores / length ** self.length_penalty).masked_fill(self.closed, -torch.inf)
         scores = torch.cat([self.finished, scores], dim=1)
         texts = torch.cat([self.texts, ids[:, :self.K]], dim=1)

@@ -8,8 +8,8 @@
         x = block(x, **places)
     logits = lm.head(x)
 
-Language Models are Unsupervised Multitask Learners (Radford et al., 2019); OPT (Zhang et al., 2022);
-LLaMA (Touvron et al., 2023).
+Language Models are Unsupervised Multitask Learners (Radford et al., 2019), OPT (Zhang et al.,
+2022), LLaMA (Touvron et al., 2023).
 """
 import math
 from dataclasses import dataclass, replace
@@ -18,11 +18,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import losses
+from common import checkpoint, losses
+from common.conversation import collate
 from common.generation import generate
 from common.images import sheet
 from common.losses import next_token_loss
 from common.masks import causal, padding
+from common.pretrained import language as pretrained
+from common.pretrained.files import is_published
 from common.transformer import (LayerNorm, LearnedPositions, RMSNorm, gpt2_block, llama_block,
                                 opt_block, rope_table)
 
@@ -208,7 +211,8 @@ class LanguageModel(nn.Module):
         if mask is not None and mask.dtype != torch.bool:
             raise ValueError(f"a mask of {mask.dtype}: it must be bool, True at real tokens")
         if mask is not None and mask.shape[1] != past + T:
-            raise ValueError(f"a mask of {mask.shape[1]} tokens for {past} in the cache and {T} new")
+            raise ValueError(f"a mask of {mask.shape[1]} tokens for {past} in the cache and "
+                             f"{T} new")
         if past + T > self.config.context:
             longest = past + T if mask is None else int(mask.sum(dim=1).max())
             if longest > self.config.context:
@@ -323,3 +327,55 @@ class Pretraining(nn.Module):
         return sheet("Unseen texts: their beginning, then what the model writes.",
                      [(decode(row.tolist()), None, [(None, decode(both.tolist()), None)])
                       for row, both in zip(ids, torch.cat([ids, more], dim=1))])
+
+
+# ------------------------------------------------------------------ using a trained model
+
+class Trained:
+    """A language model with its tokenizer, ready for texts."""
+
+    def __init__(self, lm, tokenizer):
+        self.lm, self.tokenizer = lm.eval(), tokenizer
+
+    def ids(self, texts):
+        """Texts -> int64 (N, T): the beginning, the text, the end; padded right."""
+        return self.tokenizer.batch(texts, self.lm.config.context)
+
+    def write(self, texts, **options):
+        """How the model goes on from each text; options: those of `generation.generate`."""
+        rows = [self.begun(text) for text in texts]
+        batch = collate([(row, row) for row in rows], pad=self.lm.config.pad, side="left")
+        new = self.lm.generate(batch["ids"], batch["mask"], decode=self.tokenizer.decode, **options)
+        return [self.tokenizer.decode(cut(row, self.lm.config.eos)) for row in new.tolist()]
+
+    def begun(self, text):
+        """<bos> and the ids of a text that is to be continued."""
+        return [self.tokenizer.bos, *self.tokenizer.encode(text)]
+
+    def perplexity(self, texts):
+        """`perplexity` of texts, their ends included."""
+        rows = [self.begun(text) + [self.tokenizer.eos] for text in texts]
+        batch = collate([(row, row) for row in rows], pad=self.lm.config.pad)
+        return perplexity(self.lm, batch["ids"], batch["labels"])
+
+
+def cut(ids, end):
+    """The ids before the first end."""
+    return ids[:ids.index(end)] if end in ids else ids
+
+
+def from_pretrained(path):
+    """A Trained language model from a run folder, or from a Hugging Face folder of GPT-2, OPT or
+    LLaMA. Raises ValueError in one line when it is neither, damaged, or of another model.
+    """
+    if is_published(path):
+        config, weights, tokenizer = pretrained.read(path)
+    else:
+        config, tokenizer, weights = checkpoint.open_run(path, "common.language")
+        weights = {name.removeprefix("lm."): value for name, value in weights.items()}
+    try:
+        lm = LanguageModel(LanguageConfig(**config))
+    except TypeError as error:
+        raise ValueError(f"{path}: a config of another version ({error})") from None
+    checkpoint.load_weights(lm, weights, path)
+    return Trained(lm, tokenizer)

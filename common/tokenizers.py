@@ -22,6 +22,8 @@ class Tokenizer:
     Special tokens are control symbols: no user's text can spell one; code inserts them by id.
     """
 
+    bos, eos, pad = BOS, EOS, PAD
+
     def __init__(self, model):
         """model: the bytes of a SentencePiece model. Raises ValueError for any other bytes."""
         self.model = model

@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 
 from clip import CLIP, CLIPConfig
+from common.language import LanguageConfig, LanguageModel
 from common.masks import causal, padding
+from common.pretrained.language import config_fields, translated
 from common.transformer import (GatedMLP, MLP, RelativeBias, bert_block, gelu_tanh, gpt2_block,
                                 llama_block, opt_block, rope_table, t5_block)
 
@@ -259,9 +261,76 @@ class T5Case(BlockCase):
         return self.run(block, inputs, context=context, bias=bias(T, T))
 
 
+class LanguageCase:
+    """A whole language model from its config.json: logits under padding left and right, and texts.
+
+    The weights keep their names, so that the table of names is compared too.
+    """
+    searches = {"greedy": {}, "shorter": {"num_beams": 3, "length_penalty": 0.7},
+                "beams": {"num_beams": 3}, "longer": {"num_beams": 3, "length_penalty": 1.3},
+                "first": {"num_beams": 3, "early_stopping": True},
+                "never": {"num_beams": 3, "early_stopping": "never"},
+                "unlike": {"repetition_penalty": 1.3}}
+    stop = [2, 5, 11, 13]                # so many that some rows end early
+
+    def __init__(self, name, **config):
+        self.name, self.config = name, config | {"vocab_size": 31, "eos_token_id": 2}
+
+    def reference(self, seed):
+        from transformers import AutoConfig, AutoModelForCausalLM
+        config = AutoConfig.for_model(**self.config, attn_implementation="eager", pad_token_id=1,
+                                      bos_token_id=3)
+        model = randomise(AutoModelForCausalLM.from_config(config), seed)
+        for name, parameter in model.named_parameters():              # so that texts differ
+            if name.endswith(("ln_f.bias", "decoder.final_layer_norm.bias")):
+                parameter.data *= 0.2
+            if name.endswith(("wpe.weight", "embed_positions.weight")):
+                parameter.data *= 4
+        ids = torch.randint(3, 31, (B, T))
+        outputs = {}
+        for side, real in (("right", REAL), ("left", REAL.flip(1))):
+            places = {} if config.model_type == "opt" else {
+                "position_ids": (real.long().cumsum(dim=1) - 1).clamp(min=0)}
+            logits = model(input_ids=ids, attention_mask=real.long(), **places).logits
+            outputs[side] = logits[real]
+        for name, options in self.searches.items():
+            new = model.generate(
+                input_ids=ids.where(REAL.flip(1), 1), attention_mask=REAL.flip(1).long(),
+                max_new_tokens=8, do_sample=False, eos_token_id=self.stop, pad_token_id=1, **options)
+            outputs[name] = new[:, T:]
+        weights = {name: value for name, value in model.state_dict().items()
+                   if name != "lm_head.weight" or not config.tie_word_embeddings}
+        return arrays(weights), arrays({"ids": ids}), arrays(outputs)
+
+    def ours(self, weights, inputs):
+        fields = config_fields(self.config, "config.json")
+        weights = {name: torch.as_tensor(value) for name, value in weights.items()}
+        lm = load(LanguageModel(LanguageConfig(**fields)), translated(weights, fields, "weights"))
+        ids = torch.as_tensor(inputs["ids"])
+        outputs = {"right": lm(ids, REAL)[REAL],
+                   "left": lm(ids, REAL.flip(1))[REAL.flip(1)]}
+        for name, options in self.searches.items():
+            options = {"beams" if key == "num_beams" else key: v for key, v in options.items()}
+            outputs[name] = lm.generate(ids, REAL.flip(1), tokens=8, stop=self.stop, pad=1,
+                                        **options)
+        return outputs
+
+
 CASES = [ClipCase(), Gpt2Case(), OptCase(), LlamaCase(), BertCase(),
          T5Case(decoder=True, gated=False), T5Case(decoder=True, gated=True),
-         T5Case(decoder=False, gated=False)]
+         T5Case(decoder=False, gated=False),
+         LanguageCase("gpt2", model_type="gpt2", n_embd=24, n_layer=2, n_head=4, n_positions=19,
+                      layer_norm_epsilon=1e-3),
+         LanguageCase("opt", model_type="opt", hidden_size=24, ffn_dim=37, num_hidden_layers=2,
+                      num_attention_heads=4, max_position_embeddings=19, word_embed_proj_dim=24),
+         LanguageCase("llama", model_type="llama", hidden_size=24, intermediate_size=37,
+                      num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                      max_position_embeddings=19, rms_norm_eps=1e-3,
+                      rope_parameters={"rope_type": "default", "rope_theta": 500.0}),
+         LanguageCase("llama_tied", model_type="llama", hidden_size=24, intermediate_size=37,
+                      num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=19,
+                      tie_word_embeddings=True,
+                      rope_parameters={"rope_type": "linear", "rope_theta": 100.0, "factor": 3.0})]
 
 
 def compare(ours, theirs, atol=1e-4):
