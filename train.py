@@ -20,6 +20,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -267,7 +268,7 @@ class Run:
 
     def restore(self, state):
         """Take up a checkpoint. Raises ValueError when this command describes another run."""
-        parts = ["model", "stage", "config", "options"]
+        parts = ["model", "stage", "options", "config"]
         parts += [] if self.options.eval_only else ["recipe"]
         self.folder.agree(self.described(), parts)
         checkpoint.load_weights(self.model, state["model"], self.folder.path)
@@ -338,7 +339,7 @@ class Run:
         with bar:
             for batches in self.batches.loader(self.step, self.recipe.steps, self.workers):
                 waited += time.time() - mark
-                refused.append((batches[0].pop("refused", []), batches[0].pop("lost", False)))
+                refused += [(b.pop("refused", []), b.pop("lost", False)) for b in batches]
                 losses.append(self.update(forward, batches))
                 self.step += 1
                 bar.update()
@@ -364,11 +365,11 @@ class Run:
     def check(self, losses, refused=()):
         """self.loss becomes the mean since the last look; ValueError when it is not finite.
 
-        refused: since then, for each step (reasons, lost), as `Batches` says; also a ValueError
-        when too many records are. Every process learns the same and raises the same.
+        refused: since then, for each micro-batch (reasons, lost), as `Batches` says; also a
+        ValueError when too many records are. Every process learns the same and raises the same.
         """
         mean = torch.stack(losses).mean().item()
-        reasons, lost = sum((step[0] for step in refused), []), any(step[1] for step in refused)
+        reasons, lost = sum((part[0] for part in refused), []), any(part[1] for part in refused)
         shared = distributed.mean({"loss": mean, "refused": len(reasons), "lost": lost},
                                   self.device)
         self.loss = shared["loss"]
@@ -451,6 +452,9 @@ def train(name, options, settings=(), began=None):
             run.finish()
     except KeyboardInterrupt:
         pass
+    except ValueError as error:          # its frames hold the model that DDP wrapped, which would
+        traceback.clear_frames(error.__traceback__)        # wait for a group that is gone already
+        raise
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)

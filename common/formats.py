@@ -26,6 +26,7 @@ from common import distributed
 from common.images import centre_crop, open_image, open_regular, random_crop, shown
 
 LONGEST = 1_000_000      # bytes of a line, of a tar's header, of a text in a tar
+MOST_JSON = 2_000_000_000            # bytes of a file that has to be read as a whole
 MOST_TEXT = 10_000       # characters of a caption
 MOST_SHARDS = 100_000
 MOST_REASONS = 1000      # kept in memory and in refused.jsonl
@@ -77,8 +78,9 @@ def lines(path, refuse):
                 return
             if len(line) == LONGEST and not line.endswith(b"\n"):
                 refuse(f"{path}: line {number}: longer than {LONGEST:,} bytes")
-                while line and not line.endswith(b"\n"):
-                    line = file.readline(LONGEST)
+                parts = iter(lambda: file.readline(LONGEST), b"")
+                if not any(part.endswith(b"\n") for part in itertools.islice(parts, 1000)):
+                    return               # the end, or a line without one
                 continue
             try:
                 yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -125,6 +127,8 @@ def coco(path, refuse):
     """COCO captions (Chen et al., 2015): a record for each picture, with all its captions."""
     with open_regular(path) as file:
         try:
+            if os.fstat(file.fileno()).st_size > MOST_JSON:
+                raise ValueError(f"more than {MOST_JSON:,} bytes")
             data = parse(file.read())
             pictures, captions = (field(data, key, list) for key in ("images", "annotations"))
         except ValueError as error:
@@ -370,7 +374,8 @@ class Files:
         self.tried = seen + self.refused.count
         self.refused.check(self.tried)
         if len(entries) < 4 * FEWEST:
-            raise ValueError(f"{shown(where)}: {len(entries)} usable records; it takes "
+            lost = f" ({self.refused.told(self.tried)})" if self.refused.count else ""
+            raise ValueError(f"{shown(where)}: {len(entries)} usable records{lost}; it takes "
                              f"{4 * FEWEST} at least")
         self._splits = make_splits(entries)
         by_shard = itertools.groupby(self._splits["train"], lambda entry: entry["images"][0][0])

@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from common import cli
-from common.data import Batches, Pairs, View, draw_rng, open_world, world_tokenizer
+from common.data import STAND_INS, Batches, Pairs, View, draw_rng, open_world, world_tokenizer
+from common.formats import Files
 from common.tokenizers import Tokenizer
 from common.worlds.emoji import Emoji
 from common.worlds.shapes import Shapes
@@ -44,6 +45,29 @@ class Whereabouts(Numbers):
     def record(self, split, index, rng=None):
         here = [os.getpgrp(), *map(signal.getsignal, (signal.SIGINT, signal.SIGTERM))]
         return {"source": here, "draw": 0.0}
+
+
+class Patchy(Files):
+    """Files of 53 records, those of `bad` unreadable; nothing is on a disk."""
+    name, skip = "patchy", 0.05
+
+    def __init__(self, bad=()):
+        self.bad = set(bad)
+
+    def size(self, split):
+        return 53
+
+    def order(self, generator):
+        return torch.randperm(53, generator=generator)
+
+    def record(self, split, index, rng=None):
+        draw = rng.random()
+        if index in self.bad:
+            raise ValueError(f"record {index} is damaged")
+        return {"source": index, "draw": draw}
+
+    def blank(self, split, index):
+        return {"source": -1 - index, "draw": 0.0}
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +183,74 @@ class TestBatches:
         assert (interrupt, terminate) == (signal.SIG_IGN, signal.SIG_DFL)
 
 
+class TestRefusedRecords:
+    BAD = (5, 23, 31, 47)
+
+    def batches(self, bad=BAD, **more):
+        return Batches(Patchy(bad), together, **{"batch_size": 12, "seed": 3, **more})
+
+    def test_one_is_replaced_by_another_and_said_with_the_batch(self):
+        for step in range(8):
+            (part,), (whole,) = self.batches()[step], self.batches(())[step]
+            asked = whole["index"].tolist()
+            hit = [place for place, index in enumerate(asked) if index in self.BAD]
+            assert [r for r in part["refused"] if r == f"record {asked[hit[0]]} is damaged"] \
+                if hit else part["refused"] == []
+            assert not set(part["index"].tolist()) & set(self.BAD) and not part["lost"]
+            assert len(part["refused"]) >= len(hit)
+            for place in range(12):      # the others are as they were, draws and all
+                if place not in hit:
+                    assert all(part[k][place] == whole[k][place] for k in ("index", "draw", "later"))
+        assert whole["refused"] == []
+
+    def test_stand_ins_differ_and_are_drawn_like_the_rest(self):
+        seen, draws = set(), set()
+        for step in range(80):
+            (part,), asked = self.batches((5,))[step], self.batches((5,)).keys(step)[1]
+            if 5 in asked:
+                place = asked.index(5)
+                seen.add(part["index"][place].item())
+                draws.add(part["draw"][place].item())
+                assert part["later"][place] not in part["draw"]
+        assert len(draws) >= 15 and len(seen) > 8
+
+    @pytest.mark.parametrize("more", [{"world_size": 3}, {"world_size": 2, "accumulate": 3}])
+    def test_processes_and_micro_batches_share_out_the_same_batch(self, more):
+        ranks = more.pop("world_size")
+        for step in range(8):
+            (whole,) = self.batches()[step]
+            parts = [part for rank in range(ranks)
+                     for part in self.batches(rank=rank, world_size=ranks, **more)[step]]
+            for name in ("index", "draw", "later"):
+                assert torch.equal(torch.cat([part[name] for part in parts]), whole[name])
+            assert sum((part.get("refused", []) for part in parts), []) == whole["refused"]
+
+    @pytest.mark.parametrize("workers", [1, 2])
+    def test_the_reasons_come_out_of_workers(self, workers):
+        alone, many = (list(self.batches().loader(0, 9, count)) for count in (0, workers))
+        assert [part["refused"] for (part,) in many] == [part["refused"] for (part,) in alone]
+        assert all(same(*({k: v for k, v in part.items() if k in ("index", "draw")}
+                          for (part,) in pair)) for pair in zip(alone, many))
+        assert sum(len(part["refused"]) for (part,) in many) > 5
+
+    def test_a_search_ends_and_says_so(self):
+        (part,) = self.batches(range(53))[0]
+        assert part["lost"] and len(part["refused"]) == 12 * (1 + STAND_INS)
+        assert (part["index"] < 0).all()
+
+    def test_of_a_world_a_mistake_is_raised(self):
+        with pytest.raises(ValueError, match="is damaged"):
+            Batches(Damaged(), together, batch_size=1)[0]
+        assert "refused" not in batches()[0][0]
+
+    def test_other_mistakes_are_raised(self, monkeypatch):
+        def broken(*arguments):
+            raise TypeError("a mistake of the code")
+        monkeypatch.setattr(Patchy, "record", broken)
+        with pytest.raises(TypeError):
+            self.batches()[0]
+
+
 class TestPairs:
     def test_pictures_are_cut_and_one_text_is_chosen_by_the_rng(self, pairs):
         picture = Image.new("RGB", (24, 8), "black")
@@ -187,7 +279,7 @@ class TestOpenWorld:
         assert isinstance(open_world("emoji", 32), Emoji)
 
     @pytest.mark.parametrize("spec, words", [
-        ("nothing", "no world 'nothing'; there are shapes, emoji"),
+        ("nothing", "no world 'nothing'; there are shapes, emoji.*, and coco:FILE, flickr:FILE"),
         ("", "no world ''; there are shapes, emoji"),
         ("shapes:sides=3", "shapes has no dial 'sides'; it has objects, noise, clutter, style"),
         ("emoji:objects=3", "emoji has no dial 'objects'; it has none"),

@@ -12,7 +12,10 @@ from torch.nn.parallel import DistributedDataParallel
 import clip
 import train
 from common import checkpoint, distributed
-from tests.test_train import STEPS, TOY, Command, assert_same_run, at_step, fork, log, weights
+from common.data import open_world
+from tests.test_formats import listed, names
+from tests.test_train import (STEPS, TOY, Command, assert_same_run, at_step, fork, log, own,
+                              refusals, weights)
 
 FLAGS = [*TOY, "--precision", "fp32", "--save_every", "4"]
 
@@ -95,6 +98,7 @@ def both_ranks(environment, path):
     found["gather"] = rows, torch.tensor(first)
     found["any"] = torch.tensor([distributed.any_rank(rank == one, "cpu") for one in (0, 1, 7)])
     found["mean"] = torch.tensor(distributed.mean({"a": rank + 1.0, "b": 4.0}, "cpu")["a"])
+    found["together"] = distributed.together(["a"] * rank + [str(rank)])
     found["size"] = torch.tensor(distributed.world_size())
     distributed.wait()
     torch.save(found, path)
@@ -152,7 +156,11 @@ class TestFunctions:
     def test_numbers_are_averaged(self, two):
         assert all(found["mean"] == 1.5 and found["size"] == 2 for found in two)
 
+    def test_lists_are_joined_in_the_order_of_the_processes(self, two):
+        assert all(found["together"] == ["0", "a", "1"] for found in two)
+
     def test_alone_they_are_harmless(self):
+        assert distributed.together(["a", "b"]) == ["a", "b"]
         x = torch.randn(3, 5)
         rows, first = distributed.gather(x)
         assert torch.equal(rows, x) and first == 0
@@ -234,3 +242,31 @@ class TestRuns:
         for process in pair([*argv, str(tmp_path / "killed"), "--resume"], tmp_path / "killed"):
             process.end()
         assert_same_run(tmp_path / "killed", tmp_path / "whole")
+
+
+class TestOwnData:
+    def test_two_processes_refuse_what_one_does(self, tmp_path):
+        spec = listed(tmp_path / "data", 40)
+        for name in names(open_world(spec, 8), "train")[3:6]:
+            (tmp_path / "data" / name).unlink()
+        argv = own(spec, "--skip", "0.5", "--precision", "fp32", "--out")
+        Command([*argv, str(tmp_path / "one")], tmp_path / "one.txt").end()
+        both = pair([*argv, str(tmp_path / "two")], tmp_path / "two")
+        assert [process.end() for process in both][1] == ""
+        assert refusals(tmp_path / "one") == refusals(tmp_path / "two") != []
+        one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+        for key in one:
+            torch.testing.assert_close(two[key], one[key], atol=1e-5, rtol=0, msg=key)
+        assert [line["refused"] for line in log(tmp_path / "one")] \
+            == [line["refused"] for line in log(tmp_path / "two")]
+
+    def test_both_stop_alike_when_one_reads_too_little(self, tmp_path):
+        spec = listed(tmp_path / "data", 40)
+        world = open_world(spec, 8)
+        for name in names(world, "train")[:13]:
+            (tmp_path / "data" / name).unlink()
+        argv = own(spec, "--out", str(tmp_path / "run"))
+        said = [process.end(2).splitlines()[-1] for process in pair(argv, tmp_path / "run")]
+        assert said[0] == said[1] and "more than --skip 0.05 allows" in said[0]
+        lines = refusals(tmp_path / "run")
+        assert len(lines) > 5 and len({line["reason"] for line in lines}) == len(lines)

@@ -1,5 +1,9 @@
-"""Opening any file, the crop, tensors, sheets."""
+"""Opening any file, the crops, tensors, sheets."""
+import io
+import os
+import random
 import struct
+import warnings
 import zlib
 
 import numpy as np
@@ -7,8 +11,9 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from common.images import (GREEN, MEAN, MOST_PIXELS, RED, STD, centre_crop, normalise, open_folder,
-                           open_image, sheet, to_rgb, to_tensor)
+from common.images import (GREEN, MEAN, MOST_BYTES, MOST_PIXELS, RED, STD, centre_crop, normalise,
+                           open_folder, open_image, open_regular, random_crop, sheet, shown, to_rgb,
+                           to_tensor)
 
 
 def halves(size=(6, 4), left=(200, 30, 40), right=(10, 60, 220)):
@@ -26,6 +31,11 @@ def noise(width, height, seed=0):
 def saved(folder, picture, name="picture.png", **more):
     picture.save(folder / name, **more)
     return open_image(folder / name)
+
+
+def chunk(kind, data):
+    """A chunk of a PNG."""
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
 def refusal(path):
@@ -125,9 +135,6 @@ class TestOpenImage:
 
     @pytest.mark.parametrize("width, height", [(MOST_PIXELS // 1000 + 1, 1000), (60000, 60000)])
     def test_a_decompression_bomb_is_refused_by_its_header(self, tmp_path, width, height):
-        def chunk(kind, data):
-            return struct.pack(">I", len(data)) + kind + data \
-                + struct.pack(">I", zlib.crc32(kind + data))
         header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
         (tmp_path / "bomb.png").write_bytes(
             b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"0"))
@@ -139,8 +146,91 @@ class TestOpenImage:
             raise ValueError("something\nlong")
         saved(tmp_path, noise(7, 5))
         monkeypatch.setattr(Image.Image, "convert", broken)
-        monkeypatch.setattr(ImageOps, "exif_transpose", broken)
         assert "not a readable picture" in refusal(tmp_path / "picture.png")
+
+    def test_broken_exif_does_not_cost_the_picture(self, tmp_path):
+        noise(7, 5).save(tmp_path / "a.png", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01" + b"\xff" * 30)
+        assert np.array_equal(open_image(tmp_path / "a.png"), noise(7, 5))
+
+    def test_bytes_and_open_files_are_as_good_as_paths(self, tmp_path):
+        noise(7, 5).save(tmp_path / "a.png")
+        data = (tmp_path / "a.png").read_bytes()
+        with open(tmp_path / "a.png", "rb") as file:
+            file.read(11)                # wherever it stands
+            for source in (data, bytearray(data), io.BytesIO(data), file, str(tmp_path / "a.png")):
+                assert np.array_equal(open_image(source), noise(7, 5))
+
+    def test_what_is_in_memory_has_the_name_it_is_given(self):
+        for source in (b"nothing", io.BytesIO(b"nothing")):
+            with pytest.raises(ValueError, match="^s.tar: 7.jpg: not a readable picture"):
+                open_image(source, "s.tar: 7.jpg")
+        with pytest.raises(ValueError, match="^a picture in memory: not"):
+            open_image(b"")
+
+    def test_a_pipe_or_a_device_is_refused_and_not_waited_for(self, tmp_path):
+        os.mkfifo(tmp_path / "pipe")
+        for path in (tmp_path / "pipe", "/dev/zero", "/dev/null"):
+            assert "a pipe or a device, not a picture" in refusal(path)
+            with pytest.raises(ValueError, match="a pipe or a device, not a file"):
+                open_regular(path)
+
+    def test_a_file_without_end_is_refused_by_its_size(self, tmp_path):
+        with open(tmp_path / "a.jpg", "wb") as file:
+            file.write(b"\xff\xd8" + b"\xff" * 9)
+            file.truncate(MOST_BYTES + 1)                    # takes no room on the disk
+        assert "more than 100,000,000 bytes" in refusal(tmp_path / "a.jpg")
+
+    def test_strange_names_stay_on_their_line(self, tmp_path):
+        for name in ("a\nb.png", "a\x1b[2Jb.png", "\udcff.png", "n" * 300, "a\0b"):
+            with pytest.raises(ValueError) as caught:
+                open_image(tmp_path / name)
+            assert str(caught.value).isprintable()
+        assert shown("a\nb") == "a?b" and len(shown("n" * 9999)) == 303
+
+    def test_text_that_unpacks_without_end_is_refused(self, tmp_path):
+        header = struct.pack(">IIBBBBB", 1, 1, 8, 2, 0, 0, 0)
+        text = chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(50_000_000)))
+        (tmp_path / "a.png").write_bytes(
+            b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + text
+            + chunk(b"IDAT", zlib.compress(b"\0\1\2\3")) + chunk(b"IEND", b""))
+        assert "not a readable picture" in refusal(tmp_path / "a.png")
+
+    def test_a_frame_larger_than_the_header_says_is_refused(self, tmp_path):
+        frame = b",\0\0\0\0" + struct.pack("<HH", 60000, 60000) + b"\0\x02\x02L\x01\0;"
+        (tmp_path / "a.gif").write_bytes(b"GIF89a\x05\0\x05\0\x80\0\0" + bytes(6) + frame)
+        assert "more than 64,000,000 pixels" in refusal(tmp_path / "a.gif")
+
+    def test_of_many_frames_one_is_decoded(self, tmp_path, monkeypatch):
+        frames = [Image.new("P", (16, 8), number % 7) for number in range(300)]
+        frames[0].save(tmp_path / "a.gif", save_all=True, append_images=frames[1:])
+        decoded, load = [], Image.Image.load
+        monkeypatch.setattr(Image.Image, "load", lambda self: decoded.append(1) or load(self))
+        assert open_image(tmp_path / "a.gif").size == (16, 8) and len(decoded) < 20
+
+    @pytest.mark.parametrize("content", [
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 5 5\n%%EndComments\nshowpage\n",
+        b"#define a_width 5\n#define a_height 5\nstatic char a_bits[] = {0,0,0,0,0};\n"])
+    def test_formats_that_are_programs_are_not_opened(self, tmp_path, content):
+        (tmp_path / "a.png").write_bytes(content)
+        assert "not a readable picture" in refusal(tmp_path / "a.png")
+
+    def test_a_picture_cut_off_anywhere_is_refused_or_whole(self):
+        for form in ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"):
+            out = io.BytesIO()
+            noise(11, 7).save(out, form)
+            data = out.getvalue()
+            for end in range(len(data)):
+                try:
+                    assert open_image(data[:end]).size == (11, 7)
+                except ValueError as error:
+                    assert "\n" not in str(error)
+
+    def test_numbers_that_are_none_are_black(self, tmp_path):
+        values = np.array([[np.nan, np.inf, -np.inf, 51]], dtype=np.float32)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            opened = saved(tmp_path, Image.fromarray(values), "a.tiff")
+        assert [opened.getpixel((x, 0))[0] for x in (0, 1, 2)] == [0, 255, 0]
 
 
 class TestCentreCrop:
@@ -180,6 +270,43 @@ class TestCentreCrop:
 
     def test_a_sliver_costs_no_memory(self):
         assert centre_crop(Image.new("RGB", (1_000_000, 1)), 16).size == (16, 16)
+
+
+class TestRandomCrop:
+    """A picture whose red is the column and whose green is the row: a crop says where it lay."""
+
+    def crops(self, width, height, least, count=300):
+        where = np.zeros((height, width, 3), dtype=np.uint8)
+        where[..., 0], where[..., 1] = np.arange(width), np.arange(height)[:, None]
+        rng = random.Random(0)
+        made = [random_crop(Image.fromarray(where), 23, rng, least) for _ in range(count)]
+        assert all(crop.size == (23, 23) for crop in made)
+        return np.stack([np.asarray(crop, float) for crop in made])
+
+    @pytest.mark.parametrize("width, height", [(200, 71), (71, 200)])
+    def test_the_shorter_side_is_whole_and_the_longer_is_cut_anywhere(self, width, height):
+        crops = self.crops(width, height, 1)
+        along, across = (0, 1) if width > height else (1, 0)
+        middle = crops[:, 11, 11]
+        assert np.ptp(middle[:, across]) == 0 and middle[0, across] == pytest.approx(35, abs=1)
+        low, high = 35, 200 - 36         # the middles of the first and the last square
+        assert middle[:, along].min() < low + 3 and middle[:, along].max() > high - 3
+        assert middle[:, along].mean() == pytest.approx((low + high) / 2, abs=8)
+
+    def test_a_square_loses_up_to_a_tenth_of_its_area(self):
+        crops = self.crops(100, 100, 0.9)
+        sides = (crops[:, 11, -1, 0] - crops[:, 11, 0, 0]) * 23 / 22
+        assert 100 * 0.9 ** 0.5 - 1.5 < sides.min() < 97 and 98 < sides.max() < 101
+        assert np.allclose(sides, (crops[:, -1, 11, 1] - crops[:, 0, 11, 1]) * 23 / 22, atol=1.5)
+        assert crops[:, 11, 11, 0].std() > 0.5 < crops[:, 11, 11, 1].std()
+
+    def test_it_is_a_function_of_the_rng(self):
+        one, same, other = (random_crop(noise(40, 31), 8, random.Random(s)) for s in (1, 1, 2))
+        assert np.array_equal(one, same) and not np.array_equal(one, other)
+
+    def test_slivers_and_tiny_pictures_are_cut_too(self):
+        for size in ((1_000_000, 1), (1, 7), (1, 1)):
+            assert random_crop(Image.new("RGB", size), 16, random.Random(0)).size == (16, 16)
 
 
 class TestTensors:

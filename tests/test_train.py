@@ -23,6 +23,7 @@ import clip
 import train
 from common import checkpoint, cli, data
 from common.worlds.shapes import Shapes
+from tests.test_formats import listed, names, shards
 
 SIZES = ["vision_width=12", "vision_layers=1", "vision_heads=3", "text_width=10", "text_layers=1",
          "text_heads=2", "embed=7"]
@@ -364,6 +365,137 @@ class TestStops:
         assert words in capsys.readouterr().err
 
 
+# The user's own data
+
+def own(spec, *flags):
+    """The command line of a small run on files of one's own."""
+    return ["clip", "--data", spec, *TOY[3:], "--set", "context=5", "--steps", str(STEPS), *flags]
+
+
+def refusals(folder):
+    return [json.loads(line) for line in (folder / "refused.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def patchy(tmp_path_factory):
+    """40 pictures of which two of training are missing, two cut captions, and a run on them."""
+    folder = tmp_path_factory.mktemp("patchy")
+    training = names(data.open_world(listed(folder / "data", 40), 8), "train")
+    spec = listed(folder / "data", 40)
+    for name in training[3:5]:
+        (folder / "data" / name).unlink()
+    with open(folder / "data/data.jsonl", "a") as file:
+        file.write('{"image": "0.png"\n{"image": "0.png", "text": " "}\n')
+    argv = own(spec, "--skip", "0.3", "--out")
+    Command([*argv, str(folder / "reference")], folder / "reference.txt").end()
+    return folder, argv, training[3:5]
+
+
+class TestOwnData:
+    def test_tar_shards_train_from_end_to_end(self, tmp_path):
+        spec = shards(tmp_path / "shards", (17, 11, 13))
+        argv = own(spec, "--steps", "3", "--shuffle", "5", "--runs", str(tmp_path / "runs"))
+        last = Command(argv, tmp_path / "said.txt").end().splitlines()[-1]
+        result = json.loads(last.removeprefix("result: "))
+        assert result["refused"] == 0 and 0 < result["image_to_text_recall@1_chance"] < 1
+        assert not any("zero_shot" in name or "composition" in name for name in result)
+        assert sorted(p.name for p in (tmp_path / "runs/clip-tar-shards").iterdir()) == [
+            "config.json", "last.pt", "log.jsonl", "result.json", "samples.png", "tokenizer.model"]
+
+    def test_what_is_refused_is_told_counted_and_listed_once(self, patchy):
+        folder, _, missing = patchy
+        said, lines = (folder / "reference.txt").read_text(), refusals(folder / "reference")
+        assert [line["step"] for line in lines[:2]] == [0, 0] and len(lines) == 4
+        assert "line 41: not JSON" in lines[0]["reason"] and "empty caption" in lines[1]["reason"]
+        assert {line["reason"].split("/")[-1] for line in lines[2:]} \
+            == {f"{name}: no such picture" for name in missing}
+        assert all(0 < line["step"] <= STEPS for line in lines[2:])
+        assert len(re.findall("^refused: .*no such picture", said.replace("\r", "\n"), re.M)) == 3
+        assert "data.jsonl: 2 of 42 records refused, e.g. " in said
+        result = json.loads(said.splitlines()[-1].removeprefix("result: "))
+        assert result["refused"] == log(folder / "reference")[-1]["refused"] > 6
+        assert f"refused: {result['refused']} in all; " in said
+
+    def test_a_killed_run_ends_with_the_same_weights_and_refusals(self, patchy):
+        folder, argv, _ = patchy
+        moment = functools.partial(at_step, 16, signal.SIGKILL)
+        argv = [*argv, str(folder / "killed")]
+        Command(argv, folder / "killed.txt", moment).end(-signal.SIGKILL)
+        # A higher --skip may be what the run needs to go on.
+        Command([*argv, "--resume", "--skip", "0.5"], folder / "killed.txt").end()
+        assert_same_run(folder / "killed", folder / "reference")
+        assert refusals(folder / "killed") == refusals(folder / "reference")
+
+    def test_workers_change_nothing(self, patchy):
+        folder, argv, _ = patchy
+        Command([*argv, str(folder / "workers"), "--workers", "1"], folder / "workers.txt").end()
+        assert_same_run(folder / "workers", folder / "reference")
+        assert refusals(folder / "workers") == refusals(folder / "reference")
+
+    def test_other_data_is_not_resumed(self, patchy, tmp_path, capsys, monkeypatch):
+        folder, argv, _ = patchy
+        rows = (folder / "data/data.jsonl").read_text()
+        changes = [(rows + '{"image": "more.png", "text": "more"}\n', [], "options records="),
+                   (rows, ["--shuffle", "9"], "options shuffle=10000 (now 9)"),
+                   (rows, ["--images", str(tmp_path)], "options images=None (now ")]
+        for text, flags, words in changes:
+            (folder / "data/data.jsonl").write_text(text)
+            monkeypatch.setattr(sys, "argv", [
+                "train.py", *argv, str(folder / "reference"), "--resume", *flags])
+            with pytest.raises(SystemExit, match="2"):
+                cli.run(train.main)
+            assert words in capsys.readouterr().err
+        (folder / "data/data.jsonl").write_text(rows)
+
+    def test_a_run_stops_when_the_pictures_are_gone(self, tmp_path):
+        spec = listed(tmp_path / "data", 40, bad=range(40))
+        text = Command(own(spec, "--out", str(tmp_path / "run")), tmp_path / "said.txt").end(2)
+        last = text.splitlines()[-1]
+        assert re.fullmatch("error: 126 of 132 records refused, e.g. .*png: no such picture: more "
+                            "than --skip 0.05 allows; .*run/refused.jsonl lists them", last)
+        assert len(refusals(tmp_path / "run")) > 30
+        assert not (tmp_path / "run/last.pt").exists()
+
+    def run(self, tmp_path, **options):
+        run = train.Run("clip", train.Options(
+            data=listed(tmp_path / "data", 40), batch_size=6, steps=50, skip=0.05,
+            out=str(tmp_path / "run"), **options), SIZES)
+        run.folder.path.mkdir()
+        return run
+
+    def test_it_stops_past_the_fraction_and_not_before(self, tmp_path, capsys):
+        run, loss = self.run(tmp_path), [torch.tensor(1.0)]
+        run.step = 30                    # 180 samples: nine of 189 draws are fewer than one in 20
+        run.check(loss, [(["one"], False), ([], False), (list("abcdefgh"), False)])
+        assert run.refused.count == 9 and run.passed_over() == {"refused": 9}
+        with pytest.raises(ValueError, match="10 of 190 records refused, e.g. one: more than --skip"):
+            run.check(loss, [(["last"], False)])
+        assert [line["reason"] for line in refusals(tmp_path / "run")] == ["one", *"abcdefgh", "last"]
+        assert capsys.readouterr().out == "refused: one\nrefused: a\nrefused: b\n"
+
+    def test_a_search_without_end_stops_it_at_once(self, tmp_path):
+        run = self.run(tmp_path)
+        run.step = 10 ** 6
+        with pytest.raises(ValueError, match="no readable record among 20 drawn in a row, the last: "
+                                             "gone; .*refused.jsonl lists them"):
+            run.check([torch.tensor(1.0)], [([], False), (["gone"], True)])
+
+    def test_the_list_of_refusals_has_an_end(self, tmp_path):
+        folder = self.run(tmp_path).folder
+        for start in range(0, 3000, 600):
+            folder.refuse(start, [f"{number}\n" for number in range(start, start + 600)])
+        assert [line["reason"] for line in refusals(tmp_path / "run")] \
+            == [f"{number}?" for number in range(1000)]
+
+    def test_unreadable_test_pictures_are_counted_in_the_result(self, tmp_path, capsys):
+        run = self.run(tmp_path)
+        gone = names(run.world, "test")[2]
+        (tmp_path / "data" / gone).write_bytes(b"")
+        run.finish()
+        result = json.loads(capsys.readouterr().out.splitlines()[-1].removeprefix("result: "))
+        assert result["refused"] == 1 and gone in refusals(tmp_path / "run")[0]["reason"]
+
+
 # Pieces
 
 @pytest.fixture
@@ -489,6 +621,7 @@ class TestOptions:
         recipes = train.STAGES["clip"].recipes
         assert recipe() == recipes["tiny"] and recipe(data="shapes:objects=3") == recipes["tiny"]
         assert recipe(data="emoji") == recipes["tiny emoji"]
+        assert recipe(data="coco:captions.json") == recipes["tiny"]
         assert recipe(preset="ViT-B/32") == recipes[""]
         changed = recipe(steps=50, batch_size=8, lr=0.5)
         assert (changed.steps, changed.batch_size, changed.lr, changed.warmup) == (50, 8, 0.5, 10)
@@ -496,7 +629,10 @@ class TestOptions:
     @pytest.mark.parametrize("options, name", [
         ({}, "clip"), ({"data": "emoji"}, "clip-emoji"), ({"preset": "ViT-B/32"}, "clip-ViT-B-32"),
         ({"data": "shapes:objects=3,noise=0.1", "preset": "small"},
-         "clip-shapes-objects=3-noise=0.1-small")])
+         "clip-shapes-objects=3-noise=0.1-small"),
+        ({"data": "coco:/a/long/path/captions_val2014.json"}, "clip-coco-captions-val2014"),
+        ({"data": "jsonl:my data.jsonl", "preset": "small"}, "clip-jsonl-my-data-small"),
+        ({"data": "tar:/sets/cc3m/{00000..00331}.tar"}, "clip-tar-cc3m")])
     def test_the_default_folder_hides_no_other_run(self, options, name):
         run = train.Run.__new__(train.Run)
         run.name, run.options = "clip", train.Options(runs="some", **options)
