@@ -2,6 +2,7 @@
 
     python train.py clip                                       about 3 minutes on 2 CPU cores
     python train.py clip --data emoji                          real pictures and names
+    python train.py lm && python train.py flamingo             what Flamingo freezes, then Flamingo
     python train.py clip --data jsonl:captions.jsonl           your own; see common/formats.py
     python train.py clip --resume                              go on after a stop or a kill
     torchrun --nproc_per_node=2 train.py clip --out runs/two   the same run on two processes
@@ -30,14 +31,16 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import clip
-from common import checkpoint, cli, distributed, transformer
+import flamingo
+from common import checkpoint, cli, distributed, language, transformer
 from common.cli import option
-from common.data import STAND_INS, Batches, Pairs, View, open_world, world_tokenizer
+from common.data import (STAND_INS, Batches, Drawn, Mixture, Pairs, Texts, View, open_world,
+                         world_tokenizer)
 from common.devices import autocast, find_device, half_precision, peak_memory, to_device
 from common.formats import FORMATS, Files, Refusals
 from common.images import shown
 from common.runs import RunFolder
-from common.tokenizers import EOS
+from common.tokenizers import EOS, PAD
 
 BEGAN = time.time()
 
@@ -55,6 +58,7 @@ class Recipe:
     betas: tuple = (0.9, 0.98)
     eps: float = 1e-6
     clip: float = 1.0                    # norm of the gradient
+    undecayed: tuple = ()                # patterns of matrices that do not decay either
 
 
 @dataclass
@@ -64,6 +68,21 @@ class Stage:
     file: object                         # the module: PRESETS, TRAINS
     model: type
     recipes: dict                        # "preset data", "preset" -> Recipe
+    feeds: object                        # (world, tokenizer, config) -> [(source, collate, share)]
+    parts: dict = dataclasses.field(default_factory=dict)    # frozen: field -> (stage, module)
+
+
+def pairs(world, tokenizer, config):
+    """Pictures with a text each."""
+    return [(world, Pairs(tokenizer, config.context, config.image_size), 1)]
+
+
+def texts(world, tokenizer, config):
+    """What the world gives to read, else its captions; rows of 80 tokens."""
+    def read(split, rng):
+        return {"texts": [world.reading(rng)]}
+    return [(Drawn(world, read) if hasattr(world, "reading") else world,
+             Texts(tokenizer, config.context, 80), 1)]
 
 
 # The paper's own: 32 epochs of 400M pairs (its appendix F), of a ResNet with Adam's usual numbers.
@@ -79,9 +98,18 @@ STAGES = {
                       "RN-tiny": Recipe(steps=700, batch_size=256, lr=1e-3, **RESNET),
                       **{name: dataclasses.replace(PAPER, **RESNET)
                          for name in clip.PRESETS if name.startswith("RN") and "-" not in name},
-                      "": PAPER}),
+                      "": PAPER}, pairs),
+    "lm": Stage("a language model on the world's texts, for the stages that freeze one",
+                language, language.Pretraining, {
+                    "": Recipe(steps=1000, batch_size=256, lr=3e-3, decay=0.1, betas=(0.9, 0.95),
+                               eps=1e-8)}, texts),
+    "flamingo": Stage("a resampler and gated blocks between a frozen CLIP and a frozen LM",
+                      flamingo, flamingo.Flamingo, {
+                          "": Recipe(steps=1200, batch_size=128, lr=1e-3, decay=0.1,
+                                     undecayed=("resampler.*",), eps=1e-8)},
+                      flamingo.feeds, {"vision": ("clip", "vision"), "language": ("lm", "lm")}),
 }
-LISTS = {"all": ["clip"]}
+LISTS = {"all": ["clip", "lm", "flamingo"]}
 
 
 @dataclass
@@ -108,6 +136,9 @@ class Options:
                             choices=("auto", "hand", "fused"))
     compile: bool = option(False, "torch.compile the model")
     init: str | None = option(None, "start from the weights of this run")
+    vision: str | None = option(None, "the run whose vision tower is used (default RUNS/clip)")
+    language: str | None = option(None, "the run whose language model is used (default RUNS/lm)")
+    unfreeze: str = option("", "also train the parameters of these patterns, such as lm.*")
     runs: str = option("runs", "where stages find each other")
     out: str | None = option(None, "the run's folder (default RUNS/STAGE, -DATA and -PRESET added)")
     resume: bool = option(False, "go on from the folder's last checkpoint")
@@ -138,11 +169,17 @@ def freeze(model, patterns):
                         f"{trained:,d} trained") for name, (trained, frozen) in rows.items())
 
 
-def parameter_groups(model, decay):
-    """Two AdamW groups of what is trained: matrices decay; gains, biases and scalars do not."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    return [{"params": [p for p in trained if p.ndim >= 2], "weight_decay": decay},
-            {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}]
+def parameter_groups(model, decay, undecayed=()):
+    """Two AdamW groups of what is trained: matrices decay; gains, biases and scalars do not.
+
+    undecayed: patterns of names of matrices that do not either.
+    """
+    groups = {True: [], False: []}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            groups[p.ndim >= 2 and not any(fnmatch.fnmatch(name, u) for u in undecayed)].append(p)
+    return [{"params": groups[True], "weight_decay": decay},
+            {"params": groups[False], "weight_decay": 0.0}]
 
 
 def learning_rate(recipe, step):
@@ -176,32 +213,68 @@ class Run:
             if setting.partition("=")[0] in ("vocab", "eos"):
                 raise ValueError(f"--set {setting}: it belongs to the world's tokenizer")
         config = cli.changed(self.stage.file.PRESETS[options.preset], settings)
-        self.world = open_world(options.data, config.image_size, options.images, options.skip,
-                                options.shuffle)
-        self.tokenizer = world_tokenizer(self.world)
-        self.config = dataclasses.replace(config, vocab=len(self.tokenizer), eos=EOS)
+        self.folder = RunFolder(options.out or self.default_folder(name))
+        config, self.frozen, self.tokenizer = self.open_parts(config)
+        self.world = open_world(options.data, getattr(config, "image_size", 32), options.images,
+                                options.skip, options.shuffle)
+        self.tokenizer = self.tokenizer or world_tokenizer(self.world)
+        own = {"vocab": len(self.tokenizer), "eos": EOS, "pad": PAD}
+        self.config = dataclasses.replace(
+            config, **{key: own[key] for key in own if hasattr(config, key)})
         self.recipe = self.find_recipe()
-        self.collate = Pairs(self.tokenizer, self.config.context, self.config.image_size)
-        self.batches = Batches(
-            self.world, self.collate, batch_size=self.recipe.batch_size, seed=options.seed,
-            rank=distributed.rank(), world_size=distributed.world_size(),
-            accumulate=options.accumulate)
+        self.batches, self.collate = self.open_feeds()
         self.workers = options.workers
         if self.workers is None:         # on a CPU a worker takes the core that training waits for
             self.workers = 0 if self.device.type == "cpu" else min(8, (os.cpu_count() or 2) - 1)
-        self.folder = RunFolder(options.out or self.default_folder())
         torch.manual_seed(options.seed)
         try:
             self.model = self.stage.model(self.config).to(self.device)
         except (ValueError, ZeroDivisionError) as error:
             raise ValueError(f"--preset {options.preset} {' '.join(settings)}: {error}") from None
-        self.table = freeze(self.model, self.stage.file.TRAINS[name])
+        for module, (weights, where) in self.frozen.items():
+            checkpoint.load_part(self.model, module, weights, where)
+        more = tuple(filter(None, options.unfreeze.split(",")))
+        self.table = freeze(self.model, self.stage.file.TRAINS[name] + more)
         self.optimiser = torch.optim.AdamW(
-            parameter_groups(self.model, self.recipe.decay), lr=self.recipe.lr,
-            betas=self.recipe.betas, eps=self.recipe.eps, fused=True)
+            parameter_groups(self.model, self.recipe.decay, self.recipe.undecayed),
+            lr=self.recipe.lr, betas=self.recipe.betas, eps=self.recipe.eps, fused=True)
         self.step, self.seconds, self.loss = 0, 0.0, math.nan
         self.kept, self.stopped, self.measuring = None, None, False
         self.refused = Refusals(options.skip) if isinstance(self.world, Files) else None
+
+    def open_parts(self, config):
+        """The config with those of the frozen parts, their weights, and the tokenizer they know.
+
+        A run that goes on has all of this itself. Returns (config, {module: (weights, folder)},
+        Tokenizer or None); a missing run is a ValueError that names the command that makes it.
+        """
+        weights, tokenizer = {}, None
+        goes_on = (self.options.resume or self.options.eval_only) and self.folder.described()
+        for field, (stage, module) in self.stage.parts.items():
+            where = getattr(self.options, field) or self.default_folder(stage)
+            if goes_on:
+                own, tokenizer = goes_on["config"][field], self.folder.tokenizer()
+            else:
+                own, tokenizer, weights[module] = checkpoint.open_run(
+                    where, STAGES[stage].file.__name__, f"--{field}", stage)
+                weights[module] = weights[module], where
+            config = dataclasses.replace(config, **{field: own})
+        return config, weights, tokenizer
+
+    def open_feeds(self):
+        """The batches of every step, of one data set or of several, and the first one's collate.
+
+        A step's samples are shared out among the data sets as the stage says.
+        """
+        feeds = self.stage.feeds(self.world, self.tokenizer, self.config)
+        whole, size = sum(share for _, _, share in feeds), self.recipe.batch_size
+        if size % whole:
+            raise ValueError(f"batch_size {size} does not divide into the {whole} parts of "
+                             f"{self.name}'s data sets")
+        parts = [Batches(source, collate, batch_size=size * share // whole, seed=self.options.seed,
+                         rank=distributed.rank(), world_size=distributed.world_size(),
+                         accumulate=self.options.accumulate) for source, collate, share in feeds]
+        return parts[0] if len(parts) == 1 else Mixture(parts), feeds[0][1]
 
     def find_recipe(self):
         """The recipe of preset and data, or of the preset, or the paper's; flags go before it.
@@ -221,9 +294,9 @@ class Run:
         recipe = dataclasses.replace(recipe, **{k: v for k, v in given.items() if v is not None})
         return dataclasses.replace(recipe, warmup=min(recipe.warmup, recipe.steps // 5))
 
-    def default_folder(self):
+    def default_folder(self, stage):
         """RUNS/STAGE, with what is not the default added, so that no run hides another."""
-        parts = [self.name]
+        parts = [stage]
         data, (kind, _, where) = self.options.data, self.options.data.partition(":")
         if kind in FORMATS:              # of a long path the file, of shards the folder
             where = Path(where).absolute()
@@ -237,7 +310,7 @@ class Run:
 
     def described(self):
         """What config.json says: all that a resumed run must share with the one that began."""
-        keep = ("preset", "data", "seed", "accumulate", "precision", "init")
+        keep = ("preset", "data", "seed", "accumulate", "precision", "init", "unfreeze")
         own = {}
         if self.refused:
             own = {"images": self.options.images, "shuffle": self.options.shuffle,

@@ -112,16 +112,28 @@ def load_weights(module, weights, where):
     module.load_state_dict(weights)
 
 
-def open_run(folder, model):
+def load_part(model, name, weights, where):
+    """Copy the weights of another model's module of the same name into `model`.
+
+    The parameters named new.* are the model's own and stay. Raises ValueError as `load_weights`.
+    """
+    part, head = getattr(model, name), f"{name}."
+    own = {key: value for key, value in part.state_dict().items() if key.startswith("new.")}
+    load_weights(part, own | {key.removeprefix(head): value for key, value in weights.items()
+                              if key.startswith(head)}, where)
+
+
+def open_run(folder, model, flag="", stage=None):
     """A finished or unfinished run of `model` -> (config dict, Tokenizer, weights).
 
-    Raises ValueError in one line: no such folder, no run in it, a run of another model, no
-    checkpoint yet, a damaged one.
+    flag: what named the folder. stage: of train.py, when it is not called as the model is. Raises
+    ValueError in one line: no such folder, no run in it, a run of another model, no checkpoint yet,
+    a damaged one.
     """
-    folder = Path(folder)
+    folder, stage = Path(folder), stage or model
     if not (folder / "config.json").exists():
-        raise ValueError(f"{folder}: no run here (no config.json); "
-                         f"python train.py {model} makes one in runs/{model}")
+        raise ValueError(f"{flag} {folder}: no run here (no config.json); ".lstrip()
+                         + f"python train.py {stage} makes one in runs/{stage}")
     described = read_json(folder / "config.json")
     if not isinstance(described, dict) or described.get("model") != model:
         found = described.get("model") if isinstance(described, dict) else described

@@ -72,10 +72,18 @@ class Commands:
                                                    required=True)
 
     def add(self, function, **arguments):
-        """A command of the function's name; arguments: parameter=help, "..." for one or more."""
+        """A command of the function's name; arguments: parameter=help.
+
+        "... help" takes one or more; "--A B: help" is a flag --parameter A B that may be repeated.
+        """
         command = self.commands.add_parser(function.__name__, help=function.__doc__,
                                            description=function.__doc__)
         for name, line in arguments.items():
+            if line.startswith("--"):
+                names, _, line = line[2:].partition(": ")
+                command.add_argument(f"--{name}", action="append", nargs=len(names.split()),
+                                     default=[], metavar=tuple(names.split()), help=line)
+                continue
             more = {"nargs": "+"} if line.startswith("...") else {}
             command.add_argument(name, metavar=name.upper().rstrip("S") if more else name.upper(),
                                  help=line.removeprefix("...").strip(), **more)

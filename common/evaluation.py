@@ -47,6 +47,30 @@ def zero_shot(world, encode_images, classifier):
     return figures
 
 
+def describes(world, text, source):
+    """Whether a caption is true, and says enough where the world has a say in that."""
+    return (world.describes if hasattr(world, "describes") else world.is_true)(text, source)
+
+
+def captions(world, write, count=500):
+    """Accuracy of written captions, of scenes and of single objects -> {name: number}.
+
+    write(records) -> a text for each. Of single objects also with the pictures of others, which
+    must not do better than a guess among the classes.
+    """
+    def right(split, shift=0):
+        records = all_records(world, split)[:count]
+        said = write(records[shift:] + records[:shift])
+        return sum(describes(world, text, r["source"]) for text, r in zip(said, records)) \
+            / len(records)
+    figures = {"caption_accuracy": right("test")}
+    if getattr(world, "zero_shot", "test") != "test":
+        figures |= {"caption_accuracy_single": right(world.zero_shot),
+                    "caption_accuracy_single_wrong_picture": right(world.zero_shot, shift=1),
+                    "caption_accuracy_single_chance": 1 / len(world.classes)}
+    return figures
+
+
 def retrieval_sheet(pool, count=6):
     """Sentences with the pictures found for them; below, pictures with the sentences found."""
     pictures = [record["images"][0] for record in pool.records]

@@ -14,6 +14,7 @@ MEAN = (0.48145466, 0.4578275, 0.40821073)            # CLIP's, also BLIP's and 
 STD = (0.26862954, 0.26130258, 0.27577711)
 MOST_PIXELS = 64_000_000                              # more in a small file is a decompression bomb
 MOST_BYTES = 100_000_000                              # of a picture's file
+MOST_FRAMES = 1_000                                   # of a clip
 KINDS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO", "PPM")     # others may start programs
 TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
          4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
@@ -87,6 +88,39 @@ def _decoded(file):
             turn = None
         picture = to_rgb(picture)
         return picture if turn is None else picture.transpose(turn)
+
+
+def open_frames(path, most=32):
+    """The frames of a clip, RGB: an animation's, or the pictures of a folder by name.
+
+    More than `most` are thinned out evenly; a picture at rest is a clip of one frame. Raises
+    ValueError in one line, as `open_image`, and for an animation that goes on too long.
+    """
+    if Path(path).is_dir():
+        frames = open_folder(path)[1]
+    else:
+        frames = [open_image(path)]      # whatever is wrong with the file is told here
+        with open_regular(path, "clip") as file:
+            frames += _later_frames(file, shown(path))
+    count = min(most, len(frames))
+    return [frames[round(i * (len(frames) - 1) / max(1, count - 1))] for i in range(count)]
+
+
+def _later_frames(file, name):
+    frames = []
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(file, formats=KINDS) as picture:
+                most = min(MOST_FRAMES, 4 * MOST_PIXELS // (picture.width * picture.height))
+                while len(frames) <= most:
+                    picture.seek(len(frames) + 1)
+                    frames.append(to_rgb(picture))
+    except EOFError:                     # Pillow's word for the end of an animation
+        return frames
+    except Exception as error:
+        raise ValueError(f"{name}: not a readable clip ({type(error).__name__})") from None
+    raise ValueError(f"{name}: a clip of more than {most:,} frames")
 
 
 def to_rgb(picture):

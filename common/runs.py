@@ -4,6 +4,7 @@ from pathlib import Path
 
 from common import checkpoint, distributed
 from common.images import shown
+from common.tokenizers import Tokenizer
 
 FILES = ("config.json", "tokenizer.model", "log.jsonl", "refused.jsonl", *checkpoint.NAMES,
          "result.json", "samples.png", "search.png")
@@ -27,6 +28,15 @@ class RunFolder:
             raise ValueError(f"{self.path}: holds {'a finished' if done else 'an unfinished'} run; "
                              "--resume goes on with it, --overwrite throws it away")
         return checkpoint.newest(self.path) if resume else None
+
+    def described(self):
+        """config.json of the run in the folder; None when there is none."""
+        path = self.path / "config.json"
+        return checkpoint.read_json(path) if path.exists() else None
+
+    def tokenizer(self):
+        """The run's vocabulary."""
+        return Tokenizer.load(self.path / "tokenizer.model")
 
     def agree(self, described, parts):
         """Raise ValueError when the run in the folder differs in a part of config.json."""

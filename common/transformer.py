@@ -15,7 +15,7 @@ from torch import nn
 # torch's kernel. "hand" and "fused" force one (--attention); "auto" takes the faster: by hand for
 # short sequences on a CPU (there the kernel is up to 10 times slower in bf16), else the kernel.
 ATTENTION = "auto"
-SHORT = 64 * 80
+SHORT = {torch.bfloat16: 160 * 160, torch.float32: 64 * 80}    # queries * keys
 
 
 def full(x):
@@ -58,10 +58,26 @@ def fused_attention(q, k, v, mask=None, bias=None, scale=None):
 
 def attend(q, k, v, mask=None, bias=None, scale=None):
     """`attention` or `fused_attention`, as the module constant ATTENTION says."""
-    by_hand = q.device.type == "cpu" and q.shape[2] * k.shape[2] <= SHORT
+    by_hand = q.device.type == "cpu" and q.shape[2] * k.shape[2] <= SHORT.get(q.dtype, 0)
     if ATTENTION == "hand" or ATTENTION == "auto" and by_hand:
         return attention(q, k, v, mask, bias, scale)
     return fused_attention(q, k, v, mask, bias, scale)
+
+
+def extended(past, new, room):
+    """past (B, H, P, K) and new (B, H, T, K) in a row, and the room they stand in or None.
+
+    To copy all of the past for each new token takes a quarter of a tiny model's step, so the new is
+    written behind it where there is room. With gradients on it is copied: they need the past.
+    """
+    if torch.is_grad_enabled():
+        return torch.cat([past, new], dim=2), None
+    (B, H, P, K), S = past.shape, past.shape[2] + new.shape[2]
+    if room is None or room.shape[2] < S:
+        room = past.new_empty(B, H, S + 32 + P // 8, K)
+        room[:, :, :P] = past
+    room[:, :, P:S] = new
+    return room[:, :, :S], room
 
 
 class KVCache:
@@ -73,14 +89,15 @@ class KVCache:
 
     def __init__(self):
         self.entries = {}                # attention module -> (k, v), each (B, H, S, K)
+        self.rooms = {}                  # the same with room behind, where they are written
         self.length = 0                  # positions seen so far; masks and positions start here
         self.state = {}                  # name -> tensor (B, ...): what else a model remembers
 
     def append(self, layer, k, v):
         """Add k, v (B, H, T, K) to the layer's entry; returns all of it, (B, H, S, K)."""
         if layer in self.entries:
-            past_k, past_v = self.entries[layer]
-            k, v = torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2)
+            rooms = self.rooms.get(layer, (None, None))
+            (k, v), self.rooms[layer] = zip(*map(extended, self.entries[layer], (k, v), rooms))
         self.entries[layer] = k, v
         self.length = k.shape[2]
         return k, v
@@ -93,13 +110,19 @@ class KVCache:
 
     def reorder(self, rows):
         """Keep these batch rows in this order: rows (B',) int64, as beam search chooses them."""
-        self.entries = {layer: (k[rows], v[rows]) for layer, (k, v) in self.entries.items()}
+        for layer, entry in self.entries.items():
+            rooms = [None if room is None else room[rows]
+                     for room in self.rooms.get(layer, (None, None))]
+            self.entries[layer] = tuple(x[rows] if room is None else room[:, :, :x.shape[2]]
+                                        for x, room in zip(entry, rooms))
+            self.rooms[layer] = rooms
         self.state = {name: value[rows] for name, value in self.state.items()}
 
     def select(self, rows):
         """A new cache of these batch rows in this order; rows (B',) int64 may repeat."""
         new = KVCache()
-        new.entries, new.length, new.state = self.entries, self.length, self.state
+        new.entries, new.rooms = dict(self.entries), dict(self.rooms)
+        new.length, new.state = self.length, self.state
         new.reorder(rows)
         return new
 

@@ -77,6 +77,10 @@ class Shapes:
         """Whether every statement of the text holds in the scene; False for any other text."""
         return scenes.is_true(text, scene)
 
+    def describes(self, text, scene):
+        """Whether the text is true and names at least one object by colour and shape."""
+        return scenes.is_true(text, scene) and scenes.names_an_object(text)
+
     def interleaved(self, kind, rng, split="train", **more):
         """A sample of pages, questions, episodes, clips: `readings.interleaved`, as this world's
         dials say."""

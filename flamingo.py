@@ -1,0 +1,599 @@
+"""Flamingo: a frozen vision tower and a frozen language model, and what is learned between them.
+
+Flamingo: a Visual Language Model for Few-Shot Learning (Alayrac et al., 2022).
+
+    pictures -> frozen ViT -> resampler: a few latents for each picture or clip ---+ keys, values
+                                                                                   |
+    <image> words <eoc> -> frozen embed -> [ gated block -> frozen block ] x L -> frozen head
+
+    python train.py clip && python train.py lm && python train.py flamingo
+    python flamingo.py runs/flamingo caption PICTURE
+    python flamingo.py runs/flamingo answer PICTURE "what colour is the circle?"
+"""
+import dataclasses
+import random
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import clip
+from common import checkpoint, cli, evaluation, language, losses, masks
+from common.conversation import ANSWER, OUTPUT, Segment, collate, render
+from common.data import Drawn
+from common.generation import generate, rank
+from common.images import centre_crop, normalise, open_frames, open_image, sheet, to_tensor
+from common.language import LanguageConfig, LanguageModel
+from common.tokenizers import BOS, EOC, EOS, IMAGE
+from common.transformer import MLP, Attention, LayerNorm, gelu, squared_relu
+
+ACTIVATIONS = {"squared_relu": squared_relu, "gelu": gelu}
+RESAMPLERS = ("perceiver", "mlp")
+PLACEMENTS = {"paper": lambda i, every: i % every == 0,
+              "openflamingo": lambda i, every: (i + 1) % every == 0}
+
+
+@dataclass
+class FlamingoConfig:
+    """The two frozen models' own configs, and the sizes of what is learned."""
+    vision: dict = field(default_factory=lambda: dataclasses.asdict(clip.PRESETS["tiny"]))
+    language: dict = field(default_factory=lambda: dataclasses.asdict(language.PRESETS["tiny"]))
+    skip: int = 1                        # last blocks of the vision tower that are left out
+    resampler: str = "perceiver"         # or mlp, the paper's ablation: every token, each alone
+    latents: int = 8                     # visual tokens of a picture or clip
+    resampler_layers: int = 2
+    resampler_heads: int = 4
+    resampler_head_width: int = 32
+    frames: int = 8                      # of a clip in training; 0: no frame embeddings
+    every: int = 1                       # a gated block before every so many blocks
+    placement: str = "paper"             # block 0 first; openflamingo: block every - 1 first
+    heads: int = 5                       # of a gated block
+    head_width: int = 32
+    act: str = "squared_relu"            # OpenFlamingo has gelu
+    gate: float = 0.0                    # what both gates start at, before their tanh
+    latest: bool = True                  # text attends to the latest picture alone, not to all
+    next_image: float = 0.5              # how often training lets text see the next one instead
+
+    def __post_init__(self):
+        for name, kinds in (("resampler", RESAMPLERS), ("placement", PLACEMENTS),
+                            ("act", ACTIVATIONS)):
+            if getattr(self, name) not in kinds:
+                raise ValueError(f"{name}={getattr(self, name)} is not one of {', '.join(kinds)}")
+        for name, value in vars(self).items():
+            least = 0 if name in ("frames", "skip") else 1
+            if type(value) is int and value < least:
+                raise ValueError(f"{name}={value}: must be at least {least}")
+        if not 0 <= self.next_image <= 1:
+            raise ValueError(f"next_image={self.next_image}: a probability is in [0, 1]")
+
+    @property
+    def image_size(self):
+        """Pixels of a side, the vision tower's."""
+        return self.vision["image_size"]
+
+    @property
+    def context(self):
+        """The most tokens, the language model's."""
+        return self.language["context"]
+
+
+def paper(layers, width, every):
+    """A size of the paper's Table 5: heads are 128 wide, 96 in the resampler.
+
+    Its vision tower is an NFNet-F6 with 1,536 channels, which has no place here: a ViT of that
+    width stands for it. What is learned counts 1.16B + 170M, 1.80B + 170M and 8.36B + 170M
+    parameters by the formula of these layers; the table says 1.2B, 1.6B and 10B + 194M.
+    """
+    vision = dict(dataclasses.asdict(clip.PRESETS["ViT-L/14"]), vision_width=1536, vision_heads=24)
+    words = LanguageConfig(kind="gpt2", vocab=32000, context=2048, width=width, layers=layers,
+                           heads=width // 128, kv_heads=width // 128, hidden=4 * width)
+    return FlamingoConfig(
+        vision=vision, language=dataclasses.asdict(words), skip=0, latents=64,
+        resampler_layers=6, resampler_heads=16, resampler_head_width=96, every=every,
+        heads=width // 128, head_width=128)
+
+
+PRESETS = {
+    "tiny": FlamingoConfig(),
+    "small": FlamingoConfig(
+        vision=dataclasses.asdict(clip.PRESETS["small"]),
+        language=dataclasses.asdict(language.PRESETS["small"]), latents=32, resampler_layers=4,
+        resampler_heads=6, resampler_head_width=64, every=2, heads=8, head_width=64),
+    "3B": paper(24, 2048, every=1),
+    "9B": paper(40, 4096, every=4),
+    "80B": paper(80, 8192, every=7),
+}
+
+TRAINS = {"flamingo": ("resampler.*", "gated.*", "lm.new.*")}
+
+
+# ------------------------------------------------------------------ the resampler
+
+class ResamplerLayer(nn.Module):
+    """Latents read the picture and one another, then an MLP (paper, Figure 5)."""
+
+    def __init__(self, *, width, heads, head_width, act):
+        super().__init__()
+        self.media_norm, self.latents_norm = LayerNorm(width), LayerNorm(width)
+        self.attn = Attention(width=width, heads=heads, head_width=head_width,
+                              context_width=width, bias=False)
+        self.mlp_norm, self.mlp = LayerNorm(width), MLP(width=width, act=act, bias=False)
+
+    def forward(self, latents, media):
+        """latents (B, Q, D), media (B, S, D) -> new latents (B, Q, D)."""
+        own = self.latents_norm(latents)
+        latents = latents + self.attn(own, torch.cat([self.media_norm(media), own], dim=1))
+        return latents + self.mlp(self.mlp_norm(latents))
+
+
+class Resampler(nn.Module):
+    """Any number of features of one picture or clip -> Q latents (paper, 2.1 and A.1.1).
+
+    Each picture or clip is resampled on its own. frames: learned embeddings, one a frame, 0: none.
+    """
+
+    def __init__(self, *, width, latents, layers, heads, head_width, frames, act):
+        super().__init__()
+        self.latents = nn.Parameter(torch.randn(latents, width))
+        self.frames = nn.Parameter(torch.randn(frames, width) * 0.02) if frames else None
+        self.layers = nn.ModuleList(
+            ResamplerLayer(width=width, heads=heads, head_width=head_width, act=act)
+            for _ in range(layers))
+        self.norm = LayerNorm(width)
+
+    def forward(self, features):
+        """features float (B, N, F, S, D) of N pictures or clips -> (B, N, Q, D)."""
+        B, N = features.shape[:2]
+        media = add_frames(features, self.frames).flatten(2, 3).flatten(0, 1)     # (B*N, F*S, D)
+        latents = self.latents.to(media.dtype).expand(B * N, -1, -1)
+        for layer in self.layers:
+            latents = layer(latents, media)
+        return self.norm(latents).unflatten(0, (B, N))
+
+
+class MLPResampler(nn.Module):
+    """The ablation's: every feature through one MLP by itself; none is left out (paper, 3.3)."""
+
+    def __init__(self, *, width, frames, act):
+        super().__init__()
+        self.frames = nn.Parameter(torch.randn(frames, width) * 0.02) if frames else None
+        self.mlp_norm, self.mlp = LayerNorm(width), MLP(width=width, act=act, bias=False)
+        self.norm = LayerNorm(width)
+
+    def forward(self, features):
+        """features float (B, N, F, S, D) -> (B, N, F*S, D)."""
+        x = add_frames(features, self.frames).flatten(2, 3)
+        return self.norm(x + self.mlp(self.mlp_norm(x)))
+
+
+def add_frames(features, table):
+    """The same learned vector for every feature of a frame, told apart by time alone.
+
+    features (B, N, F, S, D), table (frames, D) or None. A clip of more or fewer frames takes the
+    table stretched linearly from its first row to its last (paper, B.1.2); a picture takes row 0.
+    """
+    if table is None:
+        return features
+    F_ = features.shape[2]
+    if F_ > 1 and F_ != len(table):
+        table = F.interpolate(table.T[None], size=F_, mode="linear", align_corners=True)[0].T
+    return features + table[:F_, None].to(features.dtype)             # (F, 1, D)
+
+
+# ------------------------------------------------------------------ the gated block
+
+class GatedBlock(nn.Module):
+    """Cross-attention to the pictures and an MLP, each behind its own tanh gate (paper, Figure 4).
+
+    At a gate of 0 the block is the identity, so that training starts from the language model as it
+    is; its own weights get their first gradient when the gates have moved.
+    """
+
+    def __init__(self, *, width, context_width, heads, head_width, act, gate):
+        super().__init__()
+        self.attn_norm, self.mlp_norm = LayerNorm(width), LayerNorm(width)
+        self.attn = Attention(width=width, heads=heads, head_width=head_width,
+                              context_width=context_width, bias=False)
+        self.mlp = MLP(width=width, act=act, bias=False)
+        self.attn_gate = nn.Parameter(torch.full((1,), float(gate)))
+        self.mlp_gate = nn.Parameter(torch.full((1,), float(gate)))
+
+    def forward(self, x, visual, mask, cache=None):
+        """x (B, T, D), visual (B, N*Q, C), mask bool (B, 1, T, N*Q) -> (B, T, D).
+
+        Where the mask has no True the attention adds exactly 0; the MLP applies to every position.
+        """
+        seen = self.attn(self.attn_norm(x), visual, mask=mask, cache=cache)
+        x = x + self.attn_gate.tanh() * seen
+        return x + self.mlp_gate.tanh() * self.mlp(self.mlp_norm(x))
+
+
+# ------------------------------------------------------------------ the model
+
+class Flamingo(nn.Module):
+    """The two frozen models with a resampler and gated blocks between them (paper, Figure 3)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, c, act = config, config, ACTIVATIONS[config.act]
+        self.vision = clip.image_tower(clip.CLIPConfig(**c.vision))
+        self.lm = LanguageModel(LanguageConfig(**c.language))
+        self.lm.add_tokens((IMAGE, EOC))
+        width = self.vision.width
+        if c.resampler == "mlp":
+            self.resampler = MLPResampler(width=width, frames=c.frames, act=act)
+        else:
+            self.resampler = Resampler(
+                width=width, latents=c.latents, layers=c.resampler_layers, frames=c.frames,
+                heads=c.resampler_heads, head_width=c.resampler_head_width, act=act)
+        self.gated = nn.ModuleDict({
+            str(i): GatedBlock(width=self.lm.config.width, context_width=width, heads=c.heads,
+                               head_width=c.head_width, act=act, gate=c.gate)
+            for i in range(len(self.lm.blocks)) if PLACEMENTS[c.placement](i, c.every)})
+
+    def look(self, images):
+        """Pictures uint8 (B, N, F, 3, H, W), clips of F frames or F = 1 -> tokens (B, N, Q, D).
+
+        The frozen tower runs without gradients: nothing before it learns.
+        """
+        learns = any(p.requires_grad for p in self.vision.parameters())
+        with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
+            x = normalise(images.flatten(0, 2))
+            x = self.vision.grid(x, self.config.skip)                 # (B*N*F, S, D)
+        return self.resampler(x.unflatten(0, images.shape[:3]))
+
+    def read(self, ids, mask=None, cache=None, last=False, *, visual, following=None):
+        """Logits of interleaved text: ids int64 (B, T) -> (B, T, V); last: (B, 1, V).
+
+        visual (B, N, Q, D): what `look` made of each row's pictures, in the order of their tags;
+        rows with fewer end in padding. mask, cache: as for the language model. following bool
+        (B,): rows whose text sees the next picture. Raises ValueError for more tags than pictures.
+        """
+        tags, N, Q = ids == IMAGE, visual.shape[1], visual.shape[2]
+        before = 0 if cache is None else cache.state.get("pictures", 0)
+        pictures = masks.picture_of(tags, before, None if following is None else following[:, None])
+        if cache is not None:            # in each row: a new token belongs to the last tag before it
+            cache.state["pictures"] = before + tags.sum(dim=1, keepdim=True)
+        if pictures.numel() and pictures.max() > N:
+            raise ValueError(f"a text with {int(pictures.max())} <image> tags, but {N} pictures")
+        seen = masks.media(pictures, N, Q, self.config.latest)
+        visual = visual.flatten(1, 2)                                 # (B, N*Q, D)
+        x, places = self.lm.place(self.lm.embed(ids), mask, cache)
+        for i, block in enumerate(self.lm.blocks):
+            if str(i) in self.gated:
+                x = self.gated[str(i)](x, visual, seen, cache)
+            x = block(x, **places)
+        return self.lm.head(x[:, -1:] if last else x)
+
+    def forward(self, batch, gather=losses.alone, cached=None):
+        """{"images", "ids", "labels", "following", "weight"} -> {"lm": scalar, in nats}.
+
+        images uint8 (B, N, F, 3, H, W); ids, labels int64 (B, T); following bool (B,); weight: the
+        data set's, a scalar. cached: the step's label count, from `accumulate`.
+        """
+        count = losses.label_count([batch["labels"]], gather) if cached is None else cached
+        logits = self.read(batch["ids"], visual=self.look(batch["images"]),
+                           following=batch["following"])
+        loss = losses.next_token_loss(logits, batch["labels"], count=count)
+        return {"lm": batch["weight"] * loss}
+
+    def accumulate(self, batches, gather=losses.alone):
+        """Micro-batches of one or more data sets -> for each its own data set's label count.
+
+        So that a step's loss is the weighted sum, over the data sets, of the mean over each one's
+        tokens (paper, 2.4): gradients of all data sets in every step, not of one after another.
+        """
+        sets = [int(batch["dataset"]) for batch in batches]
+        counts = {s: losses.label_count([b["labels"] for b, own in zip(batches, sets) if own == s],
+                                        gather) for s in sorted(set(sets))}
+        return [counts[s] for s in sets]
+
+    def after_step(self, step):
+        """Nothing to keep in bounds: tanh does."""
+
+    @torch.no_grad()
+    def evaluate(self, data, count=400):
+        """Captions, and of a world with more: questions, clips, shots -> {name: number}."""
+        pupil, world = Pupil(self, data.collate, data.device), data.world
+
+        def write(records):
+            return pupil.write([{"images": [r["images"][:1]], "texts": [(OUTPUT, "")]}
+                                for r in records])
+        figures = evaluation.captions(world, write, count)
+        if hasattr(world, "interleaved"):
+            for asks in (about_two, about_questions, about_clips, about_shots):
+                figures |= asks(pupil, world, count)
+            figures |= self.text_perplexity(data, [world.reading(random.Random(f"flamingo/{i}"))
+                                                   for i in range(count)])
+        return figures
+
+    def text_perplexity(self, data, texts):
+        """How well text without a picture is predicted, by all of it and by the LM alone."""
+        ids = data.ids(texts)
+        none = torch.zeros(len(ids), 1, 1, self.vision.width, device=ids.device)
+        labels = language.unpadded(ids, self.lm.config.pad)
+        whole, alone = (losses.next_token_loss(logits, labels).exp().item() for logits in (
+            self.read(ids, visual=none), self.lm(ids)))
+        return {"perplexity": whole, "perplexity_lm": alone}
+
+    @torch.no_grad()
+    def samples(self, data, count=6):
+        """A picture for people: captions of unseen pictures, and what a few shots teach."""
+        pupil, world = Pupil(self, data.collate, data.device), data.world
+        records = [world.record("test", i) for i in range(count)]
+        said = pupil.write([{"images": [r["images"][:1]], "texts": [(OUTPUT, "")]}
+                            for r in records])
+        rows = [("", r["images"][0], [(None, text, evaluation.describes(world, text, r["source"]))])
+                for r, text in zip(records, said)]
+        if hasattr(world, "interleaved"):
+            shown = draws(world, "episode", count, shots=4)
+            chosen = pupil.choose(asked(shown), [s["candidates"] for s in shown])
+            for sample, choice in zip(shown, chosen):
+                answer = sample["candidates"][choice]
+                *shots, (query, _) = zip(sample["images"], sample["texts"])
+                rows.append(("", query[0], [(None, answer, answer == sample["answer"])] + [
+                    (frames[0], learned, None) for frames, (_, learned) in shots]))
+        return sheet(f"Unseen {world.name}: a picture and the caption written for it; then a "
+                     "picture, the label chosen for it, and the shots that told the labels.", rows)
+
+
+# ------------------------------------------------------------------ data
+
+def segments(texts, shown=None, end=True):
+    """An interleaved text: for each picture <image>, what is told, what is learned, <eoc>.
+
+    texts: [(told, learned), ...]; shown: whether a picture stands before each (None: before all).
+    With end the whole is closed by <eos>; without, it is a prompt: the last text's `learned` is
+    left out. Nothing is learned of <image>; <eoc> is (paper, Figure 7).
+    """
+    parts = [Segment((BOS,))]
+    for number, (told, learned) in enumerate(texts):
+        parts += [Segment((IMAGE,))] if shown is None or shown[number] else []
+        parts.append(Segment(told))
+        if end or number + 1 < len(texts):
+            parts += [Segment(learned, learn=True), Segment((EOC,), learn=True)]
+    return parts + [Segment((EOS,))] if end else parts
+
+
+class Pages:
+    """Collate interleaved samples, {"images": [[frame, ...], ...], "texts": [(told, learned), ...]}.
+
+    Records with "texts" of plain strings are pictures with a caption. number, weight: of the data
+    set, for `Flamingo.accumulate`. next_image: how often text sees the next picture.
+    """
+
+    def __init__(self, tokenizer, config, number=0, weight=1.0, next_image=0.0):
+        self.tokenizer, self.context, self.image_size = tokenizer, config.context, config.image_size
+        self.number, self.weight, self.next_image = number, weight, next_image
+
+    def images(self, samples):
+        """uint8 (B, N, F, 3, H, W), rows with fewer pictures than N filled up with black."""
+        blank = torch.zeros(len(samples[0]["images"][0]), 3, self.image_size, self.image_size,
+                            dtype=torch.uint8)
+        lengths = {len(frames) for sample in samples for frames in sample["images"]}
+        if len(lengths) > 1:
+            raise ValueError(f"clips of {' and '.join(map(str, sorted(lengths)))} frames together: "
+                             "pictures and clips of one prompt or batch need equally many")
+        rows = [[to_tensor([centre_crop(frame, self.image_size) for frame in frames])
+                 for frames in sample["images"]] for sample in samples]
+        most = max(map(len, rows))
+        return torch.stack([torch.stack(row + [blank] * (most - len(row))) for row in rows])
+
+    def __call__(self, records, rngs):
+        """Samples and their rngs -> the batch of `Flamingo.forward`."""
+        samples = [as_sample(record, rng) for record, rng in zip(records, rngs)]
+        rows = [render(segments(s["texts"]), self.tokenizer, self.context) for s in samples]
+        batch = collate(rows)
+        following = [rng.random() < self.next_image for rng in rngs]
+        return {"images": self.images(samples), "ids": batch["ids"], "labels": batch["labels"],
+                "following": torch.tensor(following), "weight": torch.tensor(self.weight),
+                "dataset": torch.tensor(self.number)}
+
+
+def as_sample(record, rng):
+    """A picture with captions as a sample with one of them; a sample as it is."""
+    if isinstance(record["texts"][0], tuple):
+        return record
+    return {"images": [record["images"][:1]], "texts": [(OUTPUT, f" {rng.choice(record['texts'])}")]}
+
+
+# Of every step's samples so many parts, and what a data set's mean loss counts: interleaved pages
+# and episodes stand for M3W, captions and questions for ALIGN and LTIP, clips for VTP.
+DATASETS = {"document": (2, 1.0), "episode": (2, 1.0), "caption": (2, 1.0), "question": (1, 0.5),
+            "clip": (1, 0.5)}
+
+
+def feeds(world, tokenizer, config):
+    """What Flamingo learns from: the world's data sets, else its pictures with their texts."""
+    if not hasattr(world, "interleaved"):
+        return [(world, Pages(tokenizer, config), 1)]
+
+    def drawn(kind):
+        return Drawn(world, lambda split, rng: world.interleaved(kind, rng))
+    return [(drawn(kind), Pages(tokenizer, config, number, weight, config.next_image), share)
+            for number, (kind, (share, weight)) in enumerate(DATASETS.items())]
+
+
+# ------------------------------------------------------------------ prompts and answers
+
+def prompt(told, shots=()):
+    """A few-shot prompt (paper, A.2): shots and the query -> the texts for `segments`, pictures.
+
+    told: the query's words, "output:" or "question: ... answer:". shots: (frames, told, answer)
+    each; frames None: a shot in words alone, two of which are the paper's "0 shots". Returns
+    ([(told, learned)], [whether a picture stands before it]), the query last.
+    """
+    texts = [(words, f" {answer}") for _, words, answer in shots] + [(told, "")]
+    return texts, [frames is not None for frames, _, _ in shots] + [True]
+
+
+def rices(query, support, count):
+    """Which shots to show (RICES; paper, A.2): the most similar ones, the best one last.
+
+    query (D,), support (M, D): frozen vision features -> int64 (count,), by rising cosine.
+    """
+    cosines = F.normalize(support, dim=-1) @ F.normalize(query, dim=-1)
+    return cosines.topk(min(count, len(support))).indices.flip(0)
+
+
+class Pupil:
+    """A Flamingo asked with a tokenizer: prompts in, texts or scores out."""
+
+    def __init__(self, model, collate, device="cpu"):
+        self.model, self.pages, self.device = model, collate, device
+        self.tokenizer = collate.tokenizer
+
+    def read(self, samples, texts=None, shown=None):
+        """Samples and the texts that are shown of them -> ids, mask, {"visual"}: for `generate`."""
+        texts = texts or [sample["texts"] for sample in samples]
+        shown = shown or [None] * len(samples)
+        rows = [render(segments(t, s, end=False), self.tokenizer) for t, s in zip(texts, shown)]
+        batch = collate(rows, side="left")
+        visual = self.model.look(self.pages.images(samples).to(self.device))
+        return batch["ids"].to(self.device), batch["mask"].to(self.device), {"visual": visual}
+
+    @torch.inference_mode()
+    def write(self, samples, tokens=24, beams=1, rows=256, **how):
+        """What the model says next, a string for each sample; its last text stays open."""
+        said = []
+        for k in range(0, len(samples), rows):
+            ids, mask, state = self.read(samples[k:k + rows], **{
+                name: value[k:k + rows] for name, value in how.items()})
+            new = generate(self.model.read, ids, mask, tokens=tokens, beams=beams, state=state,
+                           stop=(EOC, EOS), context=self.model.config.context)
+            said += [self.tokenizer.decode(row).strip() for row in new.tolist()]
+        return said
+
+    @torch.inference_mode()
+    def choose(self, samples, candidates, rows=256):
+        """Which answer is the likeliest: candidates, a list of strings a sample -> their indices.
+
+        Each candidate is scored with the <eoc> that ends it.
+        """
+        chosen = []
+        for k in range(0, len(samples), rows):
+            part, answers = samples[k:k + rows], candidates[k:k + rows]
+            ids, mask, state = self.read(part)
+            made = [[self.tokenizer.encode(f" {a}") + [EOC] for a in own] for own in answers]
+            longest = max(len(a) for own in made for a in own)
+            table = torch.tensor([[a + [-100] * (longest - len(a)) for a in own] for own in made])
+            scores = rank(self.model.read, ids, table.to(self.device), mask, state=state,
+                          context=self.model.config.context)
+            chosen += scores.argmax(dim=1).tolist()
+        return chosen
+
+
+# ------------------------------------------------------------------ what it is asked
+
+def draws(world, kind, count, split="test", **more):
+    """Samples of a kind that are the same in every evaluation."""
+    return [world.interleaved(kind, random.Random(f"flamingo/{kind}/{i}"), split, **more)
+            for i in range(count)]
+
+
+def asked(samples, upto=None):
+    """The samples as prompts: their texts up to number `upto` (None: the last), that one open."""
+    ends = [len(s["texts"]) if upto is None else s[upto] + 1 for s in samples]
+    return [s | {"images": s["images"][:end], "texts": s["texts"][:end]}
+            for s, end in zip(samples, ends)]
+
+
+def exact(said, samples):
+    """The fraction of answers that are the sample's, word for word."""
+    return sum(text == sample["answer"] for text, sample in zip(said, samples)) / len(samples)
+
+
+def about_questions(pupil, world, count):
+    """Questions on one picture, with the right one and a wrong one, and on one of several."""
+    samples = draws(world, "question", count)
+    said = pupil.write(asked(samples), tokens=6)
+    others = [s | {"images": o["images"]} for s, o in zip(samples, samples[1:] + samples[:1])]
+    figures = {"vqa_accuracy": exact(said, samples),
+               "vqa_accuracy_blind": exact(pupil.write(asked(others), tokens=6), samples)}
+    for kind in sorted({s["kind"] for s in samples}):
+        own = [(text, s) for text, s in zip(said, samples) if s["kind"] == kind]
+        figures[f"vqa_accuracy/{kind}"] = exact(*zip(*own))
+    pages = draws(world, "document", count, images=3)
+    return figures | {"document_accuracy": exact(pupil.write(asked(pages, "at"), tokens=6), pages)}
+
+
+def about_clips(pupil, world, count):
+    """Questions that the order of a clip's frames decides; the same with the frames shuffled."""
+    samples, longer = draws(world, "clip", count), draws(world, "clip", count, frames=16)
+    mixed = [s | {"images": [random.Random(i).sample(s["images"][0], len(s["images"][0]))]}
+             for i, s in enumerate(samples)]
+    named = {"clip_accuracy": samples, "clip_accuracy_16_frames": longer,
+             "clip_accuracy_shuffled": mixed}
+    figures = {name: exact(pupil.write(asked(own), tokens=6), own) for name, own in named.items()}
+    return figures | {"clip_accuracy_chance": 0.5}
+
+
+def about_shots(pupil, world, count, shots=(0, 2, 4, 8)):
+    """Episodes whose labels only the shots tell, ranked; with the shots' labels shuffled, chance."""
+    def share(**how):
+        samples = draws(world, "episode", count, **how)
+        chosen = pupil.choose(asked(samples), [s["candidates"] for s in samples])
+        return sum(s["candidates"][c] == s["answer"] for s, c in zip(samples, chosen)) / count
+    figures = {f"shots_{k}": share(shots=k) for k in shots}
+    return figures | {f"shots_{shots[-1]}_shuffled": share(shots=shots[-1], shuffled=True),
+                      "shots_chance": 0.5}
+
+
+def about_two(pupil, world, count):
+    """With two pictures before it, whose caption is written: the nearer one's or the first one's?"""
+    records = [world.record(world.zero_shot, i) for i in range(count)]
+    pairs = list(zip(records, records[1:] + records[:1]))
+    said = pupil.write([{"images": [a["images"], b["images"]],
+                         "texts": [(OUTPUT, f" {a['texts'][0]}"), (OUTPUT, "")]} for a, b in pairs])
+    fits = [[world.describes(text, record["source"]) for record in pair]
+            for text, pair in zip(said, pairs)]
+    return {"two_pictures_first": sum(first for first, _ in fits) / count,
+            "two_pictures_nearest": sum(nearest for _, nearest in fits) / count}
+
+
+# ------------------------------------------------------------------ using a trained model
+
+def from_pretrained(path):
+    """A Pupil of the Flamingo in a run folder. Raises ValueError in one line when it is none."""
+    config, tokenizer, weights = checkpoint.open_run(path, "flamingo")
+    try:
+        model = Flamingo(FlamingoConfig(**config))
+    except TypeError as error:
+        raise ValueError(f"{path}: a config of another version ({error})") from None
+    checkpoint.load_weights(model, weights, path)
+    return Pupil(model.eval(), Pages(tokenizer, model.config))
+
+
+def ask(run, image, told, shots=()):
+    """Print what the model says of a picture or clip after `told`, by a beam search of 3."""
+    pupil = from_pretrained(run)
+    shots = [(open_frames(path), words, answer) for path, words, answer in shots]
+    images = [frames for frames, _, _ in shots] + [open_frames(image)]
+    texts, shown = prompt(told, shots)
+    print(pupil.write([{"images": images, "texts": texts}], beams=3, shown=[shown])[0])
+
+
+def caption(run, image):
+    """Print a caption of a picture, or of a clip: an animation, or a folder of frames."""
+    ask(run, image, OUTPUT)
+
+
+def answer(run, image, question, shot=()):
+    """Print the answer to a question on a picture or clip, after examples if any are given."""
+    ask(run, image, ANSWER.format(question),
+        [(path, ANSWER.format(words), said) for path, words, said in shot])
+
+
+def main():
+    """The command line: caption and answer."""
+    commands = cli.Commands(__doc__)
+    commands.add(caption, image="a picture, an animation or a folder of frames")
+    commands.add(answer, image="a picture, an animation or a folder of frames",
+                 question="in quotes",
+                 shot="--IMAGE QUESTION ANSWER: an example first; may be given again")
+    return commands.run()
+
+
+if __name__ == "__main__":
+    cli.run(main)
