@@ -208,30 +208,46 @@ class TestForward:
 
 
 class TestCache:
+    @pytest.mark.parametrize("gradients", ["on", "off", "by turns"])
     @pytest.mark.parametrize("padded", [False, True])
     @pytest.mark.parametrize("chunks", [[1] * T, [10, 1], [7, 4], [3, 1, 5, 2], [2, 9]], ids=str)
-    def test_in_chunks_it_is_what_it_is_in_one(self, kind, padded, chunks):
+    def test_in_chunks_it_is_what_it_is_in_one(self, kind, padded, chunks, gradients):
         lm, ids = model(kind), random_ids(3, T)
         mask = torch.ones(3, T, dtype=torch.bool)
         if padded:
             mask[1, :2], mask[2, :5] = False, False
         whole, cache, parts, past = lm(ids, mask if padded else None), KVCache(), [], 0
-        for n in chunks:
+        for number, n in enumerate(chunks):
             seen = mask[:, :past + n] if padded else None
-            parts.append(lm(ids[:, past:past + n], seen, cache))
+            on = gradients == "on" or gradients == "by turns" and number % 4 > 1
+            with torch.set_grad_enabled(on):
+                parts.append(lm(ids[:, past:past + n], seen, cache))
             past += n
         same(torch.cat(parts, dim=1)[mask], whole[mask])
 
-    def test_rows_may_be_chosen_repeated_and_leave_the_old_cache_alone(self, kind):
+    @pytest.mark.parametrize("gradients", [True, False])
+    def test_rows_may_be_chosen_repeated_and_leave_the_old_cache_alone(self, kind, gradients):
         lm, ids = model(kind), random_ids(3, T)
-        cache = KVCache()
-        lm(ids[:, :PAST], cache=cache)
-        cache.state["seen"] = torch.tensor([5, 6, 7])
-        rows = torch.tensor([2, 0, 0, 1])
-        chosen = cache.select(rows)
-        same(lm(ids[rows, PAST:], cache=chosen), lm(ids[rows])[:, PAST:])
-        assert chosen.state["seen"].tolist() == [7, 5, 5, 6]
-        same(lm(ids[:, PAST:], cache=cache), lm(ids)[:, PAST:])
+        cache, rows = KVCache(), torch.tensor([2, 0, 0, 1])
+        with torch.set_grad_enabled(gradients):
+            lm(ids[:, :3], cache=cache)
+            lm(ids[:, 3:PAST], cache=cache)
+            cache.state["seen"] = torch.tensor([5, 6, 7])
+            chosen = cache.select(rows)
+            for k in range(PAST, T):
+                same(lm(ids[rows, k:k + 1], cache=chosen), lm(ids[rows])[:, k:k + 1])
+            assert chosen.state["seen"].tolist() == [7, 5, 5, 6]
+            same(lm(ids[:, PAST:], cache=cache), lm(ids)[:, PAST:])
+
+    def test_gradients_reach_what_was_cached(self, kind):
+        lm, ids = model(kind), random_ids(2, T)
+        cache, grads = KVCache(), []
+        for logits in (lm(ids)[:, -1], [lm(ids[:, k:k + 1], cache=cache) for k in range(T)][-1]):
+            lm.zero_grad()
+            logits.sum().backward()
+            grads.append([p.grad.clone() for p in lm.parameters()])
+        for a, b in zip(*grads):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 class TestNewTokens:
