@@ -213,7 +213,7 @@ class Run:
             if setting.partition("=")[0] in ("vocab", "eos"):
                 raise ValueError(f"--set {setting}: it belongs to the world's tokenizer")
         config = cli.changed(self.stage.file.PRESETS[options.preset], settings)
-        self.folder = RunFolder(options.out or self.default_folder(name))
+        self.folder = RunFolder(options.out or self.default_folder())
         config, self.frozen, self.tokenizer = self.open_parts(config)
         self.world = open_world(options.data, getattr(config, "image_size", 32), options.images,
                                 options.skip, options.shuffle)
@@ -294,9 +294,9 @@ class Run:
         recipe = dataclasses.replace(recipe, **{k: v for k, v in given.items() if v is not None})
         return dataclasses.replace(recipe, warmup=min(recipe.warmup, recipe.steps // 5))
 
-    def default_folder(self, stage):
+    def default_folder(self, stage=None):
         """RUNS/STAGE, with what is not the default added, so that no run hides another."""
-        parts = [stage]
+        parts = [stage or self.name]
         data, (kind, _, where) = self.options.data, self.options.data.partition(":")
         if kind in FORMATS:              # of a long path the file, of shards the folder
             where = Path(where).absolute()
