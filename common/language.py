@@ -371,7 +371,7 @@ def from_pretrained(path):
     if is_published(path):
         config, weights, tokenizer = pretrained.read(path)
     else:
-        config, tokenizer, weights = checkpoint.open_run(path, "common.language")
+        config, tokenizer, weights = checkpoint.open_run(path, "common.language", stage="lm")
         weights = {name.removeprefix("lm."): value for name, value in weights.items()}
     try:
         lm = LanguageModel(LanguageConfig(**config))

@@ -10,6 +10,7 @@ from torch import nn
 from common import losses
 from common.language import (PRESETS, TRAINS, LanguageConfig, LanguageModel, NewTokens, Pretraining,
                              perplexity, unpadded)
+from common.tokenizers import Tokenizer
 from common.transformer import KVCache, rms_norm
 from train import freeze, parameter_groups
 
@@ -396,3 +397,38 @@ class TestPerplexity:
         lm = model("gpt2")
         nn.init.zeros_(lm.token_embed.weight)
         assert perplexity(lm, random_ids(3, T)) == pytest.approx(V, rel=1e-5)
+
+
+class TestEvaluation:
+    class Data:
+        """What Pretraining asks of a data.View."""
+
+        def __init__(self):
+            self.tokenizer = Tokenizer.train(["a red circle", "two blue stars"], 400)
+
+        def records(self, split):
+            assert split == "test"
+            return [{"texts": [text, "never read"]} for text in (
+                "a red circle", "two blue stars", "a blue circle", "red stars", "two", "a")]
+
+        def ids(self, texts):
+            return self.tokenizer.batch(texts, 19)
+
+    def pre(self):
+        data = self.Data()
+        torch.manual_seed(0)
+        return Pretraining(LanguageConfig(**vars(KINDS["llama"]) | {
+            "vocab": len(data.tokenizer)})), data
+
+    def test_it_measures_the_perplexity_of_unseen_texts_beside_chance(self):
+        pre, data = self.pre()
+        figures = pre.evaluate(data)
+        ids = data.ids([record["texts"][0] for record in data.records("test")])
+        assert figures == {"perplexity": perplexity(pre.lm, ids),
+                           "perplexity_chance": len(data.tokenizer)}
+
+    def test_it_draws_what_it_writes(self):
+        pre, data = self.pre()
+        page = pre.samples(data)
+        assert page.mode == "RGB" and min(page.size) > 100
+        assert len(page.getcolors(1 << 24)) > 2
