@@ -179,6 +179,13 @@ class TestFiles:
         assert len(use) == 49408 and (use.bos, use.eos, use.pad) == (49406, 49407, 0)
         assert use.encode("a diagram") == [320, 22697]
 
+    @pytest.mark.parametrize("first", ["#version: 0.2\n", ""])
+    def test_the_line_of_the_version_is_there_or_not(self, tmp_path, first):
+        vocab, merges = small()
+        write_pair(tmp_path, vocab, merges)
+        (tmp_path / "merges.txt").write_text(first + "\r\n".join(map(" ".join, merges)))
+        assert list(BPE.load(tmp_path, CLIP).ranks) == merges[::-1]
+
     @pytest.mark.parametrize("joined", [True, False])
     def test_tokenizer_json_alone_is_enough(self, tmp_path, joined):
         vocab, merges = small(OPT)
@@ -217,7 +224,7 @@ class TestFiles:
             BPE.load(tmp_path, CLIP)
 
     @pytest.mark.parametrize("change", [lambda b: b[:-9], lambda b: b[:5], lambda b: b"not gzip",
-                                        lambda b: b[:30] + b"\xff\xff" + b[32:]])
+                                        lambda b: b[:10] + b"\xff" * 20 + b[30:]])
     def test_a_damaged_gzip_is_told(self, tmp_path, change):
         data = gzip.compress(random.Random(0).randbytes(999))
         (tmp_path / CLIP_FILE).write_bytes(change(data))

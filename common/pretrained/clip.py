@@ -5,6 +5,7 @@ The tables are data: their names left, ours right. What the files do not say is 
 weights need gelu except where the model's name ends in -quickgelu; see `read`.
 """
 import math
+import sys
 from pathlib import Path
 
 from common.bpe import BPE, CLIP
@@ -97,7 +98,8 @@ def read(path, act=None):
 
     path: a Hugging Face folder, or a file of OpenAI's or open_clip's with its vocabulary beside it.
     act: "gelu" or "quick_gelu", for files that cannot say it; without it an open_clip_config.json
-    beside the file decides, and where there is none it is quick_gelu, OpenAI's.
+    beside the file decides, and where there is none it is quick_gelu, OpenAI's; that is said on
+    stderr when the file is no TorchScript archive as OpenAI's are.
     Raises ValueError in one line for whatever is missing, damaged or of another model.
     """
     path = Path(path)
@@ -109,10 +111,10 @@ def read(path, act=None):
         said = hugging_face_config(folder)
     if said is None:
         fields, weights = openai(weights, path)
-        fields["act"] = open_clip_act(folder)
+        fields["act"] = act or open_clip_act(folder, path)
     else:
         fields, weights = hugging_face(weights, said, path)
-    fields |= {"act": act} if act else {}
+        fields["act"] = act or fields["act"]
     if len(tokenizer) > fields["vocab"]:
         raise ValueError(f"{folder}: a vocabulary of {len(tokenizer)} pieces, but the weights have "
                          f"rows for {fields['vocab']}")
@@ -201,10 +203,13 @@ def openai(weights, path):
     return fields | {"text_heads": heads(fields["text_width"], path)}, weights
 
 
-def open_clip_act(folder):
+def open_clip_act(folder, weights):
     """The activation that an open_clip_config.json names, else quick_gelu."""
     path = folder / "open_clip_config.json"
     if not path.is_file():
+        if not files.is_script(weights):
+            print(f"{weights}: taken for weights with quick_gelu; for open_clip's own put their "
+                  "open_clip_config.json beside it, or say act=\"gelu\"", file=sys.stderr)
         return "quick_gelu"
     said = strict_json.read_object(path).get("model_cfg")
     if not isinstance(said, dict):
