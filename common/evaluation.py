@@ -74,12 +74,12 @@ def captions(world, write, count=500):
 def retrieval_sheet(pool, count=6):
     """Sentences with the pictures found for them; below, pictures with the sentences found."""
     pictures = [record["images"][0] for record in pool.records]
-    count = min(count, len(pictures) // 2)
+    count, told_of_each = min(count, len(pictures) // 2), min(3, len(pictures))
     found = [(pool.texts[t], None, [(pictures[i], "", pool.is_true(t, i))
                                     for i in pool.scores[:, t].topk(count).indices.tolist()])
              for t in range(count)]
     told = [("", pictures[i], [(None, pool.texts[t], pool.is_true(t, i))
-                               for t in pool.scores[i].topk(3).indices.tolist()])
+                               for t in pool.scores[i].topk(told_of_each).indices.tolist()])
             for i in range(count, 2 * count)]
     return sheet(f"Unseen {pool.world.name}: a sentence, then the pictures found for it; below, a "
                  "picture, then the sentences found. Green is right, red is wrong.", found + told)

@@ -89,7 +89,7 @@ def lines(path, refuse):
 
 
 def table(path, refuse):
-    """The rows of a CSV file, lists of str; its cells are divided by | if its first line has one."""
+    """The rows of a CSV file, lists of str; | divides its cells if its first line has one."""
     text = (line for _, line in lines(path, refuse))
     first = next(text, "")
     form = {"delimiter": "|", "quoting": csv.QUOTE_NONE} if "|" in first else {}
@@ -288,7 +288,7 @@ def place_of(member, path, size):
 
 
 def read_slice(place, most):
-    """The bytes at (path, offset, size). Raises ValueError for more than `most`, or when cut off."""
+    """The bytes at (path, offset, size). Raises ValueError for more than `most`, or if cut off."""
     path, offset, size = place
     if size > most:
         raise ValueError(f"{shown(path)}: a member of more than {most:,} bytes")

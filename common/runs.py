@@ -70,7 +70,7 @@ class RunFolder:
                 file.write(json.dumps(line) + "\n")
 
     def refuse(self, step, reasons):
-        """Append to refused.jsonl what was passed over up to a step: once each, and not for ever."""
+        """Append to refused.jsonl what was passed over up to a step: once each, with an end."""
         path = self.path / "refused.jsonl"
         if distributed.rank() > 0 or not reasons:
             return
