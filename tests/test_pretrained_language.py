@@ -231,6 +231,13 @@ class TestFolders:
         lm.load_state_dict(translated(weights, fields(kind), "F"))
         assert torch.equal(trained.lm(ids), lm(ids))
 
+    def test_in_half_precision_it_writes_nearly_the_same_logits(self, tmp_path):
+        folder, ids = write_folder(tmp_path, "opt"), torch.tensor([[7, 9, 11]])
+        whole, half = from_pretrained(folder).lm, from_pretrained(folder, torch.bfloat16).lm
+        assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+        near = torch.cosine_similarity(whole(ids).flatten(), half(ids).float().flatten(), dim=0)
+        assert near > 0.99 and half.generate(ids, tokens=3).shape[0] == 1
+
     def test_llama_comes_with_a_sentencepiece_vocabulary(self, tmp_path):
         model = pieces()
         size = len(Pieces(model))
