@@ -1,6 +1,7 @@
 """What a run computes on: the device, its precision, its memory."""
 import contextlib
 import sys
+from pathlib import Path
 
 import torch
 
@@ -47,6 +48,10 @@ def peak_memory(device):
     """Megabytes at the highest: of the GPU, else of the process (0 where it has no count)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2 ** 20
+    status = Path("/proc/self/status")
+    if status.exists():                  # Linux's rusage begins with what a parent process had
+        line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
+        return int(line.split()[1]) / 2 ** 10
     if resource is None:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
