@@ -155,6 +155,7 @@ class Beams:
         self.writing, self.K, self.tokens, self.stop = writing, K, tokens, stop
         self.length_penalty, self.early_stopping = length_penalty, early_stopping
         writing.repeat(K)
+        self.prompt = writing.length     # up to here the beams of a row are alike
         self.ids = torch.full((B, K, tokens), pad, device=device)     # the beginnings
         # All beams begin alike: only the first may be continued, else each text comes K times.
         self.scores = torch.full((B, K), -torch.inf, device=device)
@@ -172,7 +173,7 @@ class Beams:
             rows, token = self.step(logs.unflatten(0, (-1, self.K)), n)
             if n + 1 == self.tokens or bool(self.closed.all()):
                 break
-            self.writing.cache.reorder(rows)
+            self.writing.cache.exchange(rows, self.prompt)
             seen = None if seen is None else seen[rows].scatter(1, token, True)
             self.writing.read(token)
         return self.texts[:, 0, :int(self.lengths[:, 0].max())]

@@ -118,6 +118,17 @@ class KVCache:
             self.rooms[layer] = rooms
         self.state = {name: value[rows] for name, value in self.state.items()}
 
+    def exchange(self, rows, since):
+        """`reorder` for rows that are alike before position `since`, as the beams of one prompt.
+
+        Only what came later is moved; what cross-attention reads is alike throughout.
+        """
+        if torch.is_grad_enabled():
+            return self.reorder(rows)
+        for room in (room for pair in self.rooms.values() for room in pair if room is not None):
+            room[:, :, since:self.length] = room[rows, :, since:self.length]
+        self.state = {name: value[rows] for name, value in self.state.items()}
+
     def select(self, rows):
         """A new cache of these batch rows in this order; rows (B',) int64 may repeat."""
         new = KVCache()

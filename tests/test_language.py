@@ -240,6 +240,20 @@ class TestCache:
             assert chosen.state["seen"].tolist() == [7, 5, 5, 6]
             same(lm(ids[:, PAST:], cache=cache), lm(ids)[:, PAST:])
 
+    @pytest.mark.parametrize("gradients", [True, False])
+    def test_beams_of_one_prompt_exchange_what_came_after_it(self, kind, gradients):
+        lm, cache, text = model(kind), KVCache(), random_ids(2, T).repeat_interleave(3, dim=0)
+        text[:, 5:] = random_ids(6, T)[:, 5:]
+        with torch.set_grad_enabled(gradients):
+            lm(text[:, :5], cache=cache)
+            for k in range(5, 9):
+                lm(text[:, k:k + 1], cache=cache)
+            cache.state["seen"] = torch.arange(6)
+            rows = torch.tensor([2, 0, 0, 4, 3, 5])
+            cache.exchange(rows, 5)
+            same(lm(text[rows, 9:], cache=cache), lm(text[rows])[:, 9:])
+        assert torch.equal(cache.state["seen"], rows)
+
     def test_gradients_reach_what_was_cached(self, kind):
         lm, ids = model(kind), random_ids(2, T)
         cache, grads = KVCache(), []
