@@ -214,6 +214,12 @@ class TestRefusedRecords:
                 assert part["later"][place] not in part["draw"]
         assert len(draws) >= 15 and len(seen) > 8
 
+    def test_each_has_a_stand_in_of_its_own(self):
+        bad = range(0, 53, 2)
+        steps = [self.batches(bad)[step][0] for step in range(4)]           # one epoch
+        draws = torch.cat([part["draw"] for part in steps]).tolist()
+        assert len(set(draws)) == len(draws) == 48
+
     @pytest.mark.parametrize("more", [{"world_size": 3}, {"world_size": 2, "accumulate": 3}])
     def test_processes_and_micro_batches_share_out_the_same_batch(self, more):
         ranks = more.pop("world_size")

@@ -247,6 +247,16 @@ class TestTar:
         assert [r["texts"] for r in records] == [["one"]]
         assert "a header of absurd size" in refused[0]
 
+    def test_headers_in_headers_and_folders_cost_one_shard(self, tmp_path):
+        spec = shards(tmp_path, [2])
+        (tmp_path / "01.tar").mkdir()
+        name = tarfile.TarInfo("long")
+        name.type, name.size = tarfile.GNUTYPE_LONGNAME, 512
+        (tmp_path / "02.tar").write_bytes((name.tobuf() + b"a" * 512) * 3000)
+        records, refused = found("tar", spec.partition(":")[2])
+        assert len(records) == 2
+        assert [reason.split(":")[0][-6:] for reason in refused] == ["01.tar", "02.tar"]
+
     def test_a_size_that_goes_backwards_does_not_go_round_for_ever(self, tmp_path):
         shards(tmp_path, [3])
         data = bytearray((tmp_path / "00.tar").read_bytes())
