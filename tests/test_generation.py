@@ -123,14 +123,16 @@ class TestGreedy:
         ids, mask, texts = prompts(5, 1, 3, 7, side=side)
         new, lengths = generate(lm, ids, mask, tokens=11, stop=(STOP, 3, 7, 9), pad=PAD), set()
         for row, text in zip(new, texts):
-            want = slow_greedy(lm, text, 11, torch.tensor([STOP, 3, 7, 9]))[0, text.shape[1]:].tolist()
+            whole = slow_greedy(lm, text, 11, torch.tensor([STOP, 3, 7, 9]))
+            want = whole[0, text.shape[1]:].tolist()
             assert row.tolist() == want + [PAD] * (new.shape[1] - len(want))
             lengths.add(len(want))
         assert new.dtype == torch.int64 and len(lengths) > 1          # rows end at different steps
 
     def test_it_goes_on_from_embeddings(self, kind):
         lm, (ids, mask, _) = model(kind), prompts(5, 1, 3)
-        assert torch.equal(generate(lm, lm.embed(ids), mask, tokens=7), generate(lm, ids, mask, tokens=7))
+        assert torch.equal(generate(lm, lm.embed(ids), mask, tokens=7),
+                           generate(lm, ids, mask, tokens=7))
 
     def test_each_token_is_fed_once(self, kind):
         lm, calls = model(kind), []
@@ -141,6 +143,11 @@ class TestGreedy:
             return lm(x, **arguments)
         generate(counted, prompts(5)[0], tokens=6)
         assert calls == [5, 1, 1, 1, 1, 1]      # the last token is never fed
+
+    def test_a_model_in_training_mode_writes_the_same(self, kind):
+        lm, (ids, mask, _) = model(kind), prompts(5, 1, 3)
+        want = generate(lm, ids, mask, tokens=7)
+        assert torch.equal(generate(lm.train(), ids, mask, tokens=7), want) and lm.training
 
     def test_a_second_prompt_knows_nothing_of_the_first(self, kind):
         lm, (ids, _, _), (other, _, _) = model(kind), prompts(5, seed=1), prompts(4, seed=2)
@@ -222,7 +229,8 @@ class TestClearErrors:
         ({"stop_strings": ("x",)}, "stop_strings need decode"),
         ({"repetition_penalty": -1.0}, "repetition_penalty=-1.0"),
         ({"beams": 2, "early_stopping": "soon"}, "early_stopping=soon"),
-        ({"context": 9, "tokens": 5}, "prompt of 5 tokens and 5 new ones are 10, but the context is 9")])
+        ({"context": 9, "tokens": 5},
+         "prompt of 5 tokens and 5 new ones are 10, but the context is 9")])
     def test_what_cannot_be_is_told(self, options, message):
         with pytest.raises(ValueError, match=message):
             generate(model(), prompts(5)[0], **options)
@@ -281,7 +289,7 @@ def every_text(lm, text, tokens, stop):
 class TestBeams:
     @pytest.mark.parametrize("length_penalty", [-1.0, 0.0, 1.0, 2.0])
     def test_wide_enough_it_finds_the_best_of_all_texts(self, length_penalty):
-        lm, (ids, mask, texts) = model(vocab=5), (None, None, [torch.tensor([[3, 4]]), torch.tensor([[4]])])
+        lm, texts = model(vocab=5), [torch.tensor([[3, 4]]), torch.tensor([[4]])]
         ids, mask = torch.tensor([[3, 4], [0, 4]]), torch.tensor([[True, True], [False, True]])
         new = generate(lm, ids, mask, tokens=4, stop=(STOP,), beams=70, pad=PAD,
                        length_penalty=length_penalty, early_stopping="never")
@@ -305,7 +313,8 @@ class TestBeams:
         beams = Beams(Writing(lm, *pad_left(ids, mask), 9, {}), 1, 9, torch.tensor([STOP]), PAD,
                       1.0, False)
         with torch.no_grad():
-            assert torch.equal(beams.search(), generate(lm, ids, mask, tokens=9, stop=(STOP,), pad=PAD))
+            greedy = generate(lm, ids, mask, tokens=9, stop=(STOP,), pad=PAD)
+            assert torch.equal(beams.search(), greedy)
 
     @pytest.mark.parametrize("length_penalty, best", [(0.0, [8, STOP]), (1.0, [9, 10, STOP])])
     def test_above_zero_the_length_penalty_favours_longer_texts(self, length_penalty, best):

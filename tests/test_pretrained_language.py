@@ -201,7 +201,7 @@ class TestConfigs:
         ("llama", {"vocab_size": "many"}, "vocab_size is 'many'"),
         ("llama", {"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'"),
         ("llama", {"eos_token_id": []}, "eos_token_id"),
-        ("gpt2", {"activation_function": "gelu"}, "activation_function is 'gelu', ours is gelu_new"),
+        ("gpt2", {"activation_function": "gelu"}, "_function is 'gelu', ours is gelu_new"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "ours is False"),
         ("gpt2", {"layer_norm_epsilon": 0}, "layer_norm_epsilon is 0"),
         ("opt", {"word_embed_proj_dim": 512}, "OPT-350m is built differently"),
@@ -259,8 +259,8 @@ class TestFolders:
         weights = weights_of("opt")
         weights["model.decoder.embed_tokens.weight"] = torch.randn(VOCAB - 1, WIDTH)
         write_folder(tmp_path, "opt", CONFIGS["opt"] | {"vocab_size": VOCAB - 1}, weights)
-        with pytest.raises(ValueError, match="a vocabulary of 259 pieces, but the weights have rows "
-                                             "for 258"):
+        with pytest.raises(ValueError, match="a vocabulary of 259 pieces, but the weights have "
+                                             "rows for 258"):
             read(tmp_path)
 
     def test_a_folder_without_weights_is_told(self, tmp_path):

@@ -296,7 +296,8 @@ class LanguageCase:
         for name, options in self.searches.items():
             new = model.generate(
                 input_ids=ids.where(REAL.flip(1), 1), attention_mask=REAL.flip(1).long(),
-                max_new_tokens=8, do_sample=False, eos_token_id=self.stop, pad_token_id=1, **options)
+                max_new_tokens=8, do_sample=False, eos_token_id=self.stop, pad_token_id=1,
+                **options)
             outputs[name] = new[:, T:]
         weights = {name: value for name, value in model.state_dict().items()
                    if name != "lm_head.weight" or not config.tie_word_embeddings}

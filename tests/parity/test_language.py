@@ -6,7 +6,8 @@ from common.language import PRESETS, LanguageConfig, LanguageModel
 from common.pretrained.language import read_model
 from tests.parity.cases import CASES, REAL, B, LanguageCase, T, load, randomise
 
-pytest.importorskip("transformers", reason="needs transformers: pip install -r tests/requirements.txt")
+pytest.importorskip("transformers",
+                    reason="needs transformers: pip install -r tests/requirements.txt")
 
 LANGUAGE = [case for case in CASES if isinstance(case, LanguageCase)]
 
