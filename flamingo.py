@@ -53,7 +53,7 @@ class FlamingoConfig:
     act: str = "squared_relu"            # OpenFlamingo has gelu
     gate: float = 0.0                    # what both gates start at, before their tanh
     latest: bool = True                  # text attends to the latest picture alone, not to all
-    next_image: float = 0.5              # how often training lets text see the next one instead
+    next_image: float = 0.5              # share of training's pages whose text sees the next one
 
     def __post_init__(self):
         for name, kinds in (("resampler", RESAMPLERS), ("placement", PLACEMENTS),
@@ -321,7 +321,7 @@ class Flamingo(nn.Module):
     def samples(self, data, count=6):
         """A picture for people: captions of unseen pictures, and what a few shots teach."""
         pupil, world = Pupil(self, data.collate, data.device), data.world
-        records = [world.record("test", i) for i in range(count)]
+        records = data.records("test")[:count]
         said = pupil.write([{"images": [r["images"][:1]], "texts": [(OUTPUT, "")]}
                             for r in records])
         rows = [("", r["images"][0], [(None, text, evaluation.describes(world, text, r["source"]))])
@@ -340,19 +340,21 @@ class Flamingo(nn.Module):
 
 # ------------------------------------------------------------------ data
 
-def segments(texts, shown=None, end=True):
+def segments(texts, shown=None, end=True, behind=False):
     """An interleaved text: for each picture <image>, what is told, what is learned, <eoc>.
 
     texts: [(told, learned), ...]; shown: whether a picture stands before each (None: before all).
+    behind: each picture stands behind its text, for rows in which text sees the next picture.
     With end the whole is closed by <eos>; without, it is a prompt: the last text's `learned` is
     left out. Nothing is learned of <image>; <eoc> is (paper, Figure 7).
     """
     parts = [Segment((BOS,))]
     for number, (told, learned) in enumerate(texts):
-        parts += [Segment((IMAGE,))] if shown is None or shown[number] else []
-        parts.append(Segment(told))
+        picture = [Segment((IMAGE,))] if shown is None or shown[number] else []
+        words = [Segment(told)]
         if end or number + 1 < len(texts):
-            parts += [Segment(learned, learn=True), Segment((EOC,), learn=True)]
+            words += [Segment(learned, learn=True), Segment((EOC,), learn=True)]
+        parts += words + picture if behind else picture + words
     return parts + [Segment((EOS,))] if end else parts
 
 
@@ -360,7 +362,8 @@ class Pages:
     """Collate interleaved samples, {"images": [[frame, ...], ...], "texts": [(told, learned), ...]}.
 
     Records with "texts" of plain strings are pictures with a caption. number, weight: of the data
-    set, for `Flamingo.accumulate`. next_image: how often text sees the next picture.
+    set, for `Flamingo.accumulate`. next_image: how often a page has its pictures behind their
+    texts, which then see the next one (paper, A.3.2).
     """
 
     def __init__(self, tokenizer, config, number=0, weight=1.0, next_image=0.0):
@@ -383,9 +386,10 @@ class Pages:
     def __call__(self, records, rngs):
         """Samples and their rngs -> the batch of `Flamingo.forward`."""
         samples = [as_sample(record, rng) for record, rng in zip(records, rngs)]
-        rows = [render(segments(s["texts"]), self.tokenizer, self.context) for s in samples]
-        batch = collate(rows)
         following = [rng.random() < self.next_image for rng in rngs]
+        batch = collate([
+            render(segments(s["texts"], behind=behind), self.tokenizer, self.context)
+            for s, behind in zip(samples, following)])
         return {"images": self.images(samples), "ids": batch["ids"], "labels": batch["labels"],
                 "following": torch.tensor(following), "weight": torch.tensor(self.weight),
                 "dataset": torch.tensor(self.number)}
@@ -411,7 +415,8 @@ def feeds(world, tokenizer, config):
 
     def drawn(kind):
         return Drawn(world, lambda split, rng: world.interleaved(kind, rng))
-    return [(drawn(kind), Pages(tokenizer, config, number, weight, config.next_image), share)
+    nexts = {"document": config.next_image}              # of web pages alone (paper, A.3.2)
+    return [(drawn(kind), Pages(tokenizer, config, number, weight, nexts.get(kind, 0.0)), share)
             for number, (kind, (share, weight)) in enumerate(DATASETS.items())]
 
 
@@ -453,6 +458,12 @@ class Pupil:
         visual = self.model.look(self.pages.images(samples).to(self.device))
         return batch["ids"].to(self.device), batch["mask"].to(self.device), {"visual": visual}
 
+    def say(self, ids, **given):
+        """`Flamingo.read` for writing: never <image>, no picture would come with it."""
+        logits = self.model.read(ids, **given)
+        logits[..., IMAGE] = -torch.inf
+        return logits
+
     @torch.inference_mode()
     def write(self, samples, tokens=24, beams=1, rows=256, **how):
         """What the model says next, a string for each sample; its last text stays open."""
@@ -460,7 +471,7 @@ class Pupil:
         for k in range(0, len(samples), rows):
             ids, mask, state = self.read(samples[k:k + rows], **{
                 name: value[k:k + rows] for name, value in how.items()})
-            new = generate(self.model.read, ids, mask, tokens=tokens, beams=beams, state=state,
+            new = generate(self.say, ids, mask, tokens=tokens, beams=beams, state=state,
                            stop=(EOC, EOS), context=self.model.config.context)
             said += [self.tokenizer.decode(row).strip() for row in new.tolist()]
         return said

@@ -1,0 +1,696 @@
+"""Flamingo: an independent loop for what it adds, and its classic mistakes one by one."""
+import json
+import math
+import random
+import re
+import sys
+from dataclasses import asdict, replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+import clip
+import flamingo
+import train
+from common import checkpoint, cli, evaluation, transformer
+from common.conversation import ANSWER, OUTPUT, render
+from common.data import Drawn, View, world_tokenizer
+from common.generation import generate
+from common.images import normalise
+from common.language import LanguageConfig
+from common.tokenizers import BOS, EOC, EOS, IMAGE
+from common.transformer import KVCache
+from flamingo import (PRESETS, TRAINS, Flamingo, FlamingoConfig, Pages, Pupil, add_frames, asked,
+                      prompt, rices, segments)
+from tests.test_distributed import pair
+from tests.test_train import Toy, weights
+
+# S = 9 features of a picture 22 wide, Q = 7 latents, a language model 20 wide; the attentions are
+# 5 x 3 and 3 x 4 wide inside.
+VISION = asdict(clip.CLIPConfig(
+    image_size=15, patch=5, vision_width=22, vision_layers=3, vision_heads=2, text_width=6,
+    text_layers=1, text_heads=1, context=5, vocab=17, embed=2))
+LANGUAGE = asdict(LanguageConfig(
+    vocab=43, context=37, width=20, layers=3, heads=2, kv_heads=2, hidden=26))
+CONFIG = FlamingoConfig(
+    vision=VISION, language=LANGUAGE, latents=7, resampler_layers=2, resampler_heads=5,
+    resampler_head_width=3, frames=4, heads=3, head_width=4)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def make(gate=None, **changes):
+    """A model with random weights, norms and gates (gate: both at this value)."""
+    model = Flamingo(replace(CONFIG, **changes)).double()
+    for name, p in model.named_parameters():
+        if "norm" in name and name.endswith("weight"):
+            nn.init.normal_(p, mean=1.0, std=0.3)
+        elif name.endswith("_gate"):
+            nn.init.uniform_(p, 0.4, 0.9) if gate is None else nn.init.constant_(p, gate)
+        else:
+            nn.init.normal_(p, std=0.3)
+    return model.eval()
+
+
+def text(*rows):
+    """Ids from pictures of texts: I is <image>, P padding, anything else a random word."""
+    ids = torch.randint(6, 43, (len(rows), max(map(len, rows))))
+    for row, drawn in zip(ids, rows):
+        for place, letter in enumerate(drawn):
+            row[place] = {"I": IMAGE, "P": 0}.get(letter, row[place])
+    return ids
+
+
+def seen(B=2, N=3):
+    """What the resampler might have made: (B, N, Q, D)."""
+    return torch.randn(B, N, 7, 22).double()
+
+
+def pictures(B=2, N=3, frames=1):
+    return torch.randint(256, (B, N, frames, 3, 15, 15), dtype=torch.uint8)
+
+
+def batch(*rows, N=3, weight=1.0, dataset=0, following=None):
+    ids = text(*rows)
+    labels = torch.where(ids == IMAGE, -100, ids)
+    return {"images": pictures(len(rows), N), "ids": ids, "labels": labels,
+            "following": torch.tensor(following or [False] * len(rows)),
+            "weight": torch.tensor(weight), "dataset": torch.tensor(dataset)}
+
+
+def close(a, b, tolerance=1e-10):
+    torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
+
+
+def changed(model, ids, visual, picture, **more):
+    """Per position of row 0: whether other latents of that picture change the logits there."""
+    other = visual.clone()
+    other[:, picture] += torch.randn_like(other[:, picture])
+    before, after = (model.read(ids, visual=v, **more) for v in (visual, other))
+    return "".join(".#"[bool(c)] for c in (before != after).any(-1)[0])
+
+
+# The reference: the paper's sentences in loops, none of the house's functions
+
+def by_hand_norm(x, norm):
+    mean = sum(x) / len(x)
+    variance = sum((x - mean) ** 2) / len(x)
+    return (x - mean) / (variance + 1e-5) ** 0.5 * norm.weight + norm.bias
+
+
+def by_hand_attention(layer, asking, read, heads):
+    """One vector asks a list of vectors."""
+    if not read:
+        return torch.zeros(layer.out_proj.weight.shape[0]).double()
+    width, found = layer.q_proj.weight.shape[0] // heads, []
+    for h in range(heads):
+        rows = slice(h * width, (h + 1) * width)
+        q = layer.q_proj.weight[rows] @ asking
+        scores = torch.stack([q @ (layer.k_proj.weight[rows] @ r) for r in read]) / width ** 0.5
+        shares = scores.exp() / scores.exp().sum()
+        found.append(sum(s * (layer.v_proj.weight[rows] @ r) for s, r in zip(shares, read)))
+    return layer.out_proj.weight @ torch.cat(found)
+
+
+def by_hand_mlp(mlp, x):
+    return mlp.fc2.weight @ (mlp.fc1.weight @ x).clamp(min=0) ** 2
+
+
+def by_hand_resampler(resampler, features):
+    """features (F, S, D) of one picture or clip, as many frames as were learned or one."""
+    media = [v + resampler.frames[f] for f, frame in enumerate(features) for v in frame]
+    latents = list(resampler.latents)
+    for layer in resampler.layers:
+        own = [by_hand_norm(v, layer.latents_norm) for v in latents]
+        read = [by_hand_norm(v, layer.media_norm) for v in media] + own
+        latents = [v + by_hand_attention(layer.attn, o, read, 5) for v, o in zip(latents, own)]
+        latents = [v + by_hand_mlp(layer.mlp, by_hand_norm(v, layer.mlp_norm)) for v in latents]
+    return torch.stack([by_hand_norm(v, resampler.norm) for v in latents])
+
+
+def by_hand_gated(block, x, visual, ids):
+    """x (T, D), visual (N, Q, C), ids (T,) of one row."""
+    out = []
+    for t in range(len(x)):
+        number = sum(i == IMAGE for i in ids[:t + 1].tolist())
+        read = list(visual[number - 1]) if number else []
+        y = x[t] + math.tanh(block.attn_gate.item()) * by_hand_attention(
+            block.attn, by_hand_norm(x[t], block.attn_norm), read, 3)
+        out.append(y + math.tanh(block.mlp_gate.item()) * by_hand_mlp(
+            block.mlp, by_hand_norm(y, block.mlp_norm)))
+    return torch.stack(out)
+
+
+class TestResampler:
+    @pytest.mark.parametrize("frames", [1, 4])
+    def test_it_is_the_papers_loop_for_each_picture_or_clip(self, frames):
+        resampler, features = make().resampler, torch.randn(2, 3, frames, 9, 22).double()
+        made = resampler(features)
+        assert made.shape == (2, 3, 7, 22)
+        for b in range(2):
+            for n in range(3):
+                close(made[b, n], by_hand_resampler(resampler, features[b, n]))
+
+    def test_each_picture_is_resampled_alone(self):
+        resampler, features = make().resampler, torch.randn(2, 3, 1, 9, 22).double()
+        made, other = resampler(features), features.clone()
+        other[1, 0] += 1
+        same = (resampler(other) == made).all(-1).all(-1)
+        assert same.tolist() == [[True] * 3, [False, True, True]]
+
+    def test_keys_are_the_features_and_the_latents(self):
+        model, keys = make(), []
+        for layer in model.resampler.layers:
+            layer.attn.k_proj.register_forward_hook(lambda m, i, out: keys.append(out.shape[1]))
+        model.resampler(torch.randn(2, 3, 4, 9, 22).double())
+        assert keys == [4 * 9 + 7] * 2
+
+    def test_media_and_latents_have_norms_of_their_own_and_the_end_has_one(self):
+        resampler, (media, own) = make(resampler_layers=3).resampler, (set(), set())
+        norms = [m for m in resampler.modules() if isinstance(m, transformer.LayerNorm)]
+        assert len(norms) == 3 * 3 + 1
+        for layer in resampler.layers:
+            media.add(layer.media_norm), own.add(layer.latents_norm)
+        assert len(media | own) == 6
+
+    def test_it_has_no_bias_but_those_of_the_norms(self):
+        for name, _ in [*make().resampler.named_parameters(), *make().gated.named_parameters()]:
+            assert not name.endswith("bias") or "norm" in name
+
+    def test_features_have_no_order_but_that_of_time(self):
+        resampler, features = make().resampler, torch.randn(2, 1, 4, 9, 22).double()
+        close(resampler(features[:, :, :, torch.randperm(9)]), resampler(features))
+        assert not torch.allclose(resampler(features.flip(2)), resampler(features))
+        without = make(frames=0).resampler
+        assert without.frames is None
+        close(without(features.flip(2)), without(features))
+
+    def test_squared_relu_and_gelu(self):
+        values = torch.tensor([-1.0, 0.0, 0.5, 2.0]).double()
+        close(flamingo.ACTIVATIONS["squared_relu"](values), torch.tensor([0, 0, 0.25, 4.0]).double())
+        close(flamingo.ACTIVATIONS["gelu"](values),
+              torch.tensor([-0.158655, 0.0, 0.345731, 1.954500]).double(), 1e-6)
+        for act in ("squared_relu", "gelu"):
+            model = make(act=act)
+            for mlp in (model.resampler.layers[1].mlp, model.gated["2"].mlp):
+                assert mlp.act is flamingo.ACTIVATIONS[act] and mlp.fc1.weight.shape[0] in (88, 80)
+
+    def test_the_mlp_of_the_ablation_keeps_every_feature_apart(self):
+        resampler, features = make(resampler="mlp").resampler, torch.randn(2, 3, 4, 9, 22).double()
+        made = resampler(features)
+        assert made.shape == (2, 3, 36, 22)
+        x = features[1, 2, 3, 5] + resampler.frames[3]
+        x = x + by_hand_mlp(resampler.mlp, by_hand_norm(x, resampler.mlp_norm))
+        close(made[1, 2, 3 * 9 + 5], by_hand_norm(x, resampler.norm))
+        model = make(resampler="mlp")
+        assert model(batch("I....", ".I..I"))["lm"].isfinite()
+
+
+class TestFrames:
+    def table(self, frames):
+        """What is added to each of so many frames, by a table of 8."""
+        table = torch.randn(8, 22).double()
+        made = add_frames(torch.zeros(1, 1, frames, 9, 22).double(), table)[0, 0]
+        assert (made == made[:, :1]).all()              # one vector for all places of a frame
+        return table, made[:, 0]
+
+    def test_as_many_as_were_learned_take_the_table_as_it_is(self):
+        table, made = self.table(8)
+        assert torch.equal(made, table)
+
+    def test_thirty_are_on_the_straight_lines_between_the_eight(self):
+        table, made = self.table(30)
+        close(made[0], table[0]), close(made[-1], table[-1])
+        for i in range(30):
+            place = i * 7 / 29
+            low = min(int(place), 6)
+            close(made[i], table[low] + (place - low) * (table[low + 1] - table[low]))
+
+    def test_fewer_keep_both_ends(self):
+        table, made = self.table(2)
+        close(made, table[[0, -1]])
+
+    def test_a_picture_takes_the_first_row(self):
+        table, made = self.table(1)
+        assert torch.equal(made, table[:1])
+
+    def test_features_keep_their_type(self):
+        features = torch.randn(1, 1, 3, 9, 22).bfloat16()
+        assert add_frames(features, torch.randn(8, 22)).dtype == torch.bfloat16
+        assert add_frames(features, None) is features
+
+
+@pytest.mark.parametrize("attention", ["hand", "fused"])
+class TestGatedBlock:
+    def test_it_is_the_papers_loop(self, attention, monkeypatch):
+        monkeypatch.setattr(transformer, "ATTENTION", attention)
+        model, ids, visual = make(), text("..I...I.I..", "I..........", "..........."), seen(3)
+        x = torch.randn(3, 11, 20).double()
+        mask = flamingo.masks.media(flamingo.masks.picture_of(ids == IMAGE), 3, 7)
+        made = model.gated["1"](x, visual.flatten(1, 2), mask)
+        for b in range(3):
+            close(made[b], by_hand_gated(model.gated["1"], x[b], visual[b], ids[b]))
+
+    def test_the_whole_model_is_gated_block_then_frozen_block(self, attention, monkeypatch):
+        monkeypatch.setattr(transformer, "ATTENTION", attention)
+        model, ids, visual = make(), text("..I...I.I..", "I.........."), seen()
+        x, places = model.lm.place(model.lm.embed(ids))
+        for i, block in enumerate(model.lm.blocks):
+            x = torch.stack([by_hand_gated(model.gated[str(i)], x[b], visual[b], ids[b])
+                             for b in range(2)])
+            x = block(x, **places)
+        close(model.read(ids, visual=visual), model.lm.head(x))
+
+    def test_without_a_picture_the_attention_adds_exactly_nothing(self, attention, monkeypatch):
+        monkeypatch.setattr(transformer, "ATTENTION", attention)
+        for latest in (True, False):
+            model, out = make(latest=latest), []
+            model.gated["0"].attn.register_forward_hook(lambda m, i, o: out.append(o))
+            model.read(text("...I.", "....."), visual=seen())
+            assert ((out[0] == 0).all(-1) == torch.tensor(
+                [[True] * 3 + [False] * 2, [True] * 5])).all()
+
+    def test_in_bf16_it_and_its_gradients_are_finite(self, attention, monkeypatch):
+        monkeypatch.setattr(transformer, "ATTENTION", attention)
+        model = make().float()
+        for rows in (["....", "...."], ["..I.I", "....."]):
+            model.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model(batch(*rows))["lm"]
+            loss.backward()
+            assert loss.isfinite()
+            assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+
+
+class TestGates:
+    def test_at_zero_the_model_is_the_language_model_bit_for_bit(self):
+        model, ids, visual = make(gate=0.0), text("..I...I", "I......"), seen()
+        assert torch.equal(model.read(ids, visual=visual), model.lm(ids))
+        model, visual = model.float(), visual.float()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(model.read(ids, visual=visual), model.lm(ids))
+
+    def test_they_start_at_zero_and_there_are_two_of_a_block(self):
+        gates = {n: p for n, p in Flamingo(CONFIG).named_parameters() if n.endswith("_gate")}
+        assert sorted(gates) == [f"gated.{i}.{part}_gate" for i in range(3)
+                                 for part in ("attn", "mlp")]
+        assert all(p.shape == (1,) and p == 0 for p in gates.values())
+        started = Flamingo(replace(CONFIG, gate=0.5)).gated["1"]
+        assert started.attn_gate == started.mlp_gate == 0.5
+
+    @pytest.mark.parametrize("own, other", [("attn_gate", "mlp_gate"), ("mlp_gate", "attn_gate")])
+    def test_each_bounds_its_own_part_by_its_tanh(self, own, other):
+        block, ids, x = make().gated["1"], text("I...."), torch.randn(1, 5, 20).double()
+        visual = seen(1).flatten(1, 2)
+        mask = flamingo.masks.media(flamingo.masks.picture_of(ids == IMAGE), 3, 7)
+
+        def moved(value):
+            getattr(block, own).data.fill_(value), getattr(block, other).data.fill_(0.0)
+            return block(x, visual, mask) - x
+        close(moved(2.0), moved(1e9) * math.tanh(2))
+        assert moved(0.0).abs().max() == 0 < moved(2.0).abs().max()
+
+    def test_text_alone_is_the_language_models_while_the_mlps_gate_is_zero(self):
+        model, ids = make(), text(".....")
+        assert not torch.allclose(model.read(ids, visual=seen(1)), model.lm(ids))
+        for block in model.gated.values():
+            block.mlp_gate.data.zero_()
+        assert torch.equal(model.read(ids, visual=seen(1)), model.lm(ids))
+
+
+class Still(nn.Module):
+    """A frozen block that leaves everything as it is."""
+
+    def forward(self, x, mask, table, cache):
+        if cache is not None:            # its length is what the language model knows of the past
+            cache.append(self, x[:, None, :, :1], x[:, None, :, :1])
+        return x
+
+
+def still(**changes):
+    """A model whose language model passes nothing from token to token: what is seen is seen here."""
+    model = make(**changes)
+    model.lm.blocks = nn.ModuleList(Still() for _ in range(3))
+    return model
+
+
+class TestWhatTextSees:
+    IDS = "..I...I.I.."
+
+    @pytest.mark.parametrize("picture, where", [
+        (0, "..####....."), (1, "......##..."), (2, "........###")])
+    def test_its_own_picture_alone_the_tag_included(self, picture, where):
+        assert changed(still(), text(self.IDS), seen(1), picture) == where
+
+    @pytest.mark.parametrize("picture, where", [
+        (0, "..#########"), (1, "......#####"), (2, "........###")])
+    def test_all_pictures_up_to_it_when_asked_to(self, picture, where):
+        assert changed(still(latest=False), text(self.IDS), seen(1), picture) == where
+
+    @pytest.mark.parametrize("latest, wheres", [
+        (True, ("###........", "...####....", ".......##..")),
+        (False, ("#########..", "...######..", ".......##.."))])
+    def test_the_next_picture_where_a_row_says_so_and_none_after_the_last(self, latest, wheres):
+        for picture, where in enumerate(wheres):
+            assert changed(still(latest=latest), text(self.IDS), seen(1), picture,
+                           following=torch.tensor([True])) == where
+            assert changed(still(latest=latest), text(self.IDS, self.IDS), seen(), picture,
+                           following=torch.tensor([False, True])) \
+                == changed(still(latest=latest), text(self.IDS), seen(1), picture)
+
+    @pytest.mark.parametrize("latest", [True, False])
+    @pytest.mark.parametrize("picture, tag", [(0, 2), (1, 6), (2, 8)])
+    def test_a_picture_changes_nothing_before_its_tag(self, latest, picture, tag):
+        where = changed(make(latest=latest), text(self.IDS), seen(1), picture)
+        assert where == "." * tag + "#" * (11 - tag)      # through the language model all later text
+
+    def test_a_ragged_batch_is_its_rows_alone(self):
+        model, visual = make(), seen(3)
+        rows = ("..I...I.I..", "I...PPPPPPP", ".....I.PPPP")
+        ids, lengths, counts = text(*rows), (11, 4, 7), (3, 1, 1)
+        together = model.read(ids, visual=visual)
+        left = torch.stack([row.roll(11 - n) for row, n in zip(ids, lengths)])
+        mask = torch.arange(11) >= 11 - torch.tensor(lengths)[:, None]
+        padded_left = model.read(left, mask, visual=visual)
+        for b, (n, count) in enumerate(zip(lengths, counts)):
+            alone = model.read(ids[b:b + 1, :n], visual=visual[b:b + 1, :count])[0]
+            close(together[b, :n], alone)
+            close(padded_left[b, 11 - n:], alone)
+
+    def test_pictures_at_the_end_without_a_tag_change_nothing(self):
+        for latest in (True, False):
+            model, ids, visual = make(latest=latest), text("..I...I.", "I......."), seen(2, 2)
+            more = torch.cat([visual, seen(2, 3)], dim=1)
+            close(model.read(ids, visual=more), model.read(ids, visual=visual))
+
+    def test_more_tags_than_pictures_are_told(self):
+        with pytest.raises(ValueError, match="a text with 3 <image> tags, but 2 pictures"):
+            make().read(text("I.I.I", "....."), visual=seen(2, 2))
+        cache, model = KVCache(), make()
+        model.read(text("I.I."), cache=cache, visual=seen(1, 2))
+        with pytest.raises(ValueError, match="a text with 3 <image> tags, but 2 pictures"):
+            model.read(text("I"), cache=cache, visual=seen(1, 2))
+
+
+class TestPlacement:
+    @pytest.mark.parametrize("layers, every, paper, openflamingo", [
+        (24, 1, list(range(24)), list(range(24))),
+        (40, 4, [0, 4, 8, 12, 16, 20, 24, 28, 32, 36], [3, 7, 11, 15, 19, 23, 27, 31, 35, 39]),
+        (80, 7, [0, 7, 14, 21, 28, 35, 42, 49, 56, 63, 70, 77],
+         [6, 13, 20, 27, 34, 41, 48, 55, 62, 69, 76])])
+    def test_gated_blocks_stand_before_these_blocks(self, layers, every, paper, openflamingo):
+        for placement, want in (("paper", paper), ("openflamingo", openflamingo)):
+            language = LANGUAGE | {"layers": layers}
+            with torch.device("meta"):
+                model = Flamingo(replace(CONFIG, language=language, every=every,
+                                         placement=placement))
+            assert list(map(int, model.gated)) == want
+
+    def test_a_gated_block_runs_before_its_frozen_block(self):
+        model, order = make(every=2), []
+        for i, block in enumerate(model.lm.blocks):
+            block.register_forward_pre_hook(lambda m, x, i=i: order.append(f"frozen {i}"))
+        for i, block in model.gated.items():
+            block.register_forward_pre_hook(lambda m, x, i=i: order.append(f"gated {i}"))
+        model.read(text("I.."), visual=seen(1))
+        assert order == ["gated 0", "frozen 0", "frozen 1", "gated 2", "frozen 2"]
+
+    @pytest.mark.parametrize("changes, words", [
+        ({"placement": "after"}, "placement=after is not one of paper, openflamingo"),
+        ({"resampler": "cnn"}, "resampler=cnn is not one of perceiver, mlp"),
+        ({"act": "relu"}, "act=relu is not one of squared_relu, gelu"),
+        ({"latents": 0}, "latents=0: must be at least 1"), ({"every": 0}, "every=0: must be"),
+        ({"frames": -1}, "frames=-1: must be at least 0"),
+        ({"next_image": 1.5}, r"next_image=1.5: a probability is in \[0, 1\]")])
+    def test_what_cannot_be_is_told(self, changes, words):
+        with pytest.raises(ValueError, match=words):
+            replace(CONFIG, **changes)
+
+
+def parameters(module):
+    return sum(p.numel() for p in module.parameters())
+
+
+class TestSizes:
+    @pytest.mark.parametrize("name, layers, D, every, table", [
+        ("3B", 24, 2048, 1, 1.2e9), ("9B", 40, 4096, 4, 1.6e9), ("80B", 80, 8192, 7, 10e9)])
+    def test_the_papers_sizes_count_what_the_formula_says(self, name, layers, D, every, table):
+        with torch.device("meta"):
+            model = Flamingo(PRESETS[name])
+        C, Q, heads = 1536, 64, D // 128
+        # q and out, k and v, the MLP, two norms, two gates
+        block = 2 * D * (128 * heads) + 2 * C * (128 * heads) + 8 * D * D + 4 * D + 2
+        assert parameters(model.gated) == -(-layers // every) * block
+        assert parameters(model.gated) == pytest.approx(table, rel=0.2)
+        layer = 4 * C * C + 8 * C * C + 6 * C
+        assert parameters(model.resampler) == 6 * layer + Q * C + 8 * C + 2 * C
+        assert parameters(model.resampler) == pytest.approx(194e6, rel=0.2)
+
+    def test_the_papers_heads_are_96_and_128_wide(self):
+        for name in ("3B", "9B", "80B"):
+            c = PRESETS[name]
+            assert (c.resampler_heads * c.resampler_head_width, c.latents) == (1536, 64)
+            assert c.head_width == 128 and c.frames == 8 and c.act == "squared_relu"
+
+    def test_tinys_counts(self):
+        model = Flamingo(PRESETS["tiny"])
+        assert parameters(model.resampler) == 2 * (4 * 128 * 128 + 8 * 128 ** 2 + 6 * 128) \
+            + 8 * 128 + 8 * 128 + 2 * 128
+        assert parameters(model.gated) == 5 * (
+            2 * 160 * 160 + 2 * 128 * 160 + 8 * 160 ** 2 + 4 * 160 + 2)
+        assert parameters(model.lm.new) == 2 * 160
+        assert model.vision.width == 128 and len(model.lm.blocks) == 5
+
+
+class TestFreezing:
+    def frozen(self, **changes):
+        model = make(**changes)
+        train.freeze(model, TRAINS["flamingo"])
+        return model
+
+    def gradients(self, model):
+        model(batch("..I...I", "I......"))["lm"].backward()
+        return {name: p.grad for name, p in model.named_parameters()}
+
+    def test_at_gate_zero_the_gates_and_new_tokens_alone_get_a_gradient(self):
+        for name, grad in self.gradients(self.frozen(gate=0.0)).items():
+            if name.startswith(("vision", "lm")) and not name.startswith("lm.new"):
+                assert grad is None, name
+            else:
+                assert (grad.abs().max() > 0) == (name.endswith("_gate") or "lm.new" in name), name
+
+    def test_from_other_gates_on_all_that_is_trained_does(self):
+        model = self.frozen()
+        for name, grad in self.gradients(model).items():
+            trained = name.startswith(("resampler", "gated", "lm.new"))
+            assert (grad is not None) == trained, name
+            if name == "resampler.frames":               # these are pictures, not clips
+                assert grad[0].abs().min() > 0 == grad[1:].abs().max()
+            elif trained:
+                assert grad.abs().max() > 0, name
+
+    def test_steps_with_decay_move_what_is_trained_and_nothing_else(self):
+        model = self.frozen()
+        before = {name: p.clone() for name, p in model.named_parameters()}
+        optimiser = torch.optim.AdamW(train.parameter_groups(model, 0.1, ("resampler.*",)), lr=0.01)
+        for _ in range(3):
+            optimiser.zero_grad()
+            self.gradients(model)
+            optimiser.step()
+        for name, p in model.named_parameters():
+            moved = name.startswith(("resampler", "gated", "lm.new"))
+            assert (not torch.equal(p, before[name])) == moved, name
+
+    def test_the_resampler_does_not_decay_and_the_gated_blocks_do(self):
+        model = self.frozen()
+        undecayed = train.STAGES["flamingo"].recipes[""].undecayed
+        decayed, plain = ({id(p) for p in group["params"]}
+                          for group in train.parameter_groups(model, 0.1, undecayed))
+        assert {id(p) for p in model.resampler.parameters()} <= plain
+        assert id(model.gated["1"].attn.q_proj.weight) in decayed
+        assert id(model.gated["1"].attn_gate) in plain
+
+    def test_features_of_the_frozen_tower_have_no_graph(self):
+        model, features = self.frozen(), []
+        model.resampler.register_forward_hook(lambda m, given, out: features.append(given[0]))
+        made = model.look(pictures())
+        assert features[0].grad_fn is None and made.grad_fn is not None
+        assert not any(m.training for m in (*model.vision.modules(), *model.lm.blocks.modules()))
+        assert model.resampler.training and model.gated.training
+        train.freeze(model, (*TRAINS["flamingo"], "vision.*"))
+        model.look(pictures()).sum().backward()
+        assert model.vision.patch_embed.weight.grad.abs().max() > 0
+
+    @pytest.mark.parametrize("skip", [0, 1])
+    def test_features_are_the_patches_tokens_before_the_last_norm(self, skip):
+        model, features, images = make(skip=skip), [], pictures(2, 3, 4)
+        model.resampler.register_forward_hook(lambda m, given, out: features.append(given[0]))
+        model.look(images)
+        assert features[0].shape == (2, 3, 4, 9, 22)
+        for b, n, f in ((0, 0, 0), (1, 2, 3), (0, 1, 2)):
+            x = model.vision.embed(normalise(images[b, n, f][None]))
+            for block in model.vision.transformer.blocks[:3 - skip]:
+                x = block(x)
+            close(features[0][b, n, f], x[0, 1:])
+
+    def test_a_rows_pictures_are_its_own_and_in_their_order(self):
+        model, images = make(), pictures()
+        made = model.look(images)
+        for b in range(2):
+            for n in range(3):
+                close(made[b, n], model.look(images[b:b + 1, n:n + 1])[0, 0])
+
+
+class TestCache:
+    ROWS = ("PPP..I....I..I...", "....I............", "PPPPPPPPP........")
+
+    def given(self):
+        ids = text(*self.ROWS)
+        return ids, torch.tensor([[letter != "P" for letter in row] for row in self.ROWS]), seen(3)
+
+    def read(self, model, ids, mask, visual, chunks):
+        cache, out, done = KVCache(), [], 0
+        for size in chunks:
+            done += size
+            out.append(model.read(ids[:, done - size:done], mask[:, :done], cache, visual=visual))
+        return torch.cat(out, dim=1)
+
+    @pytest.mark.parametrize("latest", [True, False])
+    @pytest.mark.parametrize("chunks", [[1] * 17, [13, 1, 1, 1, 1], [6, 5, 6], [10, 7], [16, 1]])
+    def test_any_chunks_give_the_logits_of_one_forward(self, chunks, latest):
+        (ids, mask, visual), model = self.given(), make(latest=latest)
+        want = model.read(ids, mask, visual=visual)
+        with torch.no_grad():
+            made = self.read(model, ids, mask, visual, chunks)
+        close(made[mask], want[mask])
+
+    def test_a_late_step_still_sees_the_picture(self):
+        (ids, mask, visual), model = self.given(), still()
+        other = visual.clone()
+        other[:, 2] += 1
+        with torch.no_grad():
+            one, two = (self.read(model, ids, mask, v, [12, 1, 1, 1, 1, 1]) for v in (visual, other))
+        different = (one != two).any(-1)
+        assert different[0].tolist() == [False] * 13 + [True] * 4
+        assert not different[1:].any()
+
+    def test_a_picture_may_come_in_the_middle_of_writing(self):
+        (ids, mask, visual), model, cache = self.given(), make(), KVCache()
+        want = model.read(ids, mask, visual=visual)
+        with torch.no_grad():
+            made = torch.cat([
+                model.read(ids[:, done - size:done], mask[:, :done], cache, visual=visual[:, :n])
+                for done, size, n in ((9, 9, 1), (10, 1, 1), (12, 2, 2), (13, 1, 2), (17, 4, 3))],
+                dim=1)
+        close(made[mask], want[mask])
+
+    def test_keys_of_pictures_are_made_once(self):
+        (ids, mask, visual), model, calls = self.given(), make(), []
+        model.gated["1"].attn.k_proj.register_forward_hook(lambda *a: calls.append(1))
+        with torch.no_grad():
+            self.read(model, ids, mask, visual, [13, 1, 1, 1, 1])
+        assert len(calls) == 1
+
+    @pytest.mark.parametrize("beams", [1, 3])
+    def test_each_row_keeps_its_pictures_in_a_search(self, beams):
+        (ids, mask, visual), model = self.given(), make()
+        how = {"tokens": 9, "beams": beams, "stop": (EOC,)}
+        say = Pupil(model, SimpleNamespace(tokenizer=None)).say
+        together = generate(say, ids, mask, state={"visual": visual}, **how)
+        assert len({tuple(row) for row in together.tolist()}) == 3
+        for b in range(3):
+            own = generate(say, ids[b:b + 1][:, mask[b]], state={"visual": visual[b:b + 1]},
+                           **how)[0].tolist()
+            assert together[b].tolist() == own + [0] * (together.shape[1] - len(own))
+        other = generate(say, ids, mask, state={"visual": visual.roll(1, 0)}, **how)
+        assert other[:2].tolist() != together[:2].tolist()
+
+
+class TestLoss:
+    def test_the_next_token_is_learned_from_the_one_before(self):
+        model, given = make(), batch("..I...I", "I......")
+        logs = model.read(given["ids"], visual=model.look(given["images"])).log_softmax(-1)
+        want = [logs[b, t - 1, given["ids"][b, t]] for b in range(2) for t in range(1, 7)
+                if given["labels"][b, t] != -100]
+        close(model(given)["lm"].item(), -sum(want).item() / len(want), 1e-5)
+
+    def test_it_starts_at_log_of_the_vocabulary(self):
+        loss = Flamingo(CONFIG)(batch("..I...I" * 5, "I......" * 5, N=10))["lm"].item()
+        assert loss == pytest.approx(math.log(43), rel=0.02)
+
+    def gradients(self, model, losses):
+        model.zero_grad()
+        sum(losses).backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    def sets(self):
+        """Batches of three data sets with lambdas and lengths of their own, always the same."""
+        torch.manual_seed(2)
+        return [batch("..I...I", "I......", "...I..I", "I.I....", weight=1.0, dataset=0),
+                batch(".I..", "I...", "..I.", "I..I", weight=0.2, dataset=1),
+                batch("I.........", "I........I", ".........I", "I..I.....I", weight=0.03, dataset=2,
+                      following=[True, False, True, True])]
+
+    def split(self, given, sizes):
+        return [{k: v.split(sizes)[i] if v.dim() else v for k, v in given.items()}
+                for i in range(len(sizes))]
+
+    def means(self, model):
+        """The weighted sum of the gradients of each data set's own mean over its tokens."""
+        total = {}
+        for given in self.sets():
+            logs = model.read(given["ids"], visual=model.look(given["images"]),
+                              following=given["following"]).log_softmax(-1)
+            own = [-logs[b, t - 1, label] for b, row in enumerate(given["labels"].tolist())
+                   for t, label in enumerate(row) if t and label != -100]
+            found = self.gradients(model, [sum(own) / len(own)])
+            for name, grad in found.items():
+                total[name] = total.get(name, 0) + given["weight"] * grad
+        return total
+
+    @pytest.mark.parametrize("sizes", [[4], [1, 3], [2, 1, 1]])
+    def test_a_step_sums_the_weighted_means_of_all_data_sets(self, sizes):
+        model = make()
+        want = self.means(model)
+        micro = [part for given in self.sets() for part in self.split(given, sizes)]
+        cached = model.accumulate(micro)
+        assert len(cached) == len(micro)
+        got = self.gradients(model, [model(p, cached=c)["lm"] for p, c in zip(micro, cached)])
+        for name in want:
+            close(got[name], want[name], 1e-6)
+
+    def test_two_processes_average_to_the_same(self):
+        model = make()
+        want = self.means(model)
+        halves = list(zip(*(self.split(given, [1, 3]) for given in self.sets())))
+        counts = [[(part["labels"][:, 1:] != -100).sum().float() for part in half]
+                  for half in halves]
+
+        def step(rank):
+            asked_for = iter(zip(*counts))   # the data sets come in one order everywhere
+
+            def gather(x):
+                both = next(asked_for)
+                assert x.item() == both[rank]
+                return torch.stack(both)[:, None], rank
+            cached = model.accumulate(halves[rank], gather)
+            return self.gradients(model, [
+                model(p, cached=c)["lm"] for p, c in zip(halves[rank], cached)])
+        one, two = step(0), step(1)
+        for name in want:
+            close((one[name] + two[name]) / 2, want[name], 1e-6)
