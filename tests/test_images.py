@@ -149,7 +149,7 @@ class TestOpenImage:
         assert "not a readable picture" in refusal(tmp_path / "picture.png")
 
     def test_broken_exif_does_not_cost_the_picture(self, tmp_path):
-        noise(7, 5).save(tmp_path / "a.png", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01" + b"\xff" * 30)
+        noise(7, 5).save(tmp_path / "a.png", exif=b"Exif\0\0nonsense, not a header")
         assert np.array_equal(open_image(tmp_path / "a.png"), noise(7, 5))
 
     def test_bytes_and_open_files_are_as_good_as_paths(self, tmp_path):
@@ -207,11 +207,9 @@ class TestOpenImage:
         monkeypatch.setattr(Image.Image, "load", lambda self: decoded.append(1) or load(self))
         assert open_image(tmp_path / "a.gif").size == (16, 8) and len(decoded) < 20
 
-    @pytest.mark.parametrize("content", [
-        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 5 5\n%%EndComments\nshowpage\n",
-        b"#define a_width 5\n#define a_height 5\nstatic char a_bits[] = {0,0,0,0,0};\n"])
-    def test_formats_that_are_programs_are_not_opened(self, tmp_path, content):
-        (tmp_path / "a.png").write_bytes(content)
+    @pytest.mark.parametrize("form", ["EPS", "PCX", "TGA", "ICO"])
+    def test_rare_formats_are_not_opened(self, tmp_path, form):
+        noise(16, 16).save(tmp_path / "a.png", form)
         assert "not a readable picture" in refusal(tmp_path / "a.png")
 
     def test_a_picture_cut_off_anywhere_is_refused_or_whole(self):
@@ -229,6 +227,7 @@ class TestOpenImage:
         values = np.array([[np.nan, np.inf, -np.inf, 51]], dtype=np.float32)
         with warnings.catch_warnings():
             warnings.simplefilter("error")
+            assert to_rgb(Image.fromarray(values)).getpixel((0, 0)) == (0, 0, 0)
             opened = saved(tmp_path, Image.fromarray(values), "a.tiff")
         assert [opened.getpixel((x, 0))[0] for x in (0, 1, 2)] == [0, 255, 0]
 

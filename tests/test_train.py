@@ -421,6 +421,8 @@ class TestOwnData:
         moment = functools.partial(at_step, 16, signal.SIGKILL)
         argv = [*argv, str(folder / "killed")]
         Command(argv, folder / "killed.txt", moment).end(-signal.SIGKILL)
+        with open(folder / "killed/refused.jsonl", "a") as file:
+            file.write('{"step": 16, "rea')
         # A higher --skip may be what the run needs to go on.
         Command([*argv, "--resume", "--skip", "0.5"], folder / "killed.txt").end()
         assert_same_run(folder / "killed", folder / "reference")
