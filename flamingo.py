@@ -48,7 +48,7 @@ class FlamingoConfig:
     frames: int = 8                      # of a clip in training; 0: no frame embeddings
     every: int = 1                       # a gated block before every so many blocks
     placement: str = "paper"             # block 0 first; openflamingo: block every - 1 first
-    heads: int = 5                       # of a gated block
+    heads: int = 4                       # of a gated block
     head_width: int = 32
     act: str = "squared_relu"            # OpenFlamingo has gelu
     gate: float = 0.0                    # what both gates start at, before their tanh

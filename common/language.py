@@ -56,11 +56,11 @@ class LanguageConfig:
     kind: str = "llama"                  # or gpt2, opt
     vocab: int = 1024
     context: int = 256
-    width: int = 160
-    layers: int = 5
-    heads: int = 5
-    kv_heads: int = 5                    # fewer than heads: queries share keys (llama alone)
-    hidden: int = 432                    # of the MLP
+    width: int = 128
+    layers: int = 4
+    heads: int = 4
+    kv_heads: int = 4                    # fewer than heads: queries share keys (llama alone)
+    hidden: int = 352                    # of the MLP
     tied: bool = True                    # the head is the table of embeddings
     eps: float = 1e-5                    # of the norms
     theta: float = 10000.0               # the rotary base
