@@ -54,6 +54,7 @@ class FlamingoConfig:
     gate: float = 0.0                    # what both gates start at, before their tanh
     latest: bool = True                  # text attends to the latest picture alone, not to all
     next_image: float = 0.5              # share of training's pages whose text sees the next one
+    pages: bool = True                   # train on interleaved pages and episodes too
 
     def __post_init__(self):
         for name, kinds in (("resampler", RESAMPLERS), ("placement", PLACEMENTS),
@@ -416,8 +417,9 @@ def feeds(world, tokenizer, config):
     def drawn(kind):
         return Drawn(world, lambda split, rng: world.interleaved(kind, rng))
     nexts = {"document": config.next_image}              # of web pages alone (paper, A.3.2)
-    return [(drawn(kind), Pages(tokenizer, config, number, weight, nexts.get(kind, 0.0)), share)
-            for number, (kind, (share, weight)) in enumerate(DATASETS.items())]
+    kinds = [kind for kind in DATASETS if config.pages or kind not in ("document", "episode")]
+    return [(drawn(kind), Pages(tokenizer, config, number, DATASETS[kind][1], nexts.get(kind, 0.0)),
+             DATASETS[kind][0]) for number, kind in enumerate(kinds)]
 
 
 # ------------------------------------------------------------------ prompts and answers

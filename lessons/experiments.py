@@ -6,13 +6,16 @@
                                                tower, under shifted renderings (3.3)
     python lessons/experiments.py batch        batch 32, 128, 512 at the same number of pairs
     python lessons/experiments.py sigmoid      softmax against SigLIP's sigmoid at a small batch
+    python lessons/experiments.py flamingo     Flamingo without each of its parts (its Table 3)
 
-The first three read a trained run (--run, default runs/clip); the last two train short runs under
+The first three read a trained run (--run, default runs/clip); the others train short runs under
 RUNS/experiments, three seeds each, and take up where they were stopped.
 """
+import json
 import statistics
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -132,7 +135,8 @@ def shift(options):
     steps = options.steps or recipe["steps"]
     torch.manual_seed(0)
     tower = clip.CLIP(bench.model.config)
-    head = nn.Linear(bench.model.config.vision_width, len(bench.world.classes))
+    width = bench.model.image_features(torch.zeros(1, 3, *[bench.world.image_size] * 2)).shape[1]
+    head = nn.Linear(width, len(bench.world.classes))
     world = Shapes(objects=1, image_size=bench.world.image_size)
     batches = Batches(world, lambda records, rngs: (
         bench.collate.images(records), torch.tensor([world.label(r["source"]) for r in records])),
@@ -147,6 +151,7 @@ def shift(options):
         loss.backward()
         optimiser.step()
         schedule.step()
+    tower.eval()
     with torch.no_grad():
         table(HEAD, [
             bench.row("zero-shot CLIP", bench.zero_shot(bench.world.templates)),
@@ -154,50 +159,83 @@ def shift(options):
                 normalise(bench.view.images(bench.records[split])))))])
 
 
-def trained(options, name, *flags):
-    """result.json of a run of train.py clip under RUNS/experiments, made unless it is there."""
+def trained(options, stage, name, *flags):
+    """result.json of a run of train.py under RUNS/experiments, made unless it is there.
+
+    With "step_seconds", the median of a step's time by its log.
+    """
     out = Path(options.runs) / "experiments" / name
     if not (out / "result.json").exists():
-        subprocess.run([sys.executable, str(ROOT / "train.py"), "clip", "--out", str(out),
-                        "--resume", *flags], check=True)
-    return checkpoint.read_json(out / "result.json")
+        subprocess.run([sys.executable, str(ROOT / "train.py"), stage, "--out", str(out),
+                        "--runs", options.runs, "--resume", *flags], check=True)
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    times = [(b["seconds"] - a["seconds"]) / (b["step"] - a["step"]) for a, b in pairwise(log)]
+    return checkpoint.read_json(out / "result.json") | {"step_seconds": statistics.median(times)}
 
 
-def compare(options, variants):
+CLIP_FIGURES = {"zero-shot": "zero_shot_accuracy", "image to text": "image_to_text_recall@1",
+                "text to image": "text_to_image_recall@1", "seconds": "seconds"}
+
+
+def compare(options, variants, size, stage="clip", shown=CLIP_FIGURES):
     """Train each variant with each seed and print the median and the range of its figures.
 
-    variants: {name: list of flags}.
+    variants: {name: list of flags}; size: what tells runs of another length apart.
     """
-    shown = ("zero_shot_accuracy", "image_to_text_recall@1", "text_to_image_recall@1", "seconds")
     rows = []
     for name, flags in variants.items():
-        results = [trained(options, f"{name.replace(' ', '-')}-{options.pairs}-{seed}",
+        results = [trained(options, stage, f"{name.replace(' ', '-')}-{size}-{seed}",
                            "--seed", str(seed), *flags) for seed in range(options.seeds)]
         cells = []
-        for figure in shown:
+        for figure in shown.values():
             values = sorted(result[figure] for result in results)
             low, middle, high = values[0], statistics.median(values), values[-1]
             cells.append(f"{middle:.3g} ({low:.3g}-{high:.3g})")
         rows.append([name, *cells])
-    print(f"median (range) of {options.seeds} seeds, {options.pairs:,d} pairs each")
-    table(["variant", "zero-shot", "image to text", "text to image", "seconds"], rows)
+    unit = "pairs" if stage == "clip" else "steps"
+    print(f"median (range) of {options.seeds} seeds, {size:,d} {unit} each")
+    table(["variant", *shown], rows)
 
 
 def batch(options):
     """Batch 32, 128 and 512, as many pairs each; the rate grows with the root of the batch."""
     compare(options, {f"softmax {size}": [
         "--batch_size", str(size), "--steps", str(options.pairs // size),
-        "--lr", str(1e-3 * (size / 256) ** 0.5)] for size in (32, 128, 512)})
+        "--lr", str(1e-3 * (size / 256) ** 0.5)] for size in (32, 128, 512)},
+        options.pairs)
 
 
 def sigmoid(options):
     """Softmax and sigmoid at batch 32."""
     flags = ["--batch_size", "32", "--steps", str(options.pairs // 32),
              "--lr", str(1e-3 / 8 ** 0.5)]
-    compare(options, {"softmax 32": flags, "sigmoid 32": [*flags, "--set", "loss=sigmoid"]})
+    compare(options, {"softmax 32": flags, "sigmoid 32": [*flags, "--set", "loss=sigmoid"]},
+            options.pairs)
 
 
-EXPERIMENTS = {f.__name__: f for f in (ensemble, probe, shift, batch, sigmoid)}
+FLAMINGO_FIGURES = {"captions": "caption_accuracy_single", "questions": "vqa_accuracy",
+                    "pages": "document_accuracy", "clips": "clip_accuracy", "8 shots": "shots_8",
+                    "text": "perplexity_lm", "s a step": "step_seconds"}
+FLAMINGO = {
+    "flamingo": [],
+    "gates open": ["--set", "gate=3"],
+    "all pictures": ["--set", "latest=false"],
+    "mlp resampler": ["--set", "resampler=mlp"],
+    "every 2nd": ["--set", "every=2"],
+    "every 4th": ["--set", "every=4"],
+    "no pages": ["--set", "pages=false"],
+    "lm unfrozen": ["--unfreeze", "lm.*"],
+}
+
+
+def flamingo(options):
+    """What each part of Flamingo is for: figures without it. Needs runs/clip and runs/lm."""
+    steps = options.steps or 400
+    compare(options, {name: ["--steps", str(steps), *flags] for name, flags in FLAMINGO.items()},
+            steps, "flamingo", FLAMINGO_FIGURES)
+
+
+EXPERIMENTS = {f.__name__: f for f in (ensemble, probe, shift, batch, sigmoid, flamingo)}
 
 
 def main():
@@ -210,7 +248,7 @@ def main():
     parser.add_argument("--seeds", type=int, default=3, help="seeds of each variant (default 3)")
     parser.add_argument("--pairs", type=int, default=128000,
                         help="pairs each run sees (default 128000)")
-    parser.add_argument("--steps", type=int, help="shift: steps of the supervised classifier")
+    parser.add_argument("--steps", type=int, help="shift: of the supervised classifier; flamingo: of a run")
     options = parser.parse_args()
     EXPERIMENTS[options.experiment](options)
 

@@ -69,7 +69,8 @@ def test_shift_trains_the_same_tower_with_labels(run, monkeypatch, capsys):
 def test_a_comparison_prints_median_and_range_of_its_seeds(name, variants, monkeypatch, capsys):
     asked = []
 
-    def trained(options, name, *flags):
+    def trained(options, stage, name, *flags):
+        assert stage == "clip"
         asked.append((name, flags))
         return dict.fromkeys(("zero_shot_accuracy", "image_to_text_recall@1",
                               "text_to_image_recall@1"), 0.1 * int(flags[1])) | {"seconds": 7}
@@ -81,3 +82,18 @@ def test_a_comparison_prints_median_and_range_of_its_seeds(name, variants, monke
     assert len({n for n, _ in asked}) == 3 * len(variants)
     steps = {flags[flags.index("--steps") + 1] for _, flags in asked}
     assert steps == ({"32", "8", "2"} if name == "batch" else {"32"})
+
+
+def test_flamingos_parts_are_taken_away_one_by_one(monkeypatch, capsys):
+    asked = []
+
+    def trained(options, stage, name, *flags):
+        assert stage == "flamingo" and flags[2:4] == ("--steps", "9")
+        asked.append(flags[4:])
+        return dict.fromkeys(experiments.FLAMINGO_FIGURES.values(), 0.1 * int(flags[1]))
+    monkeypatch.setattr(experiments, "trained", trained)
+    monkeypatch.setattr(sys, "argv", ["experiments.py", "flamingo", "--steps", "9"])
+    experiments.main()
+    out = capsys.readouterr().out
+    assert out.count("0.1 (0-0.2)") == 7 * 8 and "3 seeds, 9 steps each" in out
+    assert len(set(asked)) == 8 and asked[0] == ()
