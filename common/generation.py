@@ -18,8 +18,10 @@ from common.transformer import KVCache, full
 def penalise(scores, seen, penalty):
     """Make tokens that occurred less likely (CTRL, 4.1): positive scores / penalty, negative * it.
 
-    scores float (B, V), seen bool (B, V).
+    scores float (B, V), seen bool (B, V) or None.
     """
+    if seen is None:
+        return scores
     return torch.where(seen, torch.where(scores > 0, scores / penalty, scores * penalty), scores)
 
 
@@ -126,14 +128,14 @@ class Writing:
         self.state = {name: value[rows] for name, value in self.state.items()}
 
 
-def seen_tokens(prompt, mask, vocab):
-    """bool (B, V): the tokens that occur in the prompt; none when it is embeddings."""
-    seen = torch.zeros(len(prompt), vocab, dtype=torch.bool, device=prompt.device)
+def seen_tokens(prompt, mask, logits):
+    """bool (B, V), as logits: the tokens that occur in the prompt; none when it is embeddings."""
+    seen = torch.zeros_like(logits, dtype=torch.bool)
     if prompt.is_floating_point():
         return seen
     real = torch.ones_like(prompt, dtype=torch.bool) if mask is None else mask
     counts = torch.zeros(seen.shape, dtype=torch.int32, device=prompt.device)
-    return counts.scatter_add_(1, prompt.clamp(0, vocab - 1), real.int()) > 0
+    return counts.scatter_add_(1, prompt.clamp(0, logits.shape[1] - 1), real.int()) > 0
 
 
 # ------------------------------------------------------------------ beam search
@@ -169,7 +171,7 @@ class Beams:
         seen = None if seen is None else seen.repeat_interleave(self.K, dim=0)
         for n in range(self.tokens):
             logs = self.writing.logits.log_softmax(dim=-1)            # (B * K, V)
-            logs = logs if seen is None else penalise(logs, seen, repetition_penalty)
+            logs = penalise(logs, seen, repetition_penalty)
             rows, token = self.step(logs.unflatten(0, (-1, self.K)), n)
             if n + 1 == self.tokens or bool(self.closed.all()):
                 break
@@ -240,8 +242,7 @@ def generate(model, prompt, mask=None, *, tokens=32, stop=(), pad=0, context=Non
     if stop_strings and (decode is None or beams > 1):
         raise ValueError("stop_strings need decode, and beams=1")
     writing = Writing(model, prompt, mask, tokens, state or {})
-    seen = None if repetition_penalty == 1 else \
-        seen_tokens(prompt, mask, writing.logits.shape[1])
+    seen = seen_tokens(prompt, mask, writing.logits) if repetition_penalty != 1 else None
     stop = torch.tensor(list(stop), dtype=torch.int64, device=prompt.device)
     if beams > 1:
         return Beams(writing, beams, tokens, stop, pad, length_penalty, early_stopping).search(
@@ -249,8 +250,7 @@ def generate(model, prompt, mask=None, *, tokens=32, stop=(), pad=0, context=Non
     new = torch.full((len(prompt), tokens), pad, device=prompt.device)
     ends = torch.full((len(prompt),), tokens, device=prompt.device)   # where each row's text ends
     for n in range(tokens):
-        logits = writing.logits if seen is None else \
-            penalise(writing.logits, seen, repetition_penalty)
+        logits = penalise(writing.logits, seen, repetition_penalty)
         token = sample(logits, **choice, generator=generator).masked_fill(ends <= n, pad)
         new[:, n] = token
         over = torch.isin(token, stop)
