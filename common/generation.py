@@ -261,8 +261,7 @@ def generate(model, prompt, mask=None, *, tokens=32, stop=(), pad=0, context=Non
         asks = prompt.device.type == "cpu" or n % 8 == 7
         if n + 1 == tokens or asks and bool((ends <= n + 1).all()):
             break
-        if seen is not None:
-            seen = seen.scatter(1, token[:, None], True)
+        seen = None if seen is None else seen.scatter(1, token[:, None], True)
         writing.read(token[:, None])
     return new[:, :int(ends.max())]
 
