@@ -694,3 +694,529 @@ class TestLoss:
         one, two = step(0), step(1)
         for name in want:
             close((one[name] + two[name]) / 2, want[name], 1e-6)
+
+
+class Words:
+    """A vocabulary of whole words, ids from 16 on."""
+    words = "output: question: answer: a red blue cat dog what is this ?".split()
+
+    def encode(self, text):
+        return [16 + self.words.index(word) for word in text.split()]
+
+    def decode(self, ids):
+        return " ".join(self.words[i - 16] for i in ids if 16 <= i < 16 + len(self.words))
+
+
+OUT, ASK, TELL, A, RED, BLUE, CAT, DOG, WHAT, IS, THIS, MARK = range(16, 28)
+NO = -100
+
+
+def pages(context=37, **more):
+    return Pages(Words(), SimpleNamespace(context=context, image_size=15), **more)
+
+
+def drawing(*colours, size=15):
+    """A clip of frames in these colours; of one a picture."""
+    return [Image.new("RGB", (size, size), colour) for colour in colours]
+
+
+def rngs(count=1, first=0):
+    return [random.Random(i) for i in range(first, first + count)]
+
+
+DOCUMENT = {"images": [drawing("red"), drawing("blue")],
+            "texts": [(OUTPUT, " a red cat"), (ANSWER.format("what is this ?"), " dog")]}
+
+
+class TestLabels:
+    def made(self, record, **more):
+        made = pages(**more)([record], rngs())
+        return made["ids"][0].tolist(), made["labels"][0].tolist()
+
+    def test_of_a_picture_with_a_caption(self):
+        ids, labels = self.made({"images": drawing("red", "blue"), "texts": ["a cat"]})
+        assert ids == [BOS, IMAGE, OUT, A, CAT, EOC, EOS]
+        assert labels == [NO, NO, NO, A, CAT, EOC, NO]
+
+    def test_of_a_page(self):
+        ids, labels = self.made(DOCUMENT)
+        assert ids == [BOS, IMAGE, OUT, A, RED, CAT, EOC,
+                       IMAGE, ASK, WHAT, IS, THIS, MARK, TELL, DOG, EOC, EOS]
+        assert labels == [NO, NO, NO, A, RED, CAT, EOC, *[NO] * 7, DOG, EOC, NO]
+
+    def test_of_a_page_whose_text_sees_the_next_picture(self):
+        ids, labels = self.made(DOCUMENT, next_image=1.0)
+        assert ids == [BOS, OUT, A, RED, CAT, EOC, IMAGE,
+                       ASK, WHAT, IS, THIS, MARK, TELL, DOG, EOC, IMAGE, EOS]
+        assert labels == [NO, NO, A, RED, CAT, EOC, *[NO] * 7, DOG, EOC, NO, NO]
+        belongs = flamingo.masks.picture_of(torch.tensor([ids]) == IMAGE,
+                                            following=torch.tensor([[True]]))
+        assert belongs[0].tolist() == [1] * 7 + [2] * 9 + [0]
+
+    def test_of_a_clip_there_is_one_tag(self):
+        clip_ = {"images": [drawing("red", "blue", "red")], "texts": [(OUTPUT, " a cat")]}
+        made = pages()([clip_], rngs())
+        assert made["ids"][0].tolist() == [BOS, IMAGE, OUT, A, CAT, EOC, EOS]
+        assert made["images"].shape == (1, 1, 3, 3, 15, 15)
+
+    def test_padding_is_not_learned(self):
+        made = pages()([DOCUMENT, {"images": drawing("red"), "texts": ["a cat"]}], rngs(2))
+        assert made["ids"][1].tolist() == [BOS, IMAGE, OUT, A, CAT, EOC, EOS] + [0] * 10
+        assert made["labels"][1].tolist() == [NO, NO, NO, A, CAT, EOC, NO] + [NO] * 10
+
+    def test_what_exceeds_the_context_is_cut_and_what_teaches_nothing_is_told(self):
+        ids, labels = self.made(DOCUMENT, context=5)
+        assert ids == [BOS, IMAGE, OUT, A, RED] and labels == [NO, NO, NO, A, RED]
+        with pytest.raises(ValueError, match="begins at token 4, behind the context of 3"):
+            self.made(DOCUMENT, context=3)
+
+
+class TestPages:
+    def test_rows_with_fewer_pictures_end_in_black(self):
+        one = {"images": [drawing("blue", size=40)], "texts": [(OUTPUT, " a cat")]}
+        made = pages()([DOCUMENT, one], rngs(2))["images"]
+        assert made.shape == (2, 2, 1, 3, 15, 15) and made.dtype == torch.uint8
+        colours = made[:, :, 0, :, 7, 7].tolist()
+        assert colours == [[[255, 0, 0], [0, 0, 255]], [[0, 0, 255], [0, 0, 0]]]
+
+    def test_pictures_and_clips_in_one_batch_are_told(self):
+        mixed = {"images": [drawing("red"), drawing("red", "blue")], "texts": DOCUMENT["texts"]}
+        with pytest.raises(ValueError, match="clips of 1 and 2 frames together: pictures and clips"):
+            pages()([mixed], rngs())
+
+    def test_a_caption_is_chosen_by_the_rng(self):
+        record = {"images": drawing("red"), "texts": ["a cat", "a dog", "red"]}
+        made = pages()([record] * 30, rngs(30))
+        said = [Words().decode(row).removeprefix("output: ") for row in made["ids"].tolist()]
+        assert said == [random.Random(i).choice(record["texts"]) for i in range(30)]
+
+    def test_so_many_rows_see_the_next_picture(self):
+        for share in (0.0, 0.3, 1.0):
+            made = pages(next_image=share)([DOCUMENT] * 400, rngs(400))
+            assert made["following"].float().mean().item() == pytest.approx(share, abs=0.07)
+            behind = made["ids"][:, 1] != IMAGE
+            assert torch.equal(behind, made["following"])
+
+    def test_the_feeds_of_a_world_with_pages(self):
+        world = Toy(image_size=15)
+        feeds = flamingo.feeds(world, Words(), CONFIG)
+        assert [share for _, _, share in feeds] == [2, 2, 2, 1, 1]
+        assert [c.weight for _, c, _ in feeds] == [1.0, 1.0, 1.0, 0.5, 0.5]
+        assert [c.number for _, c, _ in feeds] == [0, 1, 2, 3, 4]
+        assert [c.next_image for _, c, _ in feeds] == [0.5, 0, 0, 0, 0]       # pages alone
+        kinds = list(flamingo.DATASETS)
+        assert kinds[0] == "document" and kinds[-1] == "clip"
+        for kind, (source, _, _) in zip(kinds, feeds):
+            record = source.record("train", 3, random.Random(7))
+            want = world.interleaved(kind, random.Random(7))
+            assert isinstance(source, Drawn) and record["texts"] == want["texts"]
+
+    def test_a_world_without_pages_is_its_captions(self):
+        world = SimpleNamespace(name="plain")
+        (source, collate, share), = flamingo.feeds(world, Words(), CONFIG)
+        assert (source, share, collate.weight, collate.next_image) == (world, 1, 1.0, 0.0)
+
+
+class TestPrompts:
+    def ids(self, told, shots):
+        texts, shown = prompt(told, shots)
+        return render(segments(texts, shown, end=False), Words())[0]
+
+    def test_shots_are_whole_and_the_query_is_open(self):
+        shots = [(drawing("red"), OUTPUT, "a cat"), (drawing("blue"), OUTPUT, "a dog")]
+        assert self.ids(OUTPUT, shots) == [
+            BOS, IMAGE, OUT, A, CAT, EOC, IMAGE, OUT, A, DOG, EOC, IMAGE, OUT]
+        assert self.ids(OUTPUT, []) == [BOS, IMAGE, OUT]
+
+    def test_questions_end_where_the_answer_begins(self):
+        asks = ANSWER.format("what is this ?")
+        assert asks == "question: what is this ? answer:"
+        assert self.ids(asks, [(drawing("red"), asks, "dog")]) == [
+            BOS, IMAGE, ASK, WHAT, IS, THIS, MARK, TELL, DOG, EOC,
+            IMAGE, ASK, WHAT, IS, THIS, MARK, TELL]
+
+    def test_zero_shots_are_two_in_words_and_one_picture(self):
+        ids = self.ids(OUTPUT, [(None, OUTPUT, "a cat"), (None, OUTPUT, "a dog")])
+        assert ids == [BOS, OUT, A, CAT, EOC, OUT, A, DOG, EOC, IMAGE, OUT]
+        assert ids.count(IMAGE) == 1
+
+    def test_no_space_stands_between_the_prompt_and_the_answer(self):
+        assert OUTPUT == OUTPUT.rstrip() and ANSWER == ANSWER.rstrip()
+        tokenizer = world_tokenizer(Toy())
+        told = render(segments([(OUTPUT, " a red circle")], end=False), tokenizer)[0]
+        whole = render(segments([(OUTPUT, " a red circle")]), tokenizer)[0]
+        assert whole[:len(told)] == told
+        assert whole[len(told):] == tokenizer.encode("a red circle") + [EOC, EOS]
+
+    def test_the_most_similar_shots_come_last(self):
+        query = torch.tensor([2.0, 0.0])
+        support = torch.tensor([[0.0, 9.0], [5.0, 5.0], [-3.0, 0.0], [1.0, 0.1], [0.2, 0.1]])
+        assert rices(query, support, 3).tolist() == [1, 4, 3]
+        assert rices(query, support, 9).tolist() == [2, 0, 1, 4, 3]
+
+
+@pytest.fixture
+def pupil():
+    return Pupil(make(), pages())
+
+
+SAMPLES = [DOCUMENT, {"images": [drawing("green")], "texts": [(OUTPUT, "")]},
+           {"images": [drawing("blue"), drawing("white"), drawing("red")],
+            "texts": [(OUTPUT, " cat"), (OUTPUT, " dog"), (ANSWER.format("what ?"), "")]}]
+
+
+class TestPupil:
+    @pytest.mark.parametrize("beams", [1, 3])
+    def test_writing_together_is_writing_alone(self, pupil, beams):
+        together = pupil.write(SAMPLES, tokens=7, beams=beams)
+        assert together == [pupil.write([s], tokens=7, beams=beams)[0] for s in SAMPLES]
+        assert together == pupil.write(SAMPLES, tokens=7, beams=beams, rows=2)
+
+    def test_what_is_written_is_the_likeliest_up_to_the_first_eoc(self, pupil):
+        ids, mask, state = pupil.read(SAMPLES[2:])
+        model, said = pupil.model, []
+        visual = model.look(pages().images(SAMPLES[2:]))
+        for _ in range(7):
+            logits = model.read(ids, visual=visual)[0, -1]
+            logits[IMAGE] = -math.inf
+            ids = torch.cat([ids, logits.argmax().view(1, 1)], dim=1)
+            if ids[0, -1] in (EOC, EOS):
+                break
+            said.append(ids[0, -1].item())
+        assert pupil.write(SAMPLES[2:], tokens=7) == [Words().decode(said).strip()]
+
+    def test_no_picture_is_ever_written(self, pupil):
+        pupil.model.lm.new.rows.data[0] += 100 * torch.randn(20)
+        pupil.model.lm.norm.weight.data *= 9
+        for beams in (1, 2):
+            assert len(pupil.write(SAMPLES * 2, tokens=9, beams=beams)) == 6
+
+    def test_the_last_text_is_open_and_shots_in_words_have_no_tag(self, pupil):
+        ids, mask, state = pupil.read(SAMPLES[:1])
+        assert ids[0].tolist() == [BOS, IMAGE, OUT, A, RED, CAT, EOC, IMAGE, ASK, WHAT, IS, THIS,
+                                   MARK, TELL]
+        ids, mask, state = pupil.read(SAMPLES[1:2], texts=[[(OUTPUT, " cat"), (OUTPUT, "")]],
+                                      shown=[[False, True]])
+        assert ids[0].tolist() == [BOS, OUT, CAT, EOC, IMAGE, OUT]
+        assert state["visual"].shape == (1, 1, 7, 22)
+
+    def test_choosing_is_by_the_log_likelihood_with_the_eoc(self, pupil):
+        candidates = [["cat", "a red dog"], ["blue cat", "dog"], ["red", "a blue blue dog"]]
+        chosen = pupil.choose(SAMPLES, candidates)
+        assert chosen == pupil.choose(SAMPLES, candidates, rows=2)
+        for sample, answers, choice in zip(SAMPLES, candidates, chosen):
+            assert pupil.choose([sample], [answers]) == [choice]
+            ids, _, state = pupil.read([sample])
+            scores = []
+            for answer in answers:
+                new = Words().encode(answer) + [EOC]
+                whole = torch.cat([ids, torch.tensor([new])], dim=1)
+                logs = pupil.model.read(whole, **state)[0].log_softmax(-1)
+                scores.append(sum(logs[ids.shape[1] + i - 1, t].item() for i, t in enumerate(new)))
+            assert choice == scores.index(max(scores))
+
+    def test_a_prompt_beyond_the_context_is_told_with_the_limit(self, pupil):
+        long = SAMPLES[1] | {"texts": [(OUTPUT + " a cat" * 16, "")]}
+        with pytest.raises(ValueError, match="a prompt of 35 tokens and 7 new ones are 42, but the "
+                                             "context is 37"):
+            pupil.write([long], tokens=7)
+
+
+def key(frames):
+    return tuple(frame.tobytes() for frame in frames)
+
+
+class Knows:
+    """A pupil that has learned the answer to each picture by heart; "?" to any other."""
+
+    def __init__(self, answers):
+        self.answers = answers
+
+    def write(self, samples, **how):
+        return [self.answers.get(key(sample["images"][-1]), "?") for sample in samples]
+
+
+class Cards:
+    """Pictures 0 .. 12 whose caption is their number."""
+    name, zero_shot = "cards", "single"
+
+    def record(self, split, index):
+        return {"images": drawing((index, 0, 0)), "texts": [str(index)], "source": index}
+
+    def describes(self, text, source):
+        return text == str(source)
+
+
+class TestEvaluation:
+    world = Toy(image_size=16)
+
+    def drawn(self, kind, count=13, **more):
+        return flamingo.draws(self.world, kind, count, **more)
+
+    def test_samples_are_always_the_same_and_different_from_one_another(self):
+        texts = [[s["texts"] for s in self.drawn("question")] for _ in range(2)]
+        assert texts[0] == texts[1] and len({str(t) for t in texts[0]}) > 9
+
+    def test_a_prompt_ends_with_the_text_that_is_asked(self):
+        for sample, cut in zip(s := self.drawn("document", images=3), asked(s, "at")):
+            assert len(cut["images"]) == len(cut["texts"]) == sample["at"] + 1
+            assert cut["texts"][-1][0].startswith("question:")
+            assert cut["texts"][-1][1] == f" {sample['answer']}"
+        assert [s["texts"] for s in asked(s)] == [x["texts"] for x in s]
+
+    def test_questions_with_the_right_picture_and_with_anothers(self):
+        samples, documents = self.drawn("question"), self.drawn("document", images=3)
+        answers = {key(s["images"][0]): s["answer"] for s in samples}
+        figures = flamingo.about_questions(Knows(answers), self.world, 13)
+        blind = sum(s["answer"] == o["answer"] for s, o in zip(samples, samples[1:] + samples[:1]))
+        assert figures.pop("vqa_accuracy") == 1 and figures.pop("document_accuracy") == 0
+        assert figures.pop("vqa_accuracy_blind") == pytest.approx(blind / 13) != 1
+        assert figures == {f"vqa_accuracy/{s['kind']}": 1 for s in samples}
+        answers = {key(s["images"][s["at"]]): s["answer"] for s in documents}
+        figures = flamingo.about_questions(Knows(answers), self.world, 13)
+        assert figures["document_accuracy"] == 1 and figures["vqa_accuracy"] == 0
+
+    def test_clips_forwards_longer_and_shuffled(self):
+        answers = {key(s["images"][0]): s["answer"] for frames in (8, 16)
+                   for s in self.drawn("clip", frames=frames)}
+        figures = flamingo.about_clips(Knows(answers), self.world, 13)
+        assert figures.pop("clip_accuracy_shuffled") < 0.5
+        assert figures == {"clip_accuracy": 1, "clip_accuracy_16_frames": 1,
+                           "clip_accuracy_chance": 0.5}
+
+    def test_shots_tell_the_labels_unless_they_are_shuffled(self):
+        class Reads:
+            """Takes the label of the first shot that shows the same as the query."""
+
+            def choose(self, samples, candidates):
+                chosen = []
+                for sample, own in zip(samples, candidates):
+                    assert len(sample["texts"]) == len(sample["images"])
+                    said = [label.strip() for _, label in sample["texts"]]
+                    what = [(s.items[0].colour, s.items[0].shape) for s in sample["source"]]
+                    chosen.append(own.index(said[what.index(what[-1])]) if len(what) > 1 else 0)
+                return chosen
+        figures = flamingo.about_shots(Reads(), self.world, 40)
+        assert [figures[f"shots_{k}"] for k in (2, 4, 8)] == [1, 1, 1]
+        assert 0.25 < figures["shots_0"] < 0.75 and 0.2 < figures["shots_8_shuffled"] < 0.8
+        assert figures["shots_chance"] == 0.5
+
+    @pytest.mark.parametrize("place, figures", [
+        (0, {"two_pictures_first": 1, "two_pictures_nearest": 0}),
+        (-1, {"two_pictures_first": 0, "two_pictures_nearest": 1})])
+    def test_of_two_pictures_it_is_told_whose_caption_was_written(self, place, figures):
+        class Writes:
+            def write(self, samples):
+                assert all(s["texts"][0] == (OUTPUT, f" {s['images'][0][0].getpixel((0, 0))[0]}")
+                           and s["texts"][1] == (OUTPUT, "") for s in samples)
+                return [str(s["images"][place][0].getpixel((0, 0))[0]) for s in samples]
+        assert flamingo.about_two(Writes(), Cards(), 13) == figures
+
+    def test_text_alone_is_measured_with_and_without_the_gates(self):
+        tokenizer = world_tokenizer(self.world)
+        language = LANGUAGE | {"vocab": len(tokenizer)}
+        for gate, same in ((0.0, True), (None, False)):
+            model = make(gate=gate, language=language)
+            view = View(self.world, tokenizer, Pages(tokenizer, model.config), "cpu")
+            with torch.no_grad():
+                found = model.double().text_perplexity(view, ["a red circle", "a star. a ring."])
+                ids = view.ids(["a red circle", "a star. a ring."])
+                logs = model.lm(ids).log_softmax(-1)
+            own = [-logs[b, t - 1, ids[b, t]] for b, t in (ids != 0).nonzero().tolist() if t]
+            assert found["perplexity_lm"] == pytest.approx(math.exp(sum(own) / len(own)), rel=1e-4)
+            assert (found["perplexity"] == found["perplexity_lm"]) == same
+
+    def test_a_world_of_captions_alone_is_measured_by_them(self):
+        class Plain(Cards):
+            zero_shot = "test"
+
+            def size(self, split):
+                return 5
+        tokenizer = world_tokenizer(self.world)
+        model = make(language=LANGUAGE | {"vocab": len(tokenizer)}).float()
+        view = View(Plain(), tokenizer, Pages(tokenizer, model.config), "cpu")
+        assert set(model.evaluate(view, count=4)) == {"caption_accuracy"}
+        assert model.samples(view, count=2).width > 100
+
+
+# Runs of the training script
+
+def brief():
+    """Figures of two samples each."""
+    evaluate, samples = Flamingo.evaluate, Flamingo.samples
+    Flamingo.evaluate = lambda self, data: evaluate(self, data, count=2)
+    Flamingo.samples = lambda self, data: samples(self, data, count=2)
+
+
+SETTINGS = {
+    "clip": ["vision_width=22", "vision_layers=2", "vision_heads=2", "text_width=6",
+             "text_layers=1", "text_heads=1", "embed=3", "context=9"],
+    "lm": ["width=20", "layers=3", "heads=2", "kv_heads=2", "hidden=26"],
+    "flamingo": ["latents=7", "resampler_layers=1", "resampler_heads=5", "resampler_head_width=3",
+                 "every=2", "heads=3", "head_width=4", "frames=4", "gate=0.5"]}
+
+
+def options(**more):
+    return train.Options(**{"data": "toy", "batch_size": 8, "steps": 2, "precision": "fp32",
+                            "device": "cpu"} | more)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A folder with two-step runs of clip, lm and flamingo."""
+    folder = tmp_path_factory.mktemp("flamingo")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Flamingo, "evaluate", Flamingo.evaluate)
+        patch.setattr(Flamingo, "samples", Flamingo.samples)
+        brief()
+        for stage, out in (("clip", "clip-toy"), ("lm", "lm-toy"), ("flamingo", "one")):
+            assert train.train(stage, options(runs=str(folder), out=str(folder / out)),
+                               SETTINGS[stage]) == 0
+    return folder
+
+
+def result(folder):
+    return json.loads((folder / "result.json").read_text())
+
+
+class TestRuns:
+    def test_the_frozen_parts_are_those_of_their_runs(self, runs):
+        one, vision, lm = (weights(runs / name) for name in ("one", "clip-toy", "lm-toy"))
+        for parts, head in ((vision, "vision."), (lm, "lm.")):
+            own = {name: w for name, w in parts.items() if name.startswith(head)}
+            assert own and all(torch.equal(one[name], w) for name, w in own.items())
+        assert (one["gated.2.attn_gate"] != 0.5).all() and one["lm.new.rows"].shape == (2, 20)
+
+    def test_every_figure_has_a_name(self, runs):
+        found = result(runs / "one")
+        for name in ("caption_accuracy", "caption_accuracy_single", "two_pictures_nearest",
+                     "vqa_accuracy", "vqa_accuracy_blind", "document_accuracy", "clip_accuracy",
+                     "clip_accuracy_16_frames", "shots_0", "shots_8", "shots_8_shuffled"):
+            assert 0 <= found[name] <= 1
+        assert found["perplexity"] > 1 < found["perplexity_lm"]
+        assert 0 < found["trainable_parameters"] < found["parameters"]
+
+    def test_it_comes_back_as_it_was_saved(self, runs):
+        pupil = flamingo.from_pretrained(runs / "one")
+        assert pupil.model.config == FlamingoConfig(**json.loads(
+            (runs / "one/config.json").read_text())["config"])
+        assert not pupil.model.training and set(pupil.model.gated) == {"0", "2"}
+        for name, w in weights(runs / "one").items():
+            assert torch.equal(pupil.model.state_dict()[name], w)
+        assert len(pupil.write([{"images": [drawing("red", size=50)], "texts": [(OUTPUT, "")]}])) == 1
+
+    def test_going_on_and_measuring_again_need_no_other_run(self, runs, tmp_path, monkeypatch, capsys):
+        monkeypatch.setattr(Flamingo, "evaluate", lambda self, data: {})
+        monkeypatch.setattr(Flamingo, "samples", lambda self, data: Image.new("RGB", (2, 2)))
+        where = options(runs=str(runs), out=str(tmp_path / "two"), steps=2, save_every=1)
+
+        def stop(step):
+            update = train.Run.update
+
+            def struck(self, *arguments):
+                if self.step == step:
+                    raise ValueError("power cut")
+                return update(self, *arguments)
+            return struck
+        with monkeypatch.context() as patch:
+            patch.setattr(train.Run, "update", stop(1))
+            with pytest.raises(ValueError, match="power cut"):
+                train.train("flamingo", where, SETTINGS["flamingo"])
+        for flag in ("resume", "eval_only"):
+            there = replace(where, **{flag: True}, vision="nowhere", language="nowhere")
+            assert train.train("flamingo", there, SETTINGS["flamingo"]) == 0
+            assert f"resumed from step {1 if flag == 'resume' else 2}" in capsys.readouterr().out
+        one, two = weights(runs / "one"), weights(tmp_path / "two")
+        assert all(torch.equal(two[name], w) for name, w in one.items())
+
+    @pytest.mark.parametrize("flag, stage", [("vision", "clip"), ("language", "lm")])
+    def test_a_missing_run_names_the_command_that_makes_it(self, runs, flag, stage):
+        with pytest.raises(ValueError, match=f"--{flag} nowhere: no run here .*; "
+                                             f"python train.py {stage} makes one in runs/{stage}"):
+            train.train("flamingo", options(runs=str(runs), **{flag: "nowhere"}), [])
+
+    def test_a_run_of_another_model_and_a_batch_that_cannot_be_shared_are_told(self, runs):
+        with pytest.raises(ValueError, match="lm-toy: a run of 'common.language', not of 'clip'"):
+            train.train("flamingo", options(runs=str(runs), vision=str(runs / "lm-toy")), [])
+        with pytest.raises(ValueError, match="batch_size 12 does not divide into the 8 parts"):
+            train.train("flamingo", options(runs=str(runs), batch_size=12), [])
+
+    @pytest.mark.parametrize("accumulate", [1, 2])
+    def test_two_processes_end_with_the_weights_of_one(self, runs, tmp_path, accumulate):
+        size = 16 * accumulate           # at least one sample a process, data set and micro-batch
+        argv = ["flamingo", "--data", "toy", "--runs", str(runs), "--batch_size", str(size),
+                "--steps", "2", "--precision", "fp32", "--device", "cpu"]
+        for setting in SETTINGS["flamingo"]:
+            argv += ["--set", setting]
+        both = pair([*argv, "--accumulate", str(accumulate), "--out", str(tmp_path / "two")],
+                    tmp_path / "two", (brief, brief))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Flamingo, "evaluate", lambda self, data: {})
+            patch.setattr(Flamingo, "samples", lambda self, data: Image.new("RGB", (2, 2)))
+            train.train("flamingo", options(runs=str(runs), batch_size=size,
+                                            out=str(tmp_path / "one")), SETTINGS["flamingo"])
+        for process in both:
+            process.end()
+        one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
+        for name in one:
+            torch.testing.assert_close(two[name], one[name], atol=2e-5, rtol=0, msg=name)
+
+
+class TestCommands:
+    def says(self, monkeypatch, capsys, *argv, status=None):
+        monkeypatch.setattr(sys, "argv", ["flamingo.py", *map(str, argv)])
+        with pytest.raises(SystemExit) as caught:
+            cli.run(flamingo.main)
+        said = capsys.readouterr()
+        assert caught.value.code == status, said
+        if status:
+            assert said.out == "" and len(said.err.splitlines()) == 1
+            return said.err
+        return said.out
+
+    @pytest.fixture
+    def files(self, tmp_path):
+        red, blue = drawing("red", "blue", size=20)
+        red.save(tmp_path / "red.png"), blue.save(tmp_path / "blue.png")
+        red.save(tmp_path / "film.gif", save_all=True, append_images=[blue, red, blue])
+        (tmp_path / "frames").mkdir()
+        red.save(tmp_path / "frames/1.png"), blue.save(tmp_path / "frames/2.png")
+        (tmp_path / "notes.txt").write_text("not a picture")
+        return tmp_path
+
+    @pytest.mark.parametrize("name", ["red.png", "film.gif", "frames"])
+    def test_captions_and_answers_are_printed(self, runs, files, monkeypatch, capsys, name):
+        said = self.says(monkeypatch, capsys, runs / "one", "caption", files / name)
+        assert said.count("\n") == 1
+        said = self.says(monkeypatch, capsys, runs / "one", "answer", files / name, "what colour?")
+        assert said.count("\n") == 1
+
+    def test_what_is_asked_is_the_prompt_with_its_shots(self, runs, files, monkeypatch, capsys):
+        asked_for = []
+        monkeypatch.setattr(Pupil, "write",
+                            lambda self, *a, **how: asked_for.append((a, how)) or ["yes"])
+        assert self.says(monkeypatch, capsys, runs / "one", "answer", files / "red.png", "is it red?",
+                         "--shot", files / "blue.png", "is it blue?", "yes") == "yes\n"
+        ((sample,),), how = asked_for[0]
+        assert [frames[0].getpixel((0, 0)) for frames in sample["images"]] \
+            == [(0, 0, 255), (255, 0, 0)]
+        assert sample["texts"] == [("question: is it blue? answer:", " yes"),
+                                   ("question: is it red? answer:", "")]
+        assert how == {"beams": 3, "shown": [[True, True]]}
+
+    @pytest.mark.parametrize("argv, words", [
+        (["caption", "notes.txt"], "notes.txt: not a readable picture"),
+        (["caption", "absent.gif"], "absent.gif: no such picture"),
+        (["answer", "red.png", "what?", "--shot", "film.gif", "what?", "red"],
+         "clips of 1 and 4 frames together: pictures and clips of one prompt"),
+        (["answer", "red.png", "what colour is it? " * 40], "but the context is 256")])
+    def test_mistakes_are_told_in_one_line(self, runs, files, monkeypatch, capsys, argv, words):
+        monkeypatch.chdir(files)
+        assert words in self.says(monkeypatch, capsys, runs / "one", *argv, status=2)
+
+    def test_a_folder_without_a_run_is_told(self, runs, files, monkeypatch, capsys):
+        said = self.says(monkeypatch, capsys, files, "caption", files / "red.png", status=2)
+        assert re.fullmatch("error: .*: no run here .*; python train.py flamingo makes one in "
+                            "runs/flamingo\n", said)
+        said = self.says(monkeypatch, capsys, runs / "lm-toy", "caption", files / "red.png", status=2)
+        assert "a run of 'common.language', not of 'flamingo'" in said
