@@ -113,7 +113,7 @@ def _later_frames(file, name):
             warnings.simplefilter("ignore")
             with Image.open(file, formats=KINDS) as picture:
                 most = min(MOST_FRAMES, 4 * MOST_PIXELS // (picture.width * picture.height))
-                while len(frames) <= most:
+                while len(frames) < most:          # the first is not among them
                     picture.seek(len(frames) + 1)
                     frames.append(to_rgb(picture))
     except EOFError:                     # Pillow's word for the end of an animation

@@ -3,7 +3,7 @@ import pytest
 import torch
 from PIL import Image
 
-from common.evaluation import Pool, retrieval, retrieval_sheet, zero_shot
+from common.evaluation import Pool, captions, retrieval, retrieval_sheet, zero_shot
 
 
 class Letters:
@@ -91,3 +91,48 @@ def test_the_sheet_searches_pictures_by_column_and_sentences_by_row():
     retrieval_sheet(tall, count=1)
     # Word 0 finds picture 1 first; picture 1 finds word 0 first.
     assert asked == [(0, 1), (0, 1), *asked[2:]]
+
+
+class Told(Letters):
+    """Letters whose captions must also be long enough to say something."""
+
+    def describes(self, text, source):
+        return len(text) > 1 and self.is_true(text, source)
+
+
+def write(records):
+    """The picture's own number, in two digits."""
+    return [f"{record['images'][0].getpixel((0, 0))[0] // 20:02d}" for record in records]
+
+
+def test_captions_are_right_when_they_describe_their_picture():
+    figures = captions(Told(), write)
+    assert figures == {"caption_accuracy": 1, "caption_accuracy_single": 1,
+                       # Single pictures are 0 1 2 0 1: words 1 2 0 1 0, of which none but the
+                       # last, "0" of picture 1, is true of another picture than its own.
+                       "caption_accuracy_single_wrong_picture": 1 / 5,
+                       "caption_accuracy_single_chance": 1 / 3}
+    assert captions(Told(), lambda records: ["4"] * len(records))["caption_accuracy"] == 0
+
+
+def test_of_a_world_without_a_say_in_that_truth_counts():
+    def four(records):
+        return ["4"] * len(records)
+    assert captions(Letters(), four)["caption_accuracy"] == pytest.approx(2 / 13)
+    assert captions(Told(), four)["caption_accuracy"] == 0
+
+
+def test_as_many_captions_are_written_as_are_asked_for():
+    asked = []
+
+    def counted(records):
+        asked.append(len(records))
+        return write(records)
+    captions(Told(), counted, count=3)
+    assert asked == [3, 3, 3]
+
+
+def test_a_world_without_single_objects_has_one_figure():
+    class Plain(Told):
+        zero_shot = "test"
+    assert set(captions(Plain(), write)) == {"caption_accuracy"}

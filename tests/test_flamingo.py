@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
@@ -539,6 +540,9 @@ class TestFreezing:
         train.freeze(model, (*TRAINS["flamingo"], "vision.*"))
         model.look(pictures()).sum().backward()
         assert model.vision.patch_embed.weight.grad.abs().max() > 0
+        with torch.no_grad():
+            model.look(pictures())
+        assert features[-2].grad_fn is not None and features[-1].grad_fn is None
 
     @pytest.mark.parametrize("skip", [0, 1])
     def test_features_are_the_patches_tokens_before_the_last_norm(self, skip):
@@ -870,7 +874,31 @@ SAMPLES = [DOCUMENT, {"images": [drawing("green")], "texts": [(OUTPUT, "")]},
             "texts": [(OUTPUT, " cat"), (OUTPUT, " dog"), (ANSWER.format("what ?"), "")]}]
 
 
+class Follows:
+    """A model that says after each word the one of a table, else dog."""
+    config = SimpleNamespace(context=37)
+
+    def __init__(self, table):
+        self.table = table
+
+    def look(self, images):
+        return torch.zeros(len(images), 1, 1, 1)
+
+    def read(self, ids, last=False, **given):
+        said = torch.tensor([[self.table.get(i, DOG) for i in row] for row in ids.tolist()])
+        return 50 * F.one_hot(said[:, -1:] if last else said, 40).float()
+
+
 class TestPupil:
+    @pytest.mark.parametrize("beams", [1, 3])
+    def test_an_answer_ends_with_the_first_eoc(self, beams):
+        pupil = Pupil(Follows({OUT: CAT, CAT: EOC}), pages())
+        assert pupil.write(SAMPLES[1:2], beams=beams) == ["cat"]
+
+    def test_an_answer_that_would_go_on_is_not_the_likeliest(self):
+        pupil = Pupil(Follows({OUT: CAT, CAT: DOG, DOG: EOC}), pages())
+        assert pupil.choose(SAMPLES[1:2], [["cat", "cat dog"]]) == [1]
+
     @pytest.mark.parametrize("beams", [1, 3])
     def test_writing_together_is_writing_alone(self, pupil, beams):
         together = pupil.write(SAMPLES, tokens=7, beams=beams)

@@ -11,9 +11,10 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
+from common import images
 from common.images import (GREEN, MEAN, MOST_BYTES, MOST_PIXELS, RED, STD, centre_crop, normalise,
-                           open_folder, open_image, open_regular, random_crop, sheet, shown, to_rgb,
-                           to_tensor)
+                           open_folder, open_frames, open_image, open_regular, random_crop, sheet,
+                           shown, to_rgb, to_tensor)
 
 
 def halves(size=(6, 4), left=(200, 30, 40), right=(10, 60, 220)):
@@ -350,6 +351,86 @@ class TestOpenFolder:
     def test_a_missing_folder_is_refused(self, tmp_path):
         with pytest.raises(ValueError, match="no such folder"):
             open_folder(tmp_path / "nothing")
+
+
+class TestOpenFrames:
+    """Clips whose frame number i is i * 20 bright."""
+
+    def frames(self, count, size=(8, 6)):
+        return [Image.new("RGB", size, (20 * i % 256, 20 * i // 256, 0)) for i in range(count)]
+
+    def numbers(self, frames):
+        assert all(frame.mode == "RGB" for frame in frames)
+        pixels = [frame.getpixel((0, 0)) for frame in frames]
+        return [(red + 256 * green) // 20 for red, green, _ in pixels]
+
+    def film(self, path, count, size=(8, 6)):
+        first, *rest = self.frames(count, size)
+        first.save(path, save_all=True, append_images=rest, duration=40, lossless=True)
+        return path
+
+    @pytest.mark.parametrize("name", ["a.png", "a.webp"])
+    def test_an_animation_is_its_frames_in_order(self, tmp_path, name):
+        assert self.numbers(open_frames(self.film(tmp_path / name, 5))) == [0, 1, 2, 3, 4]
+
+    def test_a_gif_of_colours_is_its_frames_in_order(self, tmp_path):
+        assert self.numbers(open_frames(self.film(tmp_path / "a.gif", 5))) == [0, 1, 2, 3, 4]
+
+    def test_a_picture_at_rest_is_one_frame(self, tmp_path):
+        for name in ("a.png", "a.jpg", "a.gif"):
+            halves().save(tmp_path / name, quality=95)
+            assert len(open_frames(tmp_path / name)) == 1
+        frame, = open_frames(tmp_path / "a.png")
+        assert frame.tobytes() == open_image(tmp_path / "a.png").tobytes()
+
+    def test_a_folder_is_its_pictures_by_name(self, tmp_path):
+        for i, frame in enumerate(self.frames(4)):
+            frame.save(tmp_path / f"{(i + 2) % 4}.png")
+        assert self.numbers(open_frames(tmp_path)) == [2, 3, 0, 1]
+
+    @pytest.mark.parametrize("count, most, want", [
+        (9, 5, [0, 2, 4, 6, 8]), (9, 2, [0, 8]), (9, 1, [0]), (3, 5, [0, 1, 2]),
+        (64, 32, None)])
+    def test_too_many_are_thinned_out_evenly_and_keep_both_ends(self, tmp_path, count, most, want):
+        film = self.film(tmp_path / "a.png", count)
+        found = self.numbers(open_frames(film, most))
+        assert found == want if want else found[0] == 0 and found[-1] == count - 1
+        assert len(found) == min(most, count) and len(set(found)) == len(found)
+        steps = {b - a for a, b in zip(found, found[1:])}
+        assert len(steps) <= 1 or max(steps) - min(steps) == 1
+        if count == 64:
+            assert found == self.numbers(open_frames(film))              # 32 unless told
+
+    def test_a_clip_that_goes_on_too_long_is_refused(self, tmp_path, monkeypatch):
+        film = self.film(tmp_path / "a.png", 8)
+        monkeypatch.setattr(images, "MOST_FRAMES", 7)
+        with pytest.raises(ValueError, match="a.png: a clip of more than 7 frames$"):
+            open_frames(film)
+        monkeypatch.setattr(images, "MOST_FRAMES", 8)
+        assert len(open_frames(film)) == 8
+        monkeypatch.setattr(images, "MOST_PIXELS", 48)                    # four frames of these
+        with pytest.raises(ValueError, match="a clip of more than 4 frames$"):
+            open_frames(film)
+
+    def test_what_is_no_clip_is_refused_in_one_line(self, tmp_path):
+        (tmp_path / "empty").mkdir()
+        (tmp_path / "notes.txt").write_text("not a picture")
+        for name, words in (("empty", "no pictures in it"), ("notes.txt", "not a readable picture"),
+                            ("absent.gif", "no such picture")):
+            with pytest.raises(ValueError, match=words) as caught:
+                open_frames(tmp_path / name)
+            assert name in str(caught.value) and "\n" not in str(caught.value)
+
+    def test_an_animation_that_is_cut_off_is_refused_or_told_without_its_end(self, tmp_path):
+        whole = self.film(tmp_path / "a.gif", 5, (40, 30)).read_bytes()
+        path = tmp_path / "cut.gif"
+        for cut in range(1, len(whole), 7):
+            path.write_bytes(whole[:cut])
+            try:
+                found = self.numbers(open_frames(path))
+                assert found == list(range(len(found))) and found
+            except ValueError as error:
+                assert "cut.gif: not a readable " in str(error) and "\n" not in str(error)
 
 
 class TestSheet:

@@ -20,7 +20,7 @@ ASKED = ("colour", "shape", "count", "existence", "relation")
 SHOTS = (2, 4, 6, 8)                      # of an episode in training
 
 
-def interleaved(kind, rng, split="train", side=32, **more):
+def interleaved(kind, /, rng, split="train", side=32, **more):
     """A sample of one of KINDS; split "test" asks in wordings that training never uses.
 
     {"images", "texts"} as above, "source": the Scene of each picture or clip, "answer": of the last

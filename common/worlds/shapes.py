@@ -81,7 +81,7 @@ class Shapes:
         """Whether the text is true and names at least one object by colour and shape."""
         return scenes.is_true(text, scene) and scenes.names_an_object(text)
 
-    def interleaved(self, kind, rng, split="train", **more):
+    def interleaved(self, kind, /, rng, split="train", **more):
         """A sample of pages, questions, episodes, clips: `readings.interleaved`, as this world's
         dials say."""
         if kind in ("caption", "question", "document"):

@@ -1,0 +1,210 @@
+"""Interleaved samples and texts to read of the shapes world."""
+import random
+import re
+
+import pytest
+
+from common.conversation import OUTPUT
+from common.worlds import readings
+from common.worlds.readings import ASKED, KINDS, SHOTS, interleaved, reading
+from common.worlds.scene import HELD_OUT, is_true, phrase
+from common.worlds.shapes import Shapes
+from common.worlds.stories import LABELS
+from common.worlds.tasks import FORMS, candidates, names_held_out
+
+QUESTION = re.compile(r"question: (.+\?) answer:")
+
+
+def drawn(kind, /, count=60, split="train", side=None, **more):
+    return [interleaved(kind, random.Random(i), split, side, **more) for i in range(count)]
+
+
+def true_answers(scene, kind, question, split):
+    """What the question, in one of the split's wordings, has as answers in the scene."""
+    return {answer for form, answer, slots in candidates(scene, kind)
+            for words in FORMS[kind][form][1 if split == "train" else 2]
+            if words.format(**slots) == question}
+
+
+class TestSamples:
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_every_kind_has_a_clip_or_picture_for_each_text(self, kind):
+        for sample in drawn(kind, 20, side=23):
+            assert len(sample["images"]) == len(sample["texts"])
+            frames = {len(clip) for clip in sample["images"]}
+            assert frames == ({8} if kind == "clip" else {1})
+            assert all(p.size == (23, 23) for clip in sample["images"] for p in clip)
+            assert len(sample["source"]) == sum(map(len, sample["images"]))
+            for told, learned in sample["texts"]:
+                assert told == OUTPUT or QUESTION.fullmatch(told)
+                assert re.fullmatch(r" \S.*\S", learned)
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_the_answer_is_what_the_asked_text_says(self, kind):
+        for sample in drawn(kind):
+            assert sample["texts"][sample.get("at", -1)][1] == f" {sample['answer']}"
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_a_sample_is_a_function_of_its_rng_and_pictures_draw_nothing_from_it(self, kind):
+        for i in range(9):
+            one, other, bare = (interleaved(kind, random.Random(i), side=side)
+                                for side in (16, 16, None))
+            assert one == other and one["texts"] == bare["texts"]
+            assert one["source"] == bare["source"]
+        assert len({str(sample["texts"]) for sample in drawn(kind)}) > 20
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_training_shows_and_names_no_held_out_pair(self, kind):
+        for sample in drawn(kind, 200):
+            assert not any(names_held_out(told + learned) for told, learned in sample["texts"])
+            assert not {(item.colour, item.shape) for scene in sample["source"]
+                        for item in scene.items} & set(HELD_OUT)
+
+    def test_a_caption_is_true_of_its_scene(self):
+        for sample in drawn("caption"):
+            assert is_true(sample["answer"], sample["source"][0])
+
+    @pytest.mark.parametrize("split", ["train", "test"])
+    def test_a_question_is_worded_as_its_split_words_it_and_has_one_answer(self, split):
+        kinds = set()
+        for sample in drawn("question", 120, split):
+            asks = QUESTION.fullmatch(sample["texts"][0][0]).group(1)
+            kinds.add(sample["kind"])
+            assert true_answers(sample["source"][0], sample["kind"], asks, split) \
+                == {sample["answer"]}
+        assert kinds == set(ASKED)
+
+    @pytest.mark.parametrize("split", ["train", "test"])
+    def test_a_pages_question_is_of_its_own_picture_alone(self, split):
+        places = set()
+        for sample in drawn("document", 80, split):
+            at = sample["at"]
+            places.add((at, len(sample["texts"])))
+            for number, ((told, learned), scene) in enumerate(
+                    zip(sample["texts"], sample["source"], strict=True)):
+                if number != at:
+                    assert told == OUTPUT and is_true(learned[1:], scene)
+                asks = QUESTION.fullmatch(sample["texts"][at][0]).group(1)
+                found = true_answers(scene, sample["kind"], asks, split)
+                assert found == {sample["answer"]} if number == at \
+                    else sample["answer"] not in found
+        assert {count for _, count in places} == {2, 3, 4} and (0, 4) in places and (3, 4) in places
+
+    def test_a_page_has_so_many_pictures(self):
+        assert {len(s["texts"]) for s in drawn("document", 20, images=3)} == {3}
+        assert {s["kind"] for s in drawn("document", 5, kind="count")} == {"count"}
+
+    def test_the_shots_of_an_episode_tell_its_labels(self):
+        for sample in drawn("episode"):
+            said = [learned[1:] for _, learned in sample["texts"]]
+            shown = [(s.items[0].colour, s.items[0].shape) for s in sample["source"]]
+            assert all(told == OUTPUT for told, _ in sample["texts"])
+            assert len(set(zip(shown, said))) == len(set(said)) == len(set(shown)) == 2
+            assert set(said) == set(sample["candidates"]) <= set(LABELS)
+            assert len(said) - 1 in SHOTS
+        assert {len(s["texts"]) - 1 for s in drawn("episode")} == set(SHOTS)
+
+    def test_an_episode_has_so_many_shots_and_they_can_be_shuffled(self):
+        assert {len(s["texts"]) for s in drawn("episode", 5, shots=4)} == {5}
+        assert {len(s["texts"]) for s in drawn("episode", 5, shots=0)} == {1}
+        plain, mixed = drawn("episode", 9, shots=8), drawn("episode", 9, shots=8, shuffled=True)
+        assert all(a["source"] == b["source"] for a, b in zip(plain, mixed))
+        assert sum(a["texts"] != b["texts"] for a, b in zip(plain, mixed)) > 5
+
+    def test_a_clip_is_one_text_with_so_many_frames(self):
+        for sample in drawn("clip", 9, side=16, frames=16, kind="direction"):
+            assert [len(clip) for clip in sample["images"]] == [16] and len(sample["texts"]) == 1
+            assert sample["kind"] == "direction"
+            before, after = (sample["source"][i].items[0] for i in (0, -1))
+            dx, dy = after.x - before.x, after.y - before.y
+            way = ("right" if dx > 0 else "left") if abs(dx) > abs(dy) else \
+                ("down" if dy > 0 else "up")
+            assert sample["answer"] == way
+
+
+class TestReading:
+    def test_it_is_a_page_with_every_picture_in_words(self):
+        for kind in KINDS:
+            for i in range(20):
+                sample = interleaved(kind, random.Random(i), side=None)
+                told = readings.in_words(kind, sample, random.Random(i))
+                assert len(told) == len(sample["texts"])
+                if kind == "clip":
+                    assert told == [f"the answer is {sample['answer']}."]
+                    continue
+                for words, scene in zip(told, sample["source"]):
+                    assert words.endswith(".") and is_true(words[:-1], scene)
+                    assert all(phrase(item) in words for item in scene.items) \
+                        or len({phrase(item) for item in scene.items}) < len(scene.items)
+
+    def test_what_is_learned_follows_what_is_told_in_every_text(self):
+        texts = [reading(random.Random(i)) for i in range(300)]
+        paged = [text for text in texts if OUTPUT in text or "answer:" in text]
+        assert 0.8 < len(paged) / 300 < 0.98
+        for text in texts:
+            assert text == text.strip() and "  " not in text and ".." not in text
+        for text in paged:
+            assert re.fullmatch(
+                r"([^.]+\. (output:|question: [^?]+\? answer:) [^.?:]+\. ?)+", text)
+
+    def test_it_is_a_function_of_the_rng_and_names_no_held_out_pair(self):
+        texts = [reading(random.Random(i)) for i in range(200)]
+        assert texts == [reading(random.Random(i)) for i in range(200)]
+        assert len(set(texts)) > 190 and not any(map(names_held_out, texts))
+
+    def test_the_labels_of_an_episode_stay_the_same_in_it(self):
+        for i in range(400):
+            text = reading(random.Random(i))
+            said = re.findall(r"(a[n]? \w+ \w+)\. output: (\w+)\.", text)
+            if len(said) > 2 and said[0][1] in LABELS:
+                assert len(set(said)) == len({what for what, _ in said})
+                break
+        else:
+            raise AssertionError("no episode among 400 texts")
+
+
+class TestShapes:
+    def test_samples_have_the_worlds_dials_and_size(self):
+        world = Shapes(objects=4, noise=0.25, clutter=3, image_size=20)
+        counts = set()
+        for kind in ("caption", "question", "document"):
+            for i in range(12):
+                sample = world.interleaved(kind, random.Random(i))
+                counts |= {len(scene.items) for scene in sample["source"]}
+                assert {(s.noise, len(s.clutter)) for s in sample["source"]} == {(0.25, 3)}
+                assert sample["images"][0][0].size == (20, 20)
+        assert max(counts) == 4 and min(counts) == 1
+        for kind in ("episode", "clip"):
+            assert world.interleaved(kind, random.Random(0))["images"][0][0].size == (20, 20)
+
+    def test_a_dial_that_is_given_goes_before_the_worlds(self):
+        sample = Shapes(objects=4).interleaved("caption", random.Random(0), "test", objects=(3, 3))
+        assert len(sample["source"][0].items) == 3
+
+    def test_the_kind_of_a_clip_or_page_can_be_given_too(self):
+        sample = Shapes().interleaved("clip", random.Random(0), "test", kind="growth", frames=4)
+        assert sample["kind"] == "growth" and len(sample["images"][0]) == 4
+
+    def test_the_split_and_the_reading_are_those_of_the_readings(self):
+        world = Shapes()
+        for i in range(9):
+            assert world.reading(random.Random(i)) == reading(random.Random(i))
+            test = world.interleaved("question", random.Random(i), "test")
+            want = interleaved("question", random.Random(i), "test", 32, objects=(1, 2))
+            assert test["texts"] == want["texts"]
+
+    def test_a_caption_describes_when_it_is_true_and_names_an_object(self):
+        world = Shapes()
+        record = world.record("single", 0)
+        name = phrase(record["source"].items[0])
+        assert world.describes(f"there is {name}", record["source"])
+        assert world.is_true("one object", record["source"])
+        assert not world.describes("one object", record["source"])
+        other = next(world.record("single", i) for i in range(9)
+                     if phrase(world.record("single", i)["source"].items[0]) != name)
+        assert not world.describes(f"there is {name}", other["source"])
+
+    def test_the_vocabulary_has_read_what_there_is_to_read(self):
+        corpus = " ".join(Shapes().corpus())
+        for word in (*LABELS, "output:", "question:", "answer:", "grew", "shrank"):
+            assert word in corpus
