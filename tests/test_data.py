@@ -8,9 +8,10 @@ import torch
 from PIL import Image
 
 from common import cli
-from common.data import STAND_INS, Batches, Pairs, View, draw_rng, open_world, world_tokenizer
+from common.data import (STAND_INS, Batches, Drawn, Mixture, Pairs, Texts, View, draw_rng,
+                         open_world, world_tokenizer)
 from common.formats import Files
-from common.tokenizers import Tokenizer
+from common.tokenizers import BOS, EOS, PAD, Tokenizer
 from common.worlds.emoji import Emoji
 from common.worlds.shapes import Shapes
 
@@ -274,6 +275,111 @@ class TestPairs:
         assert [r["source"] for r in view.records("test")] == list(range(5))
         assert view.images(view.records("test")).shape == (5, 3, 8, 8)
         assert view.ids(["a", "red circle " * 40]).shape == (2, 11)
+
+
+class Letters:
+    """A vocabulary of letters: a is 97."""
+
+    def encode(self, text):
+        return [ord(letter) for letter in text]
+
+
+def rows(texts, context=37, length=11):
+    """What `Texts` makes of records with one text each: (ids, labels), lists of lists."""
+    made = Texts(Letters(), context, length)(
+        [{"texts": [text]} for text in texts], [random.Random(0)] * len(texts))
+    assert made["ids"].dtype == made["labels"].dtype == torch.int64
+    return made["ids"].tolist(), made["labels"].tolist()
+
+
+class TestTexts:
+    def test_texts_share_a_row_while_they_fit(self):
+        a, b, c, d = map(ord, "abcd")
+        ids, labels = rows(["aaa", "bb", "c", "dddd"])
+        assert ids == [[BOS, a, a, a, EOS, BOS, b, b, EOS], [BOS, c, EOS, BOS, d, d, d, d, EOS]]
+        assert labels == [[-100 if i == BOS else i for i in row] for row in ids]
+
+    def test_a_row_may_be_full_to_the_last_token(self):
+        ids, labels = rows(["aaa", "bbbb", "c"])
+        assert [len(row) for row in ids] == [11, 11]
+        assert ids[0][-1] == EOS and ids[1] == [BOS, ord("c"), EOS] + [PAD] * 8
+        assert labels[1] == [-100, ord("c"), EOS] + [-100] * 8
+
+    def test_no_text_is_lost_and_their_order_stays(self):
+        rng = random.Random(3)
+        texts = [rng.choice("abcdef") * rng.randint(0, 9) for _ in range(50)]
+        ids, _ = rows(texts)
+        flat = [i for row in ids for i in row if i not in (BOS, PAD)]
+        assert flat == [i for text in texts for i in (*map(ord, text), EOS)]
+        assert all(len(row) <= 11 for row in ids)
+
+    def test_a_longer_text_is_cut_before_its_end_token(self):
+        assert rows(["a" * 30, "b"])[0] == [[BOS] + [97] * 9 + [EOS],
+                                           [BOS, 98, EOS] + [PAD] * 8]
+
+    def test_a_row_is_never_longer_than_the_context(self):
+        assert rows(["a" * 30], context=5)[0] == [[BOS, 97, 97, 97, EOS]]
+
+    def test_one_text_of_a_record_is_chosen_by_its_rng(self):
+        records = [{"texts": ["a", "b", "c"]}] * 30
+        made = Texts(Letters(), 200, 200)(records, [random.Random(i) for i in range(30)])
+        said = [chr(i) for i in made["ids"].flatten().tolist() if i > 90]
+        assert said == [random.Random(i).choice("abc") for i in range(30)]
+
+
+def made(split, rng):
+    return {"source": len(split), "draw": rng.random()}
+
+
+class TestDrawn:
+    def test_it_has_as_many_records_as_the_world_and_its_name(self):
+        drawn = Drawn(Numbers(), made)
+        assert (drawn.size("train"), drawn.size("test"), drawn.name) == (52, 5, "numbers")
+
+    def test_a_record_is_made_by_the_rng_or_never_changes(self):
+        drawn = Drawn(Numbers(), made)
+        want = {"source": 5, "draw": random.Random(7).random()}
+        assert drawn.record("train", 3, random.Random(7)) == want
+        fixed = [drawn.record("test", index)["draw"] for index in (0, 1, 0)]
+        assert fixed[0] == fixed[2] != fixed[1]
+        assert drawn.record("test", 0)["source"] == 4
+        assert drawn.record("train", 0)["draw"] != fixed[0]
+
+    def test_epochs_and_seeds_draw_afresh(self):
+        draws = [Batches(Drawn(Numbers(), made), together, batch_size=52, seed=seed)[epoch][0]
+                 for seed in (3, 4) for epoch in (0, 1)]
+        assert len({d for part in draws for d in part["draw"].tolist()}) == 4 * 52
+
+
+class TestMixture:
+    def mixture(self, **more):
+        return Mixture([batches(**more), batches(batch_size=24, **more),
+                        Batches(Drawn(Numbers(), made), together, batch_size=6, **more)])
+
+    def test_a_step_has_the_micro_batches_of_every_data_set_one_after_another(self):
+        for step in (0, 3, 9):
+            whole = self.mixture(accumulate=3)
+            want = [batch for part in whole.parts for batch in part[step]]
+            found = whole[step]
+            assert [len(batch["index"]) for batch in found] == [4] * 3 + [8] * 3 + [2] * 3
+            assert all(same(*both) for both in zip(found, want, strict=True))
+
+    def test_a_data_set_draws_as_if_it_were_alone(self):
+        assert same(self.mixture()[5][0], batches()[5][0])
+
+    @pytest.mark.parametrize("workers", [1, 2])
+    def test_workers_make_the_same_steps(self, workers):
+        alone, many = (list(self.mixture(accumulate=2).loader(2, 7, count))
+                       for count in (0, workers))
+        assert len(alone) == len(many) == 5
+        for one, other in zip(alone, many):
+            assert all(same(*both) for both in zip(one, other, strict=True))
+
+    def test_processes_share_out_the_same_step(self):
+        parts = [self.mixture(rank=rank, world_size=2)[4] for rank in (0, 1)]
+        for number, whole in enumerate(self.mixture()[4]):
+            assert same(whole, {name: torch.cat([part[number][name] for part in parts])
+                                for name in whole})
 
 
 class TestOpenWorld:
