@@ -64,7 +64,7 @@ def captions(world, write, count=500):
         return sum(describes(world, text, r["source"]) for text, r in zip(said, records)) \
             / len(records)
     figures = {"caption_accuracy": right("test")}
-    if getattr(world, "zero_shot", "test") != "test":
+    if world.zero_shot not in (None, "test"):
         figures |= {"caption_accuracy_single": right(world.zero_shot),
                     "caption_accuracy_single_wrong_picture": right(world.zero_shot, shift=1),
                     "caption_accuracy_single_chance": 1 / len(world.classes)}

@@ -132,7 +132,8 @@ def test_as_many_captions_are_written_as_are_asked_for():
     assert asked == [3, 3, 3]
 
 
-def test_a_world_without_single_objects_has_one_figure():
-    class Plain(Told):
-        zero_shot = "test"
-    assert set(captions(Plain(), write)) == {"caption_accuracy"}
+@pytest.mark.parametrize("split", [None, "test"])
+def test_a_world_without_single_objects_has_one_figure(split):
+    world = Told()
+    world.zero_shot = split
+    assert set(captions(world, write)) == {"caption_accuracy"}

@@ -18,7 +18,7 @@ import flamingo
 import train
 from common import cli, transformer
 from common.conversation import ANSWER, OUTPUT, render
-from common.data import Drawn, View, world_tokenizer
+from common.data import Drawn, View, open_world, world_tokenizer
 from common.generation import generate
 from common.images import normalise
 from common.language import LanguageConfig
@@ -27,6 +27,7 @@ from common.transformer import KVCache
 from flamingo import (PRESETS, TRAINS, Flamingo, FlamingoConfig, Pages, Pupil, add_frames, asked,
                       prompt, rices, segments)
 from tests.test_distributed import pair
+from tests.test_formats import listed, names
 from tests.test_train import Toy, weights
 
 # S = 9 features of a picture 22 wide, Q = 7 latents, a language model 20 wide; the attentions are
@@ -1163,6 +1164,19 @@ class TestRuns:
             assert f"resumed from step {1 if flag == 'resume' else 2}" in capsys.readouterr().out
         one, two = weights(runs / "one"), weights(tmp_path / "two")
         assert all(torch.equal(two[name], w) for name, w in one.items())
+
+    def test_ones_own_pictures_train_it_and_those_that_are_missing_are_passed_over(
+            self, runs, tmp_path, monkeypatch):
+        brief = Flamingo.samples
+        monkeypatch.setattr(Flamingo, "samples", lambda self, data: brief(self, data, count=2))
+        spec = listed(tmp_path / "data", 40)
+        (tmp_path / "data" / names(open_world(spec, 32), "test")[0]).unlink()
+        assert train.train("flamingo", options(
+            data=spec, skip=0.5, vision=str(runs / "clip-toy"), language=str(runs / "lm-toy"),
+            out=str(tmp_path / "own")), SETTINGS["flamingo"]) == 0
+        found = result(tmp_path / "own")
+        assert found["refused"] == 1 and 0 <= found["caption_accuracy"] <= 1
+        assert not any(name.startswith(("vqa", "shots", "two")) for name in found)
 
     @pytest.mark.parametrize("flag, stage", [("vision", "clip"), ("language", "lm")])
     def test_a_missing_run_names_the_command_that_makes_it(self, runs, flag, stage):
