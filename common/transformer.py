@@ -34,15 +34,14 @@ def attention(q, k, v, mask=None, bias=None, scale=None):
     Returns (B, H, T, V). A query that may attend to nothing gets zeros, and so do its gradients.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    scores = q @ k.transpose(-2, -1) * scale                          # (B, H, T, S)
+    scores = (q * scale) @ k.transpose(-2, -1)                        # (B, H, T, S)
     if bias is not None:
         scores = scores + bias
-    if mask is not None:
-        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
-    weights = scores.softmax(dim=-1)
-    if mask is not None:
-        weights = weights.masked_fill(~mask, 0)        # a row with no True would be an average
-    return weights @ v
+    if mask is None:
+        return scores.softmax(dim=-1) @ v
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    some = mask.any(dim=-1, keepdim=True)              # a row with no True would be an average
+    return scores.softmax(dim=-1) @ v * some
 
 
 def fused_attention(q, k, v, mask=None, bias=None, scale=None):
