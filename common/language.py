@@ -11,7 +11,9 @@
 Language Models are Unsupervised Multitask Learners (Radford et al., 2019), OPT (Zhang et al.,
 2022), LLaMA (Touvron et al., 2023).
 """
+import itertools
 import math
+import random
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,13 +21,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import checkpoint, losses
-from common.conversation import collate
+from common.conversation import Segment, collate, render
 from common.generation import generate
 from common.images import sheet
 from common.losses import next_token_loss
 from common.masks import causal, padding
 from common.pretrained import language as pretrained
 from common.pretrained.files import is_published
+from common.tokenizers import BOS
 from common.transformer import (LayerNorm, LearnedPositions, RMSNorm, gpt2_block, llama_block,
                                 opt_block, rope_table)
 
@@ -271,6 +274,15 @@ def perplexity(lm, ids, labels=None, mask=None, rows=64):
     return math.exp(total / max(1, count))
 
 
+def unigram(seen, ids, config):
+    """Perplexity of ids (N, T) when each token is told by its share of `seen`, plus one each."""
+    counts = torch.ones(config.vocab, device=seen.device)
+    labels = unpadded(seen, config.pad)[:, 1:]
+    counts += torch.bincount(labels[labels != -100], minlength=config.vocab)
+    labels = unpadded(ids, config.pad)[:, 1:]
+    return (counts / counts.sum()).log()[labels[labels != -100]].mean().neg().exp().item()
+
+
 def unpadded(ids, pad):
     """ids int64 (B, T), padded right -> labels int64 (B, T): the ids, -100 at the padding."""
     after = (ids != pad).flip(1).cumsum(dim=1).flip(1)         # real tokens from here on
@@ -310,14 +322,34 @@ class Pretraining(nn.Module):
     def after_step(self, step):
         """Nothing to keep in bounds."""
 
-    def texts(self, data, split="test"):
-        """One text of every record of a split: int64 (N, T), <bos> ... <eos>, padded right."""
+    def texts(self, data, split="test", count=1000):
+        """Unseen texts, what the world gives to read or its records' own: int64 (N, T)."""
+        if hasattr(data.world, "reading"):
+            return data.ids([data.world.reading(random.Random(f"{split} reading/{i}"))
+                             for i in range(count)])
+        if split == "train":
+            return data.ids(list(itertools.islice(data.world.corpus(), count)))
         return data.ids([record["texts"][0] for record in data.records(split)])
 
     def evaluate(self, data):
-        """Perplexity of unseen texts of a data.View; chance: every token equally likely."""
-        return {"perplexity": perplexity(self.lm, self.texts(data)),
-                "perplexity_chance": float(self.config.vocab)}
+        """Perplexity of unseen texts of a data.View beside what knows less and what knows all.
+
+        unigram: tokens told by how often they occur alone, as counted in as many training texts.
+        labels: of words that the world draws by known odds, with the corpus's own entropy.
+        """
+        ids = self.texts(data)
+        figures = {"perplexity": perplexity(self.lm, ids),
+                   "perplexity_unigram": unigram(self.texts(data, "train"), ids, self.config),
+                   "perplexity_chance": float(self.config.vocab)}
+        if hasattr(data.world, "labelled"):
+            drawn = [data.world.labelled(random.Random(f"labels/{i}")) for i in range(400)]
+            batch = collate([render([Segment((BOS,)), *(Segment(*part) for part in parts)],
+                                    data.tokenizer) for parts, _ in drawn])
+            entropy = sum(nats for _, nats in drawn) / int((batch["labels"] != -100).sum())
+            figures |= {"perplexity_labels": perplexity(self.lm, batch["ids"].to(ids.device),
+                                                        batch["labels"].to(ids.device)),
+                        "perplexity_labels_entropy": math.exp(entropy)}
+        return figures
 
     def samples(self, data, count=6, begun=3):
         """A picture for people: how the model goes on from the first words of unseen texts."""

@@ -1,13 +1,14 @@
 """Language models: sizes, padding, caches, new tokens in a frozen model, the training contract."""
 import copy
 import math
+import random
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import losses
+from common import language, losses
 from common.language import (PRESETS, TRAINS, LanguageConfig, LanguageModel, NewTokens, Pretraining,
                              perplexity, unpadded)
 from common.tokenizers import Tokenizer
@@ -417,8 +418,9 @@ class TestEvaluation:
     class Data:
         """What Pretraining asks of a data.View."""
 
-        def __init__(self):
+        def __init__(self, world):
             self.tokenizer = Tokenizer.train(["a red circle", "two blue stars"], 400)
+            self.world = world
 
         def records(self, split):
             assert split == "test"
@@ -428,8 +430,24 @@ class TestEvaluation:
         def ids(self, texts):
             return self.tokenizer.batch(texts, 19)
 
-    def pre(self):
-        data = self.Data()
+    class Told:
+        """A world whose texts end in a word of known odds."""
+
+        def corpus(self):
+            return iter(["a red circle", "a red star"])
+
+        def reading(self, rng):
+            return rng.choice(["a red circle", "two blue stars"])
+
+        def labelled(self, rng):
+            return [("a red", False), (rng.choice([" circle", " star"]), True)], math.log(2)
+
+    class Plain:
+        def corpus(self):
+            return iter(["a red circle", "a red star"])
+
+    def pre(self, world=Plain):
+        data = self.Data(world())
         torch.manual_seed(0)
         return Pretraining(LanguageConfig(**vars(KINDS["llama"]) | {
             "vocab": len(data.tokenizer)})), data
@@ -438,8 +456,28 @@ class TestEvaluation:
         pre, data = self.pre()
         figures = pre.evaluate(data)
         ids = data.ids([record["texts"][0] for record in data.records("test")])
+        seen = data.ids(["a red circle", "a red star"])
         assert figures == {"perplexity": perplexity(pre.lm, ids),
+                           "perplexity_unigram": language.unigram(seen, ids, pre.config),
                            "perplexity_chance": len(data.tokenizer)}
+
+    def test_a_unigram_tells_each_token_by_its_share(self):
+        config = LanguageConfig(**vars(KINDS["llama"]) | {"vocab": 11})
+        seen, ids = torch.tensor([[1, 5, 5, 7, 2, 0]]), torch.tensor([[1, 5, 9, 0]])
+        shares = 3 / 15, 1 / 15                # 5 twice and one more; 9 never and one more
+        want = math.exp(-(math.log(shares[0]) + math.log(shares[1])) / 2)
+        assert language.unigram(seen, ids, config) == pytest.approx(want, rel=1e-5)
+
+    def test_words_of_known_odds_stand_beside_their_entropy(self):
+        pre, data = self.pre(self.Told)
+        nn.init.zeros_(pre.lm.token_embed.weight)          # every token is equally likely
+        figures = pre.evaluate(data)
+        pieces = [len(data.tokenizer.encode(word)) for word in (" circle", " star")]
+        assert figures["perplexity_labels"] == pytest.approx(len(data.tokenizer), rel=1e-4)
+        drawn = [data.world.labelled(random.Random(f"labels/{i}"))[0][1][0] for i in range(400)]
+        tokens = sum(pieces[word == " star"] for word in drawn)
+        want = math.exp(400 * math.log(2) / tokens)
+        assert figures["perplexity_labels_entropy"] == pytest.approx(want, rel=1e-6)
 
     def test_it_draws_what_it_writes(self):
         pre, data = self.pre()

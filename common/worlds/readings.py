@@ -10,6 +10,8 @@ page goes on before it ever sees one.
     sample = interleaved("episode", random.Random(0))
     print(reading(random.Random(0)))
 """
+import math
+
 from common.conversation import ANSWER, OUTPUT
 from common.worlds import stories
 from common.worlds.scene import describe, listed, phrase, sample
@@ -110,3 +112,17 @@ def reading(rng):
     told = interleaved(kind, rng, side=None)
     return " ".join(f"{words} {prompt}{learned}{'' if learned.endswith('.') else '.'}"
                     for words, (prompt, learned) in zip(in_words(kind, told, rng), told["texts"]))
+
+
+def labelled(rng):
+    """An episode of 8 shots in words, [(text, whether it is a label), ...], and its labels' nats.
+
+    The labels' entropy is exact: what a picture's class is called is drawn from all LABELS when the
+    class comes first, the second one's from those left, and told from then on.
+    """
+    told = episode(rng, "train", None, shots=8)
+    parts = []
+    for words, (prompt, label) in zip(in_words("episode", told, rng), told["texts"]):
+        parts += [(f"{' ' if parts else ''}{words} {prompt}", False), (label, True), (".", False)]
+    classes = len({label for _, label in told["texts"]})
+    return parts, sum(math.log(len(stories.LABELS) - n) for n in range(classes))

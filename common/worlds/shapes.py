@@ -93,6 +93,10 @@ class Shapes:
         """A text for a language model."""
         return readings.reading(rng)
 
+    def labelled(self, rng):
+        """A text with words of known odds: `readings.labelled`."""
+        return readings.labelled(rng)
+
     def label(self, scene):
         """The index in all_classes of a one-object scene."""
         return self.all_classes.index(scenes.phrase(scene.items[0]))
