@@ -13,6 +13,7 @@ Flamingo: a Visual Language Model for Few-Shot Learning (Alayrac et al., 2022).
 import dataclasses
 import random
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -414,12 +415,16 @@ def feeds(world, tokenizer, config):
     if not hasattr(world, "interleaved"):
         return [(world, Pages(tokenizer, config), 1)]
 
-    def drawn(kind):
-        return Drawn(world, lambda split, rng: world.interleaved(kind, rng))
     nexts = {"document": config.next_image}              # of web pages alone (paper, A.3.2)
     kinds = [kind for kind in DATASETS if config.pages or kind not in ("document", "episode")]
-    return [(drawn(kind), Pages(tokenizer, config, number, DATASETS[kind][1], nexts.get(kind, 0.0)),
+    return [(Drawn(world, partial(of_kind, world, kind)),
+             Pages(tokenizer, config, number, DATASETS[kind][1], nexts.get(kind, 0.0)),
              DATASETS[kind][0]) for number, kind in enumerate(kinds)]
+
+
+def of_kind(world, kind, split, rng):
+    """A sample; a function that can be sent to the processes that make batches."""
+    return world.interleaved(kind, rng, split)
 
 
 # ------------------------------------------------------------------ prompts and answers

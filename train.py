@@ -15,6 +15,7 @@ samples.png; the last line printed is the result.
 import contextlib
 import dataclasses
 import fnmatch
+import functools
 import json
 import math
 import os
@@ -79,10 +80,13 @@ def pairs(world, tokenizer, config):
 
 def texts(world, tokenizer, config):
     """What the world gives to read, else its captions; rows of 80 tokens."""
-    def read(split, rng):
-        return {"texts": [world.reading(rng)]}
-    return [(Drawn(world, read) if hasattr(world, "reading") else world,
-             Texts(tokenizer, config.context, 80), 1)]
+    source = Drawn(world, functools.partial(reading, world)) if hasattr(world, "reading") else world
+    return [(source, Texts(tokenizer, config.context, 80), 1)]
+
+
+def reading(world, split, rng):
+    """A record to read; a function that can be sent to the processes that make batches."""
+    return {"texts": [world.reading(rng)]}
 
 
 # The paper's own: 32 epochs of 400M pairs (its appendix F), of a ResNet with Adam's usual numbers.

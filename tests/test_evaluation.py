@@ -122,14 +122,16 @@ def test_of_a_world_without_a_say_in_that_truth_counts():
     assert captions(Told(), four)["caption_accuracy"] == 0
 
 
-def test_as_many_captions_are_written_as_are_asked_for():
+def test_captions_are_asked_of_both_splits_and_of_the_next_ones_picture():
     asked = []
 
-    def counted(records):
-        asked.append(len(records))
+    def noted(records):
+        asked.append([record["source"] for record in records])
         return write(records)
-    captions(Told(), counted, count=3)
-    assert asked == [3, 3, 3]
+    captions(Told(), noted)
+    assert asked == [list(range(13)), [0, 1, 2, 0, 1], [1, 2, 0, 1, 0]]
+    captions(Told(), noted, count=3)
+    assert asked[3:] == [[0, 1, 2], [0, 1, 2], [1, 2, 0]]
 
 
 @pytest.mark.parametrize("split", [None, "test"])

@@ -1,6 +1,7 @@
 """Flamingo: an independent loop for what it adds, and its classic mistakes one by one."""
 import json
 import math
+import pickle
 import random
 import re
 import sys
@@ -820,6 +821,20 @@ class TestPages:
             record = source.record("train", 3, random.Random(7))
             want = world.interleaved(kind, random.Random(7))
             assert isinstance(source, Drawn) and record["texts"] == want["texts"]
+
+    def test_the_pages_can_be_left_out(self):
+        feeds = flamingo.feeds(Toy(image_size=15), Words(), replace(CONFIG, pages=False))
+        found = [source.record("train", 0, random.Random(7))["texts"] for source, _, _ in feeds]
+        assert found == [Toy().interleaved(kind, random.Random(7))["texts"]
+                         for kind in ("caption", "question", "clip")]
+
+    @pytest.mark.parametrize("stage", ["lm", "flamingo"])
+    def test_the_feeds_can_be_sent_to_other_processes(self, stage):
+        feeds = train.STAGES[stage].feeds(Toy(image_size=15), Words(), CONFIG)
+        for one, other in zip(feeds, pickle.loads(pickle.dumps(feeds)), strict=True):
+            records = [source.record("train", 3, random.Random(7))["texts"]
+                       for source, _, _ in (one, other)]
+            assert records[0] == records[1]
 
     def test_a_world_without_pages_is_its_captions(self):
         world = SimpleNamespace(name="plain")

@@ -376,6 +376,13 @@ class TestOpenFrames:
     def test_a_gif_of_colours_is_its_frames_in_order(self, tmp_path):
         assert self.numbers(open_frames(self.film(tmp_path / "a.gif", 5))) == [0, 1, 2, 3, 4]
 
+    def test_transparency_is_laid_over_white_in_every_frame(self, tmp_path):
+        first, *rest = (Image.new("RGBA", (8, 6), (20 * i, 0, 0, 0)) for i in range(4))
+        path = tmp_path / "a.webp"
+        first.save(path, save_all=True, append_images=rest, lossless=True, exact=True)
+        frames = open_frames(path)
+        assert [frame.getpixel((0, 0)) for frame in frames] == [(255, 255, 255)] * 4
+
     def test_a_picture_at_rest_is_one_frame(self, tmp_path):
         for name in ("a.png", "a.jpg", "a.gif"):
             halves().save(tmp_path / name, quality=95)
