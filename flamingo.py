@@ -40,7 +40,8 @@ class FlamingoConfig:
     """The two frozen models' own configs, and the sizes of what is learned."""
     vision: dict = field(default_factory=lambda: dataclasses.asdict(clip.PRESETS["tiny"]))
     language: dict = field(default_factory=lambda: dataclasses.asdict(language.PRESETS["tiny"]))
-    skip: int = 1                        # last blocks of the vision tower that are left out
+    skip: int = 0                        # last blocks of the vision tower that are left out
+    class_token: bool = True             # read it beside the patches; OpenFlamingo does not
     resampler: str = "perceiver"         # or mlp, the paper's ablation: every token, each alone
     latents: int = 8                     # visual tokens of a picture or clip
     resampler_layers: int = 2
@@ -91,7 +92,7 @@ def paper(layers, width, every):
     words = LanguageConfig(kind="gpt2", vocab=32000, context=2048, width=width, layers=layers,
                            heads=width // 128, kv_heads=width // 128, hidden=4 * width)
     return FlamingoConfig(
-        vision=vision, language=dataclasses.asdict(words), skip=0, latents=64,
+        vision=vision, language=dataclasses.asdict(words), class_token=False, latents=64,
         resampler_layers=6, resampler_heads=16, resampler_head_width=96, every=every,
         heads=width // 128, head_width=128)
 
@@ -138,7 +139,7 @@ class Resampler(nn.Module):
     def __init__(self, *, width, latents, layers, heads, head_width, frames, act):
         super().__init__()
         self.latents = nn.Parameter(torch.randn(latents, width))
-        self.frames = nn.Parameter(torch.randn(frames, width) * 0.02) if frames else None
+        self.frames = nn.Parameter(torch.randn(frames, width)) if frames else None
         self.layers = nn.ModuleList(
             ResamplerLayer(width=width, heads=heads, head_width=head_width, act=act)
             for _ in range(layers))
@@ -159,7 +160,7 @@ class MLPResampler(nn.Module):
 
     def __init__(self, *, width, frames, act):
         super().__init__()
-        self.frames = nn.Parameter(torch.randn(frames, width) * 0.02) if frames else None
+        self.frames = nn.Parameter(torch.randn(frames, width)) if frames else None
         self.mlp_norm, self.mlp = LayerNorm(width), MLP(width=width, act=act, bias=False)
         self.norm = LayerNorm(width)
 
@@ -242,7 +243,8 @@ class Flamingo(nn.Module):
         learns = any(p.requires_grad for p in self.vision.parameters())
         with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
             x = normalise(images.flatten(0, 2))
-            x = self.vision.grid(x, self.config.skip)                 # (B*N*F, S, D)
+            tokens = self.vision.hidden if self.config.class_token else self.vision.grid
+            x = tokens(x, self.config.skip)                           # (B*N*F, S, D)
         return self.resampler(x.unflatten(0, images.shape[:3]))
 
     def read(self, ids, mask=None, cache=None, last=False, *, visual, following=None):
@@ -404,10 +406,11 @@ def as_sample(record, rng):
     return {"images": [record["images"][:1]], "texts": [(OUTPUT, f" {rng.choice(record['texts'])}")]}
 
 
-# Of every step's samples so many parts, and what a data set's mean loss counts: interleaved pages
-# and episodes stand for M3W, captions and questions for ALIGN and LTIP, clips for VTP.
-DATASETS = {"document": (2, 1.0), "episode": (2, 1.0), "caption": (2, 1.0), "question": (1, 0.5),
-            "clip": (1, 0.5)}
+# Of every step's samples so many parts, and what a data set's mean loss counts: pages, albums and
+# episodes stand for M3W, captions and questions for ALIGN and LTIP, clips for VTP.
+DATASETS = {"document": (2, 1.0), "album": (1, 1.0), "episode": (2, 1.0), "caption": (1, 0.5),
+            "question": (1, 0.5), "clip": (1, 0.5)}
+INTERLEAVED = ("document", "album", "episode")
 
 
 def feeds(world, tokenizer, config):
@@ -416,7 +419,7 @@ def feeds(world, tokenizer, config):
         return [(world, Pages(tokenizer, config), 1)]
 
     nexts = {"document": config.next_image}              # of web pages alone (paper, A.3.2)
-    kinds = [kind for kind in DATASETS if config.pages or kind not in ("document", "episode")]
+    kinds = [kind for kind in DATASETS if config.pages or kind not in INTERLEAVED]
     return [(Drawn(world, partial(of_kind, world, kind)),
              Pages(tokenizer, config, number, DATASETS[kind][1], nexts.get(kind, 0.0)),
              DATASETS[kind][0]) for number, kind in enumerate(kinds)]
@@ -461,6 +464,10 @@ class Pupil:
         texts = texts or [sample["texts"] for sample in samples]
         shown = shown or [None] * len(samples)
         rows = [render(segments(t, s, end=False), self.tokenizer) for t, s in zip(texts, shown)]
+        for (ids, _), sample in zip(rows, samples):      # a row would see another's black padding
+            if ids.count(IMAGE) > len(sample["images"]):
+                raise ValueError(f"a text with {ids.count(IMAGE)} <image> tags, but "
+                                 f"{len(sample['images'])} pictures")
         batch = collate(rows, side="left")
         visual = self.model.look(self.pages.images(samples).to(self.device))
         return batch["ids"].to(self.device), batch["mask"].to(self.device), {"visual": visual}

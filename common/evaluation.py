@@ -2,6 +2,8 @@
 
 encode_images(records) and encode_texts(texts) give unit vectors (N, E) on one device.
 """
+import random
+
 import torch
 
 from common import metrics
@@ -58,15 +60,15 @@ def captions(world, write, count=500):
     write(records) -> a text for each. Of single objects also with the pictures of others, which
     must not do better than a guess among the classes.
     """
-    def right(split, shift=0):
+    def right(split, mixed=False):
         records = all_records(world, split)[:count]
-        said = write(records[shift:] + records[:shift])
-        return sum(describes(world, text, r["source"]) for text, r in zip(said, records)) \
-            / len(records)
+        shown = random.Random(0).sample(records, len(records)) if mixed else records
+        return sum(describes(world, text, r["source"])
+                   for text, r in zip(write(shown), records)) / len(records)
     figures = {"caption_accuracy": right("test")}
     if world.zero_shot not in (None, "test"):
         figures |= {"caption_accuracy_single": right(world.zero_shot),
-                    "caption_accuracy_single_wrong_picture": right(world.zero_shot, shift=1),
+                    "caption_accuracy_single_wrong_picture": right(world.zero_shot, mixed=True),
                     "caption_accuracy_single_chance": 1 / len(world.classes)}
     return figures
 

@@ -108,9 +108,9 @@ def write(records):
 def test_captions_are_right_when_they_describe_their_picture():
     figures = captions(Told(), write)
     assert figures == {"caption_accuracy": 1, "caption_accuracy_single": 1,
-                       # Single pictures are 0 1 2 0 1: words 1 2 0 1 0, of which none but the
-                       # last, "0" of picture 1, is true of another picture than its own.
-                       "caption_accuracy_single_wrong_picture": 1 / 5,
+                       # Single pictures are 0 1 2 0 1; shown in their place are 0 1 0 1 2, and
+                       # only the first two words are true.
+                       "caption_accuracy_single_wrong_picture": 2 / 5,
                        "caption_accuracy_single_chance": 1 / 3}
     assert captions(Told(), lambda records: ["4"] * len(records))["caption_accuracy"] == 0
 
@@ -122,14 +122,14 @@ def test_of_a_world_without_a_say_in_that_truth_counts():
     assert captions(Told(), four)["caption_accuracy"] == 0
 
 
-def test_captions_are_asked_of_both_splits_and_of_the_next_ones_picture():
+def test_captions_are_asked_of_both_splits_and_of_other_pictures():
     asked = []
 
     def noted(records):
         asked.append([record["source"] for record in records])
         return write(records)
     captions(Told(), noted)
-    assert asked == [list(range(13)), [0, 1, 2, 0, 1], [1, 2, 0, 1, 0]]
+    assert asked == [list(range(13)), [0, 1, 2, 0, 1], [0, 1, 0, 1, 2]]
     captions(Told(), noted, count=3)
     assert asked[3:] == [[0, 1, 2], [0, 1, 2], [1, 2, 0]]
 

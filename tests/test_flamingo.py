@@ -544,16 +544,18 @@ class TestFreezing:
         assert model.vision.patch_embed.weight.grad.abs().max() > 0
 
     @pytest.mark.parametrize("skip", [0, 1])
-    def test_features_are_the_patches_tokens_before_the_last_norm(self, skip):
-        model, features, images = make(skip=skip), [], pictures(2, 3, 4)
+    @pytest.mark.parametrize("class_token", [False, True])
+    def test_features_are_the_tokens_before_the_last_norm(self, skip, class_token):
+        model, features = make(skip=skip, class_token=class_token), []
+        images = pictures(2, 3, 4)
         model.resampler.register_forward_hook(lambda m, given, out: features.append(given[0]))
         model.look(images)
-        assert features[0].shape == (2, 3, 4, 9, 22)
+        assert features[0].shape == (2, 3, 4, 9 + class_token, 22)
         for b, n, f in ((0, 0, 0), (1, 2, 3), (0, 1, 2)):
             x = model.vision.embed(normalise(images[b, n, f][None]))
             for block in model.vision.transformer.blocks[:3 - skip]:
                 x = block(x)
-            close(features[0][b, n, f], x[0, 1:])
+            close(features[0][b, n, f], x[0, 0 if class_token else 1:])
 
     def test_a_rows_pictures_are_its_own_and_in_their_order(self):
         model, images = make(), pictures()
@@ -812,10 +814,10 @@ class TestPages:
     def test_the_feeds_of_a_world_with_pages(self):
         world = Toy(image_size=15)
         feeds = flamingo.feeds(world, Words(), CONFIG)
-        assert [share for _, _, share in feeds] == [2, 2, 2, 1, 1]
-        assert [c.weight for _, c, _ in feeds] == [1.0, 1.0, 1.0, 0.5, 0.5]
-        assert [c.number for _, c, _ in feeds] == [0, 1, 2, 3, 4]
-        assert [c.next_image for _, c, _ in feeds] == [0.5, 0, 0, 0, 0]       # pages alone
+        assert [share for _, _, share in feeds] == [2, 1, 2, 1, 1, 1]
+        assert [c.weight for _, c, _ in feeds] == [1.0, 1.0, 1.0, 0.5, 0.5, 0.5]
+        assert [c.number for _, c, _ in feeds] == [0, 1, 2, 3, 4, 5]
+        assert [c.next_image for _, c, _ in feeds] == [0.5, 0, 0, 0, 0, 0]       # pages alone
         kinds = list(flamingo.DATASETS)
         assert kinds[0] == "document" and kinds[-1] == "clip"
         for kind, (source, _, _) in zip(kinds, feeds):
@@ -949,6 +951,11 @@ class TestPupil:
                                       shown=[[False, True]])
         assert ids[0].tolist() == [BOS, OUT, CAT, EOC, IMAGE, OUT]
         assert state["visual"].shape == (1, 1, 7, 22)
+
+    def test_a_row_with_more_tags_than_pictures_is_told_whatever_the_others_have(self, pupil):
+        short = DOCUMENT | {"images": DOCUMENT["images"][:1]}
+        with pytest.raises(ValueError, match="a text with 2 <image> tags, but 1 pictures"):
+            pupil.write([SAMPLES[2], short])
 
     def test_choosing_is_by_the_log_likelihood_with_the_eoc(self, pupil):
         candidates = [["cat", "a red dog"], ["blue cat", "dog"], ["red", "a blue blue dog"]]

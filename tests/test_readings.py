@@ -140,7 +140,7 @@ class TestReading:
     def test_what_is_learned_follows_what_is_told_in_every_text(self):
         texts = [reading(random.Random(i)) for i in range(300)]
         paged = [text for text in texts if OUTPUT in text or "answer:" in text]
-        assert 0.8 < len(paged) / 300 < 0.98
+        assert 0.7 < len(paged) / 300 < 0.95
         for text in texts:
             assert text == text.strip() and "  " not in text and ".." not in text
         for text in paged:

@@ -17,7 +17,7 @@ from common.worlds import stories
 from common.worlds.scene import describe, listed, phrase, sample
 from common.worlds.tasks import candidates, pick, worded
 
-KINDS = ("caption", "question", "document", "episode", "clip")
+KINDS = ("caption", "album", "question", "document", "episode", "clip")
 ASKED = ("colour", "shape", "count", "existence", "relation")
 SHOTS = (2, 4, 6, 8)                      # of an episode in training
 
@@ -29,8 +29,8 @@ def interleaved(kind, /, rng, split="train", side=32, **more):
     text. more: of `stories.episode` (shots, classes, shuffled), `stories.clip` (frames, kind),
     `stories.document` (images, kind) or of `sample` (objects, pairs, ...).
     """
-    return {"caption": caption, "question": question, "document": document, "episode": episode,
-            "clip": clip}[kind](rng, split, side, **more)
+    return {"caption": caption, "album": album, "question": question, "document": document,
+            "episode": episode, "clip": clip}[kind](rng, split, side, **more)
 
 
 def made(scenes, images, texts, **more):
@@ -43,6 +43,13 @@ def caption(rng, split, side, **dial):
     """One picture and its caption."""
     scene = sample(rng, **dial)
     return made([scene], [stories.pictures((scene,), side)], [(OUTPUT, f" {describe(scene, rng)}")])
+
+
+def album(rng, split, side, images=None, **dial):
+    """Two or three pictures, each with its caption."""
+    scenes = [sample(rng, **dial) for _ in range(images or rng.randint(2, 3))]
+    return made(scenes, [stories.pictures((scene,), side) for scene in scenes],
+                [(OUTPUT, f" {describe(scene, rng)}") for scene in scenes])
 
 
 def question(rng, split, side, **dial):
@@ -106,11 +113,17 @@ def reading(rng):
 
     reading(rng) -> "a red circle. output: dax. a blue star. output: wug. a red circle. output: dax."
     """
-    kind = rng.choice(KINDS)
-    if kind == "caption" and rng.random() < 0.5:
+    kind, plain = rng.choice(KINDS), rng.random() < 0.5
+    if kind == "caption" and plain:
         return describe(sample(rng, (1, 3)), rng)
-    told = interleaved(kind, rng, side=None)
-    return " ".join(f"{words} {prompt}{learned}{'' if learned.endswith('.') else '.'}"
+    if kind != "episode":
+        told = interleaved(kind, rng, side=None)
+    else:                                 # the more classes, the more there is to gain by recalling
+        classes = rng.choice((2, 3, 4))
+        told = interleaved(kind, rng, side=None, classes=classes,
+                           shots=classes * rng.randint(1, 8 // classes))
+        told["texts"] = [("", label) for _, label in told["texts"]] if plain else told["texts"]
+    return " ".join(f"{words} {prompt}{learned}".replace("  ", " ").rstrip(".") + "."
                     for words, (prompt, learned) in zip(in_words(kind, told, rng), told["texts"]))
 
 

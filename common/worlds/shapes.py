@@ -84,7 +84,7 @@ class Shapes:
     def interleaved(self, kind, /, rng, split="train", **more):
         """A sample of pages, questions, episodes, clips: `readings.interleaved`, as this world's
         dials say."""
-        if kind in ("caption", "question", "document"):
+        if kind in ("caption", "album", "question", "document"):
             more = {"objects": (1, self.objects), "noise": self.noise,
                     "clutter": self.clutter} | more
         return readings.interleaved(kind, rng, split, self.image_size, **more)
