@@ -250,7 +250,8 @@ def test_what_does_not_fit_is_told_and_changes_nothing(both, change, words):
     ({"placement": "paper"}, "placement=paper, not openflamingo"),
     ({"heads": 4, "head_width": 128}, "heads=4, not 8; head_width=128, not 64"),
     ({"resampler_heads": 16, "resampler_head_width": 32}, "resampler_heads=16, not 8"),
-    ({"skip": 1}, "skip=1, not 0"), ({"latest": False}, "latest=False, not True")])
+    ({"skip": 1}, "skip=1, not 0"), ({"latest": False}, "latest=False, not True"),
+    ({"class_token": True}, "class_token=True, not False")])
 def test_another_config_is_told(both, changes, words):
     _, theirs, path = both
     torch.save(learned(theirs), path)

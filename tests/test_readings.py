@@ -64,6 +64,13 @@ class TestSamples:
         for sample in drawn("caption"):
             assert is_true(sample["answer"], sample["source"][0])
 
+    def test_an_album_is_pictures_with_a_true_caption_each(self):
+        for sample in drawn("album"):
+            for (told, learned), scene in zip(sample["texts"], sample["source"], strict=True):
+                assert told == OUTPUT and is_true(learned[1:], scene)
+        assert {len(sample["texts"]) for sample in drawn("album")} == {2, 3}
+        assert {len(sample["texts"]) for sample in drawn("album", 5, images=4)} == {4}
+
     @pytest.mark.parametrize("split", ["train", "test"])
     def test_a_question_is_worded_as_its_split_words_it_and_has_one_answer(self, split):
         kinds = set()

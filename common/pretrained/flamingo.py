@@ -17,8 +17,8 @@ from common.pretrained.strict_json import shown
 
 OPENFLAMINGO = {"resampler": "perceiver", "latents": 64, "resampler_layers": 6,
                 "resampler_heads": 8, "resampler_head_width": 64, "frames": 0, "heads": 8,
-                "head_width": 64, "placement": "openflamingo", "act": "gelu", "skip": 0, "class_token": False,
-                "latest": True}
+                "head_width": 64, "placement": "openflamingo", "act": "gelu", "skip": 0,
+                "class_token": False, "latest": True}
 TOLD_BY_SHAPES = ("latents", "resampler_layers")
 
 
