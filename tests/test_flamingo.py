@@ -641,7 +641,7 @@ class TestLoss:
 
     def test_it_starts_at_log_of_the_vocabulary(self):
         loss = Flamingo(CONFIG)(batch("..I...I" * 5, "I......" * 5, N=10))["lm"].item()
-        assert loss == pytest.approx(math.log(43), rel=0.02)
+        assert loss == pytest.approx(math.log(43), rel=0.1)
 
     def gradients(self, model, losses):
         model.zero_grad()
