@@ -14,7 +14,7 @@ import math
 
 from common.conversation import ANSWER, OUTPUT
 from common.worlds import stories
-from common.worlds.scene import describe, listed, phrase, sample
+from common.worlds.scene import COLOURS, SHAPES, describe, listed, phrase, sample
 from common.worlds.tasks import candidates, pick, worded
 
 KINDS = ("caption", "album", "question", "document", "episode", "clip")
@@ -108,18 +108,26 @@ def in_words(kind, sample, rng):
             for scene in sample["source"]]
 
 
+def refrain(rng):
+    """Words of the world in any order, and the same again: only what was read tells the rest."""
+    words = [rng.choice((*COLOURS, *SHAPES, *stories.LABELS)) for _ in range(rng.randint(4, 12))]
+    return " ".join(words * 2) + "."
+
+
 def reading(rng):
-    """A text for a language model: a caption, or a sample with its pictures in words.
+    """A text for a language model: a caption, a refrain, or a sample with its pictures in words.
 
     reading(rng) -> "a red circle. output: dax. a blue star. output: wug. a red circle. output: dax."
     """
-    kind, plain = rng.choice(KINDS), rng.random() < 0.5
+    kind, plain = rng.choice((*KINDS, "refrain")), rng.random() < 0.5
+    if kind == "refrain":
+        return refrain(rng)
     if kind == "caption" and plain:
         return describe(sample(rng, (1, 3)), rng)
     if kind != "episode":
         told = interleaved(kind, rng, side=None)
-    else:                                 # the more classes, the more there is to gain by recalling
-        classes = rng.choice((2, 3, 4))
+    else:
+        classes = rng.choice((2, 3))
         told = interleaved(kind, rng, side=None, classes=classes,
                            shots=classes * rng.randint(1, 8 // classes))
         told["texts"] = [("", label) for _, label in told["texts"]] if plain else told["texts"]

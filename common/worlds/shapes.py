@@ -16,8 +16,9 @@ import re
 import sys
 from pathlib import Path
 
-from common.worlds import scene as scenes
+from common.conversation import ANSWER, OUTPUT
 from common.worlds import readings, stories
+from common.worlds import scene as scenes
 
 
 class Shapes:
@@ -107,8 +108,9 @@ class Shapes:
             rng = random.Random(f"corpus/{index}")
             yield scenes.describe(scenes.sample(rng, (1, 3)), rng, None if index % 4 else "full")
         yield from stories.corpus()
-        for index in range(2000):
-            yield readings.reading(random.Random(f"reading/{index}"))
+        for index in range(500):          # so often that the prompts' words become pieces
+            yield f"{OUTPUT} {stories.LABELS[index % len(stories.LABELS)]}."
+            yield ANSWER.format("what is it?")
 
     def extract(self, folder, count=100):
         """Write test pictures as PNG files named by what they show; returns their number."""
