@@ -68,7 +68,6 @@ class LanguageConfig:
     eps: float = 1e-5                    # of the norms
     theta: float = 10000.0               # the rotary base
     stretch: float = 1.0                 # rotary positions are divided by it (linear scaling)
-    std: float = 0.08                    # of weights at the start, about width ** -0.5
     eos: int = 2
     pad: int = 0
 
@@ -181,17 +180,16 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def initialise(self):
-        """GPT-2's: N(0, std), biases 0; what adds to the residual is smaller the deeper it is."""
-        std = self.config.std
+        """GPT-2's: N(0, 0.02), biases 0; what adds to the residual is smaller the deeper it is."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
-                nn.init.normal_(module.weight, std=std)
+                nn.init.normal_(module.weight, std=0.02)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
         for block in self.blocks:
             last = block.mlp.down_proj if hasattr(block.mlp, "down_proj") else block.mlp.fc2
             for linear in (block.attn.out_proj, last):
-                nn.init.normal_(linear.weight, std=std / math.sqrt(2 * len(self.blocks)))
+                nn.init.normal_(linear.weight, std=0.02 / math.sqrt(2 * len(self.blocks)))
 
     def add_tokens(self, ids):
         """Learned rows for these ids, over tables that may stay frozen; the parameters new.*"""

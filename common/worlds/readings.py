@@ -14,7 +14,7 @@ import math
 
 from common.conversation import ANSWER, OUTPUT
 from common.worlds import stories
-from common.worlds.scene import COLOURS, SHAPES, describe, listed, phrase, sample
+from common.worlds.scene import describe, listed, phrase, sample
 from common.worlds.tasks import candidates, pick, worded
 
 KINDS = ("caption", "album", "question", "document", "episode", "clip")
@@ -108,42 +108,29 @@ def in_words(kind, sample, rng):
             for scene in sample["source"]]
 
 
-def refrain(rng):
-    """Words of the world in any order, and the same again: only what was read tells the rest."""
-    words = [rng.choice((*COLOURS, *SHAPES, *stories.LABELS)) for _ in range(rng.randint(4, 12))]
-    return " ".join(words * 2) + "."
-
-
 def reading(rng):
-    """A text for a language model: a caption, a refrain, or a sample with its pictures in words.
+    """A text for a language model: a caption, or a sample with its pictures in words.
 
     reading(rng) -> "a red circle. output: dax. a blue star. output: wug. a red circle. output: dax."
     """
-    kind, plain = rng.choice((*KINDS, "refrain")), rng.random() < 0.5
-    if kind == "refrain":
-        return refrain(rng)
-    if kind == "caption" and plain:
+    kind = rng.choice(KINDS)
+    if kind == "caption" and rng.random() < 0.5:
         return describe(sample(rng, (1, 3)), rng)
-    if kind != "episode":
-        told = interleaved(kind, rng, side=None)
-    else:
-        classes = rng.choice((2, 3))
-        told = interleaved(kind, rng, side=None, classes=classes,
-                           shots=classes * rng.randint(1, 8 // classes))
-        told["texts"] = [("", label) for _, label in told["texts"]] if plain else told["texts"]
-    return " ".join(f"{words} {prompt}{learned}".replace("  ", " ").rstrip(".") + "."
+    told = interleaved(kind, rng, side=None)
+    return " ".join(f"{words} {prompt}{learned}."
                     for words, (prompt, learned) in zip(in_words(kind, told, rng), told["texts"]))
 
 
 def labelled(rng):
-    """An episode of 8 shots in words, [(text, whether it is a label), ...], and its labels' nats.
+    """An episode of 8 shots in words, [(text, whether a label), ...], and its labels' nats.
 
     The labels' entropy is exact: what a picture's class is called is drawn from all LABELS when the
-    class comes first, the second one's from those left, and told from then on.
+    class comes first, the second one's from those left, and told from then on. A label's full stop
+    goes with it: a vocabulary cuts the two together.
     """
     told = episode(rng, "train", None, shots=8)
     parts = []
     for words, (prompt, label) in zip(in_words("episode", told, rng), told["texts"]):
-        parts += [(f"{' ' if parts else ''}{words} {prompt}", False), (label, True), (".", False)]
+        parts += [(f"{' ' if parts else ''}{words} {prompt}", False), (f"{label}.", True)]
     classes = len({label for _, label in told["texts"]})
     return parts, sum(math.log(len(stories.LABELS) - n) for n in range(classes))
