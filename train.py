@@ -60,6 +60,7 @@ class Recipe:
     eps: float = 1e-6
     clip: float = 1.0                    # norm of the gradient
     undecayed: tuple = ()                # patterns of matrices that do not decay either
+    fast: tuple = ()                     # patterns of what learns 10 times as fast
 
 
 @dataclass
@@ -109,8 +110,8 @@ STAGES = {
                                eps=1e-8)}, texts),
     "flamingo": Stage("a resampler and gated blocks between a frozen CLIP and a frozen LM",
                       flamingo, flamingo.Flamingo, {
-                          "": Recipe(steps=1200, batch_size=128, lr=1e-3, decay=0.1,
-                                     undecayed=("resampler.*",), eps=1e-8)},
+                          "": Recipe(steps=1000, batch_size=128, lr=1e-3, decay=0.1, eps=1e-8,
+                                     undecayed=("resampler.*",), fast=("*_gate",))},
                       flamingo.feeds, {"vision": ("clip", "vision"), "language": ("lm", "lm")}),
 }
 LISTS = {"all": ["clip", "lm", "flamingo"]}
@@ -173,17 +174,21 @@ def freeze(model, patterns):
                         f"{trained:,d} trained") for name, (trained, frozen) in rows.items())
 
 
-def parameter_groups(model, decay, undecayed=()):
-    """Two AdamW groups of what is trained: matrices decay; gains, biases and scalars do not.
+def parameter_groups(model, decay, undecayed=(), fast=()):
+    """AdamW groups of what is trained: matrices decay; gains, biases and scalars do not.
 
-    undecayed: patterns of names of matrices that do not either.
+    undecayed: patterns of names of matrices that do not either. fast: patterns of names whose
+    learning rate is 10 times the others' ("times" of their group).
     """
-    groups = {True: [], False: []}
+    def fits(name, patterns):
+        return any(fnmatch.fnmatch(name, pattern) for pattern in patterns)
+    groups = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            groups[p.ndim >= 2 and not any(fnmatch.fnmatch(name, u) for u in undecayed)].append(p)
-    return [{"params": groups[True], "weight_decay": decay},
-            {"params": groups[False], "weight_decay": 0.0}]
+            key = p.ndim >= 2 and not fits(name, undecayed), fits(name, fast)
+            groups.setdefault(key, []).append(p)
+    return [{"params": groups[key], "weight_decay": decay if key[0] else 0.0,
+             "times": 10.0 if key[1] else 1.0} for key in sorted(groups, reverse=True)]
 
 
 def learning_rate(recipe, step):
@@ -240,7 +245,8 @@ class Run:
         more = tuple(filter(None, options.unfreeze.split(",")))
         self.table = freeze(self.model, self.stage.file.TRAINS[name] + more)
         self.optimiser = torch.optim.AdamW(
-            parameter_groups(self.model, self.recipe.decay, self.recipe.undecayed),
+            parameter_groups(self.model, self.recipe.decay, self.recipe.undecayed,
+                             self.recipe.fast),
             lr=self.recipe.lr, betas=self.recipe.betas, eps=self.recipe.eps, fused=True)
         self.step, self.seconds, self.loss = 0, 0.0, math.nan
         self.kept, self.stopped, self.measuring = None, None, False
@@ -381,7 +387,7 @@ class Run:
         """One optimiser step over the micro-batches -> the loss, a tensor on the device."""
         rate = learning_rate(self.recipe, self.step)
         for group in self.optimiser.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["times"]
         batches = [to_device(batch, self.device) for batch in batches]
         parts = [None]
         if len(batches) > 1:

@@ -523,6 +523,18 @@ class TestOptimiser:
         assert any(name.endswith("bias") for name in plain_names) \
             and not any("norm" in names[id(p)] for p in decayed["params"])
 
+    def test_what_is_fast_or_undecayed_is_a_group_of_its_own(self, model):
+        train.freeze(model, ("*",))
+        names = {id(p): name for name, p in model.named_parameters()}
+        groups = train.parameter_groups(model, 0.2, ("vision.*",), ("logit_*", "*_projection.*"))
+        found = {(g["weight_decay"], g["times"]): {names[id(p)] for p in g["params"]}
+                 for g in groups}
+        assert found[0.2, 10.0] == {"image_projection.weight", "text_projection.weight"}
+        assert found[0.0, 10.0] == {"logit_scale", "logit_bias"}
+        assert "vision.patch_embed.weight" in found[0.0, 1.0]
+        assert "text.token_embed.weight" in found[0.2, 1.0]
+        assert sum(map(len, found.values())) == len(names)
+
     def test_a_step_without_gradient_decays_matrices_alone(self, model):
         train.freeze(model, ("*",))
         optimiser = torch.optim.AdamW(train.parameter_groups(model, 0.2), lr=0.5)
@@ -565,6 +577,10 @@ class TestOptimiser:
         run.update(run.model, run.batches[3])
         assert norms == [pytest.approx(1.0, abs=1e-3)]
         assert {group["lr"] for group in run.optimiser.param_groups} == {1e-3 * 4 / 10}
+        run.optimiser.param_groups[1]["times"] = 10.0
+        run.update(run.model, run.batches[3])
+        slow, fast = (group["lr"] for group in run.optimiser.param_groups)
+        assert fast == pytest.approx(10 * slow)
         assert not (tmp_path / "run").exists()
 
     def test_the_model_has_the_last_word_on_its_weights(self):
