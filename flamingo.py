@@ -24,7 +24,7 @@ from common import checkpoint, cli, evaluation, language, losses, masks
 from common.conversation import ANSWER, OUTPUT, Segment, collate, render
 from common.data import Drawn
 from common.generation import generate, rank
-from common.images import centre_crop, normalise, open_frames, open_image, sheet, to_tensor
+from common.images import centre_crop, normalise, open_frames, sheet, to_tensor
 from common.language import LanguageConfig, LanguageModel
 from common.tokenizers import BOS, EOC, EOS, IMAGE
 from common.transformer import MLP, Attention, LayerNorm, gelu, squared_relu
@@ -306,7 +306,8 @@ class Flamingo(nn.Module):
                                 for r in records])
         figures = evaluation.captions(world, write, count)
         if hasattr(world, "interleaved"):
-            for asks in (about_two, about_questions, about_clips, about_shots):
+            for asks in (evaluation.about_two, evaluation.about_questions,
+                         evaluation.about_clips, evaluation.about_shots):
                 figures |= asks(pupil, world, count)
             figures |= self.text_perplexity(data, [world.reading(random.Random(f"flamingo/{i}"))
                                                    for i in range(count)])
@@ -331,8 +332,8 @@ class Flamingo(nn.Module):
         rows = [("", r["images"][0], [(None, text, evaluation.describes(world, text, r["source"]))])
                 for r, text in zip(records, said)]
         if hasattr(world, "interleaved"):
-            shown = draws(world, "episode", count, shots=4)
-            chosen = pupil.choose(asked(shown), [s["candidates"] for s in shown])
+            shown = evaluation.draws(world, "episode", count, shots=4)
+            chosen = pupil.choose(evaluation.asked(shown), [s["candidates"] for s in shown])
             for sample, choice in zip(shown, chosen):
                 answer = sample["candidates"][choice]
                 *shots, (query, _) = zip(sample["images"], sample["texts"])
@@ -507,74 +508,6 @@ class Pupil:
                           context=self.model.config.context)
             chosen += scores.argmax(dim=1).tolist()
         return chosen
-
-
-# ------------------------------------------------------------------ what it is asked
-
-def draws(world, kind, count, split="test", **more):
-    """Samples of a kind that are the same in every evaluation."""
-    return [world.interleaved(kind, random.Random(f"flamingo/{kind}/{i}"), split, **more)
-            for i in range(count)]
-
-
-def asked(samples, upto=None):
-    """The samples as prompts: their texts up to number `upto` (None: the last), that one open."""
-    ends = [len(s["texts"]) if upto is None else s[upto] + 1 for s in samples]
-    return [s | {"images": s["images"][:end], "texts": s["texts"][:end]}
-            for s, end in zip(samples, ends)]
-
-
-def exact(said, samples):
-    """The fraction of answers that are the sample's, word for word."""
-    return sum(text == sample["answer"] for text, sample in zip(said, samples)) / len(samples)
-
-
-def about_questions(pupil, world, count):
-    """Questions on one picture, with the right one and a wrong one, and on one of several."""
-    samples = draws(world, "question", count)
-    said = pupil.write(asked(samples), tokens=6)
-    others = [s | {"images": o["images"]} for s, o in zip(samples, samples[1:] + samples[:1])]
-    figures = {"vqa_accuracy": exact(said, samples),
-               "vqa_accuracy_blind": exact(pupil.write(asked(others), tokens=6), samples)}
-    for kind in sorted({s["kind"] for s in samples}):
-        own = [(text, s) for text, s in zip(said, samples) if s["kind"] == kind]
-        figures[f"vqa_accuracy/{kind}"] = exact(*zip(*own))
-    pages = draws(world, "document", count, images=3)
-    return figures | {"document_accuracy": exact(pupil.write(asked(pages, "at"), tokens=6), pages)}
-
-
-def about_clips(pupil, world, count):
-    """Questions that the order of a clip's frames decides; the same with the frames shuffled."""
-    samples, longer = draws(world, "clip", count), draws(world, "clip", count, frames=16)
-    mixed = [s | {"images": [random.Random(i).sample(s["images"][0], len(s["images"][0]))]}
-             for i, s in enumerate(samples)]
-    named = {"clip_accuracy": samples, "clip_accuracy_16_frames": longer,
-             "clip_accuracy_shuffled": mixed}
-    figures = {name: exact(pupil.write(asked(own), tokens=6), own) for name, own in named.items()}
-    return figures | {"clip_accuracy_chance": 0.5}
-
-
-def about_shots(pupil, world, count, shots=(0, 2, 4, 8)):
-    """Episodes whose labels only the shots tell, ranked; with the shots' labels shuffled, chance."""
-    def share(**how):
-        samples = draws(world, "episode", count, **how)
-        chosen = pupil.choose(asked(samples), [s["candidates"] for s in samples])
-        return sum(s["candidates"][c] == s["answer"] for s, c in zip(samples, chosen)) / count
-    figures = {f"shots_{k}": share(shots=k) for k in shots}
-    return figures | {f"shots_{shots[-1]}_shuffled": share(shots=shots[-1], shuffled=True),
-                      "shots_chance": 0.5}
-
-
-def about_two(pupil, world, count):
-    """With two pictures before it, whose caption is written: the nearer one's or the first one's?"""
-    records = [world.record(world.zero_shot, i) for i in range(count)]
-    pairs = list(zip(records, records[1:] + records[:1]))
-    said = pupil.write([{"images": [a["images"], b["images"]],
-                         "texts": [(OUTPUT, f" {a['texts'][0]}"), (OUTPUT, "")]} for a, b in pairs])
-    fits = [[world.describes(text, record["source"]) for record in pair]
-            for text, pair in zip(said, pairs)]
-    return {"two_pictures_first": sum(first for first, _ in fits) / count,
-            "two_pictures_nearest": sum(nearest for _, nearest in fits) / count}
 
 
 # ------------------------------------------------------------------ using a trained model

@@ -1,12 +1,15 @@
-"""What contrastive models are asked: retrieval, zero-shot classes, a sheet to look at.
+"""What models are asked: retrieval and classes, captions, questions, clips, shots.
 
-encode_images(records) and encode_texts(texts) give unit vectors (N, E) on one device.
+encode_images(records) and encode_texts(texts) give unit vectors (N, E) on one device. A pupil is a
+model that writes: write(samples, tokens) -> a string each, choose(samples, candidates) -> indices;
+samples are `worlds/readings.py`'s, whose last text stays open.
 """
 import random
 
 import torch
 
 from common import metrics
+from common.conversation import OUTPUT
 from common.formats import all_records
 from common.images import sheet
 
@@ -49,6 +52,22 @@ def zero_shot(world, encode_images, classifier):
     return figures
 
 
+def retrieval_sheet(pool, count=6):
+    """Sentences with the pictures found for them; below, pictures with the sentences found."""
+    pictures = [record["images"][0] for record in pool.records]
+    count, told_of_each = min(count, len(pictures) // 2), min(3, len(pictures))
+    found = [(pool.texts[t], None, [(pictures[i], "", pool.is_true(t, i))
+                                    for i in pool.scores[:, t].topk(count).indices.tolist()])
+             for t in range(count)]
+    told = [("", pictures[i], [(None, pool.texts[t], pool.is_true(t, i))
+                               for t in pool.scores[i].topk(told_of_each).indices.tolist()])
+            for i in range(count, 2 * count)]
+    return sheet(f"Unseen {pool.world.name}: a sentence, then the pictures found for it; below, a "
+                 "picture, then the sentences found. Green is right, red is wrong.", found + told)
+
+
+# ------------------------------------------------------------------ what models that write are asked
+
 def describes(world, text, source):
     """Whether a caption is true, and says enough where the world has a say in that."""
     return (world.describes if hasattr(world, "describes") else world.is_true)(text, source)
@@ -73,15 +92,67 @@ def captions(world, write, count=500):
     return figures
 
 
-def retrieval_sheet(pool, count=6):
-    """Sentences with the pictures found for them; below, pictures with the sentences found."""
-    pictures = [record["images"][0] for record in pool.records]
-    count, told_of_each = min(count, len(pictures) // 2), min(3, len(pictures))
-    found = [(pool.texts[t], None, [(pictures[i], "", pool.is_true(t, i))
-                                    for i in pool.scores[:, t].topk(count).indices.tolist()])
-             for t in range(count)]
-    told = [("", pictures[i], [(None, pool.texts[t], pool.is_true(t, i))
-                               for t in pool.scores[i].topk(told_of_each).indices.tolist()])
-            for i in range(count, 2 * count)]
-    return sheet(f"Unseen {pool.world.name}: a sentence, then the pictures found for it; below, a "
-                 "picture, then the sentences found. Green is right, red is wrong.", found + told)
+def draws(world, kind, count, split="test", **more):
+    """Samples of a kind that are the same in every evaluation."""
+    return [world.interleaved(kind, random.Random(f"asked/{kind}/{i}"), split, **more)
+            for i in range(count)]
+
+
+def asked(samples, upto=None):
+    """The samples as prompts: their texts up to number `upto` (None: the last), that one open."""
+    ends = [len(s["texts"]) if upto is None else s[upto] + 1 for s in samples]
+    return [s | {"images": s["images"][:end], "texts": s["texts"][:end]}
+            for s, end in zip(samples, ends)]
+
+
+def exact(said, samples):
+    """The fraction of answers that are the sample's, word for word."""
+    return sum(text == sample["answer"] for text, sample in zip(said, samples)) / len(samples)
+
+
+def about_questions(pupil, world, count):
+    """Questions on one picture, with the right one and a wrong one, and on one of several."""
+    samples = draws(world, "question", count)
+    said = pupil.write(asked(samples), tokens=6)
+    others = [s | {"images": o["images"]} for s, o in zip(samples, samples[1:] + samples[:1])]
+    figures = {"vqa_accuracy": exact(said, samples),
+               "vqa_accuracy_blind": exact(pupil.write(asked(others), tokens=6), samples)}
+    for kind in sorted({s["kind"] for s in samples}):
+        own = [(text, s) for text, s in zip(said, samples) if s["kind"] == kind]
+        figures[f"vqa_accuracy/{kind}"] = exact(*zip(*own))
+    pages = draws(world, "document", count, images=3)
+    return figures | {"document_accuracy": exact(pupil.write(asked(pages, "at"), tokens=6), pages)}
+
+
+def about_clips(pupil, world, count):
+    """Questions that the order of a clip's frames decides; the same with the frames shuffled."""
+    samples, longer = draws(world, "clip", count), draws(world, "clip", count, frames=16)
+    mixed = [s | {"images": [random.Random(i).sample(s["images"][0], len(s["images"][0]))]}
+             for i, s in enumerate(samples)]
+    named = {"clip_accuracy": samples, "clip_accuracy_16_frames": longer,
+             "clip_accuracy_shuffled": mixed}
+    figures = {name: exact(pupil.write(asked(own), tokens=6), own) for name, own in named.items()}
+    return figures | {"clip_accuracy_chance": 0.5}
+
+
+def about_shots(pupil, world, count, shots=(0, 2, 4, 8)):
+    """Episodes whose labels only the shots tell, ranked; with the shots' labels shuffled, chance."""
+    def share(**how):
+        samples = draws(world, "episode", count, **how)
+        chosen = pupil.choose(asked(samples), [s["candidates"] for s in samples])
+        return sum(s["candidates"][c] == s["answer"] for s, c in zip(samples, chosen)) / count
+    figures = {f"shots_{k}": share(shots=k) for k in shots}
+    return figures | {f"shots_{shots[-1]}_shuffled": share(shots=shots[-1], shuffled=True),
+                      "shots_chance": 0.5}
+
+
+def about_two(pupil, world, count):
+    """With two pictures before it, whose caption is written: the nearer one's or the first one's?"""
+    records = [world.record(world.zero_shot, i) for i in range(count)]
+    pairs = list(zip(records, random.Random(0).sample(records, count)))
+    said = pupil.write([{"images": [a["images"], b["images"]],
+                         "texts": [(OUTPUT, f" {a['texts'][0]}"), (OUTPUT, "")]} for a, b in pairs])
+    fits = [[world.describes(text, record["source"]) for record in pair]
+            for text, pair in zip(said, pairs)]
+    return {"two_pictures_first": sum(first for first, _ in fits) / count,
+            "two_pictures_nearest": sum(nearest for _, nearest in fits) / count}

@@ -17,16 +17,17 @@ from torch import nn
 import clip
 import flamingo
 import train
-from common import cli, transformer
+from common import cli, evaluation, transformer
 from common.conversation import ANSWER, OUTPUT, render
 from common.data import Drawn, View, open_world, world_tokenizer
+from common.evaluation import asked
 from common.generation import generate
 from common.images import normalise
 from common.language import LanguageConfig, Pretraining
 from common.tokenizers import BOS, EOC, EOS, IMAGE
 from common.transformer import KVCache
-from flamingo import (PRESETS, TRAINS, Flamingo, FlamingoConfig, Pages, Pupil, add_frames, asked,
-                      prompt, rices, segments)
+from flamingo import (PRESETS, TRAINS, Flamingo, FlamingoConfig, Pages, Pupil, add_frames, prompt,
+                      rices, segments)
 from tests.test_distributed import pair
 from tests.test_formats import listed, names
 from tests.test_train import Toy, weights
@@ -1008,7 +1009,7 @@ class TestEvaluation:
     world = Toy(image_size=16)
 
     def drawn(self, kind, count=13, **more):
-        return flamingo.draws(self.world, kind, count, **more)
+        return evaluation.draws(self.world, kind, count, **more)
 
     def test_samples_are_always_the_same_and_different_from_one_another(self):
         texts = [[s["texts"] for s in self.drawn("question")] for _ in range(2)]
@@ -1024,19 +1025,19 @@ class TestEvaluation:
     def test_questions_with_the_right_picture_and_with_anothers(self):
         samples, documents = self.drawn("question"), self.drawn("document", images=3)
         answers = {key(s["images"][0]): s["answer"] for s in samples}
-        figures = flamingo.about_questions(Knows(answers), self.world, 13)
+        figures = evaluation.about_questions(Knows(answers), self.world, 13)
         blind = sum(s["answer"] == o["answer"] for s, o in zip(samples, samples[1:] + samples[:1]))
         assert figures.pop("vqa_accuracy") == 1 and figures.pop("document_accuracy") == 0
         assert figures.pop("vqa_accuracy_blind") == pytest.approx(blind / 13) != 1
         assert figures == {f"vqa_accuracy/{s['kind']}": 1 for s in samples}
         answers = {key(s["images"][s["at"]]): s["answer"] for s in documents}
-        figures = flamingo.about_questions(Knows(answers), self.world, 13)
+        figures = evaluation.about_questions(Knows(answers), self.world, 13)
         assert figures["document_accuracy"] == 1 and figures["vqa_accuracy"] == 0
 
     def test_clips_forwards_longer_and_shuffled(self):
         for frames in (8, 16):
             answers = {key(s["images"][0]): s["answer"] for s in self.drawn("clip", frames=frames)}
-            figures = flamingo.about_clips(Knows(answers), self.world, 13)
+            figures = evaluation.about_clips(Knows(answers), self.world, 13)
             assert figures.pop("clip_accuracy_shuffled") < 0.5
             assert figures == {"clip_accuracy": frames == 8,
                                "clip_accuracy_16_frames": frames == 16,
@@ -1054,7 +1055,7 @@ class TestEvaluation:
                     what = [(s.items[0].colour, s.items[0].shape) for s in sample["source"]]
                     chosen.append(own.index(said[what.index(what[-1])]) if len(what) > 1 else 0)
                 return chosen
-        figures = flamingo.about_shots(Reads(), self.world, 40)
+        figures = evaluation.about_shots(Reads(), self.world, 40)
         assert [figures[f"shots_{k}"] for k in (2, 4, 8)] == [1, 1, 1]
         assert 0.25 < figures["shots_0"] < 0.75 and 0.2 < figures["shots_8_shuffled"] < 0.8
         assert figures["shots_chance"] == 0.5
@@ -1068,7 +1069,7 @@ class TestEvaluation:
                 assert all(s["texts"][0] == (OUTPUT, f" {s['images'][0][0].getpixel((0, 0))[0]}")
                            and s["texts"][1] == (OUTPUT, "") for s in samples)
                 return [str(s["images"][place][0].getpixel((0, 0))[0]) for s in samples]
-        assert flamingo.about_two(Writes(), Cards(), 13) == figures
+        assert evaluation.about_two(Writes(), Cards(), 13) == figures
 
     def test_text_alone_is_measured_with_and_without_the_gates(self):
         tokenizer = world_tokenizer(self.world)
