@@ -257,7 +257,7 @@ class Flamingo(nn.Module):
         tags, N, Q = ids == IMAGE, visual.shape[1], visual.shape[2]
         before = 0 if cache is None else cache.state.get("pictures", 0)
         pictures = masks.picture_of(tags, before, None if following is None else following[:, None])
-        if cache is not None:            # in each row: a new token belongs to the last tag before it
+        if cache is not None:            # a new token belongs to the last tag of its row
             cache.state["pictures"] = before + tags.sum(dim=1, keepdim=True)
         if pictures.numel() and pictures.max() > N:
             raise ValueError(f"a text with {int(pictures.max())} <image> tags, but {N} pictures")
@@ -364,7 +364,7 @@ def segments(texts, shown=None, end=True, behind=False):
 
 
 class Pages:
-    """Collate interleaved samples, {"images": [[frame, ...], ...], "texts": [(told, learned), ...]}.
+    """Collate samples, {"images": [[frame, ...], ...], "texts": [(told, learned), ...]}.
 
     Records with "texts" of plain strings are pictures with a caption. number, weight: of the data
     set, for `Flamingo.accumulate`. next_image: how often a page has its pictures behind their
@@ -404,7 +404,8 @@ def as_sample(record, rng):
     """A picture with captions as a sample with one of them; a sample as it is."""
     if isinstance(record["texts"][0], tuple):
         return record
-    return {"images": [record["images"][:1]], "texts": [(OUTPUT, f" {rng.choice(record['texts'])}")]}
+    text = rng.choice(record["texts"])
+    return {"images": [record["images"][:1]], "texts": [(OUTPUT, f" {text}")]}
 
 
 # Of every step's samples so many parts, and what a data set's mean loss counts: pages, albums and

@@ -96,7 +96,7 @@ class Texts:
         self.tokenizer, self.context, self.length = tokenizer, context, min(length, context)
 
     def __call__(self, records, rngs):
-        """Records and their rngs -> {"ids", "labels": int64 (B', T)}; B' rows hold all the texts."""
+        """Records and their rngs -> {"ids", "labels": int64 (B', T)}, all texts in B' rows."""
         rows = [[]]
         for record, rng in zip(records, rngs):
             ids = self.tokenizer.encode(rng.choice(record["texts"]))[:self.length - 2]

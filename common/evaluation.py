@@ -66,7 +66,7 @@ def retrieval_sheet(pool, count=6):
                  "picture, then the sentences found. Green is right, red is wrong.", found + told)
 
 
-# ------------------------------------------------------------------ what models that write are asked
+# ------------------------------------------------------------------ models that write
 
 def describes(world, text, source):
     """Whether a caption is true, and says enough where the world has a say in that."""
@@ -136,7 +136,7 @@ def about_clips(pupil, world, count):
 
 
 def about_shots(pupil, world, count, shots=(0, 2, 4, 8)):
-    """Episodes whose labels only the shots tell, ranked; with the shots' labels shuffled, chance."""
+    """Episodes whose labels only the shots tell, ranked; with shuffled shots it must be chance."""
     def share(**how):
         samples = draws(world, "episode", count, **how)
         chosen = pupil.choose(asked(samples), [s["candidates"] for s in samples])
@@ -147,7 +147,7 @@ def about_shots(pupil, world, count, shots=(0, 2, 4, 8)):
 
 
 def about_two(pupil, world, count):
-    """With two pictures before it, whose caption is written: the nearer one's or the first one's?"""
+    """Of two pictures before it, whose caption is written: the nearer one's or the first's?"""
     records = [world.record(world.zero_shot, i) for i in range(count)]
     pairs = list(zip(records, random.Random(0).sample(records, count)))
     said = pupil.write([{"images": [a["images"], b["images"]],

@@ -233,7 +233,9 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, x):
-        return rms_norm(x, self.weight, self.eps)
+        if ATTENTION == "hand" or x.dtype != self.weight.dtype:   # torch casts in another order
+            return rms_norm(x, self.weight, self.eps)
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
 # ------------------------------------------------------------------ MLPs

@@ -191,11 +191,13 @@ class TestNorms:
         scaled = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 0.1)
         assert torch.equal(rms_norm(x, weight, 0.1), scaled.bfloat16() * weight)
 
-    def test_the_layer_is_the_same_by_hand_and_fused(self, monkeypatch):
-        norm, x = randomise(LayerNorm(7, eps=0.2)), torch.randn(B, T, 7)
-        fused = norm(x)
+    @pytest.mark.parametrize("layer", [LayerNorm, transformer.RMSNorm])
+    def test_the_layer_is_the_same_by_hand_and_fused(self, layer, monkeypatch):
+        norm, x = randomise(layer(7, eps=0.2)), torch.randn(B, T, 7)
+        fused, halves = norm(x), norm(x.bfloat16())
         monkeypatch.setattr(transformer, "ATTENTION", "hand")
         torch.testing.assert_close(norm(x), fused)
+        torch.testing.assert_close(norm(x.bfloat16()), halves)
 
 
 class TestActivationsAndMLPs:

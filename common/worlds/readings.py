@@ -94,8 +94,8 @@ def clip(rng, split, side, **more):
     """A clip and a question that its order decides (`stories.clip`)."""
     record = stories.clip(rng, side=side, **more)
     asks = record["turns"][0]["text"]
-    return made(record["source"], [record["images"]], [(ANSWER.format(asks), f" {record['answer']}")],
-                kind=record["kind"])
+    texts = [(ANSWER.format(asks), f" {record['answer']}")]
+    return made(record["source"], [record["images"]], texts, kind=record["kind"])
 
 
 # ------------------------------------------------------------------ in words alone
@@ -111,7 +111,7 @@ def in_words(kind, sample, rng):
 def reading(rng):
     """A text for a language model: a caption, or a sample with its pictures in words.
 
-    reading(rng) -> "a red circle. output: dax. a blue star. output: wug. a red circle. output: dax."
+    reading(rng) -> "a red circle. output: dax. a red star. output: wug. a red circle. output: dax."
     """
     kind = rng.choice(KINDS)
     if kind == "caption" and rng.random() < 0.5:
