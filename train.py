@@ -1,6 +1,6 @@
 """Train any stage: python train.py STAGE [flags]. One process, or torchrun for several.
 
-    python train.py clip                                       about 3 minutes on 2 CPU cores
+    python train.py clip                                       about 2 minutes on 2 CPU cores
     python train.py clip --data emoji                          real pictures and names
     python train.py lm && python train.py flamingo             what Flamingo freezes, then Flamingo
     python train.py clip --data jsonl:captions.jsonl           your own; see common/formats.py
