@@ -18,6 +18,7 @@ from common.worlds.scene import describe, listed, phrase, sample
 from common.worlds.tasks import candidates, pick, worded
 
 KINDS = ("caption", "album", "question", "document", "episode", "clip")
+READ = ("caption", "question", "document", "episode", "clip")         # by a language model
 ASKED = ("colour", "shape", "count", "existence", "relation")
 SHOTS = (2, 4, 6, 8)                      # of an episode in training
 
@@ -113,7 +114,7 @@ def reading(rng):
 
     reading(rng) -> "a red circle. output: dax. a red star. output: wug. a red circle. output: dax."
     """
-    kind = rng.choice(KINDS)
+    kind = rng.choice(READ)
     if kind == "caption" and rng.random() < 0.5:
         return describe(sample(rng, (1, 3)), rng)
     told = interleaved(kind, rng, side=None)
