@@ -394,7 +394,7 @@ def search(run, text, folder):
 
 def main():
     """The command line: classify and search."""
-    commands = cli.Commands(__doc__)
+    commands = cli.Commands(__doc__, "a run folder, or a published CLIP's folder or .pt file")
     commands.add(classify, image="a picture", texts="... what it may show, each in quotes")
     commands.add(search, text="what to look for, in quotes", folder="a folder of pictures")
     return commands.run()

@@ -65,9 +65,9 @@ class Commands:
     `add` takes functions whose first parameter is the run folder and whose docstring is the help.
     """
 
-    def __init__(self, description):
+    def __init__(self, description, run="a run folder"):
         self.parser = parser(description)
-        self.parser.add_argument("run", metavar="RUN", help="a run folder, e.g. runs/clip")
+        self.parser.add_argument("run", metavar="RUN", help=run)
         self.commands = self.parser.add_subparsers(title="commands", metavar="COMMAND",
                                                    required=True)
 
