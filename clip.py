@@ -361,10 +361,7 @@ def from_pretrained(path, act=None):
         config, weights, tokenizer = pretrained.read(path, act)
     else:
         config, tokenizer, weights = checkpoint.open_run(path, "clip")
-    try:
-        model = CLIP(CLIPConfig(**config))
-    except TypeError as error:
-        raise ValueError(f"{path}: a config of another version ({error})") from None
+    model = CLIP(checkpoint.config_of(CLIPConfig, config, path))
     checkpoint.load_weights(model, weights, path)
     return Trained(model, tokenizer)
 

@@ -516,10 +516,7 @@ class Pupil:
 def from_pretrained(path):
     """A Pupil of the Flamingo in a run folder. Raises ValueError in one line when it is none."""
     config, tokenizer, weights = checkpoint.open_run(path, "flamingo")
-    try:
-        model = Flamingo(FlamingoConfig(**config))
-    except TypeError as error:
-        raise ValueError(f"{path}: a config of another version ({error})") from None
+    model = Flamingo(checkpoint.config_of(FlamingoConfig, config, path))
     checkpoint.load_weights(model, weights, path)
     return Pupil(model.eval(), Pages(tokenizer, model.config))
 

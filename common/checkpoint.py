@@ -123,6 +123,14 @@ def load_part(model, name, weights, where):
                               if key.startswith(head)}, where)
 
 
+def config_of(kind, fields, where):
+    """The dataclass `kind` with the fields of a config.json; ValueError for fields not its own."""
+    try:
+        return kind(**fields)
+    except TypeError as error:
+        raise ValueError(f"{where}: a config of another version ({error})") from None
+
+
 def open_run(folder, model, flag="", stage=None):
     """A finished or unfinished run of `model` -> (config dict, Tokenizer, weights).
 

@@ -407,11 +407,9 @@ def from_pretrained(path, dtype=torch.float32):
     else:
         config, tokenizer, weights = checkpoint.open_run(path, "common.language", stage="lm")
         weights = {name.removeprefix("lm."): value for name, value in weights.items()}
-    try:
-        with torch.device("meta"):       # no minutes spent on random weights
-            lm = LanguageModel(LanguageConfig(**config))
-    except TypeError as error:
-        raise ValueError(f"{path}: a config of another version ({error})") from None
+    config = checkpoint.config_of(LanguageConfig, config, path)
+    with torch.device("meta"):           # no minutes spent on random weights
+        lm = LanguageModel(config)
     lm = lm.to(dtype).to_empty(device="cpu")
     checkpoint.load_weights(lm, weights, path)
     return Trained(lm, tokenizer)

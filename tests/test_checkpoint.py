@@ -1,6 +1,7 @@
 """Runs on disk: what a kill leaves behind, and which files are refused."""
 import os
 import pickle
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -255,3 +256,14 @@ class TestOpenRun:
         with pytest.raises(ValueError, match=words) as caught:
             checkpoint.open_run(run, "clip")
         assert "\n" not in str(caught.value) and str(run) in str(caught.value)
+
+
+@dataclass
+class Stub:
+    legs: int = 4
+
+
+def test_a_config_of_another_version_is_told_with_its_field():
+    with pytest.raises(ValueError, match="runs/x: a config of another version .*'wings'"):
+        checkpoint.config_of(Stub, {"wings": 2}, "runs/x")
+    assert checkpoint.config_of(Stub, {"legs": 2}, "runs/x").legs == 2
