@@ -408,11 +408,11 @@ def as_sample(record, rng):
     return {"images": [record["images"][:1]], "texts": [(OUTPUT, f" {text}")]}
 
 
-# Of every step's samples so many parts, and what a data set's mean loss counts: pages, albums and
-# episodes stand for M3W, captions and questions for ALIGN and LTIP, clips for VTP.
-DATASETS = {"document": (2, 1.0), "album": (1, 1.0), "episode": (2, 1.0), "caption": (1, 0.5),
-            "question": (1, 0.5), "clip": (1, 0.5)}
-INTERLEAVED = ("document", "album", "episode")
+# Of every step's samples so many parts, and what a data set's mean loss counts: pages, albums,
+# names and episodes stand for M3W, captions and questions for ALIGN and LTIP, clips for VTP.
+DATASETS = {"document": (1, 1.0), "album": (1, 1.0), "names": (1, 1.0), "episode": (2, 1.0),
+            "caption": (1, 0.5), "question": (1, 0.5), "clip": (1, 0.5)}
+INTERLEAVED = ("document", "album", "names", "episode")
 
 
 def feeds(world, tokenizer, config):

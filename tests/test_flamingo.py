@@ -815,10 +815,10 @@ class TestPages:
     def test_the_feeds_of_a_world_with_pages(self):
         world = Toy(image_size=15)
         feeds = flamingo.feeds(world, Words(), CONFIG)
-        assert [share for _, _, share in feeds] == [2, 1, 2, 1, 1, 1]
-        assert [c.weight for _, c, _ in feeds] == [1.0, 1.0, 1.0, 0.5, 0.5, 0.5]
-        assert [c.number for _, c, _ in feeds] == [0, 1, 2, 3, 4, 5]
-        assert [c.next_image for _, c, _ in feeds] == [0.5, 0, 0, 0, 0, 0]       # pages alone
+        assert [share for _, _, share in feeds] == [1, 1, 1, 2, 1, 1, 1]
+        assert [c.weight for _, c, _ in feeds] == [1.0, 1.0, 1.0, 1.0, 0.5, 0.5, 0.5]
+        assert [c.number for _, c, _ in feeds] == [0, 1, 2, 3, 4, 5, 6]
+        assert [c.next_image for _, c, _ in feeds] == [0.5, 0, 0, 0, 0, 0, 0]       # pages alone
         kinds = list(flamingo.DATASETS)
         assert kinds[0] == "document" and kinds[-1] == "clip"
         for kind, (source, _, _) in zip(kinds, feeds):

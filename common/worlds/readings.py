@@ -5,7 +5,7 @@ An interleaved sample is a list of pages, each some pictures and a text that bel
 frame) a text. told is what a prompt says, learned what is to be said: ("output:", " a red circle").
 
 A language model reads the same samples with every picture in words, so that it knows how such a
-page goes on before it ever sees one.
+page goes on before it ever sees one, and lists of names said again, from which it learns to recall.
 
     sample = interleaved("episode", random.Random(0))
     print(reading(random.Random(0)))
@@ -14,11 +14,17 @@ import math
 
 from common.conversation import ANSWER, OUTPUT
 from common.worlds import stories
-from common.worlds.scene import describe, listed, phrase, sample
+from common.worlds.scene import COLOURS, PAIRS, SHAPES, describe, listed, phrase, sample
 from common.worlds.tasks import candidates, pick, worded
 
-KINDS = ("caption", "album", "question", "document", "episode", "clip")
-READ = ("caption", "question", "document", "episode", "clip")         # by a language model
+KINDS = ("caption", "album", "names", "question", "document", "episode", "clip")
+# How often a language model reads each. Recall is learned all at once, late or never, and what is
+# said again word for word brings it soonest: hence the lists, and episodes in three forms.
+READ = {"list": 30, "episode": 25, "names": 5, "caption": 10, "question": 10, "document": 10,
+        "clip": 10}
+FORMS = ("phrase", "word", "bare")        # of an episode in words: what stands before a label
+# What a list names; never colours beside shapes, which could make a pair that is held out.
+LISTED = (stories.LABELS, (*stories.LABELS, *COLOURS), (*stories.LABELS, *SHAPES))
 ASKED = ("colour", "shape", "count", "existence", "relation")
 SHOTS = (2, 4, 6, 8)                      # of an episode in training
 
@@ -30,8 +36,8 @@ def interleaved(kind, /, rng, split="train", side=32, **more):
     text. more: of `stories.episode` (shots, classes, shuffled), `stories.clip` (frames, kind),
     `stories.document` (images, kind) or of `sample` (objects, pairs, ...).
     """
-    return {"caption": caption, "album": album, "question": question, "document": document,
-            "episode": episode, "clip": clip}[kind](rng, split, side, **more)
+    return {"caption": caption, "album": album, "names": names, "question": question,
+            "document": document, "episode": episode, "clip": clip}[kind](rng, split, side, **more)
 
 
 def made(scenes, images, texts, **more):
@@ -51,6 +57,18 @@ def album(rng, split, side, images=None, **dial):
     scenes = [sample(rng, **dial) for _ in range(images or rng.randint(2, 3))]
     return made(scenes, [stories.pictures((scene,), side) for scene in scenes],
                 [(OUTPUT, f" {describe(scene, rng)}") for scene in scenes])
+
+
+def names(rng, split, side, images=None, by=None):
+    """Single objects, each with the name of its colour, or each of its shape (by).
+
+    Which of the two is told with the first picture and not to be learned: it could not be known.
+    """
+    by = by or rng.choice(("colour", "shape"))
+    scenes = [sample(rng, 1, pairs=(rng.choice(PAIRS),)) for _ in range(images or rng.randint(2, 5))]
+    said = [f" {getattr(scene.items[0], by)}" for scene in scenes]
+    return made(scenes, [stories.pictures((scene,), side) for scene in scenes],
+                [(OUTPUT + said[0], ""), *((OUTPUT, name) for name in said[1:])])
 
 
 def question(rng, split, side, **dial):
@@ -109,29 +127,52 @@ def in_words(kind, sample, rng):
             for scene in sample["source"]]
 
 
+def paged(kind, sample, rng):
+    """A sample in words as [(what is said of a picture, its prompt and answer), ...]."""
+    return [(f"{words} {prompt}", learned) for words, (prompt, learned)
+            in zip(in_words(kind, sample, rng), sample["texts"])]
+
+
+def labels_in_words(sample, form):
+    """An episode's pictures in words, [(what is said before a label, the label), ...].
+
+    form: one of FORMS, "a red circle. output:", "circle output:" or "circle", where the classes
+    are shapes; where they are colours, "red".
+    """
+    items = [scene.items[0] for scene in sample["source"]]
+    by = "colour" if len({item.colour for item in items}) > 1 else "shape"
+    said = {"phrase": lambda item: f"{phrase(item)}. {OUTPUT}",
+            "word": lambda item: f"{getattr(item, by)} {OUTPUT}",
+            "bare": lambda item: getattr(item, by)}[form]
+    return [(said(item), label) for item, (_, label) in zip(items, sample["texts"])]
+
+
 def reading(rng):
-    """A text for a language model: a caption, or a sample with its pictures in words.
+    """A text for a language model: a caption, a list, or a sample with its pictures in words.
 
     reading(rng) -> "a red circle. output: dax. a red star. output: wug. a red circle. output: dax."
     """
-    kind = rng.choice(READ)
+    kind, = rng.choices(list(READ), weights=READ.values())
+    if kind == "list":
+        words = rng.sample(rng.choice(LISTED), rng.randint(3, 8))
+        return " ".join(3 * [f"{' '.join(words)}."])
     if kind == "caption" and rng.random() < 0.5:
         return describe(sample(rng, (1, 3)), rng)
     told = interleaved(kind, rng, side=None)
-    return " ".join(f"{words} {prompt}{learned}."
-                    for words, (prompt, learned) in zip(in_words(kind, told, rng), told["texts"]))
+    parts = paged(kind, told, rng) if kind != "episode" else \
+        labels_in_words(told, rng.choice(FORMS))
+    return " ".join(f"{words}{learned}." for words, learned in parts)
 
 
-def labelled(rng):
+def labelled(rng, form="bare"):
     """An episode of 8 shots in words, [(text, whether a label), ...], and its labels' nats.
 
     The labels' entropy is exact: what a picture's class is called is drawn from all LABELS when the
     class comes first, the second one's from those left, and told from then on. A label's full stop
     goes with it: a vocabulary cuts the two together.
     """
-    told = episode(rng, "train", None, shots=8)
-    parts = []
-    for words, (prompt, label) in zip(in_words("episode", told, rng), told["texts"]):
-        parts += [(f"{' ' if parts else ''}{words} {prompt}", False), (f"{label}.", True)]
+    parts, told = [], episode(rng, "train", None, shots=8)
+    for words, label in labels_in_words(told, form):
+        parts += [(f"{' ' if parts else ''}{words}", False), (f"{label}.", True)]
     classes = len({label for _, label in told["texts"]})
     return parts, sum(math.log(len(stories.LABELS) - n) for n in range(classes))
