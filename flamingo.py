@@ -393,7 +393,8 @@ class Pages:
         samples = [as_sample(record, rng) for record, rng in zip(records, rngs)]
         following = [rng.random() < self.next_image for rng in rngs]
         batch = collate([
-            render(segments(s["texts"], behind=behind), self.tokenizer, self.context)
+            render(segments(s["texts"], s.get("shown"), behind=behind), self.tokenizer,
+                   self.context)
             for s, behind in zip(samples, following)])
         return {"images": self.images(samples), "ids": batch["ids"], "labels": batch["labels"],
                 "following": torch.tensor(following), "weight": torch.tensor(self.weight),
@@ -408,11 +409,11 @@ def as_sample(record, rng):
     return {"images": [record["images"][:1]], "texts": [(OUTPUT, f" {text}")]}
 
 
-# Of every step's samples so many parts, and what a data set's mean loss counts: pages, albums,
-# names and episodes stand for M3W, captions and questions for ALIGN and LTIP, clips for VTP.
-DATASETS = {"document": (1, 1.0), "album": (1, 1.0), "names": (1, 1.0), "episode": (2, 1.0),
-            "caption": (1, 0.5), "question": (1, 0.5), "clip": (1, 0.5)}
-INTERLEAVED = ("document", "album", "names", "episode")
+# Of every step's samples so many parts, and what a data set's mean loss counts: those of several
+# pictures stand for M3W, captions and questions for ALIGN and LTIP, clips for VTP.
+DATASETS = {"document": (1, 1.0), "album": (1, 1.0), "names": (1, 1.0), "glossary": (1, 1.0),
+            "episode": (2, 1.0), "caption": (1, 0.5), "question": (1, 0.5), "clip": (1, 0.5)}
+INTERLEAVED = ("document", "album", "names", "glossary", "episode")
 
 
 def feeds(world, tokenizer, config):

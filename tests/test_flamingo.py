@@ -815,10 +815,10 @@ class TestPages:
     def test_the_feeds_of_a_world_with_pages(self):
         world = Toy(image_size=15)
         feeds = flamingo.feeds(world, Words(), CONFIG)
-        assert [share for _, _, share in feeds] == [1, 1, 1, 2, 1, 1, 1]
-        assert [c.weight for _, c, _ in feeds] == [1.0, 1.0, 1.0, 1.0, 0.5, 0.5, 0.5]
-        assert [c.number for _, c, _ in feeds] == [0, 1, 2, 3, 4, 5, 6]
-        assert [c.next_image for _, c, _ in feeds] == [0.5, 0, 0, 0, 0, 0, 0]       # pages alone
+        assert [share for _, _, share in feeds] == [1, 1, 1, 1, 2, 1, 1, 1]
+        assert [c.weight for _, c, _ in feeds] == [1.0] * 5 + [0.5] * 3
+        assert [c.number for _, c, _ in feeds] == list(range(8))
+        assert [c.next_image for _, c, _ in feeds] == [0.5] + 7 * [0]       # pages alone
         kinds = list(flamingo.DATASETS)
         assert kinds[0] == "document" and kinds[-1] == "clip"
         for kind, (source, _, _) in zip(kinds, feeds):
@@ -1116,7 +1116,7 @@ SETTINGS = {
 
 
 def options(**more):
-    return train.Options(**{"data": "toy", "batch_size": 8, "steps": 2, "precision": "fp32",
+    return train.Options(**{"data": "toy", "batch_size": 9, "steps": 2, "precision": "fp32",
                             "device": "cpu"} | more)
 
 
@@ -1214,12 +1214,12 @@ class TestRuns:
     def test_a_run_of_another_model_and_a_batch_that_cannot_be_shared_are_told(self, runs):
         with pytest.raises(ValueError, match="lm-toy: a run of 'common.language', not of 'clip'"):
             train.train("flamingo", options(runs=str(runs), vision=str(runs / "lm-toy")), [])
-        with pytest.raises(ValueError, match="batch_size 12 does not divide into the 8 parts"):
+        with pytest.raises(ValueError, match="batch_size 12 does not divide into the 9 parts"):
             train.train("flamingo", options(runs=str(runs), batch_size=12), [])
 
     @pytest.mark.parametrize("accumulate", [1, 2])
     def test_two_processes_end_with_the_weights_of_one(self, runs, tmp_path, accumulate):
-        size = 16 * accumulate           # at least one sample a process, data set and micro-batch
+        size = 18 * accumulate           # at least one sample a process, data set and micro-batch
         argv = ["flamingo", "--data", "toy", "--runs", str(runs), "--batch_size", str(size),
                 "--steps", "2", "--precision", "fp32", "--device", "cpu"]
         for setting in SETTINGS["flamingo"]:

@@ -7,7 +7,7 @@ import pytest
 
 from common.conversation import OUTPUT
 from common.worlds import readings
-from common.worlds.readings import (ASKED, FORMS, KINDS, LISTED, READ, SHOTS, interleaved, labelled,
+from common.worlds.readings import (ASKED, ENDS, FORMS, KINDS, LISTED, READ, SHOTS, interleaved, labelled,
                                     labels_in_words, reading)
 from common.worlds.scene import COLOURS, HELD_OUT, SHAPES, is_true, phrase
 from common.worlds.shapes import Shapes
@@ -33,7 +33,7 @@ class TestSamples:
     @pytest.mark.parametrize("kind", KINDS)
     def test_every_kind_has_a_clip_or_picture_for_each_text(self, kind):
         for sample in drawn(kind, 20, side=23):
-            assert len(sample["images"]) == len(sample["texts"])
+            assert len(sample["images"]) == sum(sample.get("shown", [True] * len(sample["texts"])))
             frames = {len(clip) for clip in sample["images"]}
             assert frames == ({8} if kind == "clip" else {1})
             assert all(p.size == (23, 23) for clip in sample["images"] for p in clip)
@@ -42,6 +42,10 @@ class TestSamples:
             if kind == "names":
                 assert re.fullmatch(OUTPUT + r" \w+", texts[0][0]) and texts[0][1] == ""
                 texts = texts[1:]
+            if kind == "glossary":
+                assert not any(learned for (_, learned), seen in zip(texts, sample["shown"])
+                               if not seen)
+                texts = [text for text, seen in zip(texts, sample["shown"]) if seen]
             for told, learned in texts:
                 assert told == OUTPUT or QUESTION.fullmatch(told)
                 assert re.fullmatch(r" \S.*\S", learned)
@@ -139,6 +143,23 @@ class TestSamples:
         assert all(a["source"] == b["source"] for a, b in zip(plain, mixed))
         assert sum(a["texts"] != b["texts"] for a, b in zip(plain, mixed)) > 5
 
+    def test_a_glossary_is_an_episode_that_begins_in_words(self):
+        counts = set()
+        for i in range(200):
+            sample = interleaved("glossary", random.Random(i), side=9)
+            whole = interleaved("episode", random.Random(i), side=9)
+            words = sample["shown"].index(True)
+            counts.add((words, len(sample["texts"])))
+            assert sample["shown"] == [n >= words for n in range(len(sample["texts"]))]
+            assert sample["images"] == whole["images"][words:]
+            assert sample["source"] == whole["source"][words:]
+            assert sample["texts"][words:] == whole["texts"][words:]
+            for (told, _), said in zip(sample["texts"], labels_in_words(whole, "bare")):
+                assert told in (" ".join(map(str.strip, said)), OUTPUT)
+            assert [told for told, _ in sample["texts"]].count(OUTPUT) == len(sample["images"])
+            assert sample["candidates"] == whole["candidates"]
+        assert (1, 9) in counts and (8, 9) in counts and (2, 3) in counts
+
     def test_a_clip_is_one_text_with_so_many_frames(self):
         for sample in drawn("clip", 9, side=16, frames=16, kind="direction"):
             assert [len(clip) for clip in sample["images"]] == [16] and len(sample["texts"]) == 1
@@ -152,7 +173,7 @@ class TestSamples:
 
 class TestReading:
     def test_it_is_a_page_with_every_picture_in_words(self):
-        for kind in KINDS:
+        for kind in set(KINDS) & set(READ):
             for i in range(20):
                 sample = interleaved(kind, random.Random(i), side=None)
                 told = readings.in_words(kind, sample, random.Random(i))
@@ -167,7 +188,7 @@ class TestReading:
 
     def test_what_is_learned_follows_what_is_told_in_every_text(self):
         texts = [reading(random.Random(i)) for i in range(400)]
-        page = r"([^.]+\.? (output:|question: [^?]+\? answer:) [^.?:]+\.( |$))+"
+        page = r"([^.]+\.? (output:|question: [^?]+\? answer:) [^.?:]+[.,;!?]?( |$))+"
         paged = [text for text in texts if re.fullmatch(page, text)]
         asked = [text for text in texts if OUTPUT in text or "answer:" in text]
         assert len(paged) == len(asked) and 0.4 < len(paged) / 400 < 0.65
@@ -175,13 +196,17 @@ class TestReading:
             assert text == text.strip() and "  " not in text and ".." not in text
 
     def test_every_kind_is_read_as_often_as_its_weight_says(self):
-        assert set(READ) == {"list", *KINDS} - {"album"} and sum(READ.values()) == 100
-        texts = [reading(random.Random(i)).rstrip(".").split(". ") for i in range(1000)]
-        lists = [parts for parts in texts if len(parts) == 3 and len(set(parts)) == 1
-                 and any(set(parts[0].split()) <= set(names) for names in LISTED)]
-        words = {len(parts[0].split()) for parts in lists}
-        assert abs(len(lists) / 1000 - 0.3) < 0.05 and words == {3, 4, 5, 6, 7, 8}
-        assert all(len(set(parts[0].split())) == len(parts[0].split()) for parts in lists)
+        assert set(READ) == {"list", *KINDS} - {"album", "glossary"} and sum(READ.values()) == 100
+        lists, ends = [], set()
+        for i in range(1000):
+            words = re.findall(r"\w+", text := reading(random.Random(i)))
+            size, rest = divmod(len(words), 3)
+            if not rest and words == 3 * words[:size] and any(set(words) <= set(n) for n in LISTED):
+                lists.append(size)
+                ends.add(text[-1])
+                assert len(set(words)) == size
+        assert abs(len(lists) / 1000 - 0.3) < 0.05 and set(lists) == {3, 4, 5, 6, 7, 8}
+        assert {*filter(None, ENDS)} < ends           # and letters, of those without an end
 
     def test_an_episodes_labels_follow_what_tells_its_class(self):
         for form in FORMS:

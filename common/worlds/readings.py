@@ -2,7 +2,7 @@
 
 An interleaved sample is a list of pages, each some pictures and a text that belongs to them:
 {"images": [[frame, ...], ...], "texts": [(told, learned), ...]}: one clip or picture (a clip of one
-frame) a text. told is what a prompt says, learned what is to be said: ("output:", " a red circle").
+frame) a text, but for texts that "shown" says have none. told is what a prompt says, learned what is to be said: ("output:", " a red circle").
 
 A language model reads the same samples with every picture in words, so that it knows how such a
 page goes on before it ever sees one, and lists of names said again, from which it learns to recall.
@@ -17,12 +17,13 @@ from common.worlds import stories
 from common.worlds.scene import COLOURS, PAIRS, SHAPES, describe, listed, phrase, sample
 from common.worlds.tasks import candidates, pick, worded
 
-KINDS = ("caption", "album", "names", "question", "document", "episode", "clip")
+KINDS = ("caption", "album", "names", "question", "document", "episode", "glossary", "clip")
 # How often a language model reads each. Recall is learned all at once, late or never, and what is
 # said again word for word brings it soonest: hence the lists, and episodes in three forms.
 READ = {"list": 30, "episode": 25, "names": 5, "caption": 10, "question": 10, "document": 10,
         "clip": 10}
 FORMS = ("phrase", "word", "bare")        # of an episode in words: what stands before a label
+ENDS = (".", ",", ";", "!", "?", "")      # of a label: recall must not hang on what follows it
 # What a list names; never colours beside shapes, which could make a pair that is held out.
 LISTED = (stories.LABELS, (*stories.LABELS, *COLOURS), (*stories.LABELS, *SHAPES))
 ASKED = ("colour", "shape", "count", "existence", "relation")
@@ -37,7 +38,8 @@ def interleaved(kind, /, rng, split="train", side=32, **more):
     `stories.document` (images, kind) or of `sample` (objects, pairs, ...).
     """
     return {"caption": caption, "album": album, "names": names, "question": question,
-            "document": document, "episode": episode, "clip": clip}[kind](rng, split, side, **more)
+            "document": document, "episode": episode, "glossary": glossary,
+            "clip": clip}[kind](rng, split, side, **more)
 
 
 def made(scenes, images, texts, **more):
@@ -109,6 +111,19 @@ def episode(rng, split, side, shots=None, **more):
                 [(OUTPUT, f" {label}") for label in labels], candidates=record["candidates"])
 
 
+def glossary(rng, split, side, **more):
+    """An episode whose first shots are in words: "circle dax". What is told so is not learned.
+
+    Pictures and words come to mean the same here. "shown": whether a text has a picture before it.
+    """
+    told = episode(rng, split, None, **more)
+    count = rng.randint(1, len(told["texts"]) - 1)
+    words = [(f"{said}{label}", "") for said, label in labels_in_words(told, "bare")[:count]]
+    scenes, texts = told["source"][count:], told["texts"][count:]
+    return made(scenes, [[p] for p in stories.pictures(scenes, side)], words + texts,
+                candidates=told["candidates"], shown=[False] * count + [True] * len(texts))
+
+
 def clip(rng, split, side, **more):
     """A clip and a question that its order decides (`stories.clip`)."""
     record = stories.clip(rng, side=side, **more)
@@ -153,15 +168,16 @@ def reading(rng):
     reading(rng) -> "a red circle. output: dax. a red star. output: wug. a red circle. output: dax."
     """
     kind, = rng.choices(list(READ), weights=READ.values())
+    end = rng.choice(ENDS) if kind in ("list", "episode") else "."
     if kind == "list":
         words = rng.sample(rng.choice(LISTED), rng.randint(3, 8))
-        return " ".join(3 * [f"{' '.join(words)}."])
+        return " ".join(3 * [f"{' '.join(words)}{end}"])
     if kind == "caption" and rng.random() < 0.5:
         return describe(sample(rng, (1, 3)), rng)
     told = interleaved(kind, rng, side=None)
     parts = paged(kind, told, rng) if kind != "episode" else \
         labels_in_words(told, rng.choice(FORMS))
-    return " ".join(f"{words}{learned}." for words, learned in parts)
+    return " ".join(f"{words}{learned}{end}" for words, learned in parts)
 
 
 def labelled(rng, form="bare"):
