@@ -141,14 +141,12 @@ class NewTokens(nn.Module):
                              f"{len(table)} + {len(ids)}")
         self.register_buffer("ids", torch.tensor(ids), persistent=False)
         self.beyond = max(0, max(ids) + 1 - len(table))
-        self.rows = nn.Parameter(self.like(table))
-        self.output = None if output is None else nn.Parameter(self.like(output))
-
-    @torch.no_grad()
-    def like(self, table):
-        """A row for each new id near the mean of the table, where no old token is overruled."""
-        noise = torch.randn(len(self.ids), table.shape[1], dtype=table.dtype, device=table.device)
-        return table.mean(dim=0) + 0.1 * table.std(dim=0) * noise
+        # As every embedding begins. Not the table's mean: where few tokens of a vocabulary are ever
+        # read, that is a token which all others were taught to be unlike, and it upsets the model.
+        self.rows, self.output = (
+            None if own is None else nn.Parameter(
+                0.02 * torch.randn(len(ids), own.shape[1], dtype=own.dtype, device=own.device))
+            for own in (table, output))
 
     def embed(self, ids, table):
         """ids int64 (..., T) -> (..., T, D): the new tokens' own rows, else the table's."""

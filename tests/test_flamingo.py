@@ -317,6 +317,13 @@ class TestGates:
         started = Flamingo(replace(CONFIG, gate=0.5)).gated["1"]
         assert started.attn_gate == started.mlp_gate == 0.5
 
+    def test_what_is_behind_them_starts_small_and_all_else_as_usual(self):
+        block = Flamingo(CONFIG).gated["1"]
+        for linear, share in ((block.attn.out_proj, 0.1), (block.mlp.fc2, 0.1),
+                              (block.attn.v_proj, 1.0), (block.mlp.fc1, 1.0)):
+            most = share / linear.in_features ** 0.5
+            assert 0.9 * most < linear.weight.abs().max() <= most
+
     @pytest.mark.parametrize("own, other", [("attn_gate", "mlp_gate"), ("mlp_gate", "attn_gate")])
     def test_each_bounds_its_own_part_by_its_tanh(self, own, other):
         block, ids, x = make().gated["1"], text("I...."), torch.randn(1, 5, 20).double()
@@ -755,6 +762,12 @@ class TestLabels:
                        IMAGE, ASK, WHAT, IS, THIS, MARK, TELL, DOG, EOC, EOS]
         assert labels == [NO, NO, NO, A, RED, CAT, EOC, *[NO] * 7, DOG, EOC, NO]
 
+    def test_of_a_page_that_begins_in_words(self):
+        ids, labels = self.made({"images": [drawing("red")], "shown": [False, True],
+                                 "texts": [("a cat dog", ""), ("", " red")]})
+        assert ids == [BOS, A, CAT, DOG, EOC, IMAGE, RED, EOC, EOS]
+        assert labels == [NO, NO, NO, NO, EOC, NO, RED, EOC, NO]
+
     def test_of_a_page_whose_text_sees_the_next_picture(self):
         ids, labels = self.made(DOCUMENT, next_image=1.0)
         assert ids == [BOS, OUT, A, RED, CAT, EOC, IMAGE,
@@ -815,7 +828,7 @@ class TestPages:
     def test_the_feeds_of_a_world_with_pages(self):
         world = Toy(image_size=15)
         feeds = flamingo.feeds(world, Words(), CONFIG)
-        assert [share for _, _, share in feeds] == [1, 1, 1, 1, 2, 1, 1, 1]
+        assert [share for _, _, share in feeds] == [1, 1, 1, 2, 1, 1, 1, 1]
         assert [c.weight for _, c, _ in feeds] == [1.0] * 5 + [0.5] * 3
         assert [c.number for _, c, _ in feeds] == list(range(8))
         assert [c.next_image for _, c, _ in feeds] == [0.5] + 7 * [0]       # pages alone

@@ -316,6 +316,15 @@ class TestNewTokens:
         assert (logits[..., V:].amax(dim=-1) < logits[..., :V].amax(dim=-1)).float().mean() > 0.9
         assert (lm.new.rows[0] != lm.new.rows[1]).any()
 
+    @pytest.mark.parametrize("tied", [True, False])
+    def test_a_new_row_begins_like_any_embedding_whatever_the_table_has_become(self, tied):
+        table = torch.full((V, 400), 9.0)                  # of tokens that are never read
+        new = NewTokens(ids=(4, V), table=table, output=None if tied else table)
+        for rows in (new.rows,) if tied else (new.rows, new.output):
+            assert rows.shape == (2, 400) and abs(rows.mean()) < 0.003
+            assert rows.std().item() == pytest.approx(0.02, rel=0.1)
+        assert tied or not torch.equal(new.rows, new.output)
+
     @pytest.mark.parametrize("ids", [(4, 4), (-1,), (V + 1,)])
     def test_impossible_ids_are_told(self, ids):
         with pytest.raises(ValueError, match="new tokens"):

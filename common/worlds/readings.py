@@ -65,12 +65,13 @@ def names(rng, split, side, images=None, by=None):
     """Single objects, each with the name of its colour, or each of its shape (by).
 
     Which of the two is told with the first picture and not to be learned: it could not be known.
+    As on a web page no prompt asks for a name; so it is with the labels of an episode.
     """
     by = by or rng.choice(("colour", "shape"))
     scenes = [sample(rng, 1, pairs=(rng.choice(PAIRS),)) for _ in range(images or rng.randint(2, 5))]
     said = [f" {getattr(scene.items[0], by)}" for scene in scenes]
     return made(scenes, [stories.pictures((scene,), side) for scene in scenes],
-                [(OUTPUT + said[0], ""), *((OUTPUT, name) for name in said[1:])])
+                [(said[0], ""), *(("", name) for name in said[1:])])
 
 
 def question(rng, split, side, **dial):
@@ -108,20 +109,21 @@ def episode(rng, split, side, shots=None, **more):
                              **more)
     labels = [part["text"] for part in record["segments"] if "text" in part]
     return made(record["source"], [[p] for p in record["images"]],
-                [(OUTPUT, f" {label}") for label in labels], candidates=record["candidates"])
+                [("", f" {label}") for label in labels], candidates=record["candidates"])
 
 
 def glossary(rng, split, side, **more):
-    """An episode whose first shots are in words: "circle dax". What is told so is not learned.
+    """An episode whose shots are in words, "circle dax", but for the last picture.
 
-    Pictures and words come to mean the same here. "shown": whether a text has a picture before it.
+    What is told in words is not to be learned. "shown": whether a text has a picture before it.
+    From single pictures among words a model learns what a picture must mean to be recalled by, long
+    before it could from pictures alone, whose meanings both change as it learns.
     """
     told = episode(rng, split, None, **more)
-    count = rng.randint(1, len(told["texts"]) - 1)
-    words = [(f"{said}{label}", "") for said, label in labels_in_words(told, "bare")[:count]]
-    scenes, texts = told["source"][count:], told["texts"][count:]
-    return made(scenes, [[p] for p in stories.pictures(scenes, side)], words + texts,
-                candidates=told["candidates"], shown=[False] * count + [True] * len(texts))
+    *words, _ = [(f"{said}{label}", "") for said, label in labels_in_words(told, "bare")]
+    scenes = told["source"][-1:]
+    return made(scenes, [stories.pictures(scenes, side)], [*words, told["texts"][-1]],
+                candidates=told["candidates"], shown=[False] * len(words) + [True])
 
 
 def clip(rng, split, side, **more):
@@ -143,8 +145,9 @@ def in_words(kind, sample, rng):
 
 
 def paged(kind, sample, rng):
-    """A sample in words as [(what is said of a picture, its prompt and answer), ...]."""
-    return [(f"{words} {prompt}", learned) for words, (prompt, learned)
+    """A sample in words as [(what is said of a picture and its prompt, its answer), ...]."""
+    prompt = OUTPUT if kind == "names" else ""       # else a name would follow words as if of them
+    return [(f"{words} {prompt}{told}", learned) for words, (told, learned)
             in zip(in_words(kind, sample, rng), sample["texts"])]
 
 
