@@ -356,14 +356,16 @@ def segments(texts, shown=None, end=True, behind=False):
     texts: [(told, learned), ...]; shown: whether a picture stands before each (None: before all).
     behind: each picture stands behind its text, for rows in which text sees the next picture.
     With end the whole is closed by <eos>; without, it is a prompt: the last text's `learned` is
-    left out. Nothing is learned of <image>; <eoc> is (paper, Figure 7).
+    left out. Nothing is learned of <image>; <eoc> is (paper, Figure 7), but neither before the
+    first picture, which a text could not see.
     """
-    parts = [Segment((BOS,))]
+    parts, seen = [Segment((BOS,))], behind
     for number, (told, learned) in enumerate(texts):
         picture = [Segment((IMAGE,))] if shown is None or shown[number] else []
+        seen = seen or bool(picture)
         words = [Segment(told)]
         if end or number + 1 < len(texts):
-            words += [Segment(learned, learn=True), Segment((EOC,), learn=True)]
+            words += [Segment(learned, learn=seen), Segment((EOC,), learn=seen)]
         parts += words + picture if behind else picture + words
     return parts + [Segment((EOS,))] if end else parts
 
@@ -416,7 +418,7 @@ def as_sample(record, rng):
 
 # Of every step's samples so many parts, and what a data set's mean loss counts: those of several
 # pictures stand for M3W, captions and questions for ALIGN and LTIP, clips for VTP.
-DATASETS = {"document": (1, 1.0), "album": (1, 1.0), "names": (1, 1.0), "glossary": (2, 1.0),
+DATASETS = {"document": (1, 1.0), "album": (1, 0.5), "names": (2, 2.0), "glossary": (2, 3.0),
             "episode": (1, 1.0), "caption": (1, 0.5), "question": (1, 0.5), "clip": (1, 0.5)}
 INTERLEAVED = ("document", "album", "names", "glossary", "episode")
 

@@ -231,7 +231,8 @@ FLAMINGO = {
 def flamingo(options):
     """What each part of Flamingo is for: figures without it. Needs runs/clip and runs/lm."""
     steps = options.steps or 400
-    compare(options, {name: ["--steps", str(steps), *flags] for name, flags in FLAMINGO.items()},
+    compare(options, {name: ["--steps", str(steps), "--batch_size", "60", *flags]
+                      for name, flags in FLAMINGO.items()},
             steps, "flamingo", FLAMINGO_FIGURES)
 
 
@@ -248,7 +249,8 @@ def main():
     parser.add_argument("--seeds", type=int, default=3, help="seeds of each variant (default 3)")
     parser.add_argument("--pairs", type=int, default=128000,
                         help="pairs each run sees (default 128000)")
-    parser.add_argument("--steps", type=int, help="shift: of the supervised classifier; flamingo: of a run")
+    parser.add_argument("--steps", type=int,
+                        help="shift: of the supervised classifier; flamingo: of a run")
     options = parser.parse_args()
     EXPERIMENTS[options.experiment](options)
 
