@@ -88,8 +88,9 @@ def test_flamingos_parts_are_taken_away_one_by_one(monkeypatch, capsys):
     asked = []
 
     def trained(options, stage, name, *flags):
-        assert stage == "flamingo" and flags[2:4] == ("--steps", "9")
-        asked.append(flags[4:])
+        assert stage == "flamingo" and flags[2:6] == (
+            "--steps", "9", "--batch_size", "60")
+        asked.append(flags[6:])
         return dict.fromkeys(experiments.FLAMINGO_FIGURES.values(), 0.1 * int(flags[1]))
     monkeypatch.setattr(experiments, "trained", trained)
     monkeypatch.setattr(sys, "argv", ["experiments.py", "flamingo", "--steps", "9"])
