@@ -148,8 +148,8 @@ class TestSamples:
 
     def test_a_glossary_is_an_episode_in_words_but_for_its_last_picture(self):
         for i in range(40):
-            sample = interleaved("glossary", random.Random(i), side=9)
-            whole = interleaved("episode", random.Random(i), side=9)
+            sample = interleaved("glossary", random.Random(i), side=9, shots=6, classes=2)
+            whole = interleaved("episode", random.Random(i), side=9, shots=6)
             *told, last = zip(sample["texts"], sample["shown"], strict=True)
             assert last == (whole["texts"][-1], True)
             assert told == [((f"{said}{label}", ""), False)
@@ -157,6 +157,15 @@ class TestSamples:
             assert sample["images"] == whole["images"][-1:]
             assert sample["source"] == whole["source"][-1:]
             assert sample["candidates"] == whole["candidates"]
+
+    def test_a_glossary_tells_two_to_four_classes_once_each(self):
+        found = drawn("glossary", 60)
+        assert {len(s["texts"]) - 1 for s in found} == {2, 3, 4}
+        for sample in found:
+            *told, (_, answer) = sample["texts"]
+            labels = [words.split()[-1] for words, _ in told]
+            assert sorted(labels) == sorted(sample["candidates"]) and answer[1:] in labels
+            assert len({words.split()[0] for words, _ in told}) == len(told)
 
     def test_a_clip_is_one_text_with_so_many_frames(self):
         for sample in drawn("clip", 9, side=16, frames=16, kind="direction"):

@@ -112,14 +112,15 @@ def episode(rng, split, side, shots=None, **more):
                 [("", f" {label}") for label in labels], candidates=record["candidates"])
 
 
-def glossary(rng, split, side, **more):
+def glossary(rng, split, side, classes=None, shots=None):
     """An episode whose shots are in words, "circle dax", but for the last picture.
 
-    What is told in words is not to be learned. "shown": whether a text has a picture before it.
-    Here one picture must come to mean what its class's word means; among pictures alone both sides
-    of the match would have to be learned at once.
+    Of two to four classes, each told once. What is told in words is not to be learned. "shown":
+    whether a text has a picture before it. Here one picture must come to mean what its class's word
+    means; among pictures alone both sides of the match would have to be learned at once.
     """
-    told = episode(rng, split, None, **more)
+    classes = classes or rng.randint(2, 4)
+    told = episode(rng, split, None, shots or classes, classes=classes)
     *words, _ = [(f"{said}{label}", "") for said, label in labels_in_words(told, "bare")]
     scenes = told["source"][-1:]
     return made(scenes, [stories.pictures(scenes, side)], [*words, told["texts"][-1]],
