@@ -1139,7 +1139,7 @@ SETTINGS = {
 
 
 def options(**more):
-    return train.Options(**{"data": "toy", "batch_size": 10, "steps": 2, "precision": "fp32",
+    return train.Options(**{"data": "toy", "batch_size": 20, "steps": 2, "precision": "fp32",
                             "device": "cpu"} | more)
 
 
@@ -1237,12 +1237,12 @@ class TestRuns:
     def test_a_run_of_another_model_and_a_batch_that_cannot_be_shared_are_told(self, runs):
         with pytest.raises(ValueError, match="lm-toy: a run of 'common.language', not of 'clip'"):
             train.train("flamingo", options(runs=str(runs), vision=str(runs / "lm-toy")), [])
-        with pytest.raises(ValueError, match="batch_size 12 does not divide into the 10 parts"):
+        with pytest.raises(ValueError, match="batch_size 12 does not divide into the 20 parts"):
             train.train("flamingo", options(runs=str(runs), batch_size=12), [])
 
     @pytest.mark.parametrize("accumulate", [1, 2])
     def test_two_processes_end_with_the_weights_of_one(self, runs, tmp_path, accumulate):
-        size = 20 * accumulate           # at least one sample a process, data set and micro-batch
+        size = 40 * accumulate           # at least one sample a process, data set and micro-batch
         argv = ["flamingo", "--data", "toy", "--runs", str(runs), "--batch_size", str(size),
                 "--steps", "2", "--precision", "fp32", "--device", "cpu"]
         for setting in SETTINGS["flamingo"]:
