@@ -101,13 +101,17 @@ class TestSamples:
 
     @pytest.mark.parametrize("split", ["train", "test"])
     def test_a_question_is_worded_as_its_split_words_it_and_has_one_answer(self, split):
-        kinds = set()
+        kinds, sizes = set(), set()
         for sample in drawn("question", 120, split):
-            asks = QUESTION.fullmatch(sample["texts"][0][0]).group(1)
-            kinds.add(sample["kind"])
-            assert true_answers(sample["source"][0], sample["kind"], asks, split) \
-                == {sample["answer"]}
-        assert kinds == set(ASKED)
+            (scene,), kind = sample["source"], sample["kind"]
+            fits = [{k for k in ASKED if true_answers(
+                scene, k, QUESTION.fullmatch(told).group(1), split) == {learned[1:]}}
+                for told, learned in sample["texts"]]
+            assert all(len(own) == 1 for own in fits) and fits[-1] == {kind}
+            assert len(set.union(*fits)) == len(fits)             # no kind twice
+            assert sample["shown"] == [True] + [False] * (len(fits) - 1)
+            kinds.add(kind), sizes.add(len(fits))
+        assert kinds == set(ASKED) and sizes == ({1, 2, 3} if split == "train" else {1})
 
     @pytest.mark.parametrize("split", ["train", "test"])
     def test_a_pages_question_is_of_its_own_picture_alone(self, split):
@@ -186,10 +190,10 @@ class TestReading:
                 told = readings.in_words(kind, sample, random.Random(i))
                 assert len(told) == len(sample["texts"])
                 if kind == "clip":
-                    assert told == [f"the answer is {sample['answer']}."]
+                    assert told == [f"the answer is {sample['answer']}. "]
                     continue
                 for words, scene in zip(told, sample["source"]):
-                    assert words.endswith(".") and is_true(words[:-1], scene)
+                    assert words.endswith(". ") and is_true(words[:-2], scene)
                     assert all(phrase(item) in words for item in scene.items) \
                         or len({phrase(item) for item in scene.items}) < len(scene.items)
 
@@ -198,11 +202,11 @@ class TestReading:
         words = readings.in_words("names", sample, random.Random(2))
         shapes = [scene.items[0].shape for scene in sample["source"]]
         assert ["".join(part) for part in readings.paged("names", sample, random.Random(2))] == [
-            f"{said} {OUTPUT} {shape}" for said, shape in zip(words, shapes)]
+            f"{said}{OUTPUT} {shape}" for said, shape in zip(words, shapes)]
 
     def test_what_is_learned_follows_what_is_told_in_every_text(self):
         texts = [reading(random.Random(i)) for i in range(400)]
-        page = r"([^.]+\.? (output:|question: [^?]+\? answer:) [^.?:]+[.,;!?]?( |$))+"
+        page = r"(([^.]+\.? )?(output:|question: [^?]+\? answer:) [^.?:]+[.,;!?]?( |$))+"
         paged = [text for text in texts if re.fullmatch(page, text)]
         asked = [text for text in texts if OUTPUT in text or "answer:" in text]
         assert len(paged) == len(asked) and 0.5 < len(paged) / 400 < 0.75

@@ -19,8 +19,8 @@ from common.worlds.tasks import candidates, pick, worded
 KINDS = ("caption", "album", "names", "question", "document", "episode", "glossary", "clip")
 # How often a language model reads each. Recall is learned all at once, late or never, and what is
 # said again word for word brings it soonest: hence the lists, and episodes in three forms.
-READ = {"list": 25, "episode": 20, "names": 5, "caption": 10, "question": 20, "document": 10,
-        "clip": 10}
+READ = {"list": 20, "episode": 20, "names": 5, "caption": 10, "question": 30, "document": 10,
+        "clip": 5}
 FORMS = ("phrase", "word", "bare")        # of an episode in words: what stands before a label
 ENDS = (".", ",", ";", "!", "?", "")      # of a label: recall must not hang on what follows it
 # What a list names; never colours beside shapes, which could make a pair that is held out.
@@ -74,15 +74,21 @@ def names(rng, split, side, images=None, by=None):
                 [(said[0], ""), *(("", name) for name in said[1:])])
 
 
-def question(rng, split, side, **dial):
-    """One picture and a question with its answer."""
-    option = None
-    while not option:
-        scene, kind = sample(rng, **dial), rng.choice(ASKED)
-        option = pick(candidates(scene, kind), rng)
-    asks = worded(option, rng, kind, split, scene)
-    return made([scene], [stories.pictures((scene,), side)],
-                [(ANSWER.format(asks), f" {option[1]}")], kind=kind)
+def question(rng, split, side, asks=None, **dial):
+    """One picture and questions of several kinds, each with its answer: asks, default 1.
+
+    In training up to three. "shown": only the first has a picture before it; "kind": the last's.
+    """
+    asks, texts = asks or (rng.randint(1, 3) if split == "train" else 1), []
+    while not texts:
+        scene = sample(rng, **dial)
+        for kind in rng.sample(ASKED, asks):
+            option = pick(candidates(scene, kind), rng)
+            if option:
+                asked = worded(option, rng, kind, split, scene)
+                texts, last = [*texts, (ANSWER.format(asked), f" {option[1]}")], kind
+    return made([scene], [stories.pictures((scene,), side)], texts, kind=last,
+                shown=[True] + [False] * (len(texts) - 1))
 
 
 def document(rng, split, side, images=None, kind=None, **dial):
@@ -138,17 +144,18 @@ def clip(rng, split, side, **more):
 # ------------------------------------------------------------------ in words alone
 
 def in_words(kind, sample, rng):
-    """What stands for each picture of a sample in a text: its objects, named."""
+    """What stands before each text of a sample for its picture: its objects, named, or nothing."""
     if kind == "clip":                    # nothing short tells a clip: its answer does
-        return [f"the answer is {sample['answer']}."]
-    return [f"{listed([phrase(item) for item in rng.sample(scene.items, len(scene.items))])}."
+        return [f"the answer is {sample['answer']}. "]
+    told = [f"{listed([phrase(item) for item in rng.sample(scene.items, len(scene.items))])}. "
             for scene in sample["source"]]
+    return told + [""] * (len(sample["texts"]) - len(told))
 
 
 def paged(kind, sample, rng):
     """A sample in words as [(what is said of a picture and its prompt, its answer), ...]."""
     prompt = OUTPUT if kind == "names" else ""       # else a name would follow words as if of them
-    return [(f"{words} {prompt}{told}", learned) for words, (told, learned)
+    return [(f"{words}{prompt}{told}", learned) for words, (told, learned)
             in zip(in_words(kind, sample, rng), sample["texts"])]
 
 
