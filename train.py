@@ -106,7 +106,7 @@ STAGES = {
                       "": PAPER}, pairs),
     "lm": Stage("a language model on the world's texts, for the stages that freeze one",
                 language, language.Pretraining, {
-                    "": Recipe(steps=4500, batch_size=64, lr=3e-3, decay=0.1, betas=(0.9, 0.95),
+                    "": Recipe(steps=4000, batch_size=64, lr=3e-3, decay=0.1, betas=(0.9, 0.95),
                                eps=1e-8)}, texts),
     "flamingo": Stage("a resampler and gated blocks between a frozen CLIP and a frozen LM",
                       flamingo, flamingo.Flamingo, {
