@@ -412,9 +412,9 @@ def as_sample(record, rng):
     return {"images": [record["images"][:1]], "texts": [(OUTPUT, f" {text}")]}
 
 
-# {data set: (parts of a step's samples, what its mean loss counts, {kind: how often})}: pages stand
-# for the paper's M3W, pictures for ALIGN and LTIP, clips for VTP; from labels and glossaries is
-# learned what its few-shot prompts need, which a web of 43 million pages holds by itself.
+# {data set: (parts of a step's samples, what its mean loss counts, {kind: how often})}. Pages stand
+# for the paper's M3W, pictures for ALIGN and LTIP, clips for VTP. What few-shot prompts need is
+# learned from labels and glossaries: a handful of pages does not teach it as a web of them does.
 DATASETS = {"pages": (2, 1.0, {"document": 3, "album": 1}),
             "labels": (3, 2.0, {"names": 2, "episode": 1}),
             "glossaries": (10, 1.5, {"glossary": 1}),

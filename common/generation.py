@@ -248,22 +248,24 @@ def generate(model, prompt, mask=None, *, tokens=32, stop=(), pad=0, context=Non
         return Beams(writing, beams, tokens, stop, pad, length_penalty, early_stopping).search(
             seen, repetition_penalty)
     new = torch.full((len(prompt), tokens), pad, device=prompt.device)
-    ends = torch.full((len(prompt),), tokens, device=prompt.device)   # where each row's text ends
+    going = torch.ones(len(prompt), dtype=torch.bool, device=prompt.device)
+    lengths = going.long()               # of each row's text, its end included
     for n in range(tokens):
         logits = penalise(writing.logits, seen, repetition_penalty)
-        token = sample(logits, **choice, generator=generator).masked_fill(ends <= n, pad)
+        token = torch.where(going, sample(logits, **choice, generator=generator), pad)
         new[:, n] = token
         over = torch.isin(token, stop)
         if stop_strings:
-            over |= holds(stop_strings, decode, new[:, :n + 1], ends > n)
-        ends = torch.where(over & (ends > n), n + 1, ends)
+            over |= holds(stop_strings, decode, new[:, :n + 1], going)
+        going &= ~over
         # Asking a GPU makes it wait: there a few tokens too many are cheaper, and cut off below.
         asks = prompt.device.type == "cpu" or n % 8 == 7
-        if n + 1 == tokens or asks and bool((ends <= n + 1).all()):
+        if n + 1 == tokens or asks and not bool(going.any()):
             break
+        lengths += going
         seen = None if seen is None else seen.scatter(1, token[:, None], True)
         writing.read(token[:, None])
-    return new[:, :int(ends.max())]
+    return new[:, :int(lengths.max())]
 
 
 def holds(strings, decode, ids, open_rows):

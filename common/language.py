@@ -11,6 +11,7 @@
 Language Models are Unsupervised Multitask Learners (Radford et al., 2019), OPT (Zhang et al.,
 2022), LLaMA (Touvron et al., 2023).
 """
+import functools
 import itertools
 import math
 import random
@@ -160,6 +161,14 @@ class NewTokens(nn.Module):
         return F.pad(logits, (0, self.beyond)).index_copy(-1, self.ids, own.to(logits.dtype))
 
 
+@functools.lru_cache(maxsize=8)
+def turns(context, head_width, theta, stretch, device):
+    """`rope_table` of every position there can be, made once."""
+    with torch.inference_mode(False):    # what is made in that mode could not be trained with
+        positions = torch.arange(context, device=device)
+        return rope_table(positions if stretch == 1 else positions / stretch, head_width, theta)
+
+
 class LanguageModel(nn.Module):
     """A causal transformer over tokens: embeddings, blocks, a last norm, a head."""
 
@@ -219,18 +228,19 @@ class LanguageModel(nn.Module):
             if longest > self.config.context:
                 raise ValueError(f"{longest} tokens, but the context is {self.config.context}")
         if mask is None:
-            positions = torch.arange(past, past + T, device=x.device)                 # (T,)
+            positions = slice(past, past + T)
         else:
             positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, past:]               # (B, T)
         seen = causal(T, past, x.device) if T > 1 else None    # one new token sees all there is
         if mask is not None:
             seen = padding(mask) if seen is None else seen & padding(mask)
-        table = None
-        if self.positions is None:
-            scaled = positions if self.config.stretch == 1 else positions / self.config.stretch
-            table = rope_table(scaled, self.config.width // self.config.heads, self.config.theta)
-        else:
-            x = x + self.positions(positions)
+        if self.positions is not None:
+            own = self.positions.first(T, past) if mask is None else self.positions(positions)
+            return x + own, {"mask": seen, "table": None, "cache": cache}
+        c = self.config
+        table = turns(c.context, c.width // c.heads, c.theta, c.stretch, x.device)
+        table = [values[positions] if mask is None else values[positions][:, None]
+                 for values in table]
         return x, {"mask": seen, "table": table, "cache": cache}
 
     def head(self, x):

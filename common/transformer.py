@@ -13,7 +13,8 @@ from torch import nn
 
 # What is read is what runs: `attention` and `fused_attention` are the same function, by hand and by
 # torch's kernel. "hand" and "fused" force one (--attention); "auto" takes the faster: by hand for
-# short sequences on a CPU (there the kernel is up to 10 times slower in bf16), else the kernel.
+# short sequences on a CPU (there the kernel is up to 10 times slower in bf16), else the kernel,
+# and for a single query without a mask, which is one token being generated.
 ATTENTION = "auto"
 SHORT = {torch.bfloat16: 160 * 160, torch.float32: 64 * 80}    # queries * keys
 
@@ -57,7 +58,8 @@ def fused_attention(q, k, v, mask=None, bias=None, scale=None):
 
 def attend(q, k, v, mask=None, bias=None, scale=None):
     """`attention` or `fused_attention`, as the module constant ATTENTION says."""
-    by_hand = q.device.type == "cpu" and q.shape[2] * k.shape[2] <= SHORT.get(q.dtype, 0)
+    by_hand = q.device.type == "cpu" and q.shape[2] * k.shape[2] <= SHORT.get(q.dtype, 0) \
+        and not (q.shape[2] == 1 and mask is None)
     if ATTENTION == "hand" or ATTENTION == "auto" and by_hand:
         return attention(q, k, v, mask, bias, scale)
     return fused_attention(q, k, v, mask, bias, scale)
@@ -309,25 +311,26 @@ class LearnedPositions(nn.Module):
 def rope_table(positions, head_width, theta=10000.0):
     """cos and sin of every position's angles (RoFormer, 3.2), for the two functions below.
 
-    positions int64 (T,) or (B, T) -> two float32 tensors (T, K/2) or (B, 1, T, K/2). float32 also
-    under bf16: at position 4,000 a bf16 angle is off by several radians.
+    positions int64 (T,) or (B, T) -> two float32 tensors (T, K) or (B, 1, T, K): cos | cos and
+    -sin | sin. float32 also under bf16: at position 4,000 a bf16 angle is off by several radians.
     """
     steps = torch.arange(0, head_width, 2, device=positions.device, dtype=torch.float32)
     angles = positions[..., None].float() * theta ** (-steps / head_width)
     angles = angles if positions.dim() == 1 else angles[:, None]
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def rope_half(x, table):
     """Turn the pairs (i, i + K/2) of x (B, H, T, K): the layout of Hugging Face's LLaMA."""
     cos, sin = table
-    a, b = full(x).chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
+    partner = full(x).roll(x.shape[-1] // 2, dims=-1)
+    return (full(x) * cos + partner * sin).to(x.dtype)
 
 
 def rope_interleaved(x, table):
     """Turn the pairs (2i, 2i + 1) of x (B, H, T, K): the layout of Meta's LLaMA."""
-    cos, sin = table
+    (cos, _), (_, sin) = (half.chunk(2, dim=-1) for half in table)
     a, b = full(x)[..., 0::2], full(x)[..., 1::2]
     return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).to(x.dtype)
 

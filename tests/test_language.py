@@ -169,6 +169,13 @@ class TestForward:
         same(slow.head(slow.blocks[0](x, **places))[:, ::2], lm(ids))
         assert (slow(ids) - lm(ids)).abs().max() > 1e-3
 
+    def test_a_model_can_be_trained_after_it_has_written(self):
+        lm, ids = model(theta=1234.5), random_ids(2, 5)     # a base whose angles nobody has made yet
+        language.turns.cache_clear()
+        lm.generate(ids, tokens=2)
+        lm(ids).square().mean().backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in lm.parameters())
+
     def test_a_larger_base_turns_slower(self):
         assert (model(theta=5e5)(random_ids(1, T)) - model()(random_ids(1, T))).abs().max() > 1e-3
 

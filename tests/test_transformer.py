@@ -275,7 +275,7 @@ class TestPositions:
         cos, _ = rope_table(torch.tensor([4096]), 8)
         want = [math.cos(4096 * 10000 ** (-2 * i / 8)) for i in range(4)]
         assert cos.dtype == torch.float32
-        torch.testing.assert_close(cos[0].double(), torch.tensor(want).double(), atol=2e-4, rtol=0)
+        torch.testing.assert_close(cos[0].double(), torch.tensor(want + want).double(), atol=2e-4, rtol=0)
 
     @pytest.mark.parametrize("bidirectional", [True, False])
     def test_t5_buckets_split_near_and_far(self, bidirectional):
