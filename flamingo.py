@@ -417,8 +417,8 @@ def as_sample(record, rng):
 # learned from labels and glossaries: a handful of pages does not teach it as a web of them does.
 DATASETS = {"pages": (2, 1.0, {"document": 3, "album": 1}),
             "labels": (3, 2.0, {"names": 2, "episode": 1}),
-            "glossaries": (10, 1.5, {"glossary": 1}),
-            "pictures": (4, 2.0, {"caption": 1, "question": 2}),
+            "glossaries": (5, 1.0, {"glossary": 1}),
+            "pictures": (9, 2.5, {"caption": 1, "question": 2}),
             "clips": (1, 0.5, {"clip": 1})}
 INTERLEAVED = ("pages", "labels", "glossaries")
 

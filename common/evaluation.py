@@ -111,11 +111,16 @@ def exact(said, samples):
 
 
 def about_questions(pupil, world, count):
-    """Questions on one picture, with the right one and a wrong one, and on one of several."""
+    """Questions on one picture, with the right one and a wrong one, and on one of several.
+
+    In wordings that training never uses, and on the same pictures in those that it does.
+    """
     samples = draws(world, "question", count)
+    known = draws(world, "question", count, "train", asks=1)
     said = pupil.write(asked(samples), tokens=6)
     others = [s | {"images": o["images"]} for s, o in zip(samples, samples[1:] + samples[:1])]
     figures = {"vqa_accuracy": exact(said, samples),
+               "vqa_accuracy_trained_wordings": exact(pupil.write(asked(known), tokens=6), known),
                "vqa_accuracy_blind": exact(pupil.write(asked(others), tokens=6), samples)}
     for kind in sorted({s["kind"] for s in samples}):
         own = [(text, s) for text, s in zip(said, samples) if s["kind"] == kind]

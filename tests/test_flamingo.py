@@ -828,8 +828,8 @@ class TestPages:
         world = Toy(image_size=15)
         feeds = flamingo.feeds(world, Words(), CONFIG)
         assert list(flamingo.DATASETS) == ["pages", "labels", "glossaries", "pictures", "clips"]
-        assert [share for _, _, share in feeds] == [2, 3, 10, 4, 1]
-        assert [c.weight for _, c, _ in feeds] == [1.0, 2.0, 1.5, 2.0, 0.5]
+        assert [share for _, _, share in feeds] == [2, 3, 5, 9, 1]
+        assert [c.weight for _, c, _ in feeds] == [1.0, 2.0, 1.0, 2.5, 0.5]
         assert [c.number for _, c, _ in feeds] == list(range(5))
         assert [c.next_image for _, c, _ in feeds] == [0.5] + 4 * [0]       # pages alone
         for (source, _, _), (_, _, kinds) in zip(feeds, flamingo.DATASETS.values()):
@@ -850,7 +850,7 @@ class TestPages:
 
     def test_the_pages_can_be_left_out(self):
         feeds = flamingo.feeds(Toy(image_size=15), Words(), replace(CONFIG, pages=False))
-        assert [share for _, _, share in feeds] == [4, 1]
+        assert [share for _, _, share in feeds] == [9, 1]
         assert [c.number for _, c, _ in feeds] == [0, 1]
         for (source, _, _), name in zip(feeds, ("pictures", "clips"), strict=True):
             self.draws(source, flamingo.DATASETS[name][2])
@@ -1038,6 +1038,12 @@ class TestEvaluation:
         texts = [[s["texts"] for s in self.drawn("question")] for _ in range(2)]
         assert texts[0] == texts[1] and len({str(t) for t in texts[0]}) > 9
 
+    def test_questions_in_trained_wordings_are_asked_of_the_same_pictures(self):
+        for known, other in zip(self.drawn("question", split="train", asks=1),
+                                self.drawn("question")):
+            assert known["source"] == other["source"] and known["answer"] == other["answer"]
+            assert known["texts"][0][0] != other["texts"][0][0]
+
     def test_a_prompt_ends_with_the_text_that_is_asked(self):
         for sample, cut in zip(s := self.drawn("document", images=3), asked(s, "at")):
             assert len(cut["images"]) == len(cut["texts"]) == sample["at"] + 1
@@ -1052,6 +1058,7 @@ class TestEvaluation:
         blind = sum(s["answer"] == o["answer"] for s, o in zip(samples, samples[1:] + samples[:1]))
         assert figures.pop("vqa_accuracy") == 1 and figures.pop("document_accuracy") == 0
         assert figures.pop("vqa_accuracy_blind") == pytest.approx(blind / 13) != 1
+        assert figures.pop("vqa_accuracy_trained_wordings") == 1
         assert figures == {f"vqa_accuracy/{s['kind']}": 1 for s in samples}
         answers = {key(s["images"][s["at"]]): s["answer"] for s in documents}
         figures = evaluation.about_questions(Knows(answers), self.world, 13)
@@ -1174,8 +1181,9 @@ class TestRuns:
     def test_every_figure_has_a_name(self, runs):
         found = result(runs / "one")
         for name in ("caption_accuracy", "caption_accuracy_single", "two_pictures_nearest",
-                     "vqa_accuracy", "vqa_accuracy_blind", "document_accuracy", "clip_accuracy",
-                     "clip_accuracy_16_frames", "shots_0", "shots_8", "shots_8_shuffled"):
+                     "vqa_accuracy", "vqa_accuracy_trained_wordings", "vqa_accuracy_blind",
+                     "document_accuracy", "clip_accuracy", "clip_accuracy_16_frames", "shots_0",
+                     "shots_8", "shots_8_shuffled"):
             assert 0 <= found[name] <= 1
         assert found["perplexity"] > 1 < found["perplexity_lm"]
         assert 0 < found["trainable_parameters"] < found["parameters"]
