@@ -230,8 +230,8 @@ FLAMINGO = {
 
 def flamingo(options):
     """What each part of Flamingo is for: figures without it. Needs runs/clip and runs/lm."""
-    steps = options.steps or 500
-    compare(options, {name: ["--steps", str(steps), "--batch_size", "80", *flags]
+    steps = options.steps or 400
+    compare(options, {name: ["--steps", str(steps), "--batch_size", "120", *flags]
                       for name, flags in FLAMINGO.items()},
             steps, "flamingo", FLAMINGO_FIGURES)
 

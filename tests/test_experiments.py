@@ -89,7 +89,7 @@ def test_flamingos_parts_are_taken_away_one_by_one(monkeypatch, capsys):
 
     def trained(options, stage, name, *flags):
         assert stage == "flamingo" and flags[2:6] == (
-            "--steps", "9", "--batch_size", "80")
+            "--steps", "9", "--batch_size", "120")
         asked.append(flags[6:])
         return dict.fromkeys(experiments.FLAMINGO_FIGURES.values(), 0.1 * int(flags[1]))
     monkeypatch.setattr(experiments, "trained", trained)
