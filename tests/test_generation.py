@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from common import generation
 from common.generation import (Beams, Writing, generate, keep_top_k, keep_top_p, pad_left,
                                penalise, rank, sample)
 from common.language import LanguageConfig, LanguageModel
@@ -166,6 +167,12 @@ class TestStopping:
         lm = chain((3, STOP), (4, 5), (5, 9))
         new = generate(lm, torch.tensor([[3], [4]]), tokens=50, stop=(STOP, 9), pad=PAD)
         assert new.tolist() == [[STOP, PAD], [5, 9]] and len(lm.calls) == 2
+
+    def test_asked_seldom_whether_all_have_ended_it_writes_the_same(self, monkeypatch):
+        monkeypatch.setattr(generation, "ASKED_EVERY", {"cpu": 8})
+        lm = chain((3, STOP), (4, 5), (5, 9))
+        new = generate(lm, torch.tensor([[3], [4]]), tokens=50, stop=(STOP, 9), pad=PAD)
+        assert new.tolist() == [[STOP, PAD], [5, 9]] and len(lm.calls) == 8
 
     def test_without_a_stop_it_writes_all_its_tokens(self):
         new = generate(chain((3, STOP), (STOP, 5), (5, 3)), torch.tensor([[3]]), tokens=4)

@@ -192,6 +192,7 @@ class TestReading:
                 if kind == "clip":
                     assert told == [f"the answer is {sample['answer']}. "]
                     continue
+                assert not any(told[len(sample["source"]):])     # a picture is told once
                 for words, scene in zip(told, sample["source"]):
                     assert words.endswith(". ") and is_true(words[:-2], scene)
                     assert all(phrase(item) in words for item in scene.items) \
