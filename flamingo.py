@@ -54,6 +54,7 @@ class FlamingoConfig:
     head_width: int = 32
     act: str = "squared_relu"            # OpenFlamingo has gelu
     gate: float = 0.0                    # what both gates start at, before their tanh
+    loud: float = 10.0                   # times the usual size an attention's output starts at
     latest: bool = True                  # text attends to the latest picture alone, not to all
     next_image: float = 0.5              # share of training's pages whose text sees the next one
     pages: bool = True                   # train on interleaved pages and episodes too
@@ -140,7 +141,7 @@ class Resampler(nn.Module):
         super().__init__()
         # Small beside what they read: else all pictures come out nearly alike, and long stay so.
         self.latents = nn.Parameter(0.02 * torch.randn(latents, width))
-        self.frames = nn.Parameter(torch.randn(frames, width)) if frames else None
+        self.frames = nn.Parameter(0.1 * torch.randn(frames, width)) if frames else None
         self.layers = nn.ModuleList(
             ResamplerLayer(width=width, heads=heads, head_width=head_width, act=act)
             for _ in range(layers))
@@ -161,7 +162,7 @@ class MLPResampler(nn.Module):
 
     def __init__(self, *, width, frames, act):
         super().__init__()
-        self.frames = nn.Parameter(torch.randn(frames, width)) if frames else None
+        self.frames = nn.Parameter(0.1 * torch.randn(frames, width)) if frames else None
         self.mlp_norm, self.mlp = LayerNorm(width), MLP(width=width, act=act, bias=False)
         self.norm = LayerNorm(width)
 
@@ -191,15 +192,18 @@ class GatedBlock(nn.Module):
     """Cross-attention to the pictures and an MLP, each behind its own tanh gate (paper, Figure 4).
 
     At a gate of 0 the block is the identity, so that training starts from the language model as it
-    is; its own weights get their first gradient when the gates have moved.
+    is; its own weights get their first gradient when the gates have moved. loud: how much larger
+    than usual the attention's output starts, to be heard beside what it is added to.
     """
 
-    def __init__(self, *, width, context_width, heads, head_width, act, gate):
+    def __init__(self, *, width, context_width, heads, head_width, act, gate, loud):
         super().__init__()
         self.attn_norm, self.mlp_norm = LayerNorm(width), LayerNorm(width)
         self.attn = Attention(width=width, heads=heads, head_width=head_width,
                               context_width=context_width, bias=False)
         self.mlp = MLP(width=width, act=act, bias=False)
+        with torch.no_grad():
+            self.attn.out_proj.weight.mul_(loud)
         self.attn_gate = nn.Parameter(torch.full((1,), float(gate)))
         self.mlp_gate = nn.Parameter(torch.full((1,), float(gate)))
 
@@ -231,9 +235,12 @@ class Flamingo(nn.Module):
             self.resampler = Resampler(
                 width=width, latents=c.latents, layers=c.resampler_layers, frames=c.frames,
                 heads=c.resampler_heads, head_width=c.resampler_head_width, act=act)
+        # The stream is ten and more times longer behind the first block than before it, where there
+        # are embeddings alone (tiny: 20 after 1).
         self.gated = nn.ModuleDict({
             str(i): GatedBlock(width=self.lm.config.width, context_width=width, heads=c.heads,
-                               head_width=c.head_width, act=act, gate=c.gate)
+                               head_width=c.head_width, act=act, gate=c.gate,
+                               loud=c.loud if i else 1.0)
             for i in range(len(self.lm.blocks)) if PLACEMENTS[c.placement](i, c.every)})
 
     def look(self, images):

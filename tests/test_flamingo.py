@@ -323,6 +323,15 @@ class TestGates:
         started = Flamingo(replace(CONFIG, gate=0.5)).gated["1"]
         assert started.attn_gate == started.mlp_gate == 0.5
 
+    def test_attention_behind_the_first_block_starts_loud_and_all_else_as_usual(self):
+        gated = Flamingo(replace(CONFIG, loud=7.0)).gated
+        for name, part, size in (("0", "attn.out_proj", 1), ("1", "attn.out_proj", 7),
+                                 ("2", "attn.out_proj", 7), ("1", "attn.v_proj", 1),
+                                 ("1", "mlp.fc1", 1), ("1", "mlp.fc2", 1)):
+            weight = gated[name].get_submodule(part).weight
+            most = size * weight.shape[1] ** -0.5
+            assert 0.9 * most < weight.abs().max() <= most, (name, part)
+
     @pytest.mark.parametrize("own, other", [("attn_gate", "mlp_gate"), ("mlp_gate", "attn_gate")])
     def test_each_bounds_its_own_part_by_its_tanh(self, own, other):
         block, ids, x = make().gated["1"], text("I...."), torch.randn(1, 5, 20).double()
