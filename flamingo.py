@@ -141,7 +141,7 @@ class Resampler(nn.Module):
         super().__init__()
         # Small beside what they read: else all pictures come out nearly alike, and long stay so.
         self.latents = nn.Parameter(0.02 * torch.randn(latents, width))
-        self.frames = nn.Parameter(0.1 * torch.randn(frames, width)) if frames else None
+        self.frames = nn.Parameter(0.3 * torch.randn(frames, width)) if frames else None
         self.layers = nn.ModuleList(
             ResamplerLayer(width=width, heads=heads, head_width=head_width, act=act)
             for _ in range(layers))
@@ -162,7 +162,7 @@ class MLPResampler(nn.Module):
 
     def __init__(self, *, width, frames, act):
         super().__init__()
-        self.frames = nn.Parameter(0.1 * torch.randn(frames, width)) if frames else None
+        self.frames = nn.Parameter(0.3 * torch.randn(frames, width)) if frames else None
         self.mlp_norm, self.mlp = LayerNorm(width), MLP(width=width, act=act, bias=False)
         self.norm = LayerNorm(width)
 
@@ -235,8 +235,8 @@ class Flamingo(nn.Module):
             self.resampler = Resampler(
                 width=width, latents=c.latents, layers=c.resampler_layers, frames=c.frames,
                 heads=c.resampler_heads, head_width=c.resampler_head_width, act=act)
-        # The stream is ten and more times longer behind the first block than before it, where there
-        # are embeddings alone (tiny: 20 after 1).
+        # Behind a language model's first block its stream is many times longer than the embeddings
+        # before it (tiny: about 20 and 1), so there one must speak louder to be heard.
         self.gated = nn.ModuleDict({
             str(i): GatedBlock(width=self.lm.config.width, context_width=width, heads=c.heads,
                                head_width=c.head_width, act=act, gate=c.gate,
@@ -426,7 +426,7 @@ DATASETS = {"pages": (2, 1.0, {"document": 3, "album": 1}),
             "labels": (3, 2.0, {"names": 2, "episode": 1}),
             "glossaries": (5, 1.0, {"glossary": 1}),
             "pictures": (9, 2.5, {"caption": 1, "question": 2}),
-            "clips": (1, 0.5, {"clip": 1})}
+            "clips": (1, 1.0, {"clip": 1})}
 INTERLEAVED = ("pages", "labels", "glossaries")
 
 

@@ -110,7 +110,7 @@ STAGES = {
                                eps=1e-8)}, texts),
     "flamingo": Stage("a resampler and gated blocks between a frozen CLIP and a frozen LM",
                       flamingo, flamingo.Flamingo, {
-                          "": Recipe(steps=800, batch_size=160, lr=1.5e-3, decay=0.1, eps=1e-8,
+                          "": Recipe(steps=750, batch_size=160, lr=1.5e-3, decay=0.1, eps=1e-8,
                                      undecayed=("resampler.*",), fast=("*_gate",))},
                       flamingo.feeds, {"vision": ("clip", "vision"), "language": ("lm", "lm")}),
 }

@@ -838,7 +838,7 @@ class TestPages:
         feeds = flamingo.feeds(world, Words(), CONFIG)
         assert list(flamingo.DATASETS) == ["pages", "labels", "glossaries", "pictures", "clips"]
         assert [share for _, _, share in feeds] == [2, 3, 5, 9, 1]
-        assert [c.weight for _, c, _ in feeds] == [1.0, 2.0, 1.0, 2.5, 0.5]
+        assert [c.weight for _, c, _ in feeds] == [1.0, 2.0, 1.0, 2.5, 1.0]
         assert [c.number for _, c, _ in feeds] == list(range(5))
         assert [c.next_image for _, c, _ in feeds] == [0.5] + 4 * [0]       # pages alone
         for (source, _, _), (_, _, kinds) in zip(feeds, flamingo.DATASETS.values()):
