@@ -13,8 +13,7 @@ from torch import nn
 
 # What is read is what runs: `attention` and `fused_attention` are the same function, by hand and by
 # torch's kernel. "hand" and "fused" force one (--attention); "auto" takes the faster: by hand for
-# short sequences on a CPU (there the kernel is up to 10 times slower in bf16), else the kernel,
-# and for a single query without a mask, which is one token being generated.
+# short sequences on a CPU (there the kernel is up to 10 times slower in bf16), else the kernel.
 ATTENTION = "auto"
 SHORT = {torch.bfloat16: 160 * 160, torch.float32: 64 * 80}    # queries * keys
 
@@ -58,8 +57,7 @@ def fused_attention(q, k, v, mask=None, bias=None, scale=None):
 
 def attend(q, k, v, mask=None, bias=None, scale=None):
     """`attention` or `fused_attention`, as the module constant ATTENTION says."""
-    by_hand = q.device.type == "cpu" and q.shape[2] * k.shape[2] <= SHORT.get(q.dtype, 0) \
-        and not (q.shape[2] == 1 and mask is None)
+    by_hand = q.device.type == "cpu" and q.shape[2] * k.shape[2] <= SHORT.get(q.dtype, 0)
     if ATTENTION == "hand" or ATTENTION == "auto" and by_hand:
         return attention(q, k, v, mask, bias, scale)
     return fused_attention(q, k, v, mask, bias, scale)
