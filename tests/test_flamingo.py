@@ -1053,6 +1053,18 @@ class TestEvaluation:
             assert known["source"] == other["source"] and known["answer"] == other["answer"]
             assert known["texts"][0][0] != other["texts"][0][0]
 
+    def test_questions_are_asked_in_both_wordings(self):
+        asked_for = []
+
+        class Notes:
+            def write(self, samples, tokens):
+                asked_for.append([s["texts"][-1][0] for s in samples])
+                return [""] * len(samples)
+        evaluation.about_questions(Notes(), self.world, 13)
+        for split in ("test", "train"):
+            want = [s["texts"][0][0] for s in self.drawn("question", split=split, asks=1)]
+            assert want in asked_for
+
     def test_a_prompt_ends_with_the_text_that_is_asked(self):
         for sample, cut in zip(s := self.drawn("document", images=3), asked(s, "at")):
             assert len(cut["images"]) == len(cut["texts"]) == sample["at"] + 1
