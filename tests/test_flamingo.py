@@ -772,7 +772,7 @@ class TestLabels:
 
     def test_of_a_page_that_begins_in_words(self):
         ids, labels = self.made({"images": [drawing("red")], "shown": [False, True],
-                                 "texts": [("a cat dog", ""), ("", " red")]})
+                                 "texts": [("a cat", " dog"), ("", " red")]})
         assert ids == [BOS, A, CAT, DOG, EOC, IMAGE, RED, EOC, EOS]
         assert labels == [NO] * 6 + [RED, EOC, NO]
 
