@@ -1,6 +1,8 @@
 """Interleaved samples and texts to read of the shapes world."""
+import math
 import random
 import re
+from collections import Counter
 
 import pytest
 
@@ -243,15 +245,23 @@ class TestReading:
                         "phrase": f"{phrase(item)}. output:", "word": f"{name} output:",
                         "bare": name}[form]
 
-    def test_the_labels_to_be_recalled_are_those_told_before(self):
+    def test_a_label_is_certain_once_told_and_the_second_class_has_any_other(self):
         for form in FORMS:
             parts, nats = labelled(random.Random(3), form)
-            labels = [(text, learn) for text, learn in parts[1::2]]
-            assert nats == 0 and len(labels) == 9 and not any(learn for _, learn in parts[::2])
-            assert [learn for _, learn in labels] == [
-                text in [before for before, _ in labels[:i]] for i, (text, _) in enumerate(labels)]
-            assert sum(learn for _, learn in labels) == 7
-            assert all(re.fullmatch(r" \w+\.", text) and text[1:-1] in LABELS for text, _ in labels)
+            assert nats == pytest.approx(math.log(11)) and len(LABELS) == 12
+            assert len(parts) == 18 and not any(learn for _, learn in parts[::2])
+            assert [learn for _, learn in parts[1::2]] == [False] + [True] * 8
+            labels = [text for text, _ in parts[1::2]]
+            assert len(set(labels)) == 2
+            assert all(re.fullmatch(r" \w+\.", text) and text[1:-1] in LABELS for text in labels)
+
+    def test_the_second_classes_label_is_drawn_evenly_from_the_others(self):
+        drawn = Counter()
+        for i in range(2200):
+            labels = list(dict.fromkeys(text for text, learn in labelled(random.Random(i))[0][1::2]))
+            drawn[(LABELS.index(labels[1][1:-1]) - LABELS.index(labels[0][1:-1])) % 12] += 1
+        assert set(drawn) == set(range(1, 12))
+        assert sum((n - 200) ** 2 / 200 for n in drawn.values()) < 29.6      # chi-square, p = 0.001
 
     def test_it_is_a_function_of_the_rng_and_names_no_held_out_pair(self):
         texts = [reading(random.Random(i)) for i in range(200)]

@@ -11,6 +11,8 @@ page goes on before it ever sees one, and lists of names said again, from which 
     sample = interleaved("episode", random.Random(0))
     print(reading(random.Random(0)))
 """
+import math
+
 from common.conversation import ANSWER, OUTPUT
 from common.worlds import stories
 from common.worlds.scene import COLOURS, PAIRS, SHAPES, describe, listed, phrase, sample
@@ -192,14 +194,16 @@ def reading(rng):
 
 
 def labelled(rng, form="bare"):
-    """An episode of 8 shots in words, [(text, whether a label to be recalled), ...], and its nats.
+    """An episode of 8 shots in words, [(text, whether a label of known odds), ...], and its nats.
 
-    A label that was told before is certain: 0 nats, a perplexity of 1; who guesses between the two
-    labels of an episode has 2 on the label and 1 on its full stop, which goes with it because a
-    vocabulary cuts the two together. First labels are left out: what comes there may be a list too.
+    The nats of the labels together: a label told before is certain, 0; that of the second class can
+    be any but the first's, ln 11. The first label of all is left out: what comes there may be a
+    list too. A label's full stop goes with it because a vocabulary cuts the two together.
     """
-    parts, known, told = [], set(), episode(rng, "train", None, shots=8)
+    parts, known, nats, told = [], set(), 0.0, episode(rng, "train", None, shots=8)
     for words, label in labels_in_words(told, form):
-        parts += [(f"{' ' if parts else ''}{words}", False), (f"{label}.", label in known)]
+        if known and label not in known:
+            nats += math.log(len(stories.LABELS) - len(known))
+        parts += [(f"{' ' if parts else ''}{words}", False), (f"{label}.", bool(known))]
         known.add(label)
-    return parts, 0.0
+    return parts, nats
