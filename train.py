@@ -235,19 +235,7 @@ class Run:
         self.workers = options.workers
         if self.workers is None:         # on a CPU a worker takes the core that training waits for
             self.workers = 0 if self.device.type == "cpu" else min(8, (os.cpu_count() or 2) - 1)
-        torch.manual_seed(options.seed)
-        try:
-            self.model = self.stage.model(self.config).to(self.device)
-        except (ValueError, ZeroDivisionError) as error:
-            raise ValueError(f"--preset {options.preset} {' '.join(settings)}: {error}") from None
-        for module, (weights, where) in self.frozen.items():
-            checkpoint.load_part(self.model, module, weights, where)
-        more = tuple(filter(None, options.unfreeze.split(",")))
-        self.table = freeze(self.model, self.stage.file.TRAINS[name] + more)
-        self.optimiser = torch.optim.AdamW(
-            parameter_groups(self.model, self.recipe.decay, self.recipe.undecayed,
-                             self.recipe.fast),
-            lr=self.recipe.lr, betas=self.recipe.betas, eps=self.recipe.eps, fused=True)
+        self.model, self.optimiser, self.table = self.open_model(" ".join(settings))
         self.step, self.seconds, self.loss = 0, 0.0, math.nan
         self.kept, self.stopped, self.measuring = None, None, False
         self.refused = Refusals(options.skip) if isinstance(self.world, Files) else None
@@ -270,6 +258,22 @@ class Run:
                 weights[module] = weights[module], where
             config = dataclasses.replace(config, **{field: own})
         return config, weights, tokenizer
+
+    def open_model(self, settings):
+        """The model on its device, its optimiser, and the table of what is trained and frozen."""
+        options, recipe = self.options, self.recipe
+        torch.manual_seed(options.seed)
+        try:
+            model = self.stage.model(self.config).to(self.device)
+        except (ValueError, ZeroDivisionError) as error:
+            raise ValueError(f"--preset {options.preset} {settings}: {error}") from None
+        for module, (weights, where) in self.frozen.items():
+            checkpoint.load_part(model, module, weights, where)
+        more = tuple(filter(None, options.unfreeze.split(",")))
+        table = freeze(model, self.stage.file.TRAINS[self.name] + more)
+        groups = parameter_groups(model, recipe.decay, recipe.undecayed, recipe.fast)
+        return model, torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps,
+                                        fused=True), table
 
     def open_feeds(self):
         """The batches of every step, of one data set or of several, and the first one's collate.
