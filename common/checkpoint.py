@@ -3,6 +3,7 @@ import json
 import os
 import pickle
 import shutil
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -60,20 +61,30 @@ def save(folder, state):
     write(last, lambda half: torch.save(state, half))
 
 
+def unpickle(path, what, mmap=False):
+    """What torch.save wrote to a file, on the CPU; tensors and numbers alone, no code is run.
+
+    what: it should be, for the ValueError, one line, of a file that is not there or is not that.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file") from None
+    except Exception as error:           # a hostile file can make the unpickler raise anything
+        if isinstance(error, pickle.UnpicklingError) and "global" in str(error).lower():
+            raise ValueError(f"{path}: holds more than tensors and numbers, refused "
+                             "(it could run code)") from None
+        raise ValueError(f"{path}: not a {what}, or cut off") from None
+
+
 def load(path):
     """The dict in one checkpoint file, on the CPU; runs no code from it.
 
     Raises ValueError in one line: no such file, cut off, or with anything but tensors and numbers.
     """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such checkpoint") from None
-    except Exception as error:           # a hostile file can make the unpickler raise anything
-        if isinstance(error, pickle.UnpicklingError) and "unsupported global" in str(error).lower():
-            raise ValueError(f"{path}: holds more than tensors and numbers, refused "
-                             "(it could run code)") from None
-        raise ValueError(f"{path}: not a checkpoint, or cut off") from None
+    state = unpickle(path, "checkpoint")
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
         raise ValueError(f"{path}: a file of tensors, but not a checkpoint of this project")
     return state

@@ -173,7 +173,7 @@ class TestLoad:
             checkpoint.load(tmp_path / "last.pt")
 
     def test_a_missing_file_and_a_folder_are_refused(self, tmp_path):
-        with pytest.raises(ValueError, match="no such checkpoint"):
+        with pytest.raises(ValueError, match="no such file"):
             checkpoint.load(tmp_path / "last.pt")
         with pytest.raises(ValueError, match="not a checkpoint"):
             checkpoint.load(tmp_path)

@@ -17,6 +17,8 @@ from tests.test_formats import listed, names
 from tests.test_train import (STEPS, TOY, Command, assert_same_run, at_step, fork, log, own,
                               refusals, weights)
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FLAGS = [*TOY, "--precision", "fp32", "--save_every", "4"]
 
 
@@ -103,14 +105,6 @@ def both_ranks(environment, path):
     distributed.wait()
     torch.save(found, path)
     distributed.stop()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

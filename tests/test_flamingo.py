@@ -32,6 +32,8 @@ from tests.test_distributed import pair
 from tests.test_formats import listed, names
 from tests.test_train import Toy, weights
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # S = 9 features of a picture 22 wide, Q = 7 latents, a language model 20 wide; the attentions are
 # 5 x 3 and 3 x 4 wide inside.
 VISION = asdict(clip.CLIPConfig(
@@ -47,14 +49,6 @@ CONFIG = FlamingoConfig(
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def make(gate=None, **changes):

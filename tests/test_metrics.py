@@ -6,14 +6,7 @@ import torch
 
 from common.metrics import accuracy, chance, logistic_regression, recalls, retrieval
 
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Several threads on tiny tensors wait for each other most of the time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def own(query, item):

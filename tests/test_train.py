@@ -25,6 +25,8 @@ from common import checkpoint, cli, data
 from common.worlds.shapes import Shapes
 from tests.test_formats import listed, names, shards
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SIZES = ["vision_width=12", "vision_layers=1", "vision_heads=3", "text_width=10", "text_layers=1",
          "text_heads=2", "embed=7"]
 TOY = ["clip", "--data", "toy", "--batch_size", "6", "--save_every", "6",
@@ -42,15 +44,6 @@ class Toy(Shapes):
 
 
 data.WORLDS["toy"] = Toy
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Several threads on tiny tensors wait for each other most of the time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 # Processes

@@ -1,11 +1,11 @@
 """What lies in a folder of published weights: configs, and tensors in any of the usual files."""
-import pickle
 import warnings
 import zipfile
 from pathlib import Path
 
 import torch
 
+from common import checkpoint
 from common.pretrained import safetensors, strict_json
 from common.pretrained.strict_json import shown
 
@@ -80,18 +80,7 @@ def read_pickle(path):
 
     Only tensors and numbers are unpickled. A "module." before every name is dropped.
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            state = torch.load(path, map_location="cpu", weights_only=True,
-                               mmap=zipfile.is_zipfile(path))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except Exception as error:           # a hostile file can make the unpickler raise anything
-        if isinstance(error, pickle.UnpicklingError) and "global" in str(error).lower():
-            raise ValueError(f"{path}: holds more than tensors and numbers, refused "
-                             "(it could run code)") from None
-        raise ValueError(f"{path}: not a file of tensors, or cut off") from None
+    state = checkpoint.unpickle(path, "file of tensors", mmap=zipfile.is_zipfile(path))
     for key in WRAPPERS:
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
