@@ -325,7 +325,7 @@ class Flamingo(nn.Module):
         """How well text without a picture is predicted, by all of it and by the LM alone."""
         ids = data.ids(texts)
         none = torch.zeros(len(ids), 1, 1, self.vision.width, device=ids.device)
-        labels = language.unpadded(ids, self.lm.config.pad)
+        labels = language.unpadded(ids, self.lm.config)
         whole, alone = (losses.next_token_loss(logits, labels).exp().item() for logits in (
             self.read(ids, visual=none), self.lm(ids)))
         return {"perplexity": whole, "perplexity_lm": alone}

@@ -46,7 +46,8 @@ def render(segments, tokenizer, context=None):
     """Segments -> (ids, labels), two lists of int of one length; labels are the ids or -100.
 
     What exceeds the context is cut off at the end. Raises ValueError when nothing that was to be
-    learned is left of it: such a row would train nothing, in silence.
+    learned is left of it, or ever was behind the first token: such a row would train nothing, in
+    silence.
     """
     ids, labels = [], []
     for segment in joined(segments):
@@ -54,7 +55,9 @@ def render(segments, tokenizer, context=None):
         new = tokenizer.encode(segment.content) if text else list(segment.content)
         ids += new
         labels += new if segment.learn else [IGNORED] * len(new)
-    first = next((i for i, label in enumerate(labels) if label != IGNORED), None)
+    first = next((i for i, label in enumerate(labels) if i and label != IGNORED), None)
+    if first is None and any(segment.learn for segment in segments):
+        raise ValueError(f"a text of {len(ids)} tokens, and nothing to be learned behind the first")
     if context is not None and first is not None and first >= context:
         raise ValueError(f"a text of {len(ids)} tokens: what is to be learned begins at token "
                          f"{first + 1}, behind the context of {context}")
@@ -97,6 +100,12 @@ def render_dialogue(turns, tokenizer, context=None, *, images=0, prompt=False, t
     Raises ValueError for other turns, a prompt beyond the context, and as `render`.
     """
     turns, segments = list(turns), template.parts("begin")
+    for number, turn in enumerate(turns):
+        if not all(isinstance(turn.get(key), str) for key in ("role", "text")):
+            raise ValueError(f"turn {number}: {turn}: it needs a role and a text, both strings")
+    if images and IMAGES not in template.user:
+        raise ValueError(f"{images} pictures, but the template's user has no place for them "
+                         "(IMAGES)")
     system = turns.pop(0)["text"] if turns and turns[0]["role"] == "system" else \
         template.default_system
     roles = [turn["role"] for turn in turns]
@@ -122,11 +131,14 @@ def collate(rows, pad=PAD, side="right"):
     """[(ids, labels), ...] -> {"ids", "labels": int64 (B, T), "mask": bool (B, T)}.
 
     Padded with `pad`, which is never learned, on the right for training, on the left for writing;
-    mask: True at real tokens. Raises ValueError for an empty row or ids and labels that differ in
-    length.
+    mask: True at real tokens. Behind padding a row's first token is not learned either: padding
+    would have to tell it. Raises ValueError for no row, an empty row, or ids and labels that differ
+    in length.
     """
     if side not in ("left", "right"):
         raise ValueError(f"side={side}: left or right")
+    if not rows:
+        raise ValueError("no rows")
     longest = max(len(ids) for ids, _ in rows)
     out = {"ids": torch.full((len(rows), longest), pad),
            "labels": torch.full((len(rows), longest), IGNORED),
@@ -138,4 +150,6 @@ def collate(rows, pad=PAD, side="right"):
         out["ids"][row, here] = torch.tensor(ids)
         out["labels"][row, here] = torch.tensor(labels)
         out["mask"][row, here] = True
+        if here.start > 0:
+            out["labels"][row, here.start] = IGNORED
     return out

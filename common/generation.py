@@ -8,6 +8,8 @@ such as what cross-attention reads; what changes on the way a model keeps in `ca
 
     generate(lm, ids, mask, tokens=20, stop=(EOS,), temperature=0.7, top_p=0.9)
 """
+import functools
+
 import torch
 
 from common.transformer import KVCache, full
@@ -51,7 +53,8 @@ def sample(logits, temperature=1.0, top_k=None, top_p=1.0, generator=None):
     """One token of each row, int64 (B,): temperature first, then top-k, then top-p.
 
     logits float (B, V). temperature 0: the likeliest. generator: a torch.Generator, or a list of
-    one for each row, so that a row's draws do not depend on the rows beside it.
+    one for each row, so that a row's draws do not depend on the rows beside it. Raises ValueError
+    for a list of another length.
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
@@ -61,6 +64,9 @@ def sample(logits, temperature=1.0, top_k=None, top_p=1.0, generator=None):
     # The largest of p / Exponential(1) is a draw from p, without waiting for the device.
     noise = torch.empty_like(logits)
     if isinstance(generator, (list, tuple)):
+        if len(generator) != len(noise):
+            raise ValueError(f"{len(generator)} generators for {len(noise)} rows: one each, or one "
+                             "for all")
         for row, own in zip(noise, generator):
             row.exponential_(generator=own)
     else:
@@ -78,32 +84,56 @@ def pad_left(prompt, mask):
     """
     if mask is None or bool(mask.all()):
         return prompt, None
-    if not mask.any(dim=1).all():
-        raise ValueError("a prompt without a real token")
     order = mask.int().argsort(dim=1, stable=True)             # padding first, then as they stood
     rows = torch.arange(len(mask), device=mask.device)[:, None]
     return prompt[rows, order], mask[rows, order]
 
 
-def check(prompt, mask, tokens, context, beams, options):
-    """Raise ValueError for what no generation can do."""
-    least = {"temperature": 0, "top_k": 1, "repetition_penalty": 0}
-    for name, value in options.items():
-        if name in least and value is not None and not value >= least[name]:
-            raise ValueError(f"{name}={value}: must be at least {least[name]}")
-    if not 0 < options["top_p"] <= 1:
-        raise ValueError(f"top_p={options['top_p']}: must be in (0, 1]")
-    if tokens < 1 or beams < 1:
-        raise ValueError(f"tokens={tokens}, beams={beams}: must be at least 1")
-    if beams > 1 and options["temperature"] > 0:
-        raise ValueError(f"beams={beams} search, temperature={options['temperature']} draws: "
-                         "choose one")
+def check(prompt, mask, tokens, context, more="new ones"):
+    """Raise ValueError for a prompt that cannot be gone on from, by so many tokens."""
+    if prompt.dim() != (3 if prompt.is_floating_point() else 2):
+        raise ValueError(f"a prompt of shape {tuple(prompt.shape)}: ids are (B, T), embeddings "
+                         "(B, T, D)")
     if prompt.shape[1] == 0:
         raise ValueError("an empty prompt: begin with <bos>")
-    longest = prompt.shape[1] if mask is None else int(mask.sum(dim=1).max())
+    longest = prompt.shape[1]
+    if mask is not None:
+        if mask.dtype != torch.bool or mask.shape != prompt.shape[:2]:
+            raise ValueError(f"a mask of {mask.dtype} {tuple(mask.shape)} for a prompt of "
+                             f"{tuple(prompt.shape[:2])}: it must be bool, one for each token")
+        if not mask.any(dim=1).all():
+            raise ValueError("a prompt without a real token")
+        longest = int(mask.sum(dim=1).max())
     if context is not None and longest + tokens > context:
-        raise ValueError(f"a prompt of {longest} tokens and {tokens} new ones are "
+        raise ValueError(f"a prompt of {longest} tokens and {tokens} {more} are "
                          f"{longest + tokens}, but the context is {context}")
+
+
+def check_options(tokens, beams, pad, temperature, top_k, top_p, repetition_penalty):
+    """Raise ValueError for what no generation can do."""
+    for name, value, least in (("temperature", temperature, 0), ("top_k", top_k, 1),
+                               ("tokens", tokens, 1), ("beams", beams, 1), ("pad", pad, 0)):
+        if value is not None and not value >= least:
+            raise ValueError(f"{name}={value}: must be at least {least}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p}: must be in (0, 1]")
+    if not repetition_penalty > 0:
+        raise ValueError(f"repetition_penalty={repetition_penalty}: must be more than 0")
+    if temperature == 0 and (top_k is not None or top_p < 1):
+        raise ValueError(f"top_k={top_k}, top_p={top_p}: they are of draws; at temperature=0 "
+                         "nothing is drawn")
+    if beams > 1 and temperature > 0:
+        raise ValueError(f"beams={beams} search, temperature={temperature} draws: choose one")
+
+
+def without_gradients(function):
+    """Run a function in inference mode; what it returns may be trained on all the same."""
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        with torch.inference_mode():
+            result = function(*args, **kwargs)
+        return result.clone()
+    return run
 
 
 class Writing:
@@ -133,11 +163,15 @@ class Writing:
 
 
 def seen_tokens(prompt, mask, logits):
-    """bool (B, V), as logits: the tokens that occur in the prompt; none when it is embeddings."""
+    """bool (B, V), as logits: the tokens that occur in the prompt; none when it is embeddings.
+
+    Padding does not count, nor an id outside the vocabulary, which stands for a picture.
+    """
     seen = torch.zeros_like(logits, dtype=torch.bool)
     if prompt.is_floating_point():
         return seen
-    real = torch.ones_like(prompt, dtype=torch.bool) if mask is None else mask
+    real = (prompt >= 0) & (prompt < logits.shape[1])
+    real = real if mask is None else real & mask
     counts = torch.zeros(seen.shape, dtype=torch.int32, device=prompt.device)
     return counts.scatter_add_(1, prompt.clamp(0, logits.shape[1] - 1), real.int()) > 0
 
@@ -227,7 +261,7 @@ class Beams:
 
 # ------------------------------------------------------------------ generate
 
-@torch.inference_mode()
+@without_gradients
 def generate(model, prompt, mask=None, *, tokens=32, stop=(), pad=0, context=None, beams=1,
              length_penalty=1.0, early_stopping=False, temperature=0.0, top_k=None, top_p=1.0,
              repetition_penalty=1.0, generator=None, stop_strings=(), decode=None, state=None):
@@ -235,14 +269,17 @@ def generate(model, prompt, mask=None, *, tokens=32, stop=(), pad=0, context=Non
 
     prompt: ids int64 (B, T) or embeddings float (B, T, D); mask: bool (B, T), True at real tokens,
     padding on either side; None when there is none. A row ends with its first id of `stop`, or
-    when its text, decode(ids), holds one of `stop_strings`; `pad` follows. temperature 0 takes the
-    likeliest token; else `sample` draws. beams > 1: `search`. Every row is what it would be alone
-    (for draws: with a generator each). state: tensors (B, ...) for every call of the model.
-    Raises ValueError for options that contradict each other or exceed `context`.
+    when its text, decode(ids), holds one of `stop_strings`, which stays in it; `pad` follows.
+    temperature 0 takes the likeliest token; else `sample` draws. beams > 1: `Beams`. Every row is
+    what it would be alone (for draws: with a generator each). state: tensors (B, ...) for every
+    call of the model. Raises ValueError for options that contradict each other or exceed `context`.
     """
     choice = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
+    check_options(tokens, beams, pad, **choice, repetition_penalty=repetition_penalty)
+    check(prompt, mask, tokens, context)
     prompt, mask = pad_left(prompt, mask)
-    check(prompt, mask, tokens, context, beams, choice | {"repetition_penalty": repetition_penalty})
+    stop = (stop,) if isinstance(stop, int) else stop
+    stop_strings = (stop_strings,) if isinstance(stop_strings, str) else stop_strings
     if stop_strings and (decode is None or beams > 1):
         raise ValueError("stop_strings need decode, and beams=1")
     writing = Writing(model, prompt, mask, tokens, state or {})
@@ -280,7 +317,7 @@ def holds(strings, decode, ids, open_rows):
 
 # ------------------------------------------------------------------ ranking
 
-@torch.inference_mode()
+@without_gradients
 def rank(model, prompt, candidates, mask=None, *, mean=False, context=None, rows=256, state=None):
     """log p(candidate | prompt) of every candidate, float (B, C), in nats.
 
@@ -289,17 +326,18 @@ def rank(model, prompt, candidates, mask=None, *, mean=False, context=None, rows
     the candidate's tokens instead of their sum. The prompt is read once for all its candidates,
     which follow `rows` at a time. Raises ValueError for a candidate without a token, or too long.
     """
+    if candidates.dim() not in (2, 3) or candidates.dim() == 3 and len(candidates) != len(prompt):
+        raise ValueError(f"candidates of shape {tuple(candidates.shape)} for {len(prompt)} prompts:"
+                         " (C, L) for all, or (B, C, L)")
+    real = candidates >= 0
+    if not real.any(dim=-1).all():
+        raise ValueError("a candidate without a token")
+    if (real[..., 1:] & ~real[..., :-1]).any():
+        raise ValueError("a candidate with padding before a token: it belongs on the right")
+    check(prompt, mask, candidates.shape[-1], context, "of a candidate")
     prompt, mask = pad_left(prompt, mask)
     candidates = candidates.expand(len(prompt), *candidates.shape[-2:])
     B, C, L = candidates.shape
-    if not (candidates >= 0).any(dim=-1).all():
-        raise ValueError("a candidate without a token")
-    if not prompt.shape[1]:
-        raise ValueError("an empty prompt: begin with <bos>")
-    longest = prompt.shape[1] if mask is None else int(mask.sum(dim=1).max())
-    if context is not None and longest + L > context:
-        raise ValueError(f"a prompt of {longest} tokens and a candidate of {L} are "
-                         f"{longest + L}, but the context is {context}")
     read = Writing(model, prompt, mask, L, state or {})
     first = read.logits.log_softmax(dim=-1)                           # (B, V)
     flat, owner = candidates.reshape(B * C, L), torch.arange(B, device=prompt.device)

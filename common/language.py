@@ -23,8 +23,9 @@ from torch import nn
 
 from common import checkpoint, losses
 from common.conversation import Segment, collate, render
+from common.devices import to_device
 from common.generation import generate
-from common.images import sheet
+from common.images import sheet, shown
 from common.losses import next_token_loss
 from common.masks import causal, padding
 from common.pretrained import language as pretrained
@@ -137,11 +138,13 @@ class NewTokens(nn.Module):
     def __init__(self, *, ids, table, output=None):
         """table, output: the frozen float (V, D); output None: the head is tied to the table."""
         super().__init__()
-        if len(set(ids)) != len(ids) or not all(0 <= i < len(table) + len(ids) for i in ids):
-            raise ValueError(f"new tokens {list(ids)}: not {len(ids)} different ids below "
-                             f"{len(table)} + {len(ids)}")
-        self.register_buffer("ids", torch.tensor(ids), persistent=False)
-        self.beyond = max(0, max(ids) + 1 - len(table))
+        beyond = sorted(i for i in ids if i >= len(table))
+        if not ids or len(set(ids)) != len(ids) or min(ids) < 0 or \
+                beyond != list(range(len(table), len(table) + len(beyond))):
+            raise ValueError(f"new tokens {list(ids)}: they must be different ids of the table's "
+                             f"{len(table)}, or the next ones, {len(table)} and on")
+        self.register_buffer("ids", torch.tensor(ids, device=table.device), persistent=False)
+        self.beyond = len(beyond)
         # As every embedding begins. Not the table's mean: where few tokens of a vocabulary are ever
         # read, that is a token which all others were taught to be unlike, and it upsets the model.
         self.rows, self.output = (
@@ -152,8 +155,9 @@ class NewTokens(nn.Module):
     def embed(self, ids, table):
         """ids int64 (..., T) -> (..., T, D): the new tokens' own rows, else the table's."""
         new = ids[..., None] == self.ids                              # (..., T, n)
-        old = F.embedding(ids if not self.beyond else ids.clamp(max=len(table) - 1), table)
-        return torch.where(new.any(dim=-1, keepdim=True), new.to(old.dtype) @ self.rows, old)
+        own = new.any(dim=-1)
+        old = F.embedding(ids.masked_fill(own, 0), table)
+        return torch.where(own[..., None], new.to(old.dtype) @ self.rows, old)
 
     def logits(self, x, logits):
         """x (B, T, D) and the frozen head's logits (B, T, V) -> with the new tokens' columns."""
@@ -162,10 +166,10 @@ class NewTokens(nn.Module):
 
 
 @functools.lru_cache(maxsize=8)
-def turns(context, head_width, theta, stretch, device):
-    """`rope_table` of every position there can be, made once."""
+def turns(count, head_width, theta, stretch, device):
+    """`rope_table` of the first `count` positions, made once."""
     with torch.inference_mode(False):    # what is made in that mode could not be trained with
-        positions = torch.arange(context, device=device)
+        positions = torch.arange(count, device=device)
         return rope_table(positions if stretch == 1 else positions / stretch, head_width, theta)
 
 
@@ -237,8 +241,8 @@ class LanguageModel(nn.Module):
         if self.positions is not None:
             own = self.positions.first(T, past) if mask is None else self.positions(positions)
             return x + own, {"mask": seen, "table": None, "cache": cache}
-        c = self.config
-        table = turns(c.context, c.width // c.heads, c.theta, c.stretch, x.device)
+        c, count = self.config, 1 << max(8, (past + T - 1).bit_length())      # 256, 512, ...
+        table = turns(count, c.width // c.heads, c.theta, c.stretch, x.device)
         table = [values[positions] if mask is None else values[positions][:, None]
                  for values in table]
         return x, {"mask": seen, "table": table, "cache": cache}
@@ -272,29 +276,39 @@ def perplexity(lm, ids, labels=None, mask=None, rows=64):
     """exp of the mean negative log-likelihood of a token, over all tokens of all texts.
 
     ids int64 (N, T), each row beginning with <bos>: every later token counts, the first and <eos>
-    too. labels int64 (N, T), -100 = not counted; None: all ids but padding at the rows' ends.
+    too. mask bool (N, T): the real ones; None: there is padding at the rows' ends alone. labels
+    int64 (N, T), -100 = not counted; None: all real ids.
     """
-    labels = unpadded(ids, lm.config.pad) if labels is None else labels
+    if labels is None and mask is None:
+        labels = unpadded(ids, lm.config)
+    elif labels is None:
+        labels = ids.masked_fill(~mask, -100)
+        labels[:, 1:].masked_fill_(~mask[:, :-1], -100)        # padding tells nothing
     total, count = 0.0, int((labels[:, 1:] != -100).sum())
     for k in range(0, len(ids), rows):
         logits = lm(ids[k:k + rows], None if mask is None else mask[k:k + rows])
         total += next_token_loss(logits, labels[k:k + rows], count=1).item()
-    return math.exp(total / max(1, count))
+    return torch.tensor(total / max(1, count)).exp().item()    # inf, where math.exp raises
 
 
 def unigram(seen, ids, config):
     """Perplexity of ids (N, T) when each token is told by its share of `seen`, plus one each."""
     counts = torch.ones(config.vocab, device=seen.device)
-    labels = unpadded(seen, config.pad)[:, 1:]
+    labels = unpadded(seen, config)[:, 1:]
     counts += torch.bincount(labels[labels != -100], minlength=config.vocab)
-    labels = unpadded(ids, config.pad)[:, 1:]
+    labels = unpadded(ids, config)[:, 1:]
     return (counts / counts.sum()).log()[labels[labels != -100]].mean().neg().exp().item()
 
 
-def unpadded(ids, pad):
-    """ids int64 (B, T), padded right -> labels int64 (B, T): the ids, -100 at the padding."""
-    after = (ids != pad).flip(1).cumsum(dim=1).flip(1)         # real tokens from here on
-    return ids.masked_fill(after == 0, -100)
+def unpadded(ids, config):
+    """ids int64 (B, T), padded right -> labels int64 (B, T): the ids, -100 at the padding.
+
+    Where a vocabulary pads with its end, as GPT-2's, the first of them is the end of the text.
+    """
+    padding = (ids != config.pad).flip(1).cumsum(dim=1).flip(1) == 0      # no real token from here
+    if config.pad == config.eos:
+        padding[:, 1:] &= padding[:, :-1].clone()
+    return ids.masked_fill(padding, -100)
 
 
 class Pretraining(nn.Module):
@@ -309,7 +323,7 @@ class Pretraining(nn.Module):
 
     def labels(self, batch):
         """The batch's own labels, or all its ids but the padding."""
-        return batch["labels"] if "labels" in batch else unpadded(batch["ids"], self.config.pad)
+        return batch["labels"] if "labels" in batch else unpadded(batch["ids"], self.config)
 
     def forward(self, batch, gather=losses.alone, cached=None):
         """{"ids": int64 (B, T), padded right, "labels" likewise or absent} -> {"lm": scalar}.
@@ -379,12 +393,12 @@ class Trained:
 
     def ids(self, texts):
         """Texts -> int64 (N, T): the beginning, the text, the end; padded right."""
-        return self.tokenizer.batch(texts, self.lm.config.context)
+        ids = self.tokenizer.batch(several(texts), self.lm.config.context)
+        return ids.to(self.lm.token_embed.weight.device)
 
     def write(self, texts, **options):
         """How the model goes on from each text; options: those of `generation.generate`."""
-        rows = [self.begun(text) for text in texts]
-        batch = collate([(row, row) for row in rows], pad=self.lm.config.pad, side="left")
+        batch = self.batch([self.begun(text) for text in several(texts)], side="left")
         new = self.lm.generate(batch["ids"], batch["mask"], decode=self.tokenizer.decode, **options)
         return [self.tokenizer.decode(cut(row, self.lm.config.eos)) for row in new.tolist()]
 
@@ -394,9 +408,20 @@ class Trained:
 
     def perplexity(self, texts):
         """`perplexity` of texts, their ends included."""
-        rows = [self.begun(text) + [self.tokenizer.eos] for text in texts]
-        batch = collate([(row, row) for row in rows], pad=self.lm.config.pad)
+        batch = self.batch([self.begun(text) + [self.tokenizer.eos] for text in several(texts)])
         return perplexity(self.lm, batch["ids"], batch["labels"])
+
+    def batch(self, rows, side="right"):
+        """`collate` of rows of ids, all of them labels, on the model's device."""
+        batch = collate([(row, row) for row in rows], pad=self.lm.config.pad, side=side)
+        return to_device(batch, self.lm.token_embed.weight.device)
+
+
+def several(texts):
+    """The texts. Raises ValueError for a single string, which is a list of letters to Python."""
+    if isinstance(texts, str):
+        raise ValueError(f"texts is the string {shown(texts)!r}: give a list of texts")
+    return texts
 
 
 def cut(ids, end):

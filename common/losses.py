@@ -2,6 +2,8 @@
 import torch
 import torch.nn.functional as F
 
+from common.transformer import full
+
 
 def alone(x):
     """The gather of a single process: every feature there is, (B, D), and its first row, 0."""
@@ -47,7 +49,7 @@ def next_token_loss(logits, labels, smoothing=0.0, count=None):
     """
     logits, labels = logits[:, :-1], labels[:, 1:]
     count = (labels != -100).sum().clamp(min=1) if count is None else count
-    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100,
+    return F.cross_entropy(full(logits).flatten(0, 1), labels.flatten(), ignore_index=-100,
                            label_smoothing=smoothing, reduction="sum") / count
 
 

@@ -233,7 +233,8 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, x):
-        if ATTENTION == "hand" or x.dtype != self.weight.dtype:   # torch casts in another order
+        # In a half type torch multiplies by the weight before it rounds.
+        if ATTENTION == "hand" or x.dtype != self.weight.dtype or full(x) is not x:
             return rms_norm(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from common.conversation import (HOUSE, IMAGES, Segment, Template, collate, render, render_dialogue)
+from common.conversation import HOUSE, IMAGES, Segment, Template, collate, render, render_dialogue
 from common.tokenizers import (ASSISTANT, BOS, EOC, EOS, IMAGE, PAD, SYSTEM, USER, Tokenizer)
 
 WORDS = ["what colour is it?", "a red circle", "is there a star?", "yes", "be brief",
@@ -148,6 +148,26 @@ class TestDialogue:
     def test_braces_in_what_is_said_are_only_braces(self, tokenizer):
         ids, _ = render_dialogue(turns("{} {0} {x}", "{}"), tokenizer)
         assert tokenizer.decode(ids) == "{} {0} {x} {}"
+        ids, _ = render_dialogue(turns("a", "b"), tokenizer, template=Template(user=("{x} {} {0}",)))
+        assert tokenizer.decode(ids) == "{x} a {0} b"
+
+    @pytest.mark.parametrize("turn", [{}, {"role": "user"}, {"from": "human", "value": "hi"},
+                                      {"role": "user", "text": None}])
+    def test_a_turn_without_role_or_text_is_told(self, tokenizer, turn):
+        with pytest.raises(ValueError, match="turn 1: .*it needs a role and a text"):
+            render_dialogue([{"role": "user", "text": "a"}, turn], tokenizer)
+
+    def test_pictures_without_a_place_are_told(self, tokenizer):
+        plain = Template(user=(USER, "{}"))
+        with pytest.raises(ValueError, match="2 pictures, but the template's user has no place"):
+            render_dialogue(turns("a", "b"), tokenizer, images=2, template=plain)
+        assert render_dialogue(turns("a", "b"), tokenizer, template=plain)
+
+    def test_an_answer_of_nothing_is_told(self, tokenizer):
+        with pytest.raises(ValueError, match="nothing to be learned behind the first"):
+            render_dialogue(turns("a", ""), tokenizer, template=Template(end=()))
+        with pytest.raises(ValueError, match="a text of 2 tokens, and nothing to be learned"):
+            render([Segment((5,), learn=True), Segment((6,))], tokenizer)
 
 
 class TestCollate:
@@ -163,13 +183,18 @@ class TestCollate:
     def test_it_pads_left_for_writing(self):
         batch = collate(self.rows, pad=3, side="left")
         assert batch["ids"].tolist() == [[5, 6, 7], [3, 3, 8], [3, PAD, 9]]
-        assert batch["labels"].tolist() == [[-100, 6, 7], [-100] * 3, [-100, PAD, 9]]
+        # What stands behind padding is not learned: nothing real comes before it.
+        assert batch["labels"].tolist() == [[-100, 6, 7], [-100] * 3, [-100, -100, 9]]
         assert batch["mask"].tolist() == [[True] * 3, [False, False, True], [False, True, True]]
 
     @pytest.mark.parametrize("row", [([], []), ([5, 6], [5])])
     def test_a_row_without_ids_or_with_labels_of_another_length_is_told(self, row):
         with pytest.raises(ValueError, match="row 1: . ids and . labels"):
             collate([([5], [5]), row])
+
+    def test_no_rows_are_told(self):
+        with pytest.raises(ValueError, match="no rows"):
+            collate([])
 
     def test_an_unknown_side_is_told(self):
         with pytest.raises(ValueError, match="side=top: left or right"):

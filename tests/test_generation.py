@@ -191,6 +191,14 @@ class TestStopping:
         assert new.tolist() == [[4, 5, 6, PAD], [6, 7, 8, 9]]
         assert [4, 5, 6, PAD] not in calls      # a finished row is not read again
 
+    def test_one_stop_may_be_given_without_a_list(self):
+        lm, ids = chain((3, 4), (4, 5), (5, 6)), torch.tensor([[3]])
+        assert generate(lm, ids, tokens=3, stop=5).tolist() == [[4, 5]]
+        decode = " ".join
+        new = generate(lm, ids, tokens=3, stop_strings="4 5", decode=lambda ids: decode(
+            map(str, ids)))
+        assert new.tolist() == [[4, 5]]
+
     def test_the_end_may_be_the_padding_too(self):
         lm = chain((3, PAD), (4, 5), (5, 6))
         new = generate(lm, torch.tensor([[3], [4]]), tokens=3, stop=(PAD,), pad=PAD)
@@ -227,14 +235,62 @@ class TestSampling:
         assert generate(Table(free), ids, mask, tokens=1, repetition_penalty=100.0)[0] == PAD
 
 
+    def test_an_id_that_stands_for_a_picture_is_no_token_that_occurred(self):
+        logits = torch.zeros(V, V)
+        logits[5, 0], logits[5, V - 1] = 2.0, 3.0
+        for outside in (-200, 500):
+            prompt = torch.tensor([[outside, 5]])
+            assert generate(Table(logits), prompt, tokens=1, repetition_penalty=9.0) == V - 1
+        assert generate(Table(logits), torch.tensor([[V - 1, 5]]), tokens=1,
+                        repetition_penalty=9.0) == 0
+
+    def test_after_embeddings_only_what_was_written_is_penalised(self):
+        lm, (ids, _, _) = model(), prompts(4)
+        new = generate(lm, lm.embed(ids), tokens=9, repetition_penalty=50.0, pad=PAD)
+        text, seen = ids, set()
+        for _ in range(9):                      # a slow loop
+            logits = lm(text)[0, -1].clone()
+            for i in seen:
+                logits[i] = logits[i] / 50 if logits[i] > 0 else logits[i] * 50
+            seen.add(int(logits.argmax()))
+            text = torch.cat([text, logits.argmax()[None, None]], dim=1)
+        assert new.tolist() == text[:, 4:].tolist() and 4 < len(seen)
+
+
+class TestWhatIsReturned:
+    def test_it_may_be_changed_and_trained_on(self):
+        lm, (ids, _, _) = model(), prompts(4)
+        for options in ({}, {"beams": 2}):
+            new = generate(lm, ids, tokens=5, **options)
+            new[new == 3] = -100
+            lm(new.clamp(min=0)).sum().backward()
+        scores = rank(lm, ids, torch.tensor([[3, 4]]))
+        assert not scores.requires_grad
+        (scores * torch.ones(1, requires_grad=True)).sum().backward()
+
+    def test_half_precision_logits_are_compared_in_float32(self):
+        logits = torch.randn(V, V, generator=torch.Generator().manual_seed(0)).bfloat16()
+        writing = Writing(Table(logits), torch.tensor([[3, 5]]), None, 4, {})
+        assert writing.logits.dtype == torch.float32
+        candidates = torch.tensor([[4, 7, 9]])
+        want = sum(logits[a].float().log_softmax(dim=-1)[b] for a, b in ((5, 4), (4, 7), (7, 9)))
+        assert rank(Table(logits), torch.tensor([[3, 5]]), candidates).item() == \
+            pytest.approx(want.item(), abs=1e-6)
+
+
 class TestClearErrors:
     @pytest.mark.parametrize("options, message", [
         ({"temperature": -1.0}, "temperature=-1.0: must be at least 0"),
         ({"top_k": 0}, "top_k=0: must be at least 1"), ({"top_p": 0.0}, r"top_p=0.0: must be in"),
-        ({"top_p": 1.5}, "top_p=1.5"), ({"tokens": 0}, "tokens=0, beams=1: must be at least 1"),
+        ({"top_p": 1.5}, "top_p=1.5"), ({"tokens": 0}, "tokens=0: must be at least 1"),
         ({"beams": 0}, "beams=0"), ({"beams": 2, "temperature": 1.0}, "choose one"),
         ({"stop_strings": ("x",)}, "stop_strings need decode"),
-        ({"repetition_penalty": -1.0}, "repetition_penalty=-1.0"),
+        ({"repetition_penalty": -1.0}, "repetition_penalty=-1.0: must be more than 0"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty=0.0"), ({"pad": -1}, "pad=-1"),
+        ({"top_k": 5}, "top_k=5, top_p=1.0: they are of draws; at temperature=0 nothing is drawn"),
+        ({"top_p": 0.9}, "top_p=0.9: they are of draws"),
+        ({"temperature": 1.0, "generator": [torch.Generator()] * 3},
+         "3 generators for 1 rows"),
         ({"beams": 2, "early_stopping": "soon"}, "early_stopping=soon"),
         ({"context": 9, "tokens": 5},
          "prompt of 5 tokens and 5 new ones are 10, but the context is 9")])
@@ -255,13 +311,33 @@ class TestClearErrors:
         with pytest.raises(ValueError, match="without a real token"):
             generate(model(), *prompts(3, 2)[:1], torch.tensor([[True] * 3, [False] * 3]))
 
-    def test_the_models_own_method_knows_its_context_and_end(self):
+    @pytest.mark.parametrize("shape", [(3, 4), (1, 5), (3,), (3, 5, 2)])
+    def test_a_mask_of_another_shape_or_of_numbers_is_told(self, shape):
+        ids, candidates = prompts(5, 5, 5)[0], torch.tensor([[3]])
+        for mask in (torch.ones(shape).bool(), torch.ones(3, 5)):
+            for work in (lambda: generate(model(), ids, mask),
+                         lambda: rank(model(), ids, candidates, mask)):
+                with pytest.raises(ValueError, match=r"for a prompt of \(3, 5\): it must be bool"):
+                    work()
+
+    @pytest.mark.parametrize("prompt", [torch.tensor([3, 4]), torch.zeros(2, 3)])
+    def test_a_prompt_without_rows_is_told(self, prompt):
+        with pytest.raises(ValueError, match=r"ids are \(B, T\), embeddings \(B, T, D\)"):
+            generate(model(), prompt)
+
+    def test_the_models_own_method_knows_its_context_end_and_padding(self):
         lm = model()
+        lm.config.pad = 11
         with pytest.raises(ValueError, match="but the context is 23"):
             lm.generate(prompts(5)[0], tokens=30)
         ids, mask, texts = prompts(5, 1, 3, 7)
-        assert torch.equal(lm.generate(ids, mask, tokens=11),
-                           generate(lm, ids, mask, tokens=11, stop=(2,)))
+        said = lm.generate(texts[2], tokens=9, stop=())[0].tolist()
+        at = next(i for i, token in enumerate(said) if token not in said[:i] + [11] and i)
+        lm.config.eos = said[at]
+        new = lm.generate(ids, mask, tokens=11)
+        assert torch.equal(new, generate(lm, ids, mask, tokens=11, stop=(said[at],), pad=11))
+        assert new[2].tolist() == said[:at + 1] + [11] * (new.shape[1] - at - 1)
+        assert new.shape[1] > at + 1
 
 
 def test_padding_moves_left_and_the_order_stays():
@@ -300,9 +376,10 @@ class TestBeams:
         ids, mask = torch.tensor([[3, 4], [0, 4]]), torch.tensor([[True, True], [False, True]])
         new = generate(lm, ids, mask, tokens=4, stop=(STOP,), beams=70, pad=PAD,
                        length_penalty=length_penalty, early_stopping="never")
-        for row, text in zip(new, texts):
-            score, best = max((log / len(ids) ** length_penalty, ids)
-                              for log, ids in every_text(lm, text, 4, STOP))
+        found = [max((log / len(ids) ** length_penalty, ids)
+                     for log, ids in every_text(lm, text, 4, STOP))[1] for text in texts]
+        assert new.shape[1] == max(map(len, found))            # not as long as what was worse
+        for row, best in zip(new, found):
             assert row.tolist() == list(best) + [PAD] * (new.shape[1] - len(best))
 
     @pytest.mark.parametrize("early_stopping", [True, False, "never"])
@@ -314,6 +391,37 @@ class TestBeams:
         assert torch.equal(new, alone(lm, texts, 8, **options))
         greedy = generate(lm, ids, mask, tokens=8, pad=PAD, stop=(STOP, 7))
         assert not torch.equal(new, greedy)
+
+    @pytest.mark.parametrize("penalty", [1.5, 4.0])
+    def test_with_a_repetition_penalty_it_finds_the_best_of_all_texts(self, penalty):
+        # The penalty is on log p, and every beam knows its own tokens (transformers' rule).
+        lm, texts = model(vocab=5), [torch.tensor([[3, 4]]), torch.tensor([[4, 4]])]
+        new = generate(lm, torch.cat(texts), tokens=4, stop=(STOP,), beams=70, pad=PAD,
+                       repetition_penalty=penalty, early_stopping="never")
+        plain = generate(lm, torch.cat(texts), tokens=4, stop=(STOP,), beams=70, pad=PAD,
+                         early_stopping="never")
+        assert not torch.equal(new, plain)
+        for row, text in zip(new, texts):
+            best, score = None, -math.inf
+            for ids in every_text(lm, text, 4, STOP):
+                ids, total, seen = list(ids[1]), 0.0, set(text[0].tolist())
+                logs = lm(torch.cat([text, torch.tensor([ids])], dim=1))[0].log_softmax(dim=-1)
+                for t, token in enumerate(ids):
+                    log = logs[text.shape[1] - 1 + t, token].item()
+                    total += log * penalty if token in seen else log
+                    seen.add(token)
+                if total / len(ids) > score:
+                    best, score = ids, total / len(ids)
+            assert row.tolist() == best + [PAD] * (new.shape[1] - len(best))
+
+    def test_as_many_beginnings_as_beams_go_on_when_the_likeliest_tokens_all_end(self):
+        stops, logs = torch.tensor([4, 5, 6]), torch.full((2, 7), -9.0)
+        logs[:, 4:] = -1.0
+        beams = Beams(Writing(Table(torch.zeros(7, 7)), torch.tensor([[3]]), None, 5, {}), 2, 5,
+                      stops, PAD, 1.0, "never")
+        beams.scores = torch.zeros(1, 2)
+        beams.step(logs[None], 0)
+        assert beams.scores.tolist() == [[-9.0, -9.0]]
 
     def test_one_beam_is_greedy(self):
         lm, (ids, mask, _) = model(), prompts(5, 1, 3, 7)
@@ -410,6 +518,30 @@ class TestBeams:
         return total / (n + 1)
 
 
+class TestRankOfToys:
+    def test_each_prompt_keeps_its_state(self):
+        draw = torch.Generator().manual_seed(0)
+        table, state = torch.randn(V, V, generator=draw), torch.randn(3, V, generator=draw)
+
+        def leaning(x, mask=None, cache=None, last=False, *, towards):
+            logits = table[x] + towards[:, None]
+            return logits[:, -1:] if last else logits
+        ids = prompts(4, 4, 4)[0]
+        scores = rank(leaning, ids, TestRank.candidates, rows=4, state={"towards": state})
+        for row, text, own in zip(scores, ids, state):
+            alone = rank(leaning, text[None], TestRank.candidates, state={"towards": own[None]})
+            assert row.tolist() == pytest.approx(alone[0].tolist(), abs=1e-5)
+
+    @pytest.mark.parametrize("candidates, message", [
+        (torch.tensor([3, 4]), r"of shape \(2,\) for 1 prompts"),
+        (torch.tensor([[[3, 4]]] * 2), r"of shape \(2, 1, 2\) for 1 prompts"),
+        (torch.tensor([[-100, 5]]), "padding before a token"),
+        (torch.tensor([[4, -100, 5]]), "padding before a token")])
+    def test_candidates_of_another_shape_or_padded_left_are_told(self, candidates, message):
+        with pytest.raises(ValueError, match=message):
+            rank(model(), prompts(3)[0], candidates)
+
+
 @pytest.mark.parametrize("kind", ["gpt2", "opt", "llama"])
 class TestRank:
     candidates = torch.tensor([[3, 5, 7], [4, -100, -100], [8, 2, -100], [3, 5, -100], [3, 6, 7]])
@@ -449,8 +581,15 @@ class TestRank:
         rank(counted, prompts(5, 4)[0], self.candidates[:, :1])
         assert calls == [(2, 5)]                # candidates of one token need no more
 
+    def test_padding_of_a_prompt_does_not_count_towards_the_context(self, kind):
+        lm, (ids, mask, _) = model(kind), prompts(7, 5)
+        ids, mask = F.pad(ids, (4, 0)), F.pad(mask, (4, 0))
+        assert rank(lm, ids, self.candidates, mask, context=10).shape == (2, 5)
+        with pytest.raises(ValueError, match="7 tokens and 3 of a candidate are 10"):
+            rank(lm, ids, self.candidates, mask, context=9)
+
     def test_what_cannot_be_ranked_is_told(self, kind):
         with pytest.raises(ValueError, match="a candidate without a token"):
             rank(model(kind), prompts(3)[0], torch.tensor([[3], [-100]]))
-        with pytest.raises(ValueError, match="prompt of 7 tokens and a candidate of 3 are 10"):
+        with pytest.raises(ValueError, match="prompt of 7 tokens and 3 of a candidate are 10"):
             rank(model(kind), prompts(7)[0], self.candidates, context=9)

@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import language, losses
+from common.conversation import collate
 from common.language import (PRESETS, TRAINS, LanguageConfig, LanguageModel, NewTokens, Pretraining,
                              perplexity, unpadded)
 from common.tokenizers import Tokenizer
-from common.transformer import KVCache, rms_norm
+from common.transformer import KVCache, RMSNorm, rms_norm
 from train import freeze, parameter_groups
 
 V, T, PAST = 31, 11, 7
@@ -209,6 +210,40 @@ class TestForward:
         with pytest.raises(ValueError, match="20 tokens, but the context is 19"):
             lm(ids, mask)
 
+    def test_too_many_tokens_are_told_when_a_cache_holds_most_of_them(self, kind):
+        lm, cache = model(kind), KVCache()
+        lm(random_ids(1, 17), cache=cache)
+        lm(random_ids(1, 2), cache=cache)
+        with pytest.raises(ValueError, match="20 tokens, but the context is 19"):
+            lm(random_ids(1, 1), cache=cache)
+
+    def test_rotary_angles_are_float32_and_exact_far_out_in_half_precision_too(self):
+        config = LanguageConfig(**vars(KINDS["llama"]) | {"context": 5000})
+        lm, cache = LanguageModel(config).bfloat16(), KVCache()
+        cache.length = 4700
+        for mask in (None, torch.ones(1, 4703, dtype=torch.bool)):
+            _, places = lm.place(torch.zeros(1, 3, 24, dtype=torch.bfloat16), mask, cache)
+            cos, sin = places["table"]
+            angles = torch.arange(4700, 4703).double()[:, None] * 10000.0 ** (
+                -torch.arange(0, 8, 2).double() / 8)
+            assert cos.dtype == sin.dtype == torch.float32
+            torch.testing.assert_close(cos.double().view(3, 8)[:, :4], angles.cos(), atol=1e-3,
+                                       rtol=0)
+            torch.testing.assert_close(sin.double().view(3, 8)[:, 4:], angles.sin(), atol=1e-3,
+                                       rtol=0)
+
+    def test_a_context_larger_than_any_memory_costs_nothing_until_it_is_used(self):
+        lm = LanguageModel(LanguageConfig(**vars(KINDS["llama"]) | {"context": 10 ** 12}))
+        assert lm(random_ids(2, T)).isfinite().all()
+
+    def test_in_half_precision_a_norm_rounds_before_its_weight(self):
+        # LLaMA's order, which torch's own norm turns round.
+        norm = RMSNorm(64).bfloat16()
+        nn.init.normal_(norm.weight)
+        x = torch.randn(50, 64).bfloat16()
+        scale = torch.rsqrt(x.float().square().mean(dim=-1, keepdim=True) + 1e-6)
+        assert torch.equal(norm(x), (x.float() * scale).bfloat16() * norm.weight)
+
     def test_a_mask_of_numbers_or_of_another_length_is_refused(self, kind):
         with pytest.raises(ValueError, match="int64: it must be bool"):
             model(kind)(random_ids(2, T), torch.ones(2, T, dtype=torch.int64))
@@ -332,7 +367,15 @@ class TestNewTokens:
             assert rows.std().item() == pytest.approx(0.02, rel=0.1)
         assert tied or not torch.equal(new.rows, new.output)
 
-    @pytest.mark.parametrize("ids", [(4, 4), (-1,), (V + 1,)])
+    def test_its_ids_are_where_the_table_is(self):
+        assert NewTokens(ids=(4,), table=torch.zeros(V, 5, device="meta")).ids.is_meta
+
+    def test_an_id_beyond_the_new_ones_is_no_token(self, kind):
+        _, lm = self.added(kind, (V,))
+        with pytest.raises(IndexError):
+            lm.embed(torch.tensor([[V + 1]]))
+
+    @pytest.mark.parametrize("ids", [(), (4, 4), (-1,), (V + 1,), (3, V + 1), (V, V + 2)])
     def test_impossible_ids_are_told(self, ids):
         with pytest.raises(ValueError, match="new tokens"):
             NewTokens(ids=ids, table=torch.zeros(V, 5))
@@ -373,7 +416,8 @@ class TestTraining:
     def test_processes_weigh_every_token_alike(self):
         pre, (whole, parts) = self.pre("llama"), self.batches()
         want = self.gradients(pre, pre(whole).values())
-        counts = torch.stack([(unpadded(p["ids"], 0)[:, 1:] != -100).sum() for p in parts])
+        counts = torch.stack([(unpadded(p["ids"], pre.config)[:, 1:] != -100).sum()
+                              for p in parts])
         def gather(x):
             return counts.float().view(3, 1), 0
         made = [pre(part, gather)["lm"] / 3 for part in parts]        # DDP averages
@@ -389,7 +433,13 @@ class TestTraining:
 
     def test_padding_is_no_label_but_the_same_id_within_a_text_is(self):
         ids = torch.tensor([[1, 5, 0, 7, 0, 0], [1, 2, 3, 4, 5, 6]])
-        assert unpadded(ids, 0).tolist() == [[1, 5, 0, 7, -100, -100], [1, 2, 3, 4, 5, 6]]
+        assert unpadded(ids, LanguageConfig()).tolist() == [
+            [1, 5, 0, 7, -100, -100], [1, 2, 3, 4, 5, 6]]
+
+    def test_where_the_end_pads_too_the_first_of_them_is_a_label(self):
+        ids = torch.tensor([[9, 5, 9, 7, 9, 9, 9], [9, 2, 3, 4, 5, 6, 9], [9, 2, 3, 4, 5, 6, 7]])
+        assert unpadded(ids, LanguageConfig(eos=9, pad=9)).tolist() == [
+            [9, 5, 9, 7, 9, -100, -100], *ids[1:].tolist()]
 
     def test_a_model_learns_a_text_by_heart(self, kind):
         torch.manual_seed(0)
@@ -423,6 +473,24 @@ class TestPerplexity:
         want = math.exp(total / count)
         assert perplexity(lm, ids) == pytest.approx(want, rel=1e-4)
         assert perplexity(lm, ids, rows=2) == pytest.approx(want, rel=1e-4)
+
+    @pytest.mark.parametrize("side", ["left", "right"])
+    def test_padding_on_either_side_changes_nothing(self, kind, side):
+        lm, texts = model(kind), [random_ids(1, n)[0].tolist() for n in (5, 2, 7)]
+        total = sum(math.log(perplexity(lm, torch.tensor([t]))) * (len(t) - 1) for t in texts)
+        want = pytest.approx(math.exp(total / 11), rel=1e-4)
+        batch = collate([(text, text) for text in texts], side=side)
+        assert perplexity(lm, batch["ids"], mask=batch["mask"]) == want
+        assert perplexity(lm, batch["ids"], batch["labels"], batch["mask"]) == want
+
+    def test_beyond_all_numbers_it_is_infinite(self):
+        lm = model("gpt2", tied=False)
+        for parameter, value in ((lm.norm.weight, 0.0), (lm.norm.bias, 1.0),
+                                 (lm.output.weight, 0.0)):
+            nn.init.constant_(parameter, value)
+        lm.output.weight.data[5] = 1e3                   # token 5 has a logit of 24,000, all else 0
+        assert perplexity(lm, torch.tensor([[1, 5, 5]])) == 1
+        assert perplexity(lm, torch.tensor([[1, 6, 7]])) == math.inf
 
     def test_a_uniform_model_has_the_vocabularys_size(self):
         lm = model("gpt2")

@@ -119,5 +119,12 @@ class TestNextToken:
         parts = [next_token_loss(logits[k:k + 2], labels[k:k + 2], count=count) for k in (0, 2)]
         torch.testing.assert_close(sum(parts), next_token_loss(logits, labels))
 
+    def test_half_precision_logits_are_summed_in_float32_and_float64_stays(self):
+        logits, labels = torch.randn(3, 5, 7).bfloat16(), torch.randint(7, (3, 5))
+        want = next_token_loss(logits.double(), labels)
+        assert want.dtype == torch.float64
+        torch.testing.assert_close(next_token_loss(logits, labels).double(), want, atol=1e-6,
+                                   rtol=0)
+
     def test_nothing_to_predict_costs_nothing(self):
         assert next_token_loss(torch.randn(1, 3, 7), torch.full((1, 3), -100)).item() == 0

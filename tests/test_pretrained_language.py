@@ -8,7 +8,8 @@ import torch
 
 from common import checkpoint
 from common.bpe import BYTES
-from common.language import LanguageConfig, LanguageModel, Pretraining, from_pretrained
+from common.language import (LanguageConfig, LanguageModel, Pretraining, from_pretrained,
+                             perplexity)
 from common.pretrained.language import Pieces, config_fields, read, read_model, translated
 from common.tokenizers import Tokenizer
 
@@ -179,7 +180,8 @@ class TestConfigs:
         ({}, 10000.0, 1.0), ({"rope_theta": 5e5}, 5e5, 1.0),
         ({"rope_scaling": {"type": "linear", "factor": 4.0}}, 10000.0, 4.0),
         ({"rope_scaling": None, "rope_theta": 7}, 7.0, 1.0),
-        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 9.0, "factor": 2}}, 9.0, 2.0)])
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 9.0, "factor": 2}}, 9.0, 2.0),
+        ({"rope_theta": 7.0, "rope_parameters": {"rope_theta": 9.0}}, 9.0, 1.0)])
     def test_rotary_positions_in_all_their_forms(self, said, theta, stretch):
         found = fields("llama", **said)
         assert (found["theta"], found["stretch"]) == (theta, stretch)
@@ -223,13 +225,47 @@ class TestFolders:
         trained = from_pretrained(write_folder(tmp_path, kind))
         config = trained.lm.config
         assert (config.eos, config.pad) == ((0, 0) if kind == "gpt2" else (2, 1))
-        one, two = trained.write(["abc", "a"], tokens=5)
-        assert one == trained.write(["abc"], tokens=5)[0] and isinstance(two, str)
-        assert trained.perplexity(["abc", "a"]) > 1
+        texts = ["abcdefg", "a", "xy"]
+        assert trained.write(texts, tokens=5) == [trained.write([t], tokens=5)[0] for t in texts]
         ids, weights = torch.tensor([[7, 9, 11]]), weights_of(kind)
         lm = LanguageModel(LanguageConfig(**fields(kind)))
         lm.load_state_dict(translated(weights, fields(kind), "F"))
         assert torch.equal(trained.lm(ids), lm(ids))
+
+    @pytest.mark.parametrize("kind", ["gpt2", "opt"])
+    def test_what_comes_after_the_end_is_not_written(self, kind, tmp_path):
+        trained = from_pretrained(write_folder(tmp_path, kind))
+        said = trained.write(["abc"], tokens=6, stop=())[0]
+        ids = trained.lm.generate(torch.tensor([trained.begun("abc")]), tokens=6, stop=())[0]
+        trained.lm.config.eos = ids[3].item()
+        short = trained.tokenizer.decode(ids[:ids.tolist().index(ids[3])].tolist())
+        assert trained.write(["abc"], tokens=6) == [short] and len(short) < len(said)
+        assert trained.write(["abc"], tokens=6, stop=()) == [short]      # written, but cut off
+
+    @pytest.mark.parametrize("kind", ["gpt2", "opt"])
+    def test_perplexity_counts_every_token_and_one_end_of_each_text(self, kind, tmp_path):
+        trained = from_pretrained(write_folder(tmp_path, kind))
+        total, count, texts = 0.0, 0, ["abcdefg", "a", "xy"]
+        for text in texts:
+            ids = [*trained.begun(text), trained.tokenizer.eos]
+            logs = trained.lm(torch.tensor([ids]))[0].log_softmax(dim=-1)
+            total -= sum(logs[t - 1, ids[t]].item() for t in range(1, len(ids)))
+            count += len(ids) - 1
+        want = pytest.approx(torch.tensor(total / count).exp().item(), rel=1e-4)
+        assert trained.perplexity(texts) == want
+        assert perplexity(trained.lm, trained.ids(texts)) == want      # GPT-2 pads with its end
+
+    def test_a_text_is_not_a_list_of_letters(self, tmp_path):
+        trained = from_pretrained(write_folder(tmp_path, "opt"))
+        for work in (trained.write, trained.perplexity, trained.ids):
+            with pytest.raises(ValueError, match="texts is the string 'abc': give a list of texts"):
+                work("abc")
+
+    def test_it_works_where_its_weights_are(self, tmp_path):
+        trained = from_pretrained(write_folder(tmp_path, "opt"))
+        trained.lm.to("meta")
+        assert trained.ids(["abc"]).device.type == "meta"
+        assert trained.batch([[5, 6]])["mask"].device.type == "meta"
 
     def test_in_half_precision_it_writes_nearly_the_same_logits(self, tmp_path):
         folder, ids = write_folder(tmp_path, "opt"), torch.tensor([[7, 9, 11]])
@@ -289,6 +325,17 @@ class TestPieces:
         vocabulary = Pieces(pieces())
         ids = vocabulary.encode("</s><s>a red")
         assert min(ids) > 2 and vocabulary.decode(ids) == "</s><s>a red"
+
+    def test_padding_and_rows_of_the_table_without_a_piece_leave_no_trace(self):
+        vocabulary = Pieces(pieces())
+        ids = vocabulary.encode("a red")
+        extra = [vocabulary.pad, len(vocabulary), len(vocabulary) + 63]
+        assert vocabulary.decode(extra + ids + extra) == vocabulary.decode(ids) == "a red"
+
+    def test_a_batch_is_cut_before_its_end(self):
+        vocabulary = Pieces(pieces())
+        ids = vocabulary.encode("a red circle a red circle")
+        assert vocabulary.batch(["a red circle a red circle"], 5).tolist() == [[1, *ids[:3], 2]]
 
     def test_a_batch_begins_ends_and_pads(self):
         vocabulary = Pieces(pieces())

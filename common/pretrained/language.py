@@ -273,8 +273,8 @@ class Pieces:
         return self.pieces.encode(text)
 
     def decode(self, ids):
-        """Ids -> text; special tokens leave no trace."""
-        return self.pieces.decode([int(i) for i in ids if i != self.pad])
+        """Ids -> text; special tokens and ids without a piece leave no trace."""
+        return self.pieces.decode([int(i) for i in ids if i != self.pad and i < len(self)])
 
     def batch(self, texts, context):
         """<s> ids </s> of each text, padded right: int64 (B, T), T <= context; cut before </s>."""
