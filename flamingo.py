@@ -21,7 +21,7 @@ from torch import nn
 
 import clip
 from common import checkpoint, cli, evaluation, language, losses, masks
-from common.conversation import ANSWER, OUTPUT, Segment, collate, render
+from common.conversation import ANSWER, IGNORED, OUTPUT, Segment, collate, render
 from common.data import Drawn
 from common.generation import generate, rank
 from common.images import centre_crop, normalise, open_frames, sheet, to_tensor
@@ -70,6 +70,8 @@ class FlamingoConfig:
                 raise ValueError(f"{name}={value}: must be at least {least}")
         if not 0 <= self.next_image <= 1:
             raise ValueError(f"next_image={self.next_image}: a probability is in [0, 1]")
+        for name, kind in (("vision", clip.CLIPConfig), ("language", LanguageConfig)):
+            checkpoint.config_of(kind, getattr(self, name), name)
 
     @property
     def image_size(self):
@@ -225,6 +227,9 @@ class Flamingo(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config, c, act = config, config, ACTIVATIONS[config.act]
+        blocks = 1 if c.vision["stages"] else c.vision["vision_layers"]       # of a ResNet all
+        if c.skip >= blocks:
+            raise ValueError(f"skip={c.skip} leaves nothing of a vision tower of {blocks} blocks")
         self.vision = clip.image_tower(clip.CLIPConfig(**c.vision))
         self.lm = LanguageModel(LanguageConfig(**c.language))
         self.lm.add_tokens((IMAGE, EOC))
@@ -242,6 +247,8 @@ class Flamingo(nn.Module):
                                head_width=c.head_width, act=act, gate=c.gate,
                                loud=c.loud if i else 1.0)
             for i in range(len(self.lm.blocks)) if PLACEMENTS[c.placement](i, c.every)})
+        if not self.gated:
+            raise ValueError(f"every={c.every}: no gated block among {len(self.lm.blocks)} blocks")
 
     def look(self, images):
         """Pictures uint8 (B, N, F, 3, H, W), clips of F frames or F = 1 -> tokens (B, N, Q, D).
@@ -260,15 +267,19 @@ class Flamingo(nn.Module):
 
         visual (B, N, Q, D): what `look` made of each row's pictures, in the order of their tags;
         rows with fewer end in padding. mask, cache: as for the language model. following bool
-        (B,): rows whose text sees the next picture. Raises ValueError for more tags than pictures.
+        (B,): rows whose text sees the next picture. Raises ValueError for more tags than N; `Pages`
+        sees to each row's own number.
         """
         tags, N, Q = ids == IMAGE, visual.shape[1], visual.shape[2]
         before = 0 if cache is None else cache.state.get("pictures", 0)
         pictures = masks.picture_of(tags, before, None if following is None else following[:, None])
-        if cache is not None:            # a new token belongs to the last tag of its row
-            cache.state["pictures"] = before + tags.sum(dim=1, keepdim=True)
         if pictures.numel() and pictures.max() > N:
             raise ValueError(f"a text with {int(pictures.max())} <image> tags, but {N} pictures")
+        if cache is not None:            # a new token belongs to the last tag of its row
+            cache.state["pictures"] = before + tags.sum(dim=1, keepdim=True)
+            if tags.any():               # with a new picture, where there was padding perhaps
+                for block in self.gated.values():
+                    cache.forget(block.attn)
         seen = masks.media(pictures, N, Q, self.config.latest)
         visual = visual.flatten(1, 2)                                 # (B, N*Q, D)
         x, places = self.lm.place(self.lm.embed(ids), mask, cache)
@@ -279,10 +290,10 @@ class Flamingo(nn.Module):
         return self.lm.head(x[:, -1:] if last else x)
 
     def forward(self, batch, gather=losses.alone, cached=None):
-        """{"images", "ids", "labels", "following", "weight"} -> {"lm": scalar, in nats}.
+        """{"images", "ids", "labels", "following", "weight", "dataset"} -> {"lm": scalar, in nats}.
 
-        images uint8 (B, N, F, 3, H, W); ids, labels int64 (B, T); following bool (B,); weight: the
-        data set's, a scalar. cached: the step's label count, from `accumulate`.
+        images uint8 (B, N, F, 3, H, W); ids, labels int64 (B, T); following bool (B,); dataset: its
+        number, weight: its share, scalars. cached: the step's label count, from `accumulate`.
         """
         count = losses.label_count([batch["labels"]], gather) if cached is None else cached
         logits = self.read(batch["ids"], visual=self.look(batch["images"]),
@@ -322,7 +333,7 @@ class Flamingo(nn.Module):
         return figures
 
     def text_perplexity(self, data, texts):
-        """How well text without a picture is predicted, by all of it and by the LM alone."""
+        """How well text without a picture is predicted, by all of it and past the gated blocks."""
         ids = data.ids(texts)
         none = torch.zeros(len(ids), 1, 1, self.vision.width, device=ids.device)
         labels = language.unpadded(ids, self.lm.config)
@@ -386,26 +397,41 @@ class Pages:
         self.number, self.weight, self.next_image = number, weight, next_image
 
     def images(self, samples):
-        """uint8 (B, N, F, 3, H, W), rows with fewer pictures than N filled up with black."""
-        blank = torch.zeros(len(samples[0]["images"][0]), 3, self.image_size, self.image_size,
-                            dtype=torch.uint8)
-        lengths = {len(frames) for sample in samples for frames in sample["images"]}
+        """uint8 (B, N, F, 3, H, W), rows with fewer pictures than N filled up with black; N >= 1.
+
+        Raises ValueError for pictures or clips of different numbers of frames.
+        """
+        lengths = {len(frames) for sample in samples for frames in sample["images"]} or {1}
         if len(lengths) > 1:
             raise ValueError(f"clips of {' and '.join(map(str, sorted(lengths)))} frames together: "
                              "pictures and clips of one prompt or batch need equally many")
         rows = [[to_tensor([centre_crop(frame, self.image_size) for frame in frames])
                  for frames in sample["images"]] for sample in samples]
-        most = max(map(len, rows))
+        most = max(1, *map(len, rows))
+        blank = torch.zeros(*lengths, 3, self.image_size, self.image_size, dtype=torch.uint8)
         return torch.stack([torch.stack(row + [blank] * (most - len(row))) for row in rows])
+
+    def row(self, sample, behind=False, end=True):
+        """A sample -> (ids, labels), `segments` rendered; without end, a prompt, it is never cut.
+
+        Raises ValueError for more <image> tags than the sample has pictures: what is padding for
+        its row may be a picture of another.
+        """
+        parts = segments(sample["texts"], sample.get("shown"), end, behind)
+        ids, labels = render(parts, self.tokenizer, self.context if end else None)
+        if ids.count(IMAGE) > len(sample["images"]):
+            raise ValueError(f"a text with {ids.count(IMAGE)} <image> tags, but "
+                             f"{len(sample['images'])} pictures")
+        if behind:                       # the context may have cut off the tag behind the last text
+            seen = max((i for i, token in enumerate(ids) if token == IMAGE), default=0)
+            labels = labels[:seen] + [IGNORED] * (len(labels) - seen)
+        return ids, labels
 
     def __call__(self, records, rngs):
         """Samples and their rngs -> the batch of `Flamingo.forward`."""
         samples = [as_sample(record, rng) for record, rng in zip(records, rngs)]
         following = [rng.random() < self.next_image for rng in rngs]
-        batch = collate([
-            render(segments(s["texts"], s.get("shown"), behind=behind), self.tokenizer,
-                   self.context)
-            for s, behind in zip(samples, following)])
+        batch = collate([self.row(s, behind) for s, behind in zip(samples, following)])
         return {"images": self.images(samples), "ids": batch["ids"], "labels": batch["labels"],
                 "following": torch.tensor(following), "weight": torch.tensor(self.weight),
                 "dataset": torch.tensor(self.number)}
@@ -452,15 +478,17 @@ def one_of(world, kinds, split, rng):
 
 # ------------------------------------------------------------------ prompts and answers
 
-def prompt(told, shots=()):
-    """A few-shot prompt (paper, A.2): shots and the query -> the texts for `segments`, pictures.
+def prompt(frames, told, shots=()):
+    """A few-shot prompt (paper, A.2): a sample, shots first, whose last text is open.
 
-    told: the query's words, "output:" or "question: ... answer:". shots: (frames, told, answer)
-    each; frames None: a shot in words alone, two of which are the paper's "0 shots". Returns
-    ([(told, learned)], [whether a picture stands before it]), the query last.
+    frames, told: the query's picture or clip, and its words, "output:" or "question: ... answer:".
+    shots: (frames, told, answer) each; frames None: a shot in words alone, two of which are the
+    paper's "0 shots". Returns {"images", "texts", "shown"} as `Pupil` and `segments` take them.
     """
-    texts = [(words, f" {answer}") for _, words, answer in shots] + [(told, "")]
-    return texts, [frames is not None for frames, _, _ in shots] + [True]
+    pictures = [own for own, _, _ in shots] + [frames]
+    return {"images": [own for own in pictures if own is not None],
+            "texts": [(words, f" {answer}") for _, words, answer in shots] + [(told, "")],
+            "shown": [own is not None for own in pictures]}
 
 
 def rices(query, support, count):
@@ -473,22 +501,19 @@ def rices(query, support, count):
 
 
 class Pupil:
-    """A Flamingo asked with a tokenizer: prompts in, texts or scores out."""
+    """A Flamingo asked with a tokenizer: samples in, texts or choices out.
+
+    A sample is {"images", "texts"} and perhaps "shown", as `Pages` and `prompt` have them; its last
+    text is open.
+    """
 
     def __init__(self, model, collate, device="cpu"):
         self.model, self.pages, self.device = model, collate, device
         self.tokenizer = collate.tokenizer
 
-    def read(self, samples, texts=None, shown=None):
-        """Samples and the texts that are shown of them -> ids, mask, {"visual"}: for `generate`."""
-        texts = texts or [sample["texts"] for sample in samples]
-        shown = shown or [None] * len(samples)
-        rows = [render(segments(t, s, end=False), self.tokenizer) for t, s in zip(texts, shown)]
-        for (ids, _), sample in zip(rows, samples):      # a row would see another's black padding
-            if ids.count(IMAGE) > len(sample["images"]):
-                raise ValueError(f"a text with {ids.count(IMAGE)} <image> tags, but "
-                                 f"{len(sample['images'])} pictures")
-        batch = collate(rows, side="left")
+    def read(self, samples):
+        """Samples as prompts -> ids, mask, {"visual"}: for `generate` and `rank`."""
+        batch = collate([self.pages.row(sample, end=False) for sample in samples], side="left")
         visual = self.model.look(self.pages.images(samples).to(self.device))
         return batch["ids"].to(self.device), batch["mask"].to(self.device), {"visual": visual}
 
@@ -499,12 +524,22 @@ class Pupil:
         return logits
 
     @torch.inference_mode()
-    def write(self, samples, tokens=24, beams=1, rows=256, **how):
-        """What the model says next, a string for each sample; its last text stays open."""
+    def most_alike(self, frames, shots, count):
+        """The `count` shots (as `prompt` takes them) whose pictures are most like one, by `rices`.
+
+        Compared are the frozen tower's features of a picture in one vector, of a clip their mean.
+        """
+        query, *support = (
+            self.model.vision.features(normalise(self.pages.images([{"images": [own]}])[0, 0].to(
+                self.device))).mean(dim=0) for own in [frames, *(shot[0] for shot in shots)])
+        return [shots[i] for i in rices(query, torch.stack(support), count).tolist()]
+
+    @torch.inference_mode()
+    def write(self, samples, tokens=24, beams=1, rows=256):
+        """What the model says next, a string for each sample."""
         said = []
         for k in range(0, len(samples), rows):
-            ids, mask, state = self.read(samples[k:k + rows], **{
-                name: value[k:k + rows] for name, value in how.items()})
+            ids, mask, state = self.read(samples[k:k + rows])
             new = generate(self.say, ids, mask, tokens=tokens, beams=beams, state=state,
                            stop=(EOC, EOS), context=self.model.config.context)
             said += [self.tokenizer.decode(row).strip() for row in new.tolist()]
@@ -543,9 +578,7 @@ def ask(run, image, told, shots=()):
     """Print what the model says of a picture or clip after `told`, by a beam search of 3."""
     pupil = from_pretrained(run)
     shots = [(open_frames(path), words, answer) for path, words, answer in shots]
-    images = [frames for frames, _, _ in shots] + [open_frames(image)]
-    texts, shown = prompt(told, shots)
-    print(pupil.write([{"images": images, "texts": texts}], beams=3, shown=[shown])[0])
+    print(pupil.write([prompt(open_frames(image), told, shots)], beams=3)[0])
 
 
 def caption(run, image):

@@ -248,16 +248,27 @@ class Run:
         """
         weights, tokenizer = {}, None
         goes_on = (self.options.resume or self.options.eval_only) and self.folder.described()
+        if goes_on:
+            checkpoint.of_model(goes_on, self.stage.file.__name__, self.folder.path)
         for field, (stage, module) in self.stage.parts.items():
-            where = getattr(self.options, field) or self.default_folder(stage)
             if goes_on:
-                own, tokenizer = goes_on["config"][field], self.folder.tokenizer()
+                own, known = goes_on["config"][field], self.folder.tokenizer()
             else:
-                own, tokenizer, weights[module] = checkpoint.open_run(
-                    where, STAGES[stage].file.__name__, f"--{field}", stage)
-                weights[module] = weights[module], where
+                where = getattr(self.options, field) or self.default_folder(stage)
+                own, known, part = checkpoint.open_run(
+                    where, STAGES[stage].file.__name__, f"--{field}", self.command(stage, where))
+                weights[module] = part, where
+            tokenizer = known if field == "language" else tokenizer or known
             config = dataclasses.replace(config, **{field: own})
         return config, weights, tokenizer
+
+    def command(self, stage, where):
+        """What makes the run of another stage that was looked for in a folder."""
+        preset = self.options.preset
+        flags = [f"--data {self.options.data}"] if self.options.data != "shapes" else []
+        if preset != "tiny" and preset in STAGES[stage].file.PRESETS:
+            flags.append(f"--preset {preset}")
+        return " ".join(["python train.py", stage, *flags, f"--out {where}"])
 
     def open_model(self, settings):
         """The model on its device, its optimiser, and the table of what is trained and frozen."""
@@ -282,9 +293,11 @@ class Run:
         """
         feeds = self.stage.feeds(self.world, self.tokenizer, self.config)
         whole, size = sum(share for _, _, share in feeds), self.recipe.batch_size
-        if size % whole:
+        pieces = self.options.accumulate * distributed.world_size()
+        if len(feeds) > 1 and size % (whole * pieces):
             raise ValueError(f"batch_size {size} does not divide into the {whole} parts of "
-                             f"{self.name}'s data sets")
+                             f"{self.name}'s data sets x {self.options.accumulate} micro-batches x "
+                             f"{distributed.world_size()} processes")
         parts = [Batches(source, collate, batch_size=size * share // whole, seed=self.options.seed,
                          rank=distributed.rank(), world_size=distributed.world_size(),
                          accumulate=self.options.accumulate) for source, collate, share in feeds]
@@ -346,7 +359,8 @@ class Run:
         if state is not None:
             self.restore(state)
         elif options.init:
-            _, _, weights = checkpoint.open_run(options.init, self.stage.file.__name__)
+            _, _, weights = checkpoint.open_run(options.init, self.stage.file.__name__, "--init",
+                                                self.command(self.name, options.init))
             checkpoint.load_weights(self.model, weights, options.init)
         if not options.eval_only:
             self.folder.begin(self.described(), self.tokenizer, self.step, options.overwrite)
@@ -417,8 +431,10 @@ class Run:
         """Train to the last step, or until a signal stops it; saves at the end either way."""
         forward = torch.compile(self.model) if self.options.compile else self.model
         if distributed.world_size() > 1:
+            # What is unfrozen by name may hold a parameter that this model never reads.
             forward = DistributedDataParallel(
-                forward, device_ids=[self.device] if self.device.type == "cuda" else None)
+                forward, device_ids=[self.device] if self.device.type == "cuda" else None,
+                find_unused_parameters=bool(self.options.unfreeze))
         every = 1 if self.device.type == "cpu" else 10     # reading a number waits for the GPU
         bar = tqdm(total=self.recipe.steps, initial=self.step, desc=self.name, unit="step",
                    disable=distributed.rank() > 0, mininterval=0.5 if sys.stderr.isatty() else 20)

@@ -142,21 +142,29 @@ def config_of(kind, fields, where):
         raise ValueError(f"{where}: a config of another version ({error})") from None
 
 
-def open_run(folder, model, flag="", stage=None):
+def of_model(described, model, folder):
+    """What a run's config.json says, when it is one of `model`'s; else ValueError."""
+    found = described.get("model") if isinstance(described, dict) else None
+    if found is None:
+        raise ValueError(f"{folder}: its config.json is not that of a run of train.py")
+    if found != model:
+        raise ValueError(f"{folder}: a run of {found!r}, not of {model!r}")
+    return described
+
+
+def open_run(folder, model, flag="", command=None):
     """A finished or unfinished run of `model` -> (config dict, Tokenizer, weights).
 
-    flag: what named the folder. stage: of train.py, when it is not called as the model is. Raises
-    ValueError in one line: no such folder, no run in it, a run of another model, no checkpoint yet,
-    a damaged one.
+    flag: what named the folder. command: what makes such a run (default: the stage called as the
+    model is). Raises ValueError in one line: no such folder, no run in it, a run of another model,
+    no checkpoint yet, a damaged one.
     """
-    folder, stage = Path(folder), stage or model
+    folder = Path(folder)
     if not (folder / "config.json").exists():
+        command = command or f"python train.py {model} --out {folder}"
         raise ValueError(f"{flag} {folder}: no run here (no config.json); ".lstrip()
-                         + f"python train.py {stage} makes one in runs/{stage}")
-    described = read_json(folder / "config.json")
-    if not isinstance(described, dict) or described.get("model") != model:
-        found = described.get("model") if isinstance(described, dict) else described
-        raise ValueError(f"{folder}: a run of {found!r}, not of {model!r}")
+                         + f"{command} makes one")
+    described = of_model(read_json(folder / "config.json"), model, folder)
     state = newest(folder)
     if state is None:
         raise ValueError(f"{folder}: the run has no checkpoint yet")

@@ -46,6 +46,9 @@ def changed(config, settings):
             raise ValueError(f"--set {setting}: write key=value with one of "
                              + ", ".join(f.name for f in dataclasses.fields(config)))
         kind = hints[key]
+        if kind is dict:
+            raise ValueError(f"--set {setting}: {key} is a config of its own, that of the run which "
+                             f"--{key} names")
         try:
             if kind is bool:
                 values[key] = {"true": True, "false": False}[text.lower()]

@@ -100,9 +100,13 @@ def draws(world, kind, count, split="test", **more):
 
 def asked(samples, upto=None):
     """The samples as prompts: their texts up to number `upto` (None: the last), that one open."""
-    ends = [len(s["texts"]) if upto is None else s[upto] + 1 for s in samples]
-    return [s | {"images": s["images"][:end], "texts": s["texts"][:end]}
-            for s, end in zip(samples, ends)]
+    cut = []
+    for sample in samples:
+        texts = sample["texts"] if upto is None else sample["texts"][:sample[upto] + 1]
+        shown = sample.get("shown", [True] * len(texts))[:len(texts)]
+        cut.append(sample | {"images": sample["images"][:sum(shown)], "texts": texts,
+                             "shown": shown})
+    return cut
 
 
 def exact(said, samples):

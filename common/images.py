@@ -2,20 +2,23 @@
 import io
 import math
 import os
+import re
 import stat
+import sys
 import warnings
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)            # CLIP's, also BLIP's and LLaVA's
 STD = (0.26862954, 0.26130258, 0.27577711)
 MOST_PIXELS = 64_000_000                              # more in a small file is a decompression bomb
 MOST_BYTES = 100_000_000                              # of a picture's file
 MOST_FRAMES = 1_000                                   # of a clip
-KINDS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "MPO", "PPM")     # others may start programs
+KINDS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")     # others may start programs
+MOVING = ("GIF", "WEBP", "PNG")                       # in others a second picture is no next frame
 TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
          4: Image.Transpose.FLIP_TOP_BOTTOM, 5: Image.Transpose.TRANSPOSE,
          6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
@@ -82,19 +85,28 @@ def _decoded(file):
         picture.load()
         if not picture.width or not picture.height:
             raise ValueError("no pixels")
-        try:
-            turn = TURNS.get(picture.getexif().get(0x0112))
-        except Exception:                # broken EXIF around a picture that is whole
-            turn = None
-        picture = to_rgb(picture)
-        return picture if turn is None else picture.transpose(turn)
+        return upright(to_rgb(picture), turn_of(picture))
+
+
+def turn_of(picture):
+    """How a Pillow picture is to be turned, by its EXIF; None when as it is."""
+    try:
+        return TURNS.get(picture.getexif().get(0x0112))
+    except Exception:                    # broken EXIF around a picture that is whole
+        return None
+
+
+def upright(picture, turn):
+    """A picture turned as `turn_of` says."""
+    return picture if turn is None else picture.transpose(turn)
 
 
 def open_frames(path, most=32):
     """The frames of a clip, RGB: an animation's, or the pictures of a folder by name.
 
-    More than `most` are thinned out evenly; a picture at rest is a clip of one frame. Raises
-    ValueError in one line, as `open_image`, and for an animation that goes on too long.
+    Numbers in names count as numbers: 2.png comes before 10.png. More than `most` are thinned out
+    evenly; a picture at rest is a clip of one frame. Raises ValueError in one line, as
+    `open_image`, and for an animation that goes on too long.
     """
     if Path(path).is_dir():
         frames = open_folder(path)[1]
@@ -111,12 +123,13 @@ def _later_frames(file, name):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(file, formats=KINDS) as picture:
+            with Image.open(file, formats=MOVING) as picture:
                 most = min(MOST_FRAMES, 4 * MOST_PIXELS // (picture.width * picture.height))
+                turn = turn_of(picture)
                 while len(frames) < most:          # the first is not among them
                     picture.seek(len(frames) + 1)
-                    frames.append(to_rgb(picture))
-    except EOFError:                     # Pillow's word for the end of an animation
+                    frames.append(upright(to_rgb(picture), turn))
+    except (EOFError, UnidentifiedImageError):     # the end of an animation; a picture at rest
         return frames
     except Exception as error:
         raise ValueError(f"{name}: not a readable clip ({type(error).__name__})") from None
@@ -174,26 +187,33 @@ def normalise(images, mean=MEAN, std=STD):
 
 
 def open_folder(folder):
-    """Every readable picture of a folder, by name -> (paths, pictures).
+    """Every readable picture of a folder, by name, 2.png before 10.png -> (paths, pictures).
 
-    Files that are no pictures are passed over; how many is printed. Raises ValueError when the
-    folder is missing or has none.
+    Files that are no pictures are passed over; how many is said on stderr. Raises ValueError when
+    the folder is missing or has none.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise ValueError(f"{folder}: no such folder")
     paths, pictures, refused = [], [], []
-    for path in sorted(p for p in folder.iterdir() if p.is_file()):
+    for path in sorted((p for p in folder.iterdir() if p.is_file()), key=by_numbers):
         try:
             pictures.append(open_image(path))
             paths.append(path)
         except ValueError as error:
             refused.append(error)
     if refused:
-        print(f"passed over {len(refused)} of {len(refused) + len(paths)} files, e.g. {refused[0]}")
+        print(f"passed over {len(refused)} of {len(refused) + len(paths)} files, e.g. {refused[0]}",
+              file=sys.stderr)
     if not paths:
         raise ValueError(f"{folder}: no pictures in it")
     return paths, pictures
+
+
+def by_numbers(path):
+    """What paths are sorted by: their names, runs of digits as the numbers they spell."""
+    parts = re.split(r"([0-9]+)", path.name)             # every second one is a number
+    return [int(part[:99]) if k % 2 else part for k, part in enumerate(parts)], path.name
 
 
 # ------------------------------------------------------------------ sheets to look at

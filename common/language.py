@@ -438,7 +438,8 @@ def from_pretrained(path, dtype=torch.float32):
     if is_published(path):
         config, weights, tokenizer = pretrained.read(path)
     else:
-        config, tokenizer, weights = checkpoint.open_run(path, "common.language", stage="lm")
+        config, tokenizer, weights = checkpoint.open_run(
+            path, "common.language", command=f"python train.py lm --out {path}")
         weights = {name.removeprefix("lm."): value for name, value in weights.items()}
     config = checkpoint.config_of(LanguageConfig, config, path)
     with torch.device("meta"):           # no minutes spent on random weights

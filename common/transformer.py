@@ -102,10 +102,14 @@ class KVCache:
         return k, v
 
     def once(self, layer, length, compute):
-        """The layer's entry; compute() -> (k, v) makes it, and anew when it has other keys."""
+        """The layer's entry; compute() -> (k, v) makes it, and anew for another number of keys."""
         if layer not in self.entries or self.entries[layer][0].shape[2] != length:
             self.entries[layer] = compute()
         return self.entries[layer]
+
+    def forget(self, layer):
+        """Drop the layer's entry: what it reads has changed."""
+        self.entries.pop(layer, None)
 
     def reorder(self, rows):
         """Keep these batch rows in this order: rows (B',) int64, as beam search chooses them."""

@@ -197,16 +197,21 @@ class ModifiedResNet(nn.Module):
             x = F.relu(norm(conv(x)))
         return F.avg_pool2d(x, 2)
 
-    def grid(self, images):
+    def grid(self, images, skip=0):
         """The cells before the pool, row by row: float (B, 3, H, W) -> (B, H / 32 * W / 32, C).
 
-        Raises ValueError for pictures of another size.
+        skip: 0, for no two of its stages have cells of one width. Raises ValueError for pictures of
+        another size.
         """
+        if skip:
+            raise ValueError(f"skip={skip}: no block of a ResNet can be left out")
         check_size(images, self.image_size)
         x = self.stem(images)
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
             x = layer(x)
         return x.flatten(2).transpose(1, 2)
+
+    hidden = grid                        # there is no class token
 
     def features(self, images):
         """The picture in one vector, already in the joint space: -> (B, E)."""

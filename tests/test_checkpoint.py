@@ -244,7 +244,7 @@ class TestOpenRun:
     @pytest.mark.parametrize("harm, words", [
         (lambda run: (run / "config.json").unlink(), "no run here"),
         (lambda run: (run / "config.json").write_text("{"), "config.json: not readable JSON"),
-        (lambda run: (run / "config.json").write_text("[]"), r"a run of \[\], not of 'clip'"),
+        (lambda run: (run / "config.json").write_text("[]"), "config.json is not that of a run"),
         (lambda run: (run / "config.json").write_text('{"model": "blip"}'), "a run of 'blip', not"),
         (lambda run: (run / "config.json").write_text('{"model": "clip"}'), "an incomplete run"),
         (lambda run: (run / "last.pt").unlink(), "no checkpoint yet"),

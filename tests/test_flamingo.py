@@ -4,6 +4,7 @@ import math
 import pickle
 import random
 import re
+import shutil
 import sys
 from dataclasses import asdict, replace
 from types import SimpleNamespace
@@ -21,10 +22,10 @@ from common import cli, evaluation, transformer
 from common.conversation import ANSWER, OUTPUT, render
 from common.data import Drawn, View, open_world, world_tokenizer
 from common.evaluation import asked
-from common.generation import generate
+from common.generation import generate, rank
 from common.images import normalise
 from common.language import LanguageConfig, Pretraining
-from common.tokenizers import BOS, EOC, EOS, IMAGE
+from common.tokenizers import BOS, EOC, EOS, IMAGE, Tokenizer
 from common.transformer import KVCache
 from flamingo import (PRESETS, TRAINS, Flamingo, FlamingoConfig, Pages, Pupil, add_frames, prompt,
                       rices, segments)
@@ -449,10 +450,12 @@ class TestPlacement:
         ({"act": "relu"}, "act=relu is not one of squared_relu, gelu"),
         ({"latents": 0}, "latents=0: must be at least 1"), ({"every": 0}, "every=0: must be"),
         ({"frames": -1}, "frames=-1: must be at least 0"),
-        ({"next_image": 1.5}, r"next_image=1.5: a probability is in \[0, 1\]")])
+        ({"next_image": 1.5}, r"next_image=1.5: a probability is in \[0, 1\]"),
+        ({"skip": 3}, "skip=3 leaves nothing of a vision tower of 3 blocks"),
+        ({"placement": "openflamingo", "every": 4}, "every=4: no gated block among 3 blocks")])
     def test_what_cannot_be_is_told(self, changes, words):
         with pytest.raises(ValueError, match=words):
-            replace(CONFIG, **changes)
+            Flamingo(replace(CONFIG, **changes))
 
 
 def parameters(module):
@@ -567,6 +570,16 @@ class TestFreezing:
                 x = block(x)
             close(features[0][b, n, f], x[0, 0 if class_token else 1:])
 
+    def test_of_a_resnet_they_are_the_cells_before_its_pool(self):
+        tower = VISION | {"stages": (1, 1, 1, 1), "image_size": 64, "vision_width": 2}
+        model, features = make(vision=tower | {"vision_heads": 4}), []
+        images = torch.randint(256, (2, 1, 1, 3, 64, 64), dtype=torch.uint8)
+        model.resampler.register_forward_hook(lambda m, given, out: features.append(given[0]))
+        assert model.look(images).shape == (2, 1, 7, 64)
+        close(features[0][:, 0, 0], model.vision.grid(normalise(images[:, 0, 0]).double()))
+        with pytest.raises(ValueError, match="skip=1 leaves nothing of a vision tower of 1 blocks"):
+            Flamingo(replace(model.config, skip=1))
+
     def test_a_rows_pictures_are_its_own_and_in_their_order(self):
         model, images = make(), pictures()
         made = model.look(images)
@@ -619,12 +632,34 @@ class TestCache:
                 dim=1)
         close(made[mask], want[mask])
 
+    def test_a_picture_may_come_where_a_row_had_padding(self):
+        # N stays 2: the second row's black padding becomes its second picture.
+        ids = text("I.I......", "I.....I..")
+        model, visual, cache = make(), seen(2)[:2], KVCache()
+        want, padded = model.read(ids, visual=visual), visual.clone()
+        padded[1, 1] = 0
+        with torch.no_grad():
+            made = [model.read(ids[:, :5], cache=cache, visual=padded)]
+            made += [model.read(ids[:, t:t + 1], cache=cache, visual=visual) for t in range(5, 9)]
+        close(torch.cat(made, dim=1), want)
+
+    def test_after_too_many_tags_the_same_cache_goes_on(self):
+        ids, model, visual, cache = text("I...I.."), make(), seen(2)[:1], KVCache()
+        with torch.no_grad():
+            model.read(ids[:, :3], cache=cache, visual=visual[:, :1])
+            with pytest.raises(ValueError, match="2 <image> tags, but 1 pictures"):
+                model.read(ids[:, 3:], cache=cache, visual=visual[:, :1])
+            close(model.read(ids[:, 3:], cache=cache, visual=visual),
+                  model.read(ids, visual=visual)[:, 3:])
+
     def test_keys_of_pictures_are_made_once(self):
         (ids, mask, visual), model, calls = self.given(), make(), []
         model.gated["1"].attn.k_proj.register_forward_hook(lambda *a: calls.append(1))
         with torch.no_grad():
-            self.read(model, ids, mask, visual, [13, 1, 1, 1, 1])
-        assert len(calls) == 1
+            self.read(model, ids, mask, visual, [14, 1, 1, 1])
+            assert len(calls) == 1
+            self.read(model, ids, mask, visual, [13, 1, 1, 1, 1])          # token 13 is a tag
+        assert len(calls) == 1 + 2
 
     @pytest.mark.parametrize("beams", [1, 3])
     def test_each_row_keeps_its_pictures_in_a_search(self, beams):
@@ -779,6 +814,14 @@ class TestLabels:
                                             following=torch.tensor([[True]]))
         assert belongs[0].tolist() == [1] * 7 + [2] * 9 + [0]
 
+    def test_what_the_cut_leaves_without_its_picture_is_not_learned(self):
+        for context in (14, 15):
+            collate = pages(next_image=1.0)
+            collate.context = context
+            made = collate([DOCUMENT], rngs())
+            assert made["ids"].shape[1] == context
+            assert made["labels"][0].tolist() == [NO, NO, A, RED, CAT, EOC] + [NO] * (context - 6)
+
     def test_of_a_clip_there_is_one_tag(self):
         clip_ = {"images": [drawing("red", "blue", "red")], "texts": [(OUTPUT, " a cat")]}
         made = pages()([clip_], rngs())
@@ -874,8 +917,9 @@ class TestPages:
 
 class TestPrompts:
     def ids(self, told, shots):
-        texts, shown = prompt(told, shots)
-        return render(segments(texts, shown, end=False), Words())[0]
+        sample = prompt(drawing("white"), told, shots)
+        assert len(sample["images"]) == sum(sample["shown"])
+        return pages().row(sample, end=False)[0]
 
     def test_shots_are_whole_and_the_query_is_open(self):
         shots = [(drawing("red"), OUTPUT, "a cat"), (drawing("blue"), OUTPUT, "a dog")]
@@ -974,15 +1018,17 @@ class TestPupil:
         ids, mask, state = pupil.read(SAMPLES[:1])
         assert ids[0].tolist() == [BOS, IMAGE, OUT, A, RED, CAT, EOC, IMAGE, ASK, WHAT, IS, THIS,
                                    MARK, TELL]
-        ids, mask, state = pupil.read(SAMPLES[1:2], texts=[[(OUTPUT, " cat"), (OUTPUT, "")]],
-                                      shown=[[False, True]])
+        words = SAMPLES[1] | {"texts": [(OUTPUT, " cat"), (OUTPUT, "")], "shown": [False, True]}
+        ids, mask, state = pupil.read([words])
         assert ids[0].tolist() == [BOS, OUT, CAT, EOC, IMAGE, OUT]
         assert state["visual"].shape == (1, 1, 7, 22)
 
     def test_a_row_with_more_tags_than_pictures_is_told_whatever_the_others_have(self, pupil):
         short = DOCUMENT | {"images": DOCUMENT["images"][:1]}
-        with pytest.raises(ValueError, match="a text with 2 <image> tags, but 1 pictures"):
-            pupil.write([SAMPLES[2], short])
+        for work in (lambda: pupil.write([SAMPLES[2], short]),
+                     lambda: pages()([SAMPLES[2], short], [random.Random(0)] * 2)):
+            with pytest.raises(ValueError, match="a text with 2 <image> tags, but 1 pictures"):
+                work()
 
     def test_choosing_is_by_the_log_likelihood_with_the_eoc(self, pupil):
         candidates = [["cat", "a red dog"], ["blue cat", "dog"], ["red", "a blue blue dog"]]
@@ -998,6 +1044,55 @@ class TestPupil:
                 logs = pupil.model.read(whole, **state)[0].log_softmax(-1)
                 scores.append(sum(logs[ids.shape[1] + i - 1, t].item() for i, t in enumerate(new)))
             assert choice == scores.index(max(scores))
+
+    def test_scores_are_those_of_each_prompt_alone(self, pupil, monkeypatch):
+        candidates, found = [["cat", "a red dog"], ["blue cat", "dog"], ["red", "a blue dog"]], []
+
+        def kept(*args, **how):
+            found.append(rank(*args, **how))
+            return found[-1]
+        monkeypatch.setattr(flamingo, "rank", kept)
+        pupil.choose(SAMPLES, candidates)
+        for sample, own in zip(SAMPLES, candidates):
+            pupil.choose([sample], [own])
+        close(found[0], torch.cat(found[1:]))
+
+    def test_shots_in_words_can_be_ranked_and_written_in_parts(self, pupil):
+        shots = [(None, OUTPUT, "a cat"), (drawing("red"), OUTPUT, "a dog"), (None, OUTPUT, "cat")]
+        asks = [prompt(drawing("green"), OUTPUT, shots[:k]) for k in range(4)]
+        said = pupil.write(asks, tokens=5, rows=3)
+        assert said == [pupil.write([a], tokens=5)[0] for a in asks]
+        answers = [["cat", "dog"]] * 4
+        assert pupil.choose(asks, answers, rows=3) == [
+            pupil.choose([a], [["cat", "dog"]])[0] for a in asks]
+
+    def test_a_prompt_may_have_no_picture_at_all(self, pupil):
+        words = {"images": [], "texts": [(OUTPUT, "")], "shown": [False]}
+        both = pupil.write([words, SAMPLES[0]], tokens=5)
+        assert both == pupil.write([words], tokens=5) + pupil.write([SAMPLES[0]], tokens=5)
+        with pytest.raises(ValueError, match="1 <image> tags, but 0 pictures"):
+            pupil.write([words | {"shown": [True]}])
+
+    def test_the_most_similar_shots_are_found_by_the_frozen_towers_features(self, pupil):
+        shots = [([drawing(colour)[0]] * n, OUTPUT, colour) for colour, n in (
+            ("red", 1), ("blue", 3), ("white", 2), ("green", 1))]
+        for colour in ("red", "blue", "white"):
+            chosen = pupil.most_alike(drawing(colour), shots, 2)
+            assert len(chosen) == 2 and chosen[-1][2] == colour
+        tower = pupil.model.vision
+
+        def feature(frames):
+            return tower.features(normalise(pages().images([{"images": [frames]}])[0, 0])).mean(0)
+        mixed = [drawing("red")[0], drawing("blue")[0], drawing("green")[0]]
+        cosines = [F.cosine_similarity(feature(mixed), feature(s[0]), dim=0).item() for s in shots]
+        best = sorted(range(4), key=lambda i: cosines[i])
+        assert [s[2] for s in pupil.most_alike(mixed, shots, 4)] == [shots[i][2] for i in best]
+
+    def test_candidates_beyond_the_context_are_told_with_the_limit(self, pupil):
+        long = SAMPLES[1] | {"texts": [(OUTPUT + " a cat" * 16, "")]}
+        with pytest.raises(ValueError, match="a prompt of 35 tokens and 3 of a candidate are 38, "
+                                             "but the context is 37"):
+            pupil.choose([long], [["cat", "a dog"]])
 
     def test_a_prompt_beyond_the_context_is_told_with_the_limit(self, pupil):
         long = SAMPLES[1] | {"texts": [(OUTPUT + " a cat" * 16, "")]}
@@ -1065,6 +1160,11 @@ class TestEvaluation:
             assert cut["texts"][-1][0].startswith("question:")
             assert cut["texts"][-1][1] == f" {sample['answer']}"
         assert [s["texts"] for s in asked(s)] == [x["texts"] for x in s]
+        words = {"images": ["a", "b"], "texts": ["1", "2", "3", "4"], "at": 2,
+                 "shown": [False, True, False, True]}
+        cut, = asked([words], "at")
+        assert (cut["images"], cut["texts"], cut["shown"]) == (
+            ["a"], ["1", "2", "3"], [False, True, False])
 
     def test_questions_with_the_right_picture_and_with_anothers(self):
         samples, documents = self.drawn("question"), self.drawn("document", images=3)
@@ -1254,14 +1354,48 @@ class TestRuns:
     @pytest.mark.parametrize("flag, stage", [("vision", "clip"), ("language", "lm")])
     def test_a_missing_run_names_the_command_that_makes_it(self, runs, flag, stage):
         with pytest.raises(ValueError, match=f"--{flag} nowhere: no run here .*; "
-                                             f"python train.py {stage} makes one in runs/{stage}"):
+                                             f"python train.py {stage} --data toy --out nowhere "
+                                             "makes one"):
             train.train("flamingo", options(runs=str(runs), **{flag: "nowhere"}), [])
+
+    @pytest.mark.parametrize("preset, flags", [("small", " --preset small"), ("3B", "")])
+    def test_the_command_has_the_presets_and_data_that_the_stage_has(self, preset, flags, tmp_path):
+        out = tmp_path / f"clip-emoji-{preset}"
+        with pytest.raises(ValueError, match=f"; python train.py clip --data emoji{flags} --out "
+                                             f"{re.escape(str(out))} makes one"):
+            train.train("flamingo", train.Options(runs=str(tmp_path), data="emoji", preset=preset),
+                        [])
 
     def test_a_run_of_another_model_and_a_batch_that_cannot_be_shared_are_told(self, runs):
         with pytest.raises(ValueError, match="lm-toy: a run of 'common.language', not of 'clip'"):
             train.train("flamingo", options(runs=str(runs), vision=str(runs / "lm-toy")), [])
-        with pytest.raises(ValueError, match="batch_size 12 does not divide into the 20 parts"):
-            train.train("flamingo", options(runs=str(runs), batch_size=12), [])
+        for flag in ("resume", "eval_only"):
+            with pytest.raises(ValueError, match="clip-toy: a run of 'clip', not of 'flamingo'"):
+                train.train("flamingo", options(runs=str(runs), out=str(runs / "clip-toy"),
+                                                **{flag: True}), [])
+        for size, accumulate in ((12, 1), (20, 2)):
+            with pytest.raises(ValueError, match=f"batch_size {size} does not divide into the 20 "
+                                                 f"parts of flamingo's data sets x {accumulate} "):
+                train.train("flamingo", options(runs=str(runs), batch_size=size,
+                                                accumulate=accumulate), [])
+
+    def test_the_tokenizer_is_the_language_models(self, runs, tmp_path):
+        shutil.copytree(runs / "clip-toy", tmp_path / "clip")
+        other = Tokenizer.train(["wholly other words", "than those of the toys"], 340)
+        (tmp_path / "clip" / "tokenizer.model").write_bytes(other.model)
+        run = train.Run("flamingo", options(runs=str(runs), vision=str(tmp_path / "clip"),
+                                            out=str(tmp_path / "new")), SETTINGS["flamingo"])
+        assert run.tokenizer.model == Tokenizer.load(runs / "lm-toy" / "tokenizer.model").model
+
+    def test_a_config_of_another_version_is_told(self, runs):
+        for name in ("vision", "language"):
+            fields = getattr(CONFIG, name) | {"unheard": 1}
+            with pytest.raises(ValueError, match=f"{name}: a config of another version .*unheard"):
+                replace(CONFIG, **{name: fields})
+
+    def test_a_tower_is_not_set_but_named(self, runs):
+        with pytest.raises(ValueError, match="vision is a config of its own.*--vision names"):
+            train.train("flamingo", options(runs=str(runs)), ["vision=runs/clip"])
 
     @pytest.mark.parametrize("accumulate", [1, 2])
     def test_two_processes_end_with_the_weights_of_one(self, runs, tmp_path, accumulate):
@@ -1282,6 +1416,28 @@ class TestRuns:
         one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
         for name in one:
             torch.testing.assert_close(two[name], one[name], atol=2e-5, rtol=0, msg=name)
+
+
+    def test_two_processes_train_what_is_unfrozen_too(self, runs, tmp_path):
+        # The last norm of the unfrozen tower is not read: no process has a gradient of it.
+        argv = ["flamingo", "--data", "toy", "--runs", str(runs), "--batch_size", "40", "--steps",
+                "1", "--precision", "fp32", "--device", "cpu", "--unfreeze", "vision.*"]
+        for setting in SETTINGS["flamingo"]:
+            argv += ["--set", setting]
+        for process in pair([*argv, "--out", str(tmp_path / "two")], tmp_path / "two",
+                            (brief, brief)):
+            process.end()
+        assert (tmp_path / "two" / "last.pt").exists()
+
+    def test_its_recipe_has_fast_gates_and_an_undecayed_resampler(self):
+        recipe, model = train.STAGES["flamingo"].recipes[""], make()
+        train.freeze(model, TRAINS["flamingo"])
+        groups = train.parameter_groups(model, recipe.decay, recipe.undecayed, recipe.fast)
+        fast = {id(p) for group in groups if group["times"] == 10 for p in group["params"]}
+        still = {id(p) for group in groups if not group["weight_decay"] for p in group["params"]}
+        gates = {id(p) for name, p in model.named_parameters() if name.endswith("_gate")}
+        assert fast == gates and len(gates) == 2 * len(model.gated)
+        assert {id(p) for p in model.resampler.parameters()} | gates <= still
 
 
 class TestCommands:
@@ -1325,7 +1481,7 @@ class TestCommands:
             == [(0, 0, 255), (255, 0, 0)]
         assert sample["texts"] == [("question: is it blue? answer:", " yes"),
                                    ("question: is it red? answer:", "")]
-        assert how == {"beams": 3, "shown": [[True, True]]}
+        assert sample["shown"] == [True, True] and how == {"beams": 3}
         self.says(monkeypatch, capsys, runs / "one", "caption", files / "film.gif")
         ((sample,),), how = asked_for[1]
         assert sample["texts"] == [("output:", "")] and [len(c) for c in sample["images"]] == [4]
@@ -1342,8 +1498,8 @@ class TestCommands:
 
     def test_a_folder_without_a_run_is_told(self, runs, files, monkeypatch, capsys):
         said = self.says(monkeypatch, capsys, files, "caption", files / "red.png", status=2)
-        assert re.fullmatch("error: .*: no run here .*; python train.py flamingo makes one in "
-                            "runs/flamingo\n", said)
+        assert re.fullmatch(f"error: .*: no run here .*; python train.py flamingo --out "
+                            f"{re.escape(str(files))} makes one\n", said)
         said = self.says(monkeypatch, capsys, runs / "lm-toy", "caption", files / "red.png",
                          status=2)
         assert "a run of 'common.language', not of 'flamingo'" in said

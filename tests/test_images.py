@@ -48,6 +48,14 @@ def refusal(path):
 
 
 class TestOpenImage:
+    @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "MPO", "PPM"])
+    def test_every_kind_is_opened(self, tmp_path, kind):
+        Image.new("RGB", (9, 7), "red").save(tmp_path / "a", kind)
+        picture = open_image(tmp_path / "a")
+        assert picture.size == (9, 7) and picture.getpixel((4, 3))[0] > 240
+        Image.new("L", (9, 7), 200).save(tmp_path / "b.pgm", "PPM")
+        assert open_image(tmp_path / "b.pgm").getpixel((4, 3)) == (200, 200, 200)
+
     def test_a_plain_picture_comes_back_as_it_is(self, tmp_path):
         opened = saved(tmp_path, noise(7, 5))
         assert opened.mode == "RGB" and opened.size == (7, 5)
@@ -340,8 +348,14 @@ class TestOpenFolder:
         paths, pictures = open_folder(tmp_path)
         assert [p.name for p in paths] == ["a.jpg", "b.png"]
         assert pictures[1].getpixel((0, 0)) == (255, 0, 0)
-        out = capsys.readouterr().out
-        assert "passed over 1 of 3 files" in out and "notes.txt" in out
+        said = capsys.readouterr()
+        assert "passed over 1 of 3 files" in said.err and "notes.txt" in said.err and not said.out
+
+    def test_numbers_in_names_count_as_numbers(self, tmp_path):
+        names = ["1.png", "2.png", "10.png", "a2b1.png", "a2b10.png", "a10.png", "b.png"]
+        for name in reversed(names):
+            Image.new("RGB", (4, 4)).save(tmp_path / name)
+        assert [path.name for path in open_folder(tmp_path)[0]] == names
 
     def test_a_folder_without_pictures_is_refused(self, tmp_path):
         (tmp_path / "notes.txt").write_text("not a picture")
@@ -354,6 +368,20 @@ class TestOpenFolder:
 
 
 class TestOpenFrames:
+    def test_a_photo_with_a_second_picture_in_its_file_is_no_clip(self, tmp_path):
+        for name, kind in (("a.jpg", "MPO"), ("a.tif", "TIFF")):
+            large, small = Image.new("RGB", (40, 30), "red"), Image.new("RGB", (8, 6), "blue")
+            large.save(tmp_path / name, kind, save_all=True, append_images=[small])
+            frame, = open_frames(tmp_path / name)
+            assert frame.size == (40, 30)
+
+    def test_every_frame_is_turned_as_the_first(self, tmp_path):
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        frames = [Image.new("RGB", (40, 20), colour) for colour in ("red", "blue", "white")]
+        frames[0].save(tmp_path / "a.webp", save_all=True, append_images=frames[1:], exif=exif)
+        assert [frame.size for frame in open_frames(tmp_path / "a.webp")] == [(20, 40)] * 3
+
     """Clips whose frame number i is i * 20 bright."""
 
     def frames(self, count, size=(8, 6)):

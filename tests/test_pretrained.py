@@ -163,6 +163,7 @@ class TestFiles:
         assert all(torch.equal(found[name], value) for name, value in self.weights.items())
 
     @pytest.mark.parametrize("wrap", [lambda s: s, lambda s: {"state_dict": s, "epoch": 3},
+                                      lambda s: {"model_state_dict": s, "epoch": 1},
                                       lambda s: {"model": s},
                                       lambda s: {"module." + k: v for k, v in s.items()}])
     def test_pickled_tensors_are_found_plain_and_wrapped(self, tmp_path, wrap):

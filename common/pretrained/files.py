@@ -9,7 +9,8 @@ from common import checkpoint
 from common.pretrained import safetensors, strict_json
 from common.pretrained.strict_json import shown
 
-WRAPPERS = ("state_dict", "model")       # training checkpoints keep the weights under one of these
+# Training checkpoints keep the weights under one of these.
+WRAPPERS = ("state_dict", "model_state_dict", "model")
 
 
 def is_published(path):
