@@ -68,7 +68,7 @@ def picture_of(tags, before=0, following=None):
 
 
 def media(pictures, N, Q, latest=True):
-    """Text sees its own picture's Q tokens; latest False: those of every picture up to it.
+    """Text sees its own picture's Q tokens; latest False: those of every picture up to its own.
 
     pictures int64 (B, T), from `picture_of`. Returns bool (B, 1, T, N * Q); a token that belongs to
     no picture sees nothing (Flamingo, 2.3).

@@ -1083,6 +1083,8 @@ class TestPupil:
 
         def feature(frames):
             return tower.features(normalise(pages().images([{"images": [frames]}])[0, 0])).mean(0)
+        mostly = drawing("red") + drawing("green") * 6
+        assert pupil.most_alike(mostly, shots, 1)[0][2] == "green"
         mixed = [drawing("red")[0], drawing("blue")[0], drawing("green")[0]]
         cosines = [F.cosine_similarity(feature(mixed), feature(s[0]), dim=0).item() for s in shots]
         best = sorted(range(4), key=lambda i: cosines[i])
@@ -1093,6 +1095,10 @@ class TestPupil:
         with pytest.raises(ValueError, match="a prompt of 35 tokens and 3 of a candidate are 38, "
                                              "but the context is 37"):
             pupil.choose([long], [["cat", "a dog"]])
+
+    def test_a_prompt_is_never_cut(self, pupil):
+        long = SAMPLES[1] | {"texts": [(OUTPUT + " a cat" * 30, "")]}
+        assert pupil.read([long])[0].shape == (1, 63)
 
     def test_a_prompt_beyond_the_context_is_told_with_the_limit(self, pupil):
         long = SAMPLES[1] | {"texts": [(OUTPUT + " a cat" * 16, "")]}
@@ -1421,7 +1427,7 @@ class TestRuns:
     def test_two_processes_train_what_is_unfrozen_too(self, runs, tmp_path):
         # The last norm of the unfrozen tower is not read: no process has a gradient of it.
         argv = ["flamingo", "--data", "toy", "--runs", str(runs), "--batch_size", "40", "--steps",
-                "1", "--precision", "fp32", "--device", "cpu", "--unfreeze", "vision.*"]
+                "2", "--precision", "fp32", "--device", "cpu", "--unfreeze", "vision.*"]
         for setting in SETTINGS["flamingo"]:
             argv += ["--set", setting]
         for process in pair([*argv, "--out", str(tmp_path / "two")], tmp_path / "two",
