@@ -47,7 +47,7 @@ def changed(config, settings):
                              + ", ".join(f.name for f in dataclasses.fields(config)))
         kind = hints[key]
         if kind is dict:
-            raise ValueError(f"--set {setting}: {key} is a config of its own, that of the run which "
+            raise ValueError(f"--set {setting}: {key} is a config of its own, of the run that "
                              f"--{key} names")
         try:
             if kind is bool:
