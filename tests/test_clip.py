@@ -9,12 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import clip
 import train
-from clip import CLIP, PRESETS, CLIPConfig, TextTower, Trained
+from clip import CLIP, PRESETS, CLIPConfig, Trained
 from common.data import Pairs, View, world_tokenizer
-from common.losses import alone
-from common.transformer import vit_block
 from common.worlds.shapes import Shapes
 
 EOS = 5                                     # not the largest id: pooling must go by id

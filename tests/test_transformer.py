@@ -10,7 +10,7 @@ from torch import nn
 from common import transformer
 from common.masks import causal, draw, padding
 from common.transformer import (MLP, Attention, Block, GatedMLP, KVCache, LayerNorm, LearnedPositions,
-                                RelativeBias, RMSNorm, Transformer, attention, fused_attention, gelu,
+                                RelativeBias, Transformer, attention, fused_attention, gelu,
                                 gelu_tanh, gpt2_block, layer_norm, llama_block, opt_block, quick_gelu,
                                 rms_norm, rope_half, rope_interleaved, rope_table, squared_relu,
                                 vit_block)

@@ -8,7 +8,6 @@ captions and answers are scored exactly and never by string equality.
     draw(scene, 64).save("scene.png"); print(describe(scene, random.Random(0)))
 """
 import math
-import random
 import re
 from dataclasses import dataclass, replace
 
