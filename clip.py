@@ -21,13 +21,16 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import checkpoint, cli, evaluation, losses
-from common.images import centre_crop, normalise, open_folder, open_image, sheet, to_tensor
+from common.training import checkpoint, options as cli
+from common.evaluation import writing as evaluation
+from common import losses
+from common.data.images import center_crop, normalize_pixels, open_folder, open_image, sheet, to_tensor
 from common.masks import causal
 from common.pretrained import clip as pretrained
 from common.pretrained.files import is_published
-from common.transformer import Block, LayerNorm, Transformer, full, gelu, quick_gelu, vit_block
-from common.vision import ModifiedResNet, ViT, statistics_at_rest
+from common.transformer import Block, LayerNorm, Transformer, to_float32, gelu, quick_gelu, vit_block
+from common.resnet import ModifiedResNet, freeze_bn_stats
+from common.vision import ViT
 
 ACTIVATIONS = {"gelu": gelu, "quick_gelu": quick_gelu}
 LOSSES = ("softmax", "sigmoid")
@@ -42,17 +45,17 @@ class CLIPConfig:
     """
     image_size: int = 32
     stages: tuple[int, ...] = ()         # blocks in each of a ResNet's four stages; empty: a ViT
-    patch: int = 8
+    patch_size: int = 8
     vision_width: int = 128
     vision_layers: int = 4
     vision_heads: int = 4
     text_width: int = 128
     text_layers: int = 2
     text_heads: int = 4
-    context: int = 32
-    vocab: int = 1024
-    eos: int = 2
-    embed: int = 128
+    context_length: int = 32
+    vocab_size: int = 1024
+    eos_id: int = 2
+    embed_dim: int = 128
     act: str = "gelu"                    # published weights need quick_gelu
     loss: str = "softmax"                # or sigmoid, SigLIP's
 
@@ -63,17 +66,17 @@ class CLIPConfig:
         if self.act not in ACTIVATIONS:
             raise ValueError(f"act={self.act} is not one of {', '.join(ACTIVATIONS)}")
         for name, value in vars(self).items():
-            least = {"context": 3, "eos": 0}.get(name, 1)         # context: begin, a word, end
+            least = {"context_length": 3, "eos_id": 0}.get(name, 1)         # context: begin, a word, end
             if isinstance(value, int) and value < least:
                 raise ValueError(f"{name}={value}: must be at least {least}")
 
 
-def published(image_size, patch, width, layers, text_width, embed):
+def published(image_size, patch_size, width, layers, text_width, embed):
     """A config of the paper's Table 20: heads are always 64 wide, the text tower has 12 layers."""
     return CLIPConfig(
-        image_size=image_size, patch=patch, vision_width=width, vision_layers=layers,
+        image_size=image_size, patch_size=patch_size, vision_width=width, vision_layers=layers,
         vision_heads=width // 64, text_width=text_width, text_layers=12,
-        text_heads=text_width // 64, context=77, vocab=49408, eos=49407, embed=embed,
+        text_heads=text_width // 64, context_length=77, vocab_size=49408, eos_id=49407, embed_dim=embed,
         act="quick_gelu")
 
 
@@ -86,7 +89,7 @@ def published_resnet(image_size, stages, width, text_width, embed):
 PRESETS = {
     "tiny": CLIPConfig(),
     "small": CLIPConfig(image_size=64, vision_width=384, vision_layers=8, vision_heads=6,
-                        text_width=256, text_layers=6, text_heads=4, context=64, embed=256),
+                        text_width=256, text_layers=6, text_heads=4, context_length=64, embed_dim=256),
     "ViT-B/32": published(224, 32, 768, 12, 512, 512),
     "ViT-B/16": published(224, 16, 768, 12, 512, 512),
     "ViT-L/14": published(224, 14, 1024, 24, 768, 768),
@@ -106,11 +109,11 @@ TRAINS = {"clip": ("*",)}                # by stage: patterns of the parameters 
 class TextTower(nn.Module):
     """A causal transformer over token ids, read at the end-of-text token (paper, 2.4)."""
 
-    def __init__(self, *, vocab, context, width, blocks, eos):
+    def __init__(self, *, vocab_size, context_length, width, blocks, eos_id):
         super().__init__()
-        self.eos = eos
-        self.token_embed = nn.Embedding(vocab, width)
-        self.positions = nn.Parameter(torch.empty(context, width))
+        self.eos_id = eos_id
+        self.token_embed = nn.Embedding(vocab_size, width)
+        self.pos_embed = nn.Parameter(torch.empty(context_length, width))
         self.transformer = Transformer(blocks, LayerNorm(width))
 
     def forward(self, ids):
@@ -120,12 +123,12 @@ class TextTower(nn.Module):
         No padding mask is needed: behind a causal mask nothing after eos reaches it.
         """
         T = ids.shape[1]
-        if T > len(self.positions):
-            raise ValueError(f"{T} tokens, but the context is {len(self.positions)}")
-        ends = ids == self.eos
+        if T > len(self.pos_embed):
+            raise ValueError(f"{T} tokens, but the context is {len(self.pos_embed)}")
+        ends = ids == self.eos_id
         if not ends.any(dim=1).all():
-            raise ValueError(f"a text without the end-of-text id {self.eos}")
-        x = self.token_embed(ids) + self.positions[:T]
+            raise ValueError(f"a text without the end-of-text id {self.eos_id}")
+        x = self.token_embed(ids) + self.pos_embed[:T]
         first = ends.int().argmax(dim=1)         # argmax of 0/1 is the first 1
         return self.transformer.read(x, first, causal(T, device=ids.device))
 
@@ -137,15 +140,15 @@ def image_tower(c):
     """
     if c.stages:
         return ModifiedResNet(image_size=c.image_size, stages=c.stages, width=c.vision_width,
-                              heads=c.vision_heads, embed=c.embed)
+                              heads=c.vision_heads, embed_dim=c.embed_dim)
     blocks = [vit_block(width=c.vision_width, heads=c.vision_heads, act=ACTIVATIONS[c.act])
               for _ in range(c.vision_layers)]
-    return ViT(image_size=c.image_size, patch=c.patch, width=c.vision_width, blocks=blocks,
-               pre_norm=LayerNorm(c.vision_width), post_norm=LayerNorm(c.vision_width))
+    return ViT(image_size=c.image_size, patch_size=c.patch_size, width=c.vision_width, blocks=blocks,
+               ln_pre=LayerNorm(c.vision_width), ln_post=LayerNorm(c.vision_width))
 
 
 @dataclass
-class Cached:
+class FeatureGradients:
     """What one micro-batch needs of the whole batch's loss; made by `CLIP.accumulate`."""
     by_image: torch.Tensor               # gradient of the whole loss, (B, E)
     by_text: torch.Tensor
@@ -173,28 +176,28 @@ class CLIP(nn.Module):
         self.config, c, act = config, config, ACTIVATIONS[config.act]
         self.vision = image_tower(c)
         self.text = TextTower(
-            vocab=c.vocab, context=c.context, width=c.text_width, eos=c.eos,
+            vocab_size=c.vocab_size, context_length=c.context_length, width=c.text_width, eos_id=c.eos_id,
             blocks=[vit_block(width=c.text_width, heads=c.text_heads, act=act)
                     for _ in range(c.text_layers)])
         # A ResNet's pool ends in the projection, and that one has a bias.
         self.image_projection = nn.Identity() if c.stages else \
-            nn.Linear(c.vision_width, c.embed, bias=False)
-        self.text_projection = nn.Linear(c.text_width, c.embed, bias=False)
+            nn.Linear(c.vision_width, c.embed_dim, bias=False)
+        self.text_projection = nn.Linear(c.text_width, c.embed_dim, bias=False)
         # Its logarithm is learned; the multiplier itself starts at 1 / 0.07, SigLIP's at 10.
         sigmoid = c.loss == "sigmoid"
         self.logit_scale = nn.Parameter(torch.tensor(math.log(10 if sigmoid else 1 / 0.07)))
         self.logit_bias = nn.Parameter(torch.tensor(-10.0)) if sigmoid else None
-        self.initialise()
+        self.init_weights()
 
     @torch.no_grad()
-    def initialise(self):
+    def init_weights(self):
         """OpenAI's initialisation: text by width and depth, a ViT as torch's own layers.
 
         A ResNet comes with its own.
         """
         width, layers = self.config.text_width, self.config.text_layers
         nn.init.normal_(self.text.token_embed.weight, std=0.02)
-        nn.init.normal_(self.text.positions, std=0.01)
+        nn.init.normal_(self.text.pos_embed, std=0.01)
         for projection in (self.text_projection, self.image_projection):
             for weight in projection.parameters():
                 nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
@@ -216,7 +219,7 @@ class CLIP(nn.Module):
 
     def encode_image(self, images):
         """images float (B, 3, H, W), normalised -> unit vectors (B, E), float32 or wider."""
-        return F.normalize(full(self.image_projection(self.image_features(images))), dim=-1)
+        return F.normalize(to_float32(self.image_projection(self.image_features(images))), dim=-1)
 
     def image_features(self, images):
         """What a linear probe reads: (B, D).
@@ -227,22 +230,22 @@ class CLIP(nn.Module):
 
     def encode_text(self, ids):
         """ids int64 (B, T) -> unit vectors (B, E), float32 or wider."""
-        return F.normalize(full(self.text_projection(self.text(ids))), dim=-1)
+        return F.normalize(to_float32(self.text_projection(self.text(ids))), dim=-1)
 
     def features(self, batch):
         """batch: images uint8 (B, 3, H, W), ids int64 (B, T) -> unit vectors (B, E), (B, E)."""
-        return self.encode_image(normalise(batch["images"])), self.encode_text(batch["ids"])
+        return self.encode_image(normalize_pixels(batch["images"])), self.encode_text(batch["ids"])
 
     def scalars(self):
         """The learned numbers of the loss: [logit_scale], for SigLIP [logit_scale, logit_bias]."""
         return [s for s in (self.logit_scale, self.logit_bias) if s is not None]
 
-    def loss(self, image, text, scalars, gather=losses.alone):
+    def loss(self, image, text, scalars, gather=losses.no_gather):
         """The contrastive loss of unit vectors (B, E), (B, E) under the numbers of `scalars`."""
         kind = losses.softmax_contrastive if len(scalars) == 1 else losses.sigmoid_contrastive
         return kind(image, text, scalars[0].exp(), *scalars[1:], gather=gather)
 
-    def forward(self, batch, gather=losses.alone, cached=None):
+    def forward(self, batch, gather=losses.no_gather, cached=None):
         """A batch as in `features` -> {"contrastive": scalar, in nats}.
 
         cached: this micro-batch's part of a larger batch, from `accumulate`.
@@ -252,7 +255,7 @@ class CLIP(nn.Module):
             return {"contrastive": cached.loss(image, text, self.scalars())}
         return {"contrastive": self.loss(image, text, self.scalars(), gather)}
 
-    def accumulate(self, batches, gather=losses.alone):
+    def accumulate(self, batches, gather=losses.no_gather):
         """Micro-batches -> one Cached for each, so that their losses add up to the whole batch's.
 
         Averaging the losses of micro-batches would shrink the negatives to a micro-batch. Instead
@@ -265,14 +268,14 @@ class CLIP(nn.Module):
         A ResNet's BatchNorm sees micro-batches in both passes, so a step is exact for pictures
         normalised in these groups, not for one large group. Its running statistics move once.
         """
-        with torch.no_grad(), statistics_at_rest(self.vision):
+        with torch.no_grad(), freeze_bn_stats(self.vision):
             made = [self.features(batch) for batch in batches]
         image, text = (torch.cat(side).requires_grad_() for side in zip(*made))
         scalars = [s.detach().requires_grad_() for s in self.scalars()]
         loss = self.loss(image, text, scalars, gather)
         by_image, by_text, *by_scalars = torch.autograd.grad(loss, [image, text, *scalars])
         sizes = [len(batch["ids"]) for batch in batches]
-        return [Cached(i, t, by_scalars, loss.detach(), len(batches))
+        return [FeatureGradients(i, t, by_scalars, loss.detach(), len(batches))
                 for i, t in zip(by_image.split(sizes), by_text.split(sizes))]
 
     @torch.no_grad()
@@ -303,7 +306,7 @@ class CLIP(nn.Module):
     def encode_records(self, data, records, chunk=256):
         """Unit vectors (N, E) of the records' pictures."""
         parts = [records[k:k + chunk] for k in range(0, len(records), chunk)]
-        return torch.cat([self.encode_image(normalise(data.images(part))) for part in parts])
+        return torch.cat([self.encode_image(normalize_pixels(data.images(part))) for part in parts])
 
     def classifier(self, ids, names, templates):
         """A zero-shot classifier (paper, 3.1.4): float (E, C), one unit column for each name.
@@ -328,12 +331,12 @@ class Trained:
     def images(self, pictures):
         """Pillow pictures -> unit vectors (N, E)."""
         size = self.model.config.image_size
-        pictures = to_tensor([centre_crop(p, size) for p in pictures])
-        return self.model.encode_image(normalise(pictures))
+        pictures = to_tensor([center_crop(p, size) for p in pictures])
+        return self.model.encode_image(normalize_pixels(pictures))
 
     def ids(self, texts):
         """Texts -> int64 (N, T)."""
-        return self.tokenizer.batch(texts, self.model.config.context)
+        return self.tokenizer.batch(texts, self.model.config.context_length)
 
     @torch.no_grad()
     def classify(self, picture, names, templates=("{}",)):

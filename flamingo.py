@@ -20,14 +20,16 @@ import torch.nn.functional as F
 from torch import nn
 
 import clip
-from common import checkpoint, cli, evaluation, language, losses, masks
-from common.conversation import ANSWER, OUTPUT, collate
-from common.data import Drawn
-from common.generation import generate, rank
-from common.images import normalise, open_frames, sheet
+from common.training import checkpoint, options as cli
+from common.evaluation import writing as evaluation
+from common import language, losses, masks
+from common.prompts import ANSWER, OUTPUT, collate
+from common.data.batches import Drawn
+from common.generation import generate, score_candidates
+from common.data.images import normalize_pixels, open_frames, sheet
 from common.language import LanguageConfig, LanguageModel
-from common.pages import Pages
-from common.tokenizers import EOC, EOS, IMAGE
+from common.data.interleaved import InterleavedCollator
+from common.data.tokenizer import EOC, EOS, IMAGE
 from common.transformer import MLP, Attention, LayerNorm, gelu, squared_relu
 
 ACTIVATIONS = {"squared_relu": squared_relu, "gelu": gelu}
@@ -55,8 +57,8 @@ class FlamingoConfig:
     head_width: int = 32
     act: str = "squared_relu"            # OpenFlamingo has gelu
     gate: float = 0.0                    # what both gates start at, before their tanh
-    loud: float = 10.0                   # times the usual size an attention's output starts at
-    latest: bool = True                  # text attends to the latest picture alone, not to all
+    attn_init_scale: float = 10.0                   # times the usual size an attention's output starts at
+    only_latest_image: bool = True                  # text attends to the latest picture alone, not to all
     next_image: float = 0.5              # share of training's pages whose text sees the next one
     pages: bool = True                   # train on interleaved pages and episodes too
 
@@ -80,9 +82,9 @@ class FlamingoConfig:
         return self.vision["image_size"]
 
     @property
-    def context(self):
+    def context_length(self):
         """The most tokens, the language model's."""
-        return self.language["context"]
+        return self.language["context_length"]
 
 
 def paper(layers, width, every):
@@ -93,7 +95,7 @@ def paper(layers, width, every):
     parameters by the formula of these layers; the table says 1.2B, 1.6B and 10B + 194M.
     """
     vision = dict(dataclasses.asdict(clip.PRESETS["ViT-L/14"]), vision_width=1536, vision_heads=24)
-    words = LanguageConfig(kind="gpt2", vocab=32000, context=2048, width=width, layers=layers,
+    words = LanguageConfig(kind="gpt2", vocab_size=32000, context_length=2048, width=width, layers=layers,
                            heads=width // 128, kv_heads=width // 128, hidden=4 * width)
     return FlamingoConfig(
         vision=vision, language=dataclasses.asdict(words), class_token=False, latents=64,
@@ -199,14 +201,14 @@ class GatedBlock(nn.Module):
     than usual the attention's output starts, to be heard beside what it is added to.
     """
 
-    def __init__(self, *, width, context_width, heads, head_width, act, gate, loud):
+    def __init__(self, *, width, context_width, heads, head_width, act, gate, attn_init_scale):
         super().__init__()
         self.attn_norm, self.mlp_norm = LayerNorm(width), LayerNorm(width)
         self.attn = Attention(width=width, heads=heads, head_width=head_width,
                               context_width=context_width, bias=False)
         self.mlp = MLP(width=width, act=act, bias=False)
         with torch.no_grad():
-            self.attn.out_proj.weight.mul_(loud)
+            self.attn.out_proj.weight.mul_(attn_init_scale)
         self.attn_gate = nn.Parameter(torch.full((1,), float(gate)))
         self.mlp_gate = nn.Parameter(torch.full((1,), float(gate)))
 
@@ -246,7 +248,7 @@ class Flamingo(nn.Module):
         self.gated = nn.ModuleDict({
             str(i): GatedBlock(width=self.lm.config.width, context_width=width, heads=c.heads,
                                head_width=c.head_width, act=act, gate=c.gate,
-                               loud=c.loud if i else 1.0)
+                               attn_init_scale=c.attn_init_scale if i else 1.0)
             for i in range(len(self.lm.blocks)) if PLACEMENTS[c.placement](i, c.every)})
         if not self.gated:
             raise ValueError(f"every={c.every}: no gated block among {len(self.lm.blocks)} blocks")
@@ -258,7 +260,7 @@ class Flamingo(nn.Module):
         """
         learns = any(p.requires_grad for p in self.vision.parameters())
         with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
-            x = normalise(images.flatten(0, 2))
+            x = normalize_pixels(images.flatten(0, 2))
             tokens = self.vision.hidden if self.config.class_token else self.vision.grid
             x = tokens(x, self.config.skip)                           # (B*N*F, S, D)
         return self.resampler(x.unflatten(0, images.shape[:3]))
@@ -273,15 +275,15 @@ class Flamingo(nn.Module):
         """
         tags, N, Q = ids == IMAGE, visual.shape[1], visual.shape[2]
         before = 0 if cache is None else cache.state.get("pictures", 0)
-        pictures = masks.picture_of(tags, before, None if following is None else following[:, None])
+        pictures = masks.image_index(tags, before, None if following is None else following[:, None])
         if pictures.numel() and pictures.max() > N:
             raise ValueError(f"a text with {int(pictures.max())} <image> tags, but {N} pictures")
         if cache is not None:            # a new token belongs to the last tag of its row
             cache.state["pictures"] = before + tags.sum(dim=1, keepdim=True)
             if tags.any():               # with a new picture, where there was padding perhaps
                 for block in self.gated.values():
-                    cache.forget(block.attn)
-        seen = masks.media(pictures, N, Q, self.config.latest)
+                    cache.invalidate(block.attn)
+        seen = masks.media(pictures, N, Q, self.config.only_latest_image)
         visual = visual.flatten(1, 2)                                 # (B, N*Q, D)
         x, places = self.lm.place(self.lm.embed(ids), mask, cache)
         for i, block in enumerate(self.lm.blocks):
@@ -290,7 +292,7 @@ class Flamingo(nn.Module):
             x = block(x, **places)
         return self.lm.head(x[:, -1:] if last else x)
 
-    def forward(self, batch, gather=losses.alone, cached=None):
+    def forward(self, batch, gather=losses.no_gather, cached=None):
         """{"images", "ids", "labels", "following", "weight", "dataset"} -> {"lm": scalar, in nats}.
 
         images uint8 (B, N, F, 3, H, W); ids, labels int64 (B, T); following bool (B,); dataset: its
@@ -302,7 +304,7 @@ class Flamingo(nn.Module):
         loss = losses.next_token_loss(logits, batch["labels"], count=count)
         return {"lm": batch["weight"] * loss}
 
-    def accumulate(self, batches, gather=losses.alone):
+    def accumulate(self, batches, gather=losses.no_gather):
         """Micro-batches of one or more data sets -> for each its own data set's label count.
 
         So that a step's loss is the weighted sum, over the data sets, of the mean over each one's
@@ -379,13 +381,13 @@ INTERLEAVED = ("pages", "labels", "glossaries")
 def feeds(world, tokenizer, config):
     """What Flamingo learns from: the world's data sets, else its pictures with their texts."""
     if not hasattr(world, "interleaved"):
-        return [(world, Pages(tokenizer, config), 1)]
+        return [(world, InterleavedCollator(tokenizer, config), 1)]
 
     nexts = {"pages": config.next_image}                 # of web pages alone (paper, A.3.2)
     found = []
     for name, (parts, weight, kinds) in DATASETS.items():
         if config.pages or name not in INTERLEAVED:
-            found.append((Drawn(world, partial(one_of, world, kinds)), Pages(
+            found.append((Drawn(world, partial(one_of, world, kinds)), InterleavedCollator(
                 tokenizer, config, len(found), weight, nexts.get(name, 0.0)), parts))
     return found
 
@@ -450,18 +452,18 @@ class Pupil:
         Compared are the frozen tower's features of a picture in one vector, of a clip their mean.
         """
         query, *support = (
-            self.model.vision.features(normalise(self.pages.images([{"images": [own]}])[0, 0].to(
+            self.model.vision.features(normalize_pixels(self.pages.images([{"images": [own]}])[0, 0].to(
                 self.device))).mean(dim=0) for own in [frames, *(shot[0] for shot in shots)])
         return [shots[i] for i in rices(query, torch.stack(support), count).tolist()]
 
     @torch.inference_mode()
-    def write(self, samples, tokens=24, beams=1, rows=256):
+    def write(self, samples, max_new_tokens=24, num_beams=1, rows=256):
         """What the model says next, a string for each sample."""
         said = []
         for k in range(0, len(samples), rows):
             ids, mask, state = self.read(samples[k:k + rows])
-            new = generate(self.say, ids, mask, tokens=tokens, beams=beams, state=state,
-                           stop=(EOC, EOS), context=self.model.config.context)
+            new = generate(self.say, ids, mask, max_new_tokens=max_new_tokens, num_beams=num_beams, state=state,
+                           stop=(EOC, EOS), context_length=self.model.config.context_length)
             said += [self.tokenizer.decode(row).strip() for row in new.tolist()]
         return said
 
@@ -478,8 +480,8 @@ class Pupil:
             made = [[self.tokenizer.encode(f" {a}") + [EOC] for a in own] for own in answers]
             longest = max(len(a) for own in made for a in own)
             table = torch.tensor([[a + [-100] * (longest - len(a)) for a in own] for own in made])
-            scores = rank(self.model.read, ids, table.to(self.device), mask, state=state,
-                          context=self.model.config.context)
+            scores = score_candidates(self.model.read, ids, table.to(self.device), mask, state=state,
+                          context_length=self.model.config.context_length)
             chosen += scores.argmax(dim=1).tolist()
         return chosen
 
@@ -491,14 +493,14 @@ def from_pretrained(path):
     config, tokenizer, weights = checkpoint.open_run(path, "flamingo")
     model = Flamingo(checkpoint.config_of(FlamingoConfig, config, path))
     checkpoint.load_weights(model, weights, path)
-    return Pupil(model.eval(), Pages(tokenizer, model.config))
+    return Pupil(model.eval(), InterleavedCollator(tokenizer, model.config))
 
 
 def ask(run, image, told, shots=()):
     """Print what the model says of a picture or clip after `told`, by a beam search of 3."""
     pupil = from_pretrained(run)
     shots = [(open_frames(path), words, answer) for path, words, answer in shots]
-    print(pupil.write([prompt(open_frames(image), told, shots)], beams=3)[0])
+    print(pupil.write([prompt(open_frames(image), told, shots)], num_beams=3)[0])
 
 
 def caption(run, image):

@@ -33,15 +33,16 @@ from tqdm import tqdm
 
 import clip
 import flamingo
-from common import checkpoint, cli, distributed, language, transformer
-from common.cli import option
-from common.data import (STAND_INS, Batches, Drawn, Mixture, Pairs, Texts, View, open_world,
+from common.training import checkpoint, distributed, lm, options as cli
+from common import transformer
+from common.training.options import option
+from common.data.batches import (STAND_INS, Batches, Drawn, Mixture, ImageTextBatch, PackedTexts, EvalData, open_world,
                          world_tokenizer)
-from common.devices import autocast, find_device, half_precision, peak_memory, to_device
-from common.formats import FORMATS, Files, Refusals
-from common.images import shown
-from common.runs import RunFolder
-from common.tokenizers import EOS, PAD
+from common.training.devices import autocast, find_device, half_precision, peak_memory, to_device
+from common.data.files import FORMATS, Files, Refusals
+from common.data.images import printable
+from common.training.run_folder import RunFolder
+from common.data.tokenizer import EOS, PAD
 
 BEGAN = time.time()
 
@@ -76,13 +77,13 @@ class Stage:
 
 def pairs(world, tokenizer, config):
     """Pictures with a text each."""
-    return [(world, Pairs(tokenizer, config.context, config.image_size), 1)]
+    return [(world, ImageTextBatch(tokenizer, config.context_length, config.image_size), 1)]
 
 
 def texts(world, tokenizer, config):
     """What the world gives to read, else its captions; rows of 80 tokens."""
     source = Drawn(world, functools.partial(reading, world)) if hasattr(world, "reading") else world
-    return [(source, Texts(tokenizer, config.context, 80), 1)]
+    return [(source, PackedTexts(tokenizer, config.context_length, 80), 1)]
 
 
 def reading(world, split, rng):
@@ -105,7 +106,7 @@ STAGES = {
                          for name in clip.PRESETS if name.startswith("RN") and "-" not in name},
                       "": PAPER}, pairs),
     "lm": Stage("a language model on the world's texts, for the stages that freeze one",
-                language, language.Pretraining, {
+                lm, lm.Pretraining, {
                     "": Recipe(steps=4000, batch_size=64, lr=3e-3, decay=0.1, betas=(0.9, 0.95),
                                eps=1e-8)}, texts),
     "flamingo": Stage("a resampler and gated blocks between a frozen CLIP and a frozen LM",
@@ -127,7 +128,7 @@ class Options:
     skip: float = option(0.05, "fraction of your records that may be refused before the run stops")
     shuffle: int = option(10_000, "window in which the samples of tar shards change places")
     seed: int = option(0, "of weights, order and draws; never of the test splits")
-    steps: int | None = option(None, "optimiser steps")
+    steps: int | None = option(None, "optimizer steps")
     batch_size: int | None = option(None, "samples of a step, over all processes and micro-batches")
     lr: float | None = option(None, "peak learning rate")
     accumulate: int = option(1, "micro-batches of a step; contrastive losses stay exact")
@@ -219,7 +220,7 @@ class Run:
             raise ValueError(f"--preset {options.preset}: {name} has "
                              + ", ".join(self.stage.file.PRESETS))
         for setting in settings:
-            if setting.partition("=")[0] in ("vocab", "eos"):
+            if setting.partition("=")[0] in ("vocab_size", "eos_id"):
                 raise ValueError(f"--set {setting}: it belongs to the world's tokenizer")
         config = cli.changed(self.stage.file.PRESETS[options.preset], settings)
         self.folder = RunFolder(options.out or self.default_folder())
@@ -227,7 +228,7 @@ class Run:
         self.world = open_world(options.data, getattr(config, "image_size", 32), options.images,
                                 options.skip, options.shuffle)
         self.tokenizer = self.tokenizer or world_tokenizer(self.world)
-        own = {"vocab": len(self.tokenizer), "eos": EOS, "pad": PAD}
+        own = {"vocab_size": len(self.tokenizer), "eos_id": EOS, "pad_id": PAD}
         self.config = dataclasses.replace(
             config, **{key: own[key] for key in own if hasattr(config, key)})
         self.recipe = self.find_recipe()
@@ -235,7 +236,7 @@ class Run:
         self.workers = options.workers
         if self.workers is None:         # on a CPU a worker takes the core that training waits for
             self.workers = 0 if self.device.type == "cpu" else min(8, (os.cpu_count() or 2) - 1)
-        self.model, self.optimiser, self.table = self.open_model(" ".join(settings))
+        self.model, self.optimizer, self.table = self.open_model(" ".join(settings))
         self.step, self.seconds, self.loss = 0, 0.0, math.nan
         self.kept, self.stopped, self.measuring = None, None, False
         self.refused = Refusals(options.skip) if isinstance(self.world, Files) else None
@@ -271,7 +272,7 @@ class Run:
         return " ".join(["python train.py", stage, *flags, f"--out {where}"])
 
     def open_model(self, settings):
-        """The model on its device, its optimiser, and the table of what is trained and frozen."""
+        """The model on its device, its optimizer, and the table of what is trained and frozen."""
         options, recipe = self.options, self.recipe
         torch.manual_seed(options.seed)
         try:
@@ -374,7 +375,7 @@ class Run:
         self.folder.agree(self.described(), parts)
         checkpoint.load_weights(self.model, state["model"], self.folder.path)
         try:
-            self.optimiser.load_state_dict(state["optimizer"])
+            self.optimizer.load_state_dict(state["optimizer"])
             torch.set_rng_state(state["rng"])
             self.step = self.kept = state["step"]
             self.seconds, self.loss = (state["schedule"][name] for name in ("seconds", "loss"))
@@ -387,10 +388,10 @@ class Run:
             print(f"resumed from step {self.step}")
 
     def save(self):
-        """Keep weights, optimiser and step: there is no more, every draw follows from them."""
+        """Keep weights, optimizer and step: there is no more, every draw follows from them."""
         self.kept = self.step
         self.folder.save({
-            "model": self.model.state_dict(), "optimizer": self.optimiser.state_dict(),
+            "model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
             "schedule": {"seconds": self.elapsed(), "loss": self.loss}, "step": self.step,
             "rng": torch.get_rng_state(), "data": {"seed": self.options.seed} | (
                 {"refused": self.refused.count} if self.refused else {})})
@@ -402,9 +403,9 @@ class Run:
     # -------------------------------------------------------------- the loop
 
     def update(self, forward, batches):
-        """One optimiser step over the micro-batches -> the loss, a tensor on the device."""
+        """One optimizer step over the micro-batches -> the loss, a tensor on the device."""
         rate = learning_rate(self.recipe, self.step)
-        for group in self.optimiser.param_groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = rate * group["times"]
         batches = [to_device(batch, self.device) for batch in batches]
         parts = [None]
@@ -422,8 +423,8 @@ class Run:
                 loss.backward()
             total = total + loss.detach()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
-        self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=True)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
         self.model.after_step(self.step)
         return total + 0 * norm          # NaN, too, when the loss is finite but its gradient is not
 
@@ -455,7 +456,7 @@ class Run:
                     bar.set_postfix(loss=f"{self.loss:.3f}", refresh=False)
                     if self.step % 10 == 0 or last:
                         self.folder.log({"step": self.step, "loss": round(self.loss, 5),
-                                         "lr": self.optimiser.param_groups[0]["lr"],
+                                         "lr": self.optimizer.param_groups[0]["lr"],
                                          "seconds": round(self.elapsed(), 2),
                                          "waited": round(waited, 2), **self.passed_over()})
                     if saving or stop:
@@ -477,7 +478,7 @@ class Run:
                                   self.device)
         self.loss = shared["loss"]
         if shared["refused"]:
-            self.pass_over(distributed.together(reasons), shared["lost"])
+            self.pass_over(distributed.all_gather_objects(reasons), shared["lost"])
         if not math.isfinite(self.loss):
             kept = "there is no checkpoint yet" if self.kept is None else \
                 f"the checkpoint of step {self.kept} stays in {self.folder.path}"
@@ -489,7 +490,7 @@ class Run:
         for reason in reasons:
             self.refused.add(reason)
             if self.refused.count <= 3 and distributed.rank() == 0:
-                tqdm.write(f"refused: {shown(reason)}")
+                tqdm.write(f"refused: {printable(reason)}")
         self.folder.refuse(self.step, reasons)
         there = f"; {self.folder.path / 'refused.jsonl'} lists them"
         try:
@@ -512,7 +513,7 @@ class Run:
         if distributed.rank() > 0:
             return
         self.model.eval()
-        view = View(self.world, self.tokenizer, self.collate, self.device)
+        view = EvalData(self.world, self.tokenizer, self.collate, self.device)
         with autocast(self.device, self.half):
             figures = self.model.evaluate(view)
             self.model.samples(view).save(self.folder.path / "samples.png")

@@ -6,13 +6,14 @@ ids int64 (B, T) or embeddings float (B, T, D), the tokens after those in the ca
 newest token's logits alone, (B, 1, V). state: tensors (B, ...) handed to every call as they are,
 such as what cross-attention reads; what changes on the way a model keeps in `cache.state`.
 
-    generate(lm, ids, mask, tokens=20, stop=(EOS,), temperature=0.7, top_p=0.9)
+    generate(lm, ids, mask, max_new_tokens=20, stop=(EOS,), temperature=0.7, top_p=0.9)
 """
 import functools
 
 import torch
 
-from common.transformer import KVCache, full
+from common.cache import KVCache
+from common.transformer import to_float32
 
 # After how many tokens it is asked whether all rows have ended. Asking a GPU makes it wait: there,
 # with 8, a few tokens too many are cheaper, and cut off at the end.
@@ -21,7 +22,7 @@ ASKED_EVERY = {"cpu": 1}
 
 # ------------------------------------------------------------------ choosing a token
 
-def penalise(scores, seen, penalty):
+def penalize(scores, seen, penalty):
     """Make tokens that occurred less likely (CTRL, 4.1): positive scores / penalty, negative * it.
 
     scores float (B, V), seen bool (B, V) or None.
@@ -89,7 +90,7 @@ def pad_left(prompt, mask):
     return prompt[rows, order], mask[rows, order]
 
 
-def check(prompt, mask, tokens, context, more="new ones"):
+def check(prompt, mask, max_new_tokens, context_length, more="new ones"):
     """Raise ValueError for a prompt that cannot be gone on from, by so many tokens."""
     if prompt.dim() != (3 if prompt.is_floating_point() else 2):
         raise ValueError(f"a prompt of shape {tuple(prompt.shape)}: ids are (B, T), embeddings "
@@ -104,15 +105,15 @@ def check(prompt, mask, tokens, context, more="new ones"):
         if not mask.any(dim=1).all():
             raise ValueError("a prompt without a real token")
         longest = int(mask.sum(dim=1).max())
-    if context is not None and longest + tokens > context:
-        raise ValueError(f"a prompt of {longest} tokens and {tokens} {more} are "
-                         f"{longest + tokens}, but the context is {context}")
+    if context_length is not None and longest + max_new_tokens > context_length:
+        raise ValueError(f"a prompt of {longest} tokens and {max_new_tokens} {more} are "
+                         f"{longest + max_new_tokens}, but the context is {context_length}")
 
 
-def check_options(tokens, beams, pad, temperature, top_k, top_p, repetition_penalty):
+def check_options(max_new_tokens, num_beams, pad_id, temperature, top_k, top_p, repetition_penalty):
     """Raise ValueError for what no generation can do."""
     for name, value, least in (("temperature", temperature, 0), ("top_k", top_k, 1),
-                               ("tokens", tokens, 1), ("beams", beams, 1), ("pad", pad, 0)):
+                               ("max_new_tokens", max_new_tokens, 1), ("num_beams", num_beams, 1), ("pad_id", pad_id, 0)):
         if value is not None and not value >= least:
             raise ValueError(f"{name}={value}: must be at least {least}")
     if not 0 < top_p <= 1:
@@ -122,8 +123,8 @@ def check_options(tokens, beams, pad, temperature, top_k, top_p, repetition_pena
     if temperature == 0 and (top_k is not None or top_p < 1):
         raise ValueError(f"top_k={top_k}, top_p={top_p}: they are of draws; at temperature=0 "
                          "nothing is drawn")
-    if beams > 1 and temperature > 0:
-        raise ValueError(f"beams={beams} search, temperature={temperature} draws: choose one")
+    if num_beams > 1 and temperature > 0:
+        raise ValueError(f"num_beams={num_beams} search, temperature={temperature} draws: choose one")
 
 
 def without_gradients(function):
@@ -136,13 +137,13 @@ def without_gradients(function):
     return run
 
 
-class Writing:
+class DecodingState:
     """A prompt being continued: the model's cache and the mask that grows with it."""
 
-    def __init__(self, model, prompt, mask, tokens, state):
+    def __init__(self, model, prompt, mask, max_new_tokens, state):
         self.model, self.state, self.cache, self.mask = model, state, KVCache(), mask
         if mask is not None:             # new tokens are always real
-            self.mask = torch.cat([mask, mask.new_ones(len(mask), tokens)], dim=1)
+            self.mask = torch.cat([mask, mask.new_ones(len(mask), max_new_tokens)], dim=1)
         self.length = 0
         self.read(prompt)
 
@@ -151,7 +152,7 @@ class Writing:
         self.length += x.shape[1]
         mask = None if self.mask is None else self.mask[:, :self.length]
         logits = self.model(x, mask=mask, cache=self.cache, last=True, **self.state)[:, -1]
-        self.logits = full(logits)
+        self.logits = to_float32(logits)
 
     def repeat(self, times):
         """Every row `times` times in a row, for beams."""
@@ -176,93 +177,10 @@ def seen_tokens(prompt, mask, logits):
     return counts.scatter_add_(1, prompt.clamp(0, logits.shape[1] - 1), real.int()) > 0
 
 
-# ------------------------------------------------------------------ beam search
-
-class Beams:
-    """The K likeliest beginnings of each row, and the K best finished texts so far.
-
-    A finished text scores its log-probability / length ** length_penalty, the length being its new
-    tokens, the end included: above 0 long texts gain, below 0 short ones. early_stopping: True
-    ends a row as soon as K texts are finished; False when its best beginning, scored at its present
-    length, is worse than all of them; "never" scores it at the best length it may still reach. At
-    the last token every beginning counts as finished. These are the rules of transformers.
-    """
-
-    def __init__(self, writing, K, tokens, stop, pad, length_penalty, early_stopping):
-        if early_stopping not in (True, False, "never"):
-            raise ValueError(f"early_stopping={early_stopping}: True, False or 'never'")
-        B, device = len(writing.logits), writing.logits.device
-        self.writing, self.K, self.tokens, self.stop = writing, K, tokens, stop
-        self.length_penalty, self.early_stopping = length_penalty, early_stopping
-        writing.repeat(K)
-        self.prompt = writing.length     # up to here the beams of a row are alike
-        self.ids = torch.full((B, K, tokens), pad, device=device)     # the beginnings
-        # All beams begin alike: only the first may be continued, else each text comes K times.
-        self.scores = torch.full((B, K), -torch.inf, device=device)
-        self.scores[:, 0] = 0
-        self.texts, self.finished = self.ids.clone(), torch.full_like(self.scores, -torch.inf)
-        self.lengths = torch.zeros(B, K, dtype=torch.int64, device=device)
-        self.closed = torch.zeros(B, 1, dtype=torch.bool, device=device)
-
-    def search(self, seen=None, repetition_penalty=1.0):
-        """The best text of each row, int64 (B, N); seen: bool (B, V), for the penalty."""
-        seen = None if seen is None else seen.repeat_interleave(self.K, dim=0)
-        for n in range(self.tokens):
-            logs = self.writing.logits.log_softmax(dim=-1)            # (B * K, V)
-            logs = penalise(logs, seen, repetition_penalty)
-            rows, token = self.step(logs.unflatten(0, (-1, self.K)), n)
-            if n + 1 == self.tokens or bool(self.closed.all()):
-                break
-            self.writing.cache.exchange(rows, self.prompt)
-            seen = None if seen is None else seen[rows].scatter(1, token, True)
-            self.writing.read(token)
-        return self.texts[:, 0, :int(self.lengths[:, 0].max())]
-
-    def step(self, logs, n):
-        """Token n: the next beginnings and texts from logs (B, K, V) -> (rows, token) to go on.
-
-        rows int64 (B * K,): which row of the cache each beginning continues; token (B * K, 1).
-        """
-        B, K, V = logs.shape
-        # So many that K remain when every beam's likeliest tokens are ends.
-        width = min(max(2, 1 + len(self.stop)) * K, K * V)
-        scores, place = (self.scores[..., None] + logs).flatten(1).topk(width)       # (B, width)
-        beam, token = place // V, place % V
-        ids = self.ids.gather(1, beam[..., None].expand(B, width, self.tokens))
-        ids[:, :, n] = token
-        ends = torch.isin(token, self.stop) | (n + 1 == self.tokens)
-        self.finish(ids, scores.masked_fill(~ends, -torch.inf)[:, :K], n + 1)
-        self.scores, kept = scores.masked_fill(ends, -torch.inf).topk(K)
-        self.ids = ids.gather(1, kept[..., None].expand(B, K, self.tokens))
-        self.close(n + 1)
-        rows = beam.gather(1, kept) + K * torch.arange(B, device=kept.device)[:, None]
-        return rows.flatten(), token.gather(1, kept).view(-1, 1)
-
-    def finish(self, ids, scores, length):
-        """Keep the K best texts of those before and now; ids (B, width, N), scores (B, K)."""
-        scores = (scores / length ** self.length_penalty).masked_fill(self.closed, -torch.inf)
-        scores = torch.cat([self.finished, scores], dim=1)
-        texts = torch.cat([self.texts, ids[:, :self.K]], dim=1)
-        lengths = torch.cat([self.lengths, torch.full_like(self.lengths, length)], dim=1)
-        self.finished, kept = scores.topk(self.K)
-        self.lengths = lengths.gather(1, kept)
-        self.texts = texts.gather(1, kept[..., None].expand(self.texts.shape))
-
-    def close(self, length):
-        """Close the rows whose beginnings can no longer better their K finished texts."""
-        longest = self.tokens if self.early_stopping == "never" and self.length_penalty > 0 \
-            else length
-        hope = self.scores[:, :1] / longest ** self.length_penalty
-        worst = self.finished.min(dim=1, keepdim=True).values         # -inf until K are finished
-        self.closed |= (hope <= worst) & worst.isfinite()
-        if self.early_stopping is True:
-            self.closed |= worst.isfinite()
-
-
 # ------------------------------------------------------------------ generate
 
 @without_gradients
-def generate(model, prompt, mask=None, *, tokens=32, stop=(), pad=0, context=None, beams=1,
+def generate(model, prompt, mask=None, *, max_new_tokens=32, stop=(), pad_id=0, context_length=None, num_beams=1,
              length_penalty=1.0, early_stopping=False, temperature=0.0, top_k=None, top_p=1.0,
              repetition_penalty=1.0, generator=None, stop_strings=(), decode=None, state=None):
     """Continue each row of a prompt -> the new ids alone, int64 (B, N), N <= tokens.
@@ -275,32 +193,33 @@ def generate(model, prompt, mask=None, *, tokens=32, stop=(), pad=0, context=Non
     call of the model. Raises ValueError for options that contradict each other or exceed `context`.
     """
     choice = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    check_options(tokens, beams, pad, **choice, repetition_penalty=repetition_penalty)
-    check(prompt, mask, tokens, context)
+    check_options(max_new_tokens, num_beams, pad_id, **choice, repetition_penalty=repetition_penalty)
+    check(prompt, mask, max_new_tokens, context_length)
     prompt, mask = pad_left(prompt, mask)
     stop = (stop,) if isinstance(stop, int) else stop
     stop_strings = (stop_strings,) if isinstance(stop_strings, str) else stop_strings
-    if stop_strings and (decode is None or beams > 1):
-        raise ValueError("stop_strings need decode, and beams=1")
-    writing = Writing(model, prompt, mask, tokens, state or {})
+    if stop_strings and (decode is None or num_beams > 1):
+        raise ValueError("stop_strings need decode, and num_beams=1")
+    writing = DecodingState(model, prompt, mask, max_new_tokens, state or {})
     seen = seen_tokens(prompt, mask, writing.logits) if repetition_penalty != 1 else None
     stop = torch.tensor(list(stop), dtype=torch.int64, device=prompt.device)
-    if beams > 1:
-        return Beams(writing, beams, tokens, stop, pad, length_penalty, early_stopping).search(
+    if num_beams > 1:
+        from common.beam_search import Beams  # it needs this file
+        return Beams(writing, num_beams, max_new_tokens, stop, pad_id, length_penalty, early_stopping).search(
             seen, repetition_penalty)
-    new = torch.full((len(prompt), tokens), pad, device=prompt.device)
+    new = torch.full((len(prompt), max_new_tokens), pad_id, device=prompt.device)
     going = torch.ones(len(prompt), dtype=torch.bool, device=prompt.device)
     lengths = going.long()               # of each row's text, its end included
-    for n in range(tokens):
-        logits = penalise(writing.logits, seen, repetition_penalty)
-        token = torch.where(going, sample(logits, **choice, generator=generator), pad)
+    for n in range(max_new_tokens):
+        logits = penalize(writing.logits, seen, repetition_penalty)
+        token = torch.where(going, sample(logits, **choice, generator=generator), pad_id)
         new[:, n] = token
         over = torch.isin(token, stop)
         if stop_strings:
             over |= holds(stop_strings, decode, new[:, :n + 1], going)
         going &= ~over
         every = ASKED_EVERY.get(prompt.device.type, 8)
-        if n + 1 == tokens or n % every == every - 1 and not bool(going.any()):
+        if n + 1 == max_new_tokens or n % every == every - 1 and not bool(going.any()):
             break
         lengths += going
         seen = None if seen is None else seen.scatter(1, token[:, None], True)
@@ -318,7 +237,7 @@ def holds(strings, decode, ids, open_rows):
 # ------------------------------------------------------------------ ranking
 
 @without_gradients
-def rank(model, prompt, candidates, mask=None, *, mean=False, context=None, rows=256, state=None):
+def score_candidates(model, prompt, candidates, mask=None, *, mean=False, context_length=None, rows=256, state=None):
     """log p(candidate | prompt) of every candidate, float (B, C), in nats.
 
     prompt, mask, state: as for `generate`. candidates int64 (C, L), the same for every prompt, or
@@ -334,11 +253,11 @@ def rank(model, prompt, candidates, mask=None, *, mean=False, context=None, rows
         raise ValueError("a candidate without a token")
     if (real[..., 1:] & ~real[..., :-1]).any():
         raise ValueError("a candidate with padding before a token: it belongs on the right")
-    check(prompt, mask, candidates.shape[-1], context, "of a candidate")
+    check(prompt, mask, candidates.shape[-1], context_length, "of a candidate")
     prompt, mask = pad_left(prompt, mask)
     candidates = candidates.expand(len(prompt), *candidates.shape[-2:])
     B, C, L = candidates.shape
-    read = Writing(model, prompt, mask, L, state or {})
+    read = DecodingState(model, prompt, mask, L, state or {})
     first = read.logits.log_softmax(dim=-1)                           # (B, V)
     flat, owner = candidates.reshape(B * C, L), torch.arange(B, device=prompt.device)
     owner, scores = owner.repeat_interleave(C), []
@@ -356,4 +275,4 @@ def follow(read, part, own):
     mask = None if read.mask is None else read.mask[own, :read.length + part.shape[1] - 1]
     logits = read.model(part[:, :-1].clamp(min=0), mask=mask, cache=read.cache.select(own),
                         **{name: value[own] for name, value in read.state.items()})
-    return full(logits).log_softmax(dim=-1).gather(2, part[:, 1:, None].clamp(min=0))[..., 0]
+    return to_float32(logits).log_softmax(dim=-1).gather(2, part[:, 1:, None].clamp(min=0))[..., 0]

@@ -12,25 +12,22 @@ Language Models are Unsupervised Multitask Learners (Radford et al., 2019), OPT 
 2022), LLaMA (Touvron et al., 2023).
 """
 import functools
-import itertools
 import math
-import random
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common import checkpoint, losses
-from common.conversation import Segment, collate, render
-from common.devices import to_device
+from common.training import checkpoint
+from common.data.images import printable
+from common.prompts import collate
+from common.training.devices import to_device
 from common.generation import generate
-from common.images import sheet, shown
 from common.losses import next_token_loss
 from common.masks import causal, padding
 from common.pretrained import language as pretrained
 from common.pretrained.files import is_published
-from common.tokenizers import BOS
 from common.transformer import (LayerNorm, LearnedPositions, RMSNorm, gpt2_block, llama_block,
                                 opt_block, rope_table)
 
@@ -59,8 +56,8 @@ KINDS = {"gpt2": (gpt2, LayerNorm, 0), "opt": (opt, LayerNorm, 2), "llama": (lla
 class LanguageConfig:
     """Sizes of a decoder. vocab, eos and pad belong to the tokenizer."""
     kind: str = "llama"                  # or gpt2, opt
-    vocab: int = 1024
-    context: int = 256
+    vocab_size: int = 1024
+    context_length: int = 256
     width: int = 128
     layers: int = 4
     heads: int = 4
@@ -70,13 +67,13 @@ class LanguageConfig:
     eps: float = 1e-5                    # of the norms
     theta: float = 10000.0               # the rotary base
     stretch: float = 1.0                 # rotary positions are divided by it (linear scaling)
-    eos: int = 2
-    pad: int = 0
+    eos_id: int = 2
+    pad_id: int = 0
 
     def __post_init__(self):
         if self.kind not in KINDS:
             raise ValueError(f"kind={self.kind} is not one of {', '.join(KINDS)}")
-        for name in ("vocab", "context", "width", "layers", "heads", "kv_heads", "hidden"):
+        for name in ("vocab_size", "context_length", "width", "layers", "heads", "kv_heads", "hidden"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
         if not (self.eps > 0 and self.theta > 0 and self.stretch > 0):
@@ -92,25 +89,25 @@ class LanguageConfig:
 
 def gpt2_size(layers, width, heads):
     """One of GPT-2's sizes."""
-    return LanguageConfig(kind="gpt2", vocab=50257, context=1024, width=width, layers=layers,
-                          heads=heads, kv_heads=heads, hidden=4 * width, eos=50256, pad=50256)
+    return LanguageConfig(kind="gpt2", vocab_size=50257, context_length=1024, width=width, layers=layers,
+                          heads=heads, kv_heads=heads, hidden=4 * width, eos_id=50256, pad_id=50256)
 
 
 def opt_size(layers, width, heads):
     """One of OPT's sizes (its Table 1), but for 350m, which is built differently."""
-    return LanguageConfig(kind="opt", vocab=50272, context=2048, width=width, layers=layers,
-                          heads=heads, kv_heads=heads, hidden=4 * width, eos=2, pad=1)
+    return LanguageConfig(kind="opt", vocab_size=50272, context_length=2048, width=width, layers=layers,
+                          heads=heads, kv_heads=heads, hidden=4 * width, eos_id=2, pad_id=1)
 
 
 def llama_size(layers, width, heads, hidden):
     """One of LLaMA's sizes (its Table 2)."""
-    return LanguageConfig(vocab=32000, context=2048, width=width, layers=layers, heads=heads,
+    return LanguageConfig(vocab_size=32000, context_length=2048, width=width, layers=layers, heads=heads,
                           kv_heads=heads, hidden=hidden, tied=False, eps=1e-6)
 
 
 PRESETS = {
     "tiny": LanguageConfig(),
-    "small": LanguageConfig(context=512, width=512, layers=8, heads=8, kv_heads=8, hidden=1408),
+    "small": LanguageConfig(context_length=512, width=512, layers=8, heads=8, kv_heads=8, hidden=1408),
     "gpt2": gpt2_size(12, 768, 12),
     "gpt2-medium": gpt2_size(24, 1024, 16),
     "gpt2-large": gpt2_size(36, 1280, 20),
@@ -121,8 +118,8 @@ PRESETS = {
     "opt-6.7b": opt_size(32, 4096, 32),
     "llama-7b": llama_size(32, 4096, 32, 11008),
     "llama-13b": llama_size(40, 5120, 40, 13824),
-    "vicuna-7b-v1.5": replace(llama_size(32, 4096, 32, 11008), context=4096, eps=1e-5),
-    "vicuna-13b-v1.5": replace(llama_size(40, 5120, 40, 13824), context=4096, eps=1e-5),
+    "vicuna-7b-v1.5": replace(llama_size(32, 4096, 32, 11008), context_length=4096, eps=1e-5),
+    "vicuna-13b-v1.5": replace(llama_size(40, 5120, 40, 13824), context_length=4096, eps=1e-5),
 }
 
 TRAINS = {"lm": ("*",)}                  # by stage: patterns of the parameters that learn
@@ -166,7 +163,7 @@ class NewTokens(nn.Module):
 
 
 @functools.lru_cache(maxsize=8)
-def turns(count, head_width, theta, stretch, device):
+def cached_rope_table(count, head_width, theta, stretch, device):
     """`rope_table` of the first `count` positions, made once."""
     with torch.inference_mode(False):    # what is made in that mode could not be trained with
         positions = torch.arange(count, device=device)
@@ -180,17 +177,17 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config, c = config, config
         block, norm, offset = KINDS[c.kind]
-        self.token_embed = nn.Embedding(c.vocab, c.width)
-        self.positions = None if offset is None else LearnedPositions(
-            count=c.context, width=c.width, offset=offset)
+        self.token_embed = nn.Embedding(c.vocab_size, c.width)
+        self.pos_embed = None if offset is None else LearnedPositions(
+            count=c.context_length, width=c.width, offset=offset)
         self.blocks = nn.ModuleList(block(c) for _ in range(c.layers))
         self.norm = norm(c.width, c.eps)
-        self.output = None if c.tied else nn.Linear(c.width, c.vocab, bias=False)
+        self.output = None if c.tied else nn.Linear(c.width, c.vocab_size, bias=False)
         self.new = None                  # NewTokens, for a model that needs tokens of its own
-        self.initialise()
+        self.init_weights()
 
     @torch.no_grad()
-    def initialise(self):
+    def init_weights(self):
         """GPT-2's: N(0, 0.02), biases 0; what adds to the residual is smaller the deeper it is."""
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -227,10 +224,10 @@ class LanguageModel(nn.Module):
         if mask is not None and mask.shape[1] != past + T:
             raise ValueError(f"a mask of {mask.shape[1]} tokens for {past} in the cache and "
                              f"{T} new")
-        if past + T > self.config.context:
+        if past + T > self.config.context_length:
             longest = past + T if mask is None else int(mask.sum(dim=1).max())
-            if longest > self.config.context:
-                raise ValueError(f"{longest} tokens, but the context is {self.config.context}")
+            if longest > self.config.context_length:
+                raise ValueError(f"{longest} tokens, but the context is {self.config.context_length}")
         if mask is None:
             positions = slice(past, past + T)
         else:
@@ -238,11 +235,11 @@ class LanguageModel(nn.Module):
         seen = causal(T, past, x.device) if T > 1 else None    # one new token sees all there is
         if mask is not None:
             seen = padding(mask) if seen is None else seen & padding(mask)
-        if self.positions is not None:
-            own = self.positions.first(T, past) if mask is None else self.positions(positions)
+        if self.pos_embed is not None:
+            own = self.pos_embed.first(T, past) if mask is None else self.pos_embed(positions)
             return x + own, {"mask": seen, "table": None, "cache": cache}
         c, count = self.config, 1 << max(8, (past + T - 1).bit_length())      # 256, 512, ...
-        table = turns(count, c.width // c.heads, c.theta, c.stretch, x.device)
+        table = cached_rope_table(count, c.width // c.heads, c.theta, c.stretch, x.device)
         table = [values[positions] if mask is None else values[positions][:, None]
                  for values in table]
         return x, {"mask": seen, "table": table, "cache": cache}
@@ -267,7 +264,7 @@ class LanguageModel(nn.Module):
 
     def generate(self, prompt, mask=None, **options):
         """`generation.generate` with this model's context, end and padding."""
-        own = {"context": self.config.context, "stop": (self.config.eos,), "pad": self.config.pad}
+        own = {"context_length": self.config.context_length, "stop": (self.config.eos_id,), "pad_id": self.config.pad_id}
         return generate(self, prompt, mask, **own | options)
 
 
@@ -291,96 +288,15 @@ def perplexity(lm, ids, labels=None, mask=None, rows=64):
     return torch.tensor(total / max(1, count)).exp().item()    # inf, where math.exp raises
 
 
-def unigram(seen, ids, config):
-    """Perplexity of ids (N, T) when each token is told by its share of `seen`, plus one each."""
-    counts = torch.ones(config.vocab, device=seen.device)
-    labels = unpadded(seen, config)[:, 1:]
-    counts += torch.bincount(labels[labels != -100], minlength=config.vocab)
-    labels = unpadded(ids, config)[:, 1:]
-    return (counts / counts.sum()).log()[labels[labels != -100]].mean().neg().exp().item()
-
-
 def unpadded(ids, config):
     """ids int64 (B, T), padded right -> labels int64 (B, T): the ids, -100 at the padding.
 
     Where a vocabulary pads with its end, as GPT-2's, the first of them is the end of the text.
     """
-    padding = (ids != config.pad).flip(1).cumsum(dim=1).flip(1) == 0      # no real token from here
-    if config.pad == config.eos:
+    padding = (ids != config.pad_id).flip(1).cumsum(dim=1).flip(1) == 0      # no real token from here
+    if config.pad_id == config.eos_id:
         padding[:, 1:] &= padding[:, :-1].clone()
     return ids.masked_fill(padding, -100)
-
-
-class Pretraining(nn.Module):
-    """A language model in training: the mean of -log p(token | all before it), in nats.
-
-    Its weights are named lm.*, as in every model that reads a language model's run.
-    """
-
-    def __init__(self, config):
-        super().__init__()
-        self.config, self.lm = config, LanguageModel(config)
-
-    def labels(self, batch):
-        """The batch's own labels, or all its ids but the padding."""
-        return batch["labels"] if "labels" in batch else unpadded(batch["ids"], self.config)
-
-    def forward(self, batch, gather=losses.alone, cached=None):
-        """{"ids": int64 (B, T), padded right, "labels" likewise or absent} -> {"lm": scalar}.
-
-        cached: the label count of the whole step, from `accumulate`.
-        """
-        labels = self.labels(batch)
-        count = losses.label_count([labels], gather) if cached is None else cached
-        return {"lm": next_token_loss(self.lm(batch["ids"]), labels, count=count)}
-
-    def accumulate(self, batches, gather=losses.alone):
-        """Micro-batches -> for each the number that their summed losses divide by.
-
-        A token weighs the same in whichever micro-batch and process it stands.
-        """
-        return [losses.label_count(map(self.labels, batches), gather)] * len(batches)
-
-    def after_step(self, step):
-        """Nothing to keep in bounds."""
-
-    def texts(self, data, split="test", count=1000):
-        """Unseen texts, what the world gives to read or its records' own: int64 (N, T)."""
-        if hasattr(data.world, "reading"):
-            return data.ids([data.world.reading(random.Random(f"{split} reading/{i}"))
-                             for i in range(count)])
-        if split == "train":
-            return data.ids(list(itertools.islice(data.world.corpus(), count)))
-        return data.ids([record["texts"][0] for record in data.records(split)])
-
-    def evaluate(self, data):
-        """Perplexity of unseen texts of a data.View beside what knows less and what knows all.
-
-        unigram: tokens told by how often they occur alone, as counted in as many training texts.
-        labels: of words that the world draws by known odds, with the corpus's own entropy.
-        """
-        ids = self.texts(data)
-        figures = {"perplexity": perplexity(self.lm, ids),
-                   "perplexity_unigram": unigram(self.texts(data, "train"), ids, self.config),
-                   "perplexity_chance": float(self.config.vocab)}
-        if hasattr(data.world, "labelled"):
-            drawn = [data.world.labelled(random.Random(f"labels/{i}")) for i in range(400)]
-            batch = collate([render([Segment((BOS,)), *(Segment(*part) for part in parts)],
-                                    data.tokenizer) for parts, _ in drawn])
-            entropy = sum(nats for _, nats in drawn) / int((batch["labels"] != -100).sum())
-            figures |= {"perplexity_labels": perplexity(self.lm, batch["ids"].to(ids.device),
-                                                        batch["labels"].to(ids.device)),
-                        "perplexity_labels_entropy": math.exp(entropy)}
-        return figures
-
-    def samples(self, data, count=6, begun=3):
-        """A picture for people: how the model goes on from the first words of unseen texts."""
-        ids = self.texts(data)[:count, :1 + begun]
-        more = self.lm.generate(ids, tokens=min(32, self.config.context - ids.shape[1]))
-        decode = data.tokenizer.decode
-        return sheet("Unseen texts: their beginning, then what the model writes.",
-                     [(decode(row.tolist()), None, [(None, decode(both.tolist()), None)])
-                      for row, both in zip(ids, torch.cat([ids, more], dim=1))])
 
 
 # ------------------------------------------------------------------ using a trained model
@@ -393,34 +309,34 @@ class Trained:
 
     def ids(self, texts):
         """Texts -> int64 (N, T): the beginning, the text, the end; padded right."""
-        ids = self.tokenizer.batch(several(texts), self.lm.config.context)
+        ids = self.tokenizer.batch(several(texts), self.lm.config.context_length)
         return ids.to(self.lm.token_embed.weight.device)
 
     def write(self, texts, **options):
         """How the model goes on from each text; options: those of `generation.generate`."""
         batch = self.batch([self.begun(text) for text in several(texts)], side="left")
         new = self.lm.generate(batch["ids"], batch["mask"], decode=self.tokenizer.decode, **options)
-        return [self.tokenizer.decode(cut(row, self.lm.config.eos)) for row in new.tolist()]
+        return [self.tokenizer.decode(cut(row, self.lm.config.eos_id)) for row in new.tolist()]
 
     def begun(self, text):
         """<bos> and the ids of a text that is to be continued."""
-        return [self.tokenizer.bos, *self.tokenizer.encode(text)]
+        return [self.tokenizer.bos_id, *self.tokenizer.encode(text)]
 
     def perplexity(self, texts):
         """`perplexity` of texts, their ends included."""
-        batch = self.batch([self.begun(text) + [self.tokenizer.eos] for text in several(texts)])
+        batch = self.batch([self.begun(text) + [self.tokenizer.eos_id] for text in several(texts)])
         return perplexity(self.lm, batch["ids"], batch["labels"])
 
     def batch(self, rows, side="right"):
         """`collate` of rows of ids, all of them labels, on the model's device."""
-        batch = collate([(row, row) for row in rows], pad=self.lm.config.pad, side=side)
+        batch = collate([(row, row) for row in rows], pad_id=self.lm.config.pad_id, side=side)
         return to_device(batch, self.lm.token_embed.weight.device)
 
 
 def several(texts):
     """The texts. Raises ValueError for a single string, which is a list of letters to Python."""
     if isinstance(texts, str):
-        raise ValueError(f"texts is the string {shown(texts)!r}: give a list of texts")
+        raise ValueError(f"texts is the string {printable(texts)!r}: give a list of texts")
     return texts
 
 
@@ -439,7 +355,7 @@ def from_pretrained(path, dtype=torch.float32):
         config, weights, tokenizer = pretrained.read(path)
     else:
         config, tokenizer, weights = checkpoint.open_run(
-            path, "common.language", command=f"python train.py lm --out {path}")
+            path, "common.training.lm", command=f"python train.py lm --out {path}")
         weights = {name.removeprefix("lm."): value for name, value in weights.items()}
     config = checkpoint.config_of(LanguageConfig, config, path)
     with torch.device("meta"):           # no minutes spent on random weights

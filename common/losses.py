@@ -2,15 +2,15 @@
 import torch
 import torch.nn.functional as F
 
-from common.transformer import full
+from common.transformer import to_float32
 
 
-def alone(x):
+def no_gather(x):
     """The gather of a single process: every feature there is, (B, D), and its first row, 0."""
     return x, 0
 
 
-def softmax_contrastive(image, text, scale, gather=alone):
+def softmax_contrastive(image, text, scale, gather=no_gather):
     """CLIP's loss (Learning Transferable Visual Models, Figure 3), in nats.
 
     image, text: float (B, D), rows of norm 1, row i of one belongs to row i of the other.
@@ -25,7 +25,7 @@ def softmax_contrastive(image, text, scale, gather=alone):
             + F.cross_entropy(scale * text @ images.T, labels)) / 2
 
 
-def sigmoid_contrastive(image, text, scale, bias, gather=alone):
+def sigmoid_contrastive(image, text, scale, bias, gather=no_gather):
     """SigLIP's loss (Sigmoid Loss for Language Image Pre-Training, Algorithm 1), in nats.
 
     Arguments as for `softmax_contrastive`; bias: added to every logit, starts at -10. Every pair is
@@ -49,11 +49,11 @@ def next_token_loss(logits, labels, smoothing=0.0, count=None):
     """
     logits, labels = logits[:, :-1], labels[:, 1:]
     count = (labels != -100).sum().clamp(min=1) if count is None else count
-    return F.cross_entropy(full(logits).flatten(0, 1), labels.flatten(), ignore_index=-100,
+    return F.cross_entropy(to_float32(logits).flatten(0, 1), labels.flatten(), ignore_index=-100,
                            label_smoothing=smoothing, reduction="sum") / count
 
 
-def label_count(labels, gather=alone):
+def label_count(labels, gather=no_gather):
     """The count for `next_token_loss`: what a step predicts, divided by its processes.
 
     labels: int64 (B, T), one for each micro-batch of this process. Losses divided by it, summed

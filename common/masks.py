@@ -49,7 +49,7 @@ def prefix(T, length, past=0, device=None):
     return causal(T, past, device) | (keys < length)
 
 
-def picture_of(tags, before=0, following=None):
+def image_index(tags, before=0, following=None):
     """The picture that each token belongs to: 1, 2, ... in the order of their tags, 0 for none.
 
     tags bool (B, T), True where a picture's tag stands. before: the tags that a cache already
@@ -57,7 +57,7 @@ def picture_of(tags, before=0, following=None):
     it or next after it, elsewhere to the tag at it or last before it. Returns int64 (B, T).
 
     >>> tags = torch.tensor([[False, True, False, True, False]])
-    >>> picture_of(tags).tolist(), picture_of(tags, following=torch.tensor([[True]])).tolist()
+    >>> image_index(tags).tolist(), image_index(tags, following=torch.tensor([[True]])).tolist()
     ([[0, 1, 1, 2, 2]], [[1, 1, 2, 2, 0]])
     """
     passed = before + tags.cumsum(dim=1)
@@ -67,10 +67,10 @@ def picture_of(tags, before=0, following=None):
     return torch.where(following, ahead * (ahead <= passed[:, -1:]), passed)
 
 
-def media(pictures, N, Q, latest=True):
-    """Text sees its own picture's Q tokens; latest False: those of every picture up to its own.
+def media(pictures, N, Q, only_latest_image=True):
+    """Text sees its own picture's Q tokens; only_latest_image False: those of every picture up to its own.
 
-    pictures int64 (B, T), from `picture_of`. Returns bool (B, 1, T, N * Q); a token that belongs to
+    pictures int64 (B, T), from `image_index`. Returns bool (B, 1, T, N * Q); a token that belongs to
     no picture sees nothing (Flamingo, 2.3).
 
     >>> print(draw(media(torch.tensor([[1, 1, 2, 2, 0]]), 2, 3)))
@@ -79,14 +79,14 @@ def media(pictures, N, Q, latest=True):
     ...###
     ...###
     ......
-    >>> print(draw(media(torch.tensor([[1, 2, 0]]), 2, 3, latest=False)))
+    >>> print(draw(media(torch.tensor([[1, 2, 0]]), 2, 3, only_latest_image=False)))
     ###...
     ######
     ......
     """
     number = torch.arange(1, N + 1, device=pictures.device).repeat_interleave(Q)
     own = pictures[:, None, :, None]
-    return number == own if latest else number <= own
+    return number == own if only_latest_image else number <= own
 
 
 def draw(mask):

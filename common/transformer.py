@@ -18,7 +18,7 @@ ATTENTION = "auto"
 SHORT = {torch.bfloat16: 160 * 160, torch.float32: 64 * 80}    # queries * keys
 
 
-def full(x):
+def to_float32(x):
     """x in float32 when it is a half type, else unchanged: long sums need the digits."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
@@ -61,84 +61,6 @@ def attend(q, k, v, mask=None, bias=None, scale=None):
     if ATTENTION == "hand" or ATTENTION == "auto" and by_hand:
         return attention(q, k, v, mask, bias, scale)
     return fused_attention(q, k, v, mask, bias, scale)
-
-
-def extended(past, new, room):
-    """past (B, H, P, K) and new (B, H, T, K) in a row, and the room they stand in or None.
-
-    To copy all of the past for each new token takes a quarter of a tiny model's step, so the new is
-    written behind it where there is room. With gradients on it is copied: they need the past.
-    """
-    if torch.is_grad_enabled():
-        return torch.cat([past, new], dim=2), None
-    (B, H, P, K), S = past.shape, past.shape[2] + new.shape[2]
-    if room is None or room.shape[2] < S:
-        room = past.new_empty(B, H, S + 32 + P // 8, K)
-        room[:, :, :P] = past
-    room[:, :, P:S] = new
-    return room[:, :, :S], room
-
-
-class KVCache:
-    """Keys and values already computed by each attention layer of one model, for one batch.
-
-    Pass the same object to every call of a model; a new prompt takes a new object. Self-attention
-    appends to its entry; cross-attention fills its entry once and reads it from then on.
-    """
-
-    def __init__(self):
-        self.entries = {}                # attention module -> (k, v), each (B, H, S, K)
-        self.rooms = {}                  # the same with room behind, where they are written
-        self.length = 0                  # positions seen so far; masks and positions start here
-        self.state = {}                  # name -> tensor (B, ...): what else a model remembers
-
-    def append(self, layer, k, v):
-        """Add k, v (B, H, T, K) to the layer's entry; returns all of it, (B, H, S, K)."""
-        if layer in self.entries:
-            rooms = self.rooms.get(layer, (None, None))
-            (k, v), self.rooms[layer] = zip(*map(extended, self.entries[layer], (k, v), rooms))
-        self.entries[layer] = k, v
-        self.length = k.shape[2]
-        return k, v
-
-    def once(self, layer, length, compute):
-        """The layer's entry; compute() -> (k, v) makes it, and anew for another number of keys."""
-        if layer not in self.entries or self.entries[layer][0].shape[2] != length:
-            self.entries[layer] = compute()
-        return self.entries[layer]
-
-    def forget(self, layer):
-        """Drop the layer's entry: what it reads has changed."""
-        self.entries.pop(layer, None)
-
-    def reorder(self, rows):
-        """Keep these batch rows in this order: rows (B',) int64, as beam search chooses them."""
-        for layer, entry in self.entries.items():
-            rooms = [None if room is None else room[rows]
-                     for room in self.rooms.get(layer, (None, None))]
-            self.entries[layer] = tuple(x[rows] if room is None else room[:, :, :x.shape[2]]
-                                        for x, room in zip(entry, rooms))
-            self.rooms[layer] = rooms
-        self.state = {name: value[rows] for name, value in self.state.items()}
-
-    def exchange(self, rows, since):
-        """`reorder` for rows that are alike before position `since`, as the beams of one prompt.
-
-        Only what came later is moved; what cross-attention reads is alike throughout.
-        """
-        if torch.is_grad_enabled():
-            return self.reorder(rows)
-        for room in (room for pair in self.rooms.values() for room in pair if room is not None):
-            room[:, :, since:self.length] = room[rows, :, since:self.length]
-        self.state = {name: value[rows] for name, value in self.state.items()}
-
-    def select(self, rows):
-        """A new cache of these batch rows in this order; rows (B',) int64 may repeat."""
-        new = KVCache()
-        new.entries, new.rooms = dict(self.entries), dict(self.rooms)
-        new.length, new.state = self.length, self.state
-        new.reorder(rows)
-        return new
 
 
 class Attention(nn.Module):
@@ -191,7 +113,7 @@ class Attention(nn.Module):
         elif cache is None:
             k, v = self.keys_values(context, None)
         else:
-            k, v = cache.once(self, context.shape[1], lambda: self.keys_values(context, None))
+            k, v = cache.get_or_compute(self, context.shape[1], lambda: self.keys_values(context, None))
         if self.kv_heads != self.heads:  # query head j reads key-value head j // group
             group = self.heads // self.kv_heads
             k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
@@ -203,7 +125,7 @@ class Attention(nn.Module):
 
 def layer_norm(x, weight, bias, eps):
     """(x - mean) / sqrt(variance + eps) * weight + bias over the last axis, computed in float32."""
-    centred = full(x) - full(x).mean(dim=-1, keepdim=True)
+    centred = to_float32(x) - to_float32(x).mean(dim=-1, keepdim=True)
     variance = centred.square().mean(dim=-1, keepdim=True)            # biased: divided by D
     scaled = centred * torch.rsqrt(variance + eps) * weight
     return (scaled if bias is None else scaled + bias).to(x.dtype)
@@ -211,8 +133,8 @@ def layer_norm(x, weight, bias, eps):
 
 def rms_norm(x, weight, eps):
     """x / sqrt(mean(x ** 2) + eps), back in x's dtype, then * weight: LLaMA's and T5's order."""
-    scale = torch.rsqrt(full(x).square().mean(dim=-1, keepdim=True) + eps)
-    return (full(x) * scale).to(x.dtype) * weight
+    scale = torch.rsqrt(to_float32(x).square().mean(dim=-1, keepdim=True) + eps)
+    return (to_float32(x) * scale).to(x.dtype) * weight
 
 
 class LayerNorm(nn.Module):
@@ -238,7 +160,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x):
         # In a half type torch multiplies by the weight before it rounds.
-        if ATTENTION == "hand" or x.dtype != self.weight.dtype or full(x) is not x:
+        if ATTENTION == "hand" or x.dtype != self.weight.dtype or to_float32(x) is not x:
             return rms_norm(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
@@ -327,14 +249,14 @@ def rope_table(positions, head_width, theta=10000.0):
 def rope_half(x, table):
     """Turn the pairs (i, i + K/2) of x (B, H, T, K): the layout of Hugging Face's LLaMA."""
     cos, sin = table
-    partner = full(x).roll(x.shape[-1] // 2, dims=-1)
-    return (full(x) * cos + partner * sin).to(x.dtype)
+    partner = to_float32(x).roll(x.shape[-1] // 2, dims=-1)
+    return (to_float32(x) * cos + partner * sin).to(x.dtype)
 
 
 def rope_interleaved(x, table):
     """Turn the pairs (2i, 2i + 1) of x (B, H, T, K): the layout of Meta's LLaMA."""
     (cos, _), (_, sin) = (half.chunk(2, dim=-1) for half in table)
-    a, b = full(x)[..., 0::2], full(x)[..., 1::2]
+    a, b = to_float32(x)[..., 0::2], to_float32(x)[..., 1::2]
     return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).to(x.dtype)
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from common.bpe import BPE, BYTES, CLIP, CLIP_FILE, CLIP_MERGES, GPT2, OPT, compiled
-from common.tokenizers import Tokenizer
+from common.pretrained.bpe import BPE, BYTES, CLIP, CLIP_FILE, CLIP_MERGES, GPT2, OPT, compiled
+from common.data.tokenizer import Tokenizer
 from tests.fuzz import mutations, one_line
 
 GOLDEN = json.loads((Path(__file__).parent / "goldens" / "clip_bpe.json").read_text())
@@ -102,7 +102,7 @@ class TestClip:
 
     def test_it_travels_to_worker_processes(self):
         again = pickle.loads(pickle.dumps(golden()))
-        assert again.encode("a dog") == [320, 1929] and again.eos == 49407
+        assert again.encode("a dog") == [320, 1929] and again.eos_id == 49407
 
 
 class TestGpt2:
@@ -127,13 +127,13 @@ class TestGpt2:
 
     def test_ids_without_a_piece_and_broken_characters_do_no_harm(self):
         use = BPE(*small(GPT2), GPT2)
-        assert use.decode([*use.encode("é")[:1], 10_000, use.eos]) == "\ufffd"
+        assert use.decode([*use.encode("é")[:1], 10_000, use.eos_id]) == "\ufffd"
 
     def test_opts_begin_is_its_end_and_padding_is_a_piece(self):
         use = BPE(*small(OPT), OPT)
-        assert use.bos == use.eos == use.vocab["</s>"] and use.pad == use.vocab["<pad>"]
+        assert use.bos_id == use.eos_id == use.vocab["</s>"] and use.pad_id == use.vocab["<pad>"]
         row = use.batch(["ab", ""], 9)
-        assert row.tolist() == [[use.eos, use.vocab["ab"], use.eos], [use.eos, use.eos, use.pad]]
+        assert row.tolist() == [[use.eos_id, use.vocab["ab"], use.eos_id], [use.eos_id, use.eos_id, use.pad_id]]
         assert use.decode(row[0]) == "ab"
         assert use.vocab["</s>"] not in use.encode("</s>")
 
@@ -176,7 +176,7 @@ class TestFiles:
         vocab = GOLDEN["pieces"] | {f"filler {i}": i for i in free}
         write_pair(tmp_path, vocab, MERGES)
         use = BPE.load(tmp_path, CLIP)
-        assert len(use) == 49408 and (use.bos, use.eos, use.pad) == (49406, 49407, 0)
+        assert len(use) == 49408 and (use.bos_id, use.eos_id, use.pad_id) == (49406, 49407, 0)
         assert use.encode("a diagram") == [320, 22697]
 
     @pytest.mark.parametrize("first", ["#version: 0.2\n", ""])
@@ -194,7 +194,7 @@ class TestFiles:
         write_tokenizer(tmp_path, vocab, merges,
                         [{"id": i, "content": p, "special": True} for p, i in special.items()])
         use = BPE.load(tmp_path, OPT)
-        assert (use.eos, use.pad) == (special["</s>"], special["<pad>"])
+        assert (use.eos_id, use.pad_id) == (special["</s>"], special["<pad>"])
         assert use.encode("abab") == [vocab["abab"]]
 
     def test_openais_file_gives_ids_by_position(self, tmp_path):
@@ -205,7 +205,7 @@ class TestFiles:
         with gzip.open(tmp_path / CLIP_FILE, "wb") as file:
             file.write("\n".join(lines).encode())
         use = BPE.load(tmp_path, CLIP)
-        assert len(use) == 49408 and (use.bos, use.eos) == (49406, 49407)
+        assert len(use) == 49408 and (use.bos_id, use.eos_id) == (49406, 49407)
         assert use.vocab["!!"] == 512 and use.vocab["".join(pairs[CLIP_MERGES - 1])] == 49405
         assert "".join(pairs[CLIP_MERGES]) not in use.vocab
         with pytest.raises(ValueError, match="put vocab.json and merges.txt, or tok.*json there"):
@@ -218,7 +218,7 @@ class TestFiles:
             BPE.load(tmp_path, CLIP)
 
     def test_a_gzip_bomb_is_not_unpacked(self, tmp_path, monkeypatch):
-        monkeypatch.setattr("common.bpe.MOST_BYTES", 1000)
+        monkeypatch.setattr("common.pretrained.bpe.MOST_BYTES", 1000)
         (tmp_path / CLIP_FILE).write_bytes(gzip.compress(b"\0" * 1_000_000))
         with pytest.raises(ValueError, match="larger than 1,000 bytes"):
             BPE.load(tmp_path, CLIP)

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from common import checkpoint
-from common.tokenizers import Tokenizer
+from common.training import checkpoint
+from common.data.tokenizer import Tokenizer
 
 
 class Stop(BaseException):

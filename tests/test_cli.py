@@ -16,7 +16,7 @@ from PIL import Image
 
 import clip
 import train
-from common import checkpoint, cli
+from common.training import checkpoint, options as cli
 from tests.test_train import SIZES, TOY
 
 HERE = Path(train.__file__).parent
@@ -227,17 +227,17 @@ class TestMistakes:
         (["--data", "toy:style=baroque"], "toy:style=baroque: style 'baroque' is not one of plain"),
         (["--data", "toy:objects=0"], "--data toy:objects=0: "),
         (["--set", "depth=3"], "--set depth=3: write key=value with one of image_size"),
-        (["--set", "embed"], "--set embed: write key=value"),
-        (["--set", "vocab=9"], "--set vocab=9: it belongs to the world's tokenizer"),
-        (["--set", "context=2"], "context=2: must be at least 3"),
+        (["--set", "embed_dim"], "--set embed_dim: write key=value"),
+        (["--set", "vocab_size=9"], "--set vocab_size=9: it belongs to the world's tokenizer"),
+        (["--set", "context_length=2"], "context_length=2: must be at least 3"),
         (["--set", "vision_width=-12"], "vision_width=-12: must be at least 1"),
         (["--data", "shapes:objects=50"], "objects=50: a scene has 1 to 6"),
-        (["--set", "embed=wide"], "embed takes int, not 'wide'"),
+        (["--set", "embed_dim=wide"], "embed_dim takes int, not 'wide'"),
         (["--set", "loss=hinge"], "loss=hinge is not one of softmax, sigmoid"),
         (["--set", "vision_heads=5"], "width 12 does not divide into 5 heads"),
         (["--set", "vision_heads=0"], "vision_heads"), (["--set", "text_width=0"], "text_width"),
-        (["--set", "patch=7"], "image_size 32 does not divide into patches of 7"),
-        (["--set", "patch=0"], "patch"),
+        (["--set", "patch_size=7"], "image_size 32 does not divide into patches of 7"),
+        (["--set", "patch_size=0"], "patch_size"),
         (["--set", "stages=1,1"], r"stages \(1, 1\) of width 12: a ResNet has four stages"),
         (["--set", "stages=1,1,1,1", "--set", "image_size=48"], "takes a multiple of 32"),
         (["--device", "toaster"], "--device toaster: use auto, cpu, cuda or mps"),
@@ -306,7 +306,7 @@ class TestMistakes:
         assert "config.json: no such file" in mistake(train.main, *TOY, "--out", ".", "--resume")
 
     def test_init_of_another_config_is_told(self, run):
-        line = mistake(train.main, *TOY, "--init", run, "--set", "embed=9")
+        line = mistake(train.main, *TOY, "--init", run, "--set", "embed_dim=9")
         assert "weights of another model or config" in line
         assert "image_projection.weight is (7, 12)" in line
         assert os.listdir() == []
@@ -404,5 +404,5 @@ class TestUse:
         want = dict(zip(texts, logits[0].softmax(0).tolist()))
         got = trained.classify(Image.open(pictures / "red.png"), texts)
         assert dict(got) == pytest.approx(want, abs=1e-5) and got[0][1] >= got[1][1]
-        assert trained.model.config.embed == 7 and not trained.model.training
+        assert trained.model.config.embed_dim == 7 and not trained.model.training
         assert len(SIZES) == 7

@@ -11,12 +11,12 @@ from torch import nn
 
 import train
 from clip import CLIP, PRESETS, CLIPConfig, Trained
-from common.data import Pairs, View, world_tokenizer
-from common.worlds.shapes import Shapes
+from common.data.batches import ImageTextBatch, EvalData, world_tokenizer
+from common.data.shapes.world import Shapes
 
 EOS = 5                                     # not the largest id: pooling must go by id
-CONFIG = CLIPConfig(image_size=15, patch=5, vision_width=12, vision_layers=2, vision_heads=3,
-                    text_width=14, text_layers=3, text_heads=2, context=11, vocab=29, eos=EOS, embed=7)
+CONFIG = CLIPConfig(image_size=15, patch_size=5, vision_width=12, vision_layers=2, vision_heads=3,
+                    text_width=14, text_layers=3, text_heads=2, context_length=11, vocab_size=29, eos_id=EOS, embed_dim=7)
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +71,7 @@ class TestSizes:
                 assert c.text_width == 64 * c.text_heads
             else:
                 continue
-            assert (c.act, c.context, c.vocab, c.eos) == ("quick_gelu", 77, 49408, 49407)
+            assert (c.act, c.context_length, c.vocab_size, c.eos_id) == ("quick_gelu", 77, 49408, 49407)
 
     def test_an_unknown_loss_or_activation_is_told(self):
         with pytest.raises(ValueError, match="loss=cosine is not one of softmax, sigmoid"):
@@ -99,7 +99,7 @@ class TestTowers:
 
     def test_the_picture_is_read_at_the_class_token_after_the_last_norm(self):
         model, images = make(), pictures()
-        tokens = model.vision.post_norm(model.vision.hidden(images))
+        tokens = model.vision.ln_post(model.vision.hidden(images))
         want = F.normalize(tokens[:, 0] @ model.image_projection.weight.T, dim=-1)
         torch.testing.assert_close(model.encode_image(images), want)
         torch.testing.assert_close(model.image_features(images), tokens[:, 0])
@@ -118,17 +118,17 @@ class TestTextTower:
             other[0, position] = 6 + (other[0, position] - 5) % 23
             assert not torch.allclose(model.encode_text(ids), model.encode_text(other))
 
-    @pytest.mark.parametrize("pad", [0, 28, EOS])
-    def test_what_follows_the_end_token_is_irrelevant(self, pad):
+    @pytest.mark.parametrize("pad_id", [0, 28, EOS])
+    def test_what_follows_the_end_token_is_irrelevant(self, pad_id):
         model, ids = make(), texts()
-        padded = F.pad(ids, (0, 4), value=pad)
+        padded = F.pad(ids, (0, 4), value=pad_id)
         torch.testing.assert_close(model.encode_text(padded), model.encode_text(ids))
 
     def test_an_id_above_the_end_token_does_not_move_the_reading(self):
         model, ids = make(), texts(1)
         assert ids.max() > EOS
         state = model.text.transformer(
-            model.text.token_embed(ids) + model.text.positions[:6], mask=torch.ones(6, 6).tril().bool())
+            model.text.token_embed(ids) + model.text.pos_embed[:6], mask=torch.ones(6, 6).tril().bool())
         torch.testing.assert_close(model.text(ids), state[:, -1])
 
     def test_rows_end_where_each_of_them_ends(self):
@@ -191,7 +191,7 @@ class TestScale:
             assert model.logit_scale.item() == pytest.approx(want)
 
     def test_the_first_loss_is_near_log_of_the_batch(self):
-        model = CLIP(replace(PRESETS["tiny"], vocab=29, eos=EOS))
+        model = CLIP(replace(PRESETS["tiny"], vocab_size=29, eos_id=EOS))
         images = torch.randint(256, (32, 3, 32, 32), dtype=torch.uint8)
         loss = model({"images": images, "ids": texts(32)})["contrastive"].item()
         # Cosines of random features vary, which adds about half the variance of the logits.
@@ -200,8 +200,8 @@ class TestScale:
     def test_scaling_the_features_of_a_tower_changes_no_logit(self):
         model, given = make(), batch()
         before = model(given)["contrastive"]
-        model.vision.post_norm.weight.data *= 7
-        model.vision.post_norm.bias.data *= 7
+        model.vision.ln_post.weight.data *= 7
+        model.vision.ln_post.bias.data *= 7
         torch.testing.assert_close(model(given)["contrastive"], before)
 
 
@@ -210,12 +210,12 @@ class TestInitialisation:
         model = CLIP(replace(PRESETS["tiny"], text_layers=3, vision_width=192))
         block, eye = model.text.transformer.blocks[1], model.vision.transformer.blocks[1]
         residual = 128 ** -0.5 * 6 ** -0.5
-        for tensor, std in ((model.text.token_embed.weight, 0.02), (model.text.positions, 0.01),
+        for tensor, std in ((model.text.token_embed.weight, 0.02), (model.text.pos_embed, 0.01),
                             (model.text_projection.weight, 128 ** -0.5),
                             (model.image_projection.weight, 192 ** -0.5),
                             (block.attn.q_proj.weight, 128 ** -0.5), (block.attn.v_proj.weight, 128 ** -0.5),
                             (block.attn.out_proj.weight, residual), (block.mlp.fc1.weight, 256 ** -0.5),
-                            (block.mlp.fc2.weight, residual), (model.vision.positions, 192 ** -0.5),
+                            (block.mlp.fc2.weight, residual), (model.vision.pos_embed, 192 ** -0.5),
                             (eye.attn.k_proj.weight, (2 / (4 * 192)) ** 0.5),
                             (eye.attn.out_proj.weight, (3 * 192) ** -0.5),
                             (eye.mlp.fc1.weight, (3 * 192) ** -0.5),
@@ -321,7 +321,7 @@ class TestResNet:
         for linear in (model.vision.pool.k_proj, model.vision.pool.out_proj):
             assert linear.weight.std().item() == pytest.approx(512 ** -0.5, rel=0.05)
             assert (linear.bias != 0).any()
-        assert model.vision.pool.positions.std().item() == pytest.approx(512 ** -0.5, rel=0.05)
+        assert model.vision.pool.pos_embed.std().item() == pytest.approx(512 ** -0.5, rel=0.05)
         assert (model.vision.layer3[0].bn3.weight == 0).all()
         assert model.text_projection.weight.std().item() == pytest.approx(128 ** -0.5, rel=0.05)
         assert all((m.bias == 0).all() for m in model.text.transformer.blocks[0].attn.children())
@@ -411,7 +411,7 @@ def trained():
     torch.manual_seed(0)
     world = Shapes(image_size=15)
     tokenizer = world_tokenizer(world)
-    model = CLIP(replace(CONFIG, vocab=len(tokenizer), eos=2)).eval()
+    model = CLIP(replace(CONFIG, vocab_size=len(tokenizer), eos_id=2)).eval()
     return world, Trained(model, tokenizer)
 
 
@@ -419,7 +419,7 @@ class TestUse:
     def test_evaluate_names_every_figure_with_its_chance(self, trained):
         world, use = trained
         world.splits = world.splits | {"test": 40, "single": 42, "composition": 12}
-        view = View(world, use.tokenizer, Pairs(use.tokenizer, 11, 15), "cpu")
+        view = EvalData(world, use.tokenizer, ImageTextBatch(use.tokenizer, 11, 15), "cpu")
         figures = use.model.evaluate(view)
         assert set(figures) == {
             *(f"{a}_recall@{k}" for a in ("image_to_text", "text_to_image") for k in (1, 5, 10)),

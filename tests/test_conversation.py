@@ -2,8 +2,8 @@
 import pytest
 import torch
 
-from common.conversation import HOUSE, IMAGES, Segment, Template, collate, render, render_dialogue
-from common.tokenizers import (ASSISTANT, BOS, EOC, EOS, IMAGE, PAD, SYSTEM, USER, Tokenizer)
+from common.prompts import HOUSE, IMAGES, Segment, Template, collate, render, render_dialogue
+from common.data.tokenizer import (ASSISTANT, BOS, EOC, EOS, IMAGE, PAD, SYSTEM, USER, Tokenizer)
 
 WORDS = ["what colour is it?", "a red circle", "is there a star?", "yes", "be brief",
          "how many objects?", "two"]
@@ -68,8 +68,8 @@ class TestRender:
     def test_too_long_a_text_loses_its_end_and_its_labels_with_it(self, tokenizer):
         segments = [Segment("what colour is it?"), Segment("a red circle", learn=True)]
         ids, labels = render(segments, tokenizer)
-        for context in range(len(tokenizer.encode(WORDS[0])) + 1, len(ids) + 3):
-            assert render(segments, tokenizer, context) == (ids[:context], labels[:context])
+        for context_length in range(len(tokenizer.encode(WORDS[0])) + 1, len(ids) + 3):
+            assert render(segments, tokenizer, context_length) == (ids[:context_length], labels[:context_length])
 
     def test_a_row_of_which_nothing_is_left_to_learn_is_told(self, tokenizer):
         segments = [Segment(tuple(range(20, 27))), Segment((30, 31), learn=True)]
@@ -181,7 +181,7 @@ class TestCollate:
         assert batch["ids"].dtype == batch["labels"].dtype == torch.int64
 
     def test_it_pads_left_for_writing(self):
-        batch = collate(self.rows, pad=3, side="left")
+        batch = collate(self.rows, pad_id=3, side="left")
         assert batch["ids"].tolist() == [[5, 6, 7], [3, 3, 8], [3, PAD, 9]]
         # What stands behind padding is not learned: nothing real comes before it.
         assert batch["labels"].tolist() == [[-100, 6, 7], [-100] * 3, [-100, -100, 9]]

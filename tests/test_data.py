@@ -7,13 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
-from common import cli
-from common.data import (STAND_INS, Batches, Drawn, Mixture, Pairs, Texts, View, draw_rng,
+from common.training import options as cli
+from common.data.batches import (STAND_INS, Batches, Drawn, Mixture, ImageTextBatch, PackedTexts, EvalData, draw_rng,
                          open_world, world_tokenizer)
-from common.formats import Files
-from common.tokenizers import BOS, EOS, PAD, Tokenizer
-from common.worlds.emoji import Emoji
-from common.worlds.shapes import Shapes
+from common.data.files import Files
+from common.data.tokenizer import BOS, EOS, PAD, Tokenizer
+from common.data.emoji.world import Emoji
+from common.data.shapes.world import Shapes
 
 
 class Numbers:
@@ -73,7 +73,7 @@ class Patchy(Files):
 
 @pytest.fixture(scope="module")
 def pairs():
-    return Pairs(Tokenizer.train(["a red circle and a blue star"] * 9), 11, 8)
+    return ImageTextBatch(Tokenizer.train(["a red circle and a blue star"] * 9), 11, 8)
 
 
 def batches(**more):
@@ -271,7 +271,7 @@ class TestPairs:
         assert set(said) == {"a", "red", "blue star"}
 
     def test_a_view_batches_whole_splits(self, pairs):
-        view = View(Numbers(), pairs.tokenizer, pairs, "cpu")
+        view = EvalData(Numbers(), pairs.tokenizer, pairs, "cpu")
         assert [r["source"] for r in view.records("test")] == list(range(5))
         assert view.images(view.records("test")).shape == (5, 3, 8, 8)
         assert view.ids(["a", "red circle " * 40]).shape == (2, 11)
@@ -284,9 +284,9 @@ class Letters:
         return [ord(letter) for letter in text]
 
 
-def rows(texts, context=37, length=11):
+def rows(texts, context_length=37, length=11):
     """What `Texts` makes of records with one text each: (ids, labels), lists of lists."""
-    made = Texts(Letters(), context, length)(
+    made = PackedTexts(Letters(), context_length, length)(
         [{"texts": [text]} for text in texts], [random.Random(0)] * len(texts))
     assert made["ids"].dtype == made["labels"].dtype == torch.int64
     return made["ids"].tolist(), made["labels"].tolist()
@@ -318,11 +318,11 @@ class TestTexts:
                                            [BOS, 98, EOS] + [PAD] * 8]
 
     def test_a_row_is_never_longer_than_the_context(self):
-        assert rows(["a" * 30], context=5)[0] == [[BOS, 97, 97, 97, EOS]]
+        assert rows(["a" * 30], context_length=5)[0] == [[BOS, 97, 97, 97, EOS]]
 
     def test_one_text_of_a_record_is_chosen_by_its_rng(self):
         records = [{"texts": ["a", "b", "c"]}] * 30
-        made = Texts(Letters(), 200, 200)(records, [random.Random(i) for i in range(30)])
+        made = PackedTexts(Letters(), 200, 200)(records, [random.Random(i) for i in range(30)])
         said = [chr(i) for i in made["ids"].flatten().tolist() if i > 90]
         assert said == [random.Random(i).choice("abc") for i in range(30)]
 

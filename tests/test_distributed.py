@@ -11,8 +11,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import clip
 import train
-from common import checkpoint, distributed
-from common.data import open_world
+from common.training import checkpoint, distributed
+from common.data.batches import open_world
 from tests.test_formats import listed, names
 from tests.test_train import (STEPS, TOY, Command, assert_same_run, at_step, fork, log, own,
                               refusals, weights)
@@ -42,8 +42,8 @@ def pair(argv, folder, moments=(int, int)):
 
 # One process and two compute the same gradients
 
-SIZES = dict(image_size=8, patch=4, vision_width=6, vision_layers=1, vision_heads=2, text_width=10,
-             text_layers=1, text_heads=2, embed=7, vocab=31, context=5)
+SIZES = dict(image_size=8, patch_size=4, vision_width=6, vision_layers=1, vision_heads=2, text_width=10,
+             text_layers=1, text_heads=2, embed_dim=7, vocab_size=31, context_length=5)
 BATCH = 12
 
 
@@ -64,18 +64,18 @@ def gradients(loss, parts, rank=0, ranks=1):
     mine = BATCH // ranks // parts
     micro = [{name: v[rank * BATCH // ranks + k * mine:][:mine] for name, v in batch.items()}
              for k in range(parts)]
-    run = train.Run.__new__(train.Run)   # the loop's own update, without an optimiser that moves
+    run = train.Run.__new__(train.Run)   # the loop's own update, without an optimizer that moves
     run.device, run.half, run.model, run.step = torch.device("cpu"), False, model, 0
     run.recipe = train.Recipe(steps=9, batch_size=BATCH, lr=0.0, clip=1e9)
-    run.optimiser = Watch(model)
+    run.optimizer = Watch(model)
     forward = DistributedDataParallel(model) if ranks > 1 else model
     total = run.update(forward, micro)
     mean = distributed.mean({"loss": total.item()}, "cpu")["loss"]
-    return run.optimiser.seen | {"loss": torch.tensor(mean)}
+    return run.optimizer.seen | {"loss": torch.tensor(mean)}
 
 
 class Watch:
-    """An optimiser that keeps the gradients and changes nothing."""
+    """An optimizer that keeps the gradients and changes nothing."""
     param_groups = []
 
     def __init__(self, model):
@@ -100,9 +100,9 @@ def both_ranks(environment, path):
     found["gather"] = rows, torch.tensor(first)
     found["any"] = torch.tensor([distributed.any_rank(rank == one, "cpu") for one in (0, 1, 7)])
     found["mean"] = torch.tensor(distributed.mean({"a": rank + 1.0, "b": 4.0}, "cpu")["a"])
-    found["together"] = distributed.together(["a"] * rank + [str(rank)])
+    found["together"] = distributed.all_gather_objects(["a"] * rank + [str(rank)])
     found["size"] = torch.tensor(distributed.world_size())
-    distributed.wait()
+    distributed.barrier()
     torch.save(found, path)
     distributed.stop()
 
@@ -154,14 +154,14 @@ class TestFunctions:
         assert all(found["together"] == ["0", "a", "1"] for found in two)
 
     def test_alone_they_are_harmless(self):
-        assert distributed.together(["a", "b"]) == ["a", "b"]
+        assert distributed.all_gather_objects(["a", "b"]) == ["a", "b"]
         x = torch.randn(3, 5)
         rows, first = distributed.gather(x)
         assert torch.equal(rows, x) and first == 0
         assert (distributed.rank(), distributed.world_size()) == (0, 1)
         assert [distributed.any_rank(flag, "cpu") for flag in (True, False)] == [True, False]
         assert distributed.mean({"a": 2.0}, "cpu") == {"a": 2.0}
-        distributed.wait()
+        distributed.barrier()
         distributed.stop()
         assert distributed.start("cpu") == torch.device("cpu") and distributed.world_size() == 1
 

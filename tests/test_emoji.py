@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.worlds import build_emoji, emoji
-from common.worlds.emoji import Emoji
+from common.data.emoji import build as build_emoji, world as emoji
+from common.data.emoji.world import Emoji
 
 WORLDS = Path(emoji.__file__).parent
 
@@ -276,7 +276,7 @@ def test_extract(tmp_path):
 def test_command_line_says_in_one_line_what_is_wrong(tmp_path):
     (tmp_path / "file").write_text("")
     for arguments in ([], ["a", "b"], [str(tmp_path / "file")]):
-        done = subprocess.run([sys.executable, "-m", "common.worlds.emoji", *arguments],
+        done = subprocess.run([sys.executable, "-m", "common.data.emoji.world", *arguments],
                               capture_output=True, text=True, cwd=WORLDS.parents[1])
         assert done.returncode == 1 and done.stdout == ""
         assert len(done.stderr.strip().splitlines()) == 1

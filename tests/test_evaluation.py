@@ -3,7 +3,8 @@ import pytest
 import torch
 from PIL import Image
 
-from common.evaluation import Pool, captions, retrieval, retrieval_sheet, zero_shot
+from common.evaluation.writing import retrieval
+from common.evaluation.writing import Pool, captions, retrieval_sheet, zero_shot
 
 
 class Letters:

@@ -18,16 +18,19 @@ from torch import nn
 import clip
 import flamingo
 import train
-from common import cli, evaluation, transformer
-from common.conversation import ANSWER, OUTPUT, render
-from common.data import Drawn, View, open_world, world_tokenizer
-from common.evaluation import asked
-from common.generation import generate, rank
-from common.images import normalise
-from common.language import LanguageConfig, Pretraining
-from common.pages import Pages, segments
-from common.tokenizers import BOS, EOC, EOS, IMAGE, Tokenizer
-from common.transformer import KVCache
+from common.training import options as cli
+from common.evaluation import writing as evaluation
+from common import transformer
+from common.prompts import ANSWER, OUTPUT, render
+from common.data.batches import Drawn, EvalData, open_world, world_tokenizer
+from common.evaluation.writing import asked
+from common.generation import generate, score_candidates
+from common.data.images import normalize_pixels
+from common.language import LanguageConfig
+from common.training.lm import Pretraining
+from common.data.interleaved import InterleavedCollator, segments
+from common.data.tokenizer import BOS, EOC, EOS, IMAGE, Tokenizer
+from common.cache import KVCache
 from flamingo import PRESETS, TRAINS, Flamingo, FlamingoConfig, Pupil, add_frames, prompt, rices
 from tests.test_distributed import pair
 from tests.test_formats import listed, names
@@ -40,10 +43,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 # S = 9 features of a picture 22 wide, Q = 7 latents, a language model 20 wide; the attentions are
 # 5 x 3 and 3 x 4 wide inside.
 VISION = asdict(clip.CLIPConfig(
-    image_size=15, patch=5, vision_width=22, vision_layers=3, vision_heads=2, text_width=6,
-    text_layers=1, text_heads=1, context=5, vocab=17, embed=2))
+    image_size=15, patch_size=5, vision_width=22, vision_layers=3, vision_heads=2, text_width=6,
+    text_layers=1, text_heads=1, context_length=5, vocab_size=17, embed_dim=2))
 LANGUAGE = asdict(LanguageConfig(
-    vocab=43, context=37, width=20, layers=3, heads=2, kv_heads=2, hidden=26))
+    vocab_size=43, context_length=37, width=20, layers=3, heads=2, kv_heads=2, hidden=26))
 CONFIG = FlamingoConfig(
     vision=VISION, language=LANGUAGE, latents=7, resampler_layers=2, resampler_heads=5,
     resampler_head_width=3, frames=4, heads=3, head_width=4)
@@ -268,7 +271,7 @@ class TestGatedBlock:
         monkeypatch.setattr(transformer, "ATTENTION", attention)
         model, ids, visual = make(), text("..I...I.I..", "I..........", "..........."), seen(3)
         x = torch.randn(3, 11, 20).double()
-        mask = flamingo.masks.media(flamingo.masks.picture_of(ids == IMAGE), 3, 7)
+        mask = flamingo.masks.media(flamingo.masks.image_index(ids == IMAGE), 3, 7)
         made = model.gated["1"](x, visual.flatten(1, 2), mask)
         for b in range(3):
             close(made[b], by_hand_gated(model.gated["1"], x[b], visual[b], ids[b]))
@@ -285,8 +288,8 @@ class TestGatedBlock:
 
     def test_without_a_picture_the_attention_adds_exactly_nothing(self, attention, monkeypatch):
         monkeypatch.setattr(transformer, "ATTENTION", attention)
-        for latest in (True, False):
-            model, out = make(latest=latest), []
+        for only_latest_image in (True, False):
+            model, out = make(only_latest_image=only_latest_image), []
             model.gated["0"].attn.register_forward_hook(lambda m, i, o: out.append(o))
             model.read(text("...I.", "....."), visual=seen())
             assert ((out[0] == 0).all(-1) == torch.tensor(
@@ -321,7 +324,7 @@ class TestGates:
         assert started.attn_gate == started.mlp_gate == 0.5
 
     def test_attention_behind_the_first_block_starts_loud_and_all_else_as_usual(self):
-        gated = Flamingo(replace(CONFIG, loud=7.0)).gated
+        gated = Flamingo(replace(CONFIG, attn_init_scale=7.0)).gated
         for name, part, size in (("0", "attn.out_proj", 1), ("1", "attn.out_proj", 7),
                                  ("2", "attn.out_proj", 7), ("1", "attn.v_proj", 1),
                                  ("1", "mlp.fc1", 1), ("1", "mlp.fc2", 1)):
@@ -333,7 +336,7 @@ class TestGates:
     def test_each_bounds_its_own_part_by_its_tanh(self, own, other):
         block, ids, x = make().gated["1"], text("I...."), torch.randn(1, 5, 20).double()
         visual = seen(1).flatten(1, 2)
-        mask = flamingo.masks.media(flamingo.masks.picture_of(ids == IMAGE), 3, 7)
+        mask = flamingo.masks.media(flamingo.masks.image_index(ids == IMAGE), 3, 7)
 
         def moved(value):
             getattr(block, own).data.fill_(value), getattr(block, other).data.fill_(0.0)
@@ -376,23 +379,23 @@ class TestWhatTextSees:
     @pytest.mark.parametrize("picture, where", [
         (0, "..#########"), (1, "......#####"), (2, "........###")])
     def test_all_pictures_up_to_it_when_asked_to(self, picture, where):
-        assert changed(still(latest=False), text(self.IDS), seen(1), picture) == where
+        assert changed(still(only_latest_image=False), text(self.IDS), seen(1), picture) == where
 
-    @pytest.mark.parametrize("latest, wheres", [
+    @pytest.mark.parametrize("only_latest_image, wheres", [
         (True, ("###........", "...####....", ".......##..")),
         (False, ("#########..", "...######..", ".......##.."))])
-    def test_the_next_picture_where_a_row_says_so_and_none_after_the_last(self, latest, wheres):
+    def test_the_next_picture_where_a_row_says_so_and_none_after_the_last(self, only_latest_image, wheres):
         for picture, where in enumerate(wheres):
-            assert changed(still(latest=latest), text(self.IDS), seen(1), picture,
+            assert changed(still(only_latest_image=only_latest_image), text(self.IDS), seen(1), picture,
                            following=torch.tensor([True])) == where
-            assert changed(still(latest=latest), text(self.IDS, self.IDS), seen(), picture,
+            assert changed(still(only_latest_image=only_latest_image), text(self.IDS, self.IDS), seen(), picture,
                            following=torch.tensor([False, True])) \
-                == changed(still(latest=latest), text(self.IDS), seen(1), picture)
+                == changed(still(only_latest_image=only_latest_image), text(self.IDS), seen(1), picture)
 
-    @pytest.mark.parametrize("latest", [True, False])
+    @pytest.mark.parametrize("only_latest_image", [True, False])
     @pytest.mark.parametrize("picture, tag", [(0, 2), (1, 6), (2, 8)])
-    def test_a_picture_changes_nothing_before_its_tag(self, latest, picture, tag):
-        where = changed(make(latest=latest), text(self.IDS), seen(1), picture)
+    def test_a_picture_changes_nothing_before_its_tag(self, only_latest_image, picture, tag):
+        where = changed(make(only_latest_image=only_latest_image), text(self.IDS), seen(1), picture)
         assert where == "." * tag + "#" * (11 - tag)      # all later text reads what came before
 
     def test_a_ragged_batch_is_its_rows_alone(self):
@@ -409,8 +412,8 @@ class TestWhatTextSees:
             close(padded_left[b, 11 - n:], alone)
 
     def test_pictures_at_the_end_without_a_tag_change_nothing(self):
-        for latest in (True, False):
-            model, ids, visual = make(latest=latest), text("..I...I.", "I......."), seen(2, 2)
+        for only_latest_image in (True, False):
+            model, ids, visual = make(only_latest_image=only_latest_image), text("..I...I.", "I......."), seen(2, 2)
             more = torch.cat([visual, seen(2, 3)], dim=1)
             close(model.read(ids, visual=more), model.read(ids, visual=visual))
 
@@ -529,11 +532,11 @@ class TestFreezing:
     def test_steps_with_decay_move_what_is_trained_and_nothing_else(self):
         model = self.frozen()
         before = {name: p.clone() for name, p in model.named_parameters()}
-        optimiser = torch.optim.AdamW(train.parameter_groups(model, 0.1, ("resampler.*",)), lr=0.01)
+        optimizer = torch.optim.AdamW(train.parameter_groups(model, 0.1, ("resampler.*",)), lr=0.01)
         for _ in range(3):
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             self.gradients(model)
-            optimiser.step()
+            optimizer.step()
         for name, p in model.named_parameters():
             moved = name.startswith(("resampler", "gated", "lm.new"))
             assert (not torch.equal(p, before[name])) == moved, name
@@ -567,7 +570,7 @@ class TestFreezing:
         model.look(images)
         assert features[0].shape == (2, 3, 4, 9 + class_token, 22)
         for b, n, f in ((0, 0, 0), (1, 2, 3), (0, 1, 2)):
-            x = model.vision.embed(normalise(images[b, n, f][None]))
+            x = model.vision.embed(normalize_pixels(images[b, n, f][None]))
             for block in model.vision.transformer.blocks[:3 - skip]:
                 x = block(x)
             close(features[0][b, n, f], x[0, 0 if class_token else 1:])
@@ -578,7 +581,7 @@ class TestFreezing:
         images = torch.randint(256, (2, 1, 1, 3, 64, 64), dtype=torch.uint8)
         model.resampler.register_forward_hook(lambda m, given, out: features.append(given[0]))
         assert model.look(images).shape == (2, 1, 7, 64)
-        close(features[0][:, 0, 0], model.vision.grid(normalise(images[:, 0, 0]).double()))
+        close(features[0][:, 0, 0], model.vision.grid(normalize_pixels(images[:, 0, 0]).double()))
         with pytest.raises(ValueError, match="skip=1 leaves nothing of a vision tower of 1 blocks"):
             Flamingo(replace(model.config, skip=1))
 
@@ -604,10 +607,10 @@ class TestCache:
             out.append(model.read(ids[:, done - size:done], mask[:, :done], cache, visual=visual))
         return torch.cat(out, dim=1)
 
-    @pytest.mark.parametrize("latest", [True, False])
+    @pytest.mark.parametrize("only_latest_image", [True, False])
     @pytest.mark.parametrize("chunks", [[1] * 17, [13, 1, 1, 1, 1], [6, 5, 6], [10, 7], [16, 1]])
-    def test_any_chunks_give_the_logits_of_one_forward(self, chunks, latest):
-        (ids, mask, visual), model = self.given(), make(latest=latest)
+    def test_any_chunks_give_the_logits_of_one_forward(self, chunks, only_latest_image):
+        (ids, mask, visual), model = self.given(), make(only_latest_image=only_latest_image)
         want = model.read(ids, mask, visual=visual)
         with torch.no_grad():
             made = self.read(model, ids, mask, visual, chunks)
@@ -666,7 +669,7 @@ class TestCache:
     @pytest.mark.parametrize("beams", [1, 3])
     def test_each_row_keeps_its_pictures_in_a_search(self, beams):
         (ids, mask, visual), model = self.given(), make()
-        how = {"tokens": 9, "beams": beams, "stop": (EOC,)}
+        how = {"max_new_tokens": 9, "num_beams": beams, "stop": (EOC,)}
         say = Pupil(model, SimpleNamespace(tokenizer=None)).say
         together = generate(say, ids, mask, state={"visual": visual}, **how)
         assert len({tuple(row) for row in together.tolist()}) == 3
@@ -850,7 +853,7 @@ SAMPLES = [DOCUMENT, {"images": [drawing("green")], "texts": [(OUTPUT, "")]},
 
 class Follows:
     """A model that says after each word the one of a table, else dog."""
-    config = SimpleNamespace(context=37)
+    config = SimpleNamespace(context_length=37)
 
     def __init__(self, table):
         self.table = table
@@ -867,7 +870,7 @@ class TestPupil:
     @pytest.mark.parametrize("beams", [1, 3])
     def test_an_answer_ends_with_the_first_eoc(self, beams):
         pupil = Pupil(Follows({OUT: CAT, CAT: EOC}), pages())
-        assert pupil.write(SAMPLES[1:2], beams=beams) == ["cat"]
+        assert pupil.write(SAMPLES[1:2], num_beams=beams) == ["cat"]
 
     def test_an_answer_that_would_go_on_is_not_the_likeliest(self):
         pupil = Pupil(Follows({OUT: CAT, CAT: DOG, DOG: EOC}), pages())
@@ -875,9 +878,9 @@ class TestPupil:
 
     @pytest.mark.parametrize("beams", [1, 3])
     def test_writing_together_is_writing_alone(self, pupil, beams):
-        together = pupil.write(SAMPLES, tokens=7, beams=beams)
-        assert together == [pupil.write([s], tokens=7, beams=beams)[0] for s in SAMPLES]
-        assert together == pupil.write(SAMPLES, tokens=7, beams=beams, rows=2)
+        together = pupil.write(SAMPLES, max_new_tokens=7, num_beams=beams)
+        assert together == [pupil.write([s], max_new_tokens=7, num_beams=beams)[0] for s in SAMPLES]
+        assert together == pupil.write(SAMPLES, max_new_tokens=7, num_beams=beams, rows=2)
 
     def test_what_is_written_is_the_likeliest_up_to_the_first_eoc(self, pupil):
         ids, mask, state = pupil.read(SAMPLES[2:])
@@ -890,13 +893,13 @@ class TestPupil:
             if ids[0, -1] in (EOC, EOS):
                 break
             said.append(ids[0, -1].item())
-        assert pupil.write(SAMPLES[2:], tokens=7) == [Words().decode(said).strip()]
+        assert pupil.write(SAMPLES[2:], max_new_tokens=7) == [Words().decode(said).strip()]
 
     def test_no_picture_is_ever_written(self, pupil):
         pupil.model.lm.new.rows.data[0] += 100 * torch.randn(20)
         pupil.model.lm.norm.weight.data *= 9
         for beams in (1, 2):
-            assert len(pupil.write(SAMPLES * 2, tokens=9, beams=beams)) == 6
+            assert len(pupil.write(SAMPLES * 2, max_new_tokens=9, num_beams=beams)) == 6
 
     def test_the_last_text_is_open_and_shots_in_words_have_no_tag(self, pupil):
         ids, mask, state = pupil.read(SAMPLES[:1])
@@ -933,9 +936,9 @@ class TestPupil:
         candidates, found = [["cat", "a red dog"], ["blue cat", "dog"], ["red", "a blue dog"]], []
 
         def kept(*args, **how):
-            found.append(rank(*args, **how))
+            found.append(score_candidates(*args, **how))
             return found[-1]
-        monkeypatch.setattr(flamingo, "rank", kept)
+        monkeypatch.setattr(flamingo, "score_candidates", kept)
         pupil.choose(SAMPLES, candidates)
         for sample, own in zip(SAMPLES, candidates):
             pupil.choose([sample], [own])
@@ -944,16 +947,16 @@ class TestPupil:
     def test_shots_in_words_can_be_ranked_and_written_in_parts(self, pupil):
         shots = [(None, OUTPUT, "a cat"), (drawing("red"), OUTPUT, "a dog"), (None, OUTPUT, "cat")]
         asks = [prompt(drawing("green"), OUTPUT, shots[:k]) for k in range(4)]
-        said = pupil.write(asks, tokens=5, rows=3)
-        assert said == [pupil.write([a], tokens=5)[0] for a in asks]
+        said = pupil.write(asks, max_new_tokens=5, rows=3)
+        assert said == [pupil.write([a], max_new_tokens=5)[0] for a in asks]
         answers = [["cat", "dog"]] * 4
         assert pupil.choose(asks, answers, rows=3) == [
             pupil.choose([a], [["cat", "dog"]])[0] for a in asks]
 
     def test_a_prompt_may_have_no_picture_at_all(self, pupil):
         words = {"images": [], "texts": [(OUTPUT, "")], "shown": [False]}
-        both = pupil.write([words, SAMPLES[0]], tokens=5)
-        assert both == pupil.write([words], tokens=5) + pupil.write([SAMPLES[0]], tokens=5)
+        both = pupil.write([words, SAMPLES[0]], max_new_tokens=5)
+        assert both == pupil.write([words], max_new_tokens=5) + pupil.write([SAMPLES[0]], max_new_tokens=5)
         with pytest.raises(ValueError, match="1 <image> tags, but 0 pictures"):
             pupil.write([words | {"shown": [True]}])
 
@@ -966,7 +969,7 @@ class TestPupil:
         tower = pupil.model.vision
 
         def feature(frames):
-            return tower.features(normalise(pages().images([{"images": [frames]}])[0, 0])).mean(0)
+            return tower.features(normalize_pixels(pages().images([{"images": [frames]}])[0, 0])).mean(0)
         mostly = drawing("red") + drawing("green") * 6
         assert pupil.most_alike(mostly, shots, 1)[0][2] == "green"
         mixed = [drawing("red")[0], drawing("blue")[0], drawing("green")[0]]
@@ -988,7 +991,7 @@ class TestPupil:
         long = SAMPLES[1] | {"texts": [(OUTPUT + " a cat" * 16, "")]}
         with pytest.raises(ValueError, match="a prompt of 35 tokens and 7 new ones are 42, but the "
                                              "context is 37"):
-            pupil.write([long], tokens=7)
+            pupil.write([long], max_new_tokens=7)
 
 
 def key(frames):
@@ -1036,7 +1039,7 @@ class TestEvaluation:
         asked_for = []
 
         class Notes:
-            def write(self, samples, tokens):
+            def write(self, samples, max_new_tokens):
                 asked_for.append([s["texts"][-1][0] for s in samples])
                 return [""] * len(samples)
         evaluation.about_questions(Notes(), self.world, 13)
@@ -1108,10 +1111,10 @@ class TestEvaluation:
 
     def test_text_alone_is_measured_with_and_without_the_gates(self):
         tokenizer = world_tokenizer(self.world)
-        language = LANGUAGE | {"vocab": len(tokenizer)}
+        language = LANGUAGE | {"vocab_size": len(tokenizer)}
         for gate, same in ((0.0, True), (None, False)):
             model = make(gate=gate, language=language)
-            view = View(self.world, tokenizer, Pages(tokenizer, model.config), "cpu")
+            view = EvalData(self.world, tokenizer, InterleavedCollator(tokenizer, model.config), "cpu")
             with torch.no_grad():
                 found = model.float().text_perplexity(view, ["a red circle", "a star. a ring."])
                 ids = view.ids(["a red circle", "a star. a ring."])
@@ -1127,8 +1130,8 @@ class TestEvaluation:
             def size(self, split):
                 return 5
         tokenizer = world_tokenizer(self.world)
-        model = make(language=LANGUAGE | {"vocab": len(tokenizer)}).float()
-        view = View(Plain(), tokenizer, Pages(tokenizer, model.config), "cpu")
+        model = make(language=LANGUAGE | {"vocab_size": len(tokenizer)}).float()
+        view = EvalData(Plain(), tokenizer, InterleavedCollator(tokenizer, model.config), "cpu")
         assert set(model.evaluate(view, count=4)) == {"caption_accuracy"}
         assert model.samples(view, count=2).width > 100
 
@@ -1144,7 +1147,7 @@ def brief():
 
 SETTINGS = {
     "clip": ["vision_width=22", "vision_layers=2", "vision_heads=2", "text_width=6",
-             "text_layers=1", "text_heads=1", "embed=3", "context=9"],
+             "text_layers=1", "text_heads=1", "embed_dim=3", "context_length=9"],
     "lm": ["width=20", "layers=3", "heads=2", "kv_heads=2", "hidden=26"],
     "flamingo": ["latents=7", "resampler_layers=1", "resampler_heads=5", "resampler_head_width=3",
                  "every=2", "heads=3", "head_width=4", "frames=4", "gate=0.5"]}
@@ -1257,7 +1260,7 @@ class TestRuns:
                         [])
 
     def test_a_run_of_another_model_and_a_batch_that_cannot_be_shared_are_told(self, runs):
-        with pytest.raises(ValueError, match="lm-toy: a run of 'common.language', not of 'clip'"):
+        with pytest.raises(ValueError, match="lm-toy: a run of 'common.training.lm', not of 'clip'"):
             train.train("flamingo", options(runs=str(runs), vision=str(runs / "lm-toy")), [])
         for flag in ("resume", "eval_only"):
             with pytest.raises(ValueError, match="clip-toy: a run of 'clip', not of 'flamingo'"):
@@ -1371,7 +1374,7 @@ class TestCommands:
             == [(0, 0, 255), (255, 0, 0)]
         assert sample["texts"] == [("question: is it blue? answer:", " yes"),
                                    ("question: is it red? answer:", "")]
-        assert sample["shown"] == [True, True] and how == {"beams": 3}
+        assert sample["shown"] == [True, True] and how == {"num_beams": 3}
         self.says(monkeypatch, capsys, runs / "one", "caption", files / "film.gif")
         ((sample,),), how = asked_for[1]
         assert sample["texts"] == [("output:", "")] and [len(c) for c in sample["images"]] == [4]
@@ -1392,4 +1395,4 @@ class TestCommands:
                             f"{re.escape(str(files))} makes one\n", said)
         said = self.says(monkeypatch, capsys, runs / "lm-toy", "caption", files / "red.png",
                          status=2)
-        assert "a run of 'common.language', not of 'flamingo'" in said
+        assert "a run of 'common.training.lm', not of 'flamingo'" in said

@@ -12,8 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from common.data import Batches, all_records, open_world, world_tokenizer
-from common.formats import FORMATS, Files, Refusals, expanded, make_splits
+from common.data.batches import Batches, open_world, world_tokenizer
+from common.data.files import all_records
+from common.data.files import FORMATS, Files, Refusals, expanded, make_splits
 
 SIDE = 7
 

@@ -8,19 +8,20 @@ import torch.nn.functional as F
 from torch import nn
 
 from common import generation
-from common.generation import (Beams, Writing, generate, keep_top_k, keep_top_p, pad_left,
-                               penalise, rank, sample)
+from common.beam_search import Beams
+from common.generation import (DecodingState, generate, keep_top_k, keep_top_p, pad_left, penalize,
+                               score_candidates, sample)
 from common.language import LanguageConfig, LanguageModel
-from common.transformer import KVCache
+from common.cache import KVCache
 
 V, PAD, STOP = 13, 0, 2
 
 
-def model(kind="gpt2", vocab=V):
+def model(kind="gpt2", vocab_size=V):
     """A small random model in float64, so that no two texts tie."""
     torch.manual_seed(3)
     lm = LanguageModel(LanguageConfig(
-        kind=kind, vocab=vocab, context=23, width=24, layers=2, heads=3, hidden=37,
+        kind=kind, vocab_size=vocab_size, context_length=23, width=24, layers=2, heads=3, hidden=37,
         kv_heads=1 if kind == "llama" else 3, tied=False)).double().eval()
     for parameter in lm.parameters():
         nn.init.normal_(parameter, std=0.5)
@@ -34,14 +35,14 @@ def prompts(*lengths, side="left", seed=1):
     draw = torch.Generator().manual_seed(seed)
     texts = [torch.randint(3, V, (1, n), generator=draw) for n in lengths]
     pads = [(max(lengths) - n, 0) if side == "left" else (0, max(lengths) - n) for n in lengths]
-    ids = torch.cat([F.pad(text, pad, value=PAD) for text, pad in zip(texts, pads)])
-    mask = torch.cat([F.pad(torch.ones_like(text), pad) for text, pad in zip(texts, pads)]).bool()
+    ids = torch.cat([F.pad(text, pad_id, value=PAD) for text, pad_id in zip(texts, pads)])
+    mask = torch.cat([F.pad(torch.ones_like(text), pad_id) for text, pad_id in zip(texts, pads)]).bool()
     return ids, mask, texts
 
 
 def alone(lm, texts, tokens, **options):
     """Each prompt continued by itself, the rest filled with PAD: (B, longest)."""
-    rows = [generate(lm, text, tokens=tokens, pad=PAD, **options)[0] for text in texts]
+    rows = [generate(lm, text, max_new_tokens=tokens, pad_id=PAD, **options)[0] for text in texts]
     return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
 
 
@@ -65,9 +66,9 @@ class Table:
         return self.logits[x[:, -1:] if last else x]
 
 
-def chain(*follows, vocab=V):
+def chain(*follows, vocab_size=V):
     """A Table in which token a is followed by b for each (a, b), and STOP by itself."""
-    logits = torch.zeros(vocab, vocab)
+    logits = torch.zeros(vocab_size, vocab_size)
     for a, b in follows:
         logits[a, b] = 9.0
     return Table(logits)
@@ -113,7 +114,7 @@ class TestChoosing:
     def test_the_penalty_makes_what_occurred_less_likely(self):
         scores = torch.tensor([[2.0, -2.0, 2.0, -2.0]])
         seen = torch.tensor([[True, True, False, False]])
-        assert penalise(scores, seen, 2.0).tolist() == [[1.0, -4.0, 2.0, -2.0]]
+        assert penalize(scores, seen, 2.0).tolist() == [[1.0, -4.0, 2.0, -2.0]]
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "opt", "llama"])
@@ -122,7 +123,7 @@ class TestGreedy:
     def test_a_ragged_batch_writes_what_a_slow_loop_writes(self, kind, side):
         lm = model(kind)
         ids, mask, texts = prompts(5, 1, 3, 7, side=side)
-        new, lengths = generate(lm, ids, mask, tokens=11, stop=(STOP, 3, 7, 9), pad=PAD), set()
+        new, lengths = generate(lm, ids, mask, max_new_tokens=11, stop=(STOP, 3, 7, 9), pad_id=PAD), set()
         for row, text in zip(new, texts):
             whole = slow_greedy(lm, text, 11, torch.tensor([STOP, 3, 7, 9]))
             want = whole[0, text.shape[1]:].tolist()
@@ -132,8 +133,8 @@ class TestGreedy:
 
     def test_it_goes_on_from_embeddings(self, kind):
         lm, (ids, mask, _) = model(kind), prompts(5, 1, 3)
-        assert torch.equal(generate(lm, lm.embed(ids), mask, tokens=7),
-                           generate(lm, ids, mask, tokens=7))
+        assert torch.equal(generate(lm, lm.embed(ids), mask, max_new_tokens=7),
+                           generate(lm, ids, mask, max_new_tokens=7))
 
     def test_each_token_is_fed_once(self, kind):
         lm, calls = model(kind), []
@@ -142,40 +143,40 @@ class TestGreedy:
             calls.append(x.shape[1])
             assert not torch.is_grad_enabled()
             return lm(x, **arguments)
-        generate(counted, prompts(5)[0], tokens=6)
+        generate(counted, prompts(5)[0], max_new_tokens=6)
         assert calls == [5, 1, 1, 1, 1, 1]      # the last token is never fed
 
     def test_a_model_in_training_mode_writes_the_same(self, kind):
         lm, (ids, mask, _) = model(kind), prompts(5, 1, 3)
-        want = generate(lm, ids, mask, tokens=7)
-        assert torch.equal(generate(lm.train(), ids, mask, tokens=7), want) and lm.training
+        want = generate(lm, ids, mask, max_new_tokens=7)
+        assert torch.equal(generate(lm.train(), ids, mask, max_new_tokens=7), want) and lm.training
 
     def test_a_second_prompt_knows_nothing_of_the_first(self, kind):
         lm, (ids, _, _), (other, _, _) = model(kind), prompts(5, seed=1), prompts(4, seed=2)
-        want = generate(lm, other, tokens=6)
-        generate(lm, ids, tokens=6)
-        assert torch.equal(generate(lm, other, tokens=6), want)
+        want = generate(lm, other, max_new_tokens=6)
+        generate(lm, ids, max_new_tokens=6)
+        assert torch.equal(generate(lm, other, max_new_tokens=6), want)
 
 
 class TestStopping:
     def test_a_row_that_ends_pads_and_the_others_go_on(self):
         lm = chain((3, STOP), (4, 5), (5, 6), (6, STOP), (7, 7), (STOP, 8))
-        new = generate(lm, torch.tensor([[3], [4], [7]]), tokens=5, stop=(STOP,), pad=12)
+        new = generate(lm, torch.tensor([[3], [4], [7]]), max_new_tokens=5, stop=(STOP,), pad_id=12)
         assert new.tolist() == [[STOP, 12, 12, 12, 12], [5, 6, STOP, 12, 12], [7] * 5]
 
     def test_it_ends_when_all_rows_have_ended(self):
         lm = chain((3, STOP), (4, 5), (5, 9))
-        new = generate(lm, torch.tensor([[3], [4]]), tokens=50, stop=(STOP, 9), pad=PAD)
+        new = generate(lm, torch.tensor([[3], [4]]), max_new_tokens=50, stop=(STOP, 9), pad_id=PAD)
         assert new.tolist() == [[STOP, PAD], [5, 9]] and len(lm.calls) == 2
 
     def test_asked_seldom_whether_all_have_ended_it_writes_the_same(self, monkeypatch):
         monkeypatch.setattr(generation, "ASKED_EVERY", {"cpu": 8})
         lm = chain((3, STOP), (4, 5), (5, 9))
-        new = generate(lm, torch.tensor([[3], [4]]), tokens=50, stop=(STOP, 9), pad=PAD)
+        new = generate(lm, torch.tensor([[3], [4]]), max_new_tokens=50, stop=(STOP, 9), pad_id=PAD)
         assert new.tolist() == [[STOP, PAD], [5, 9]] and len(lm.calls) == 8
 
     def test_without_a_stop_it_writes_all_its_tokens(self):
-        new = generate(chain((3, STOP), (STOP, 5), (5, 3)), torch.tensor([[3]]), tokens=4)
+        new = generate(chain((3, STOP), (STOP, 5), (5, 3)), torch.tensor([[3]]), max_new_tokens=4)
         assert new.tolist() == [[STOP, 5, 3, STOP]]
 
     def test_stop_strings_are_looked_for_in_each_rows_text(self):
@@ -185,7 +186,7 @@ class TestStopping:
         def decode(ids):
             calls.append(list(ids))
             return " ".join(map(str, ids))
-        new = generate(lm, torch.tensor([[3], [5]]), tokens=5, pad=PAD,
+        new = generate(lm, torch.tensor([[3], [5]]), max_new_tokens=5, pad_id=PAD,
                        stop_strings=("5 6", "8 9"), decode=decode)
         # Two tokens long; the prompt's own 5 in the second row is no part of it.
         assert new.tolist() == [[4, 5, 6, PAD], [6, 7, 8, 9]]
@@ -193,22 +194,22 @@ class TestStopping:
 
     def test_one_stop_may_be_given_without_a_list(self):
         lm, ids = chain((3, 4), (4, 5), (5, 6)), torch.tensor([[3]])
-        assert generate(lm, ids, tokens=3, stop=5).tolist() == [[4, 5]]
+        assert generate(lm, ids, max_new_tokens=3, stop=5).tolist() == [[4, 5]]
         decode = " ".join
-        new = generate(lm, ids, tokens=3, stop_strings="4 5", decode=lambda ids: decode(
+        new = generate(lm, ids, max_new_tokens=3, stop_strings="4 5", decode=lambda ids: decode(
             map(str, ids)))
         assert new.tolist() == [[4, 5]]
 
     def test_the_end_may_be_the_padding_too(self):
         lm = chain((3, PAD), (4, 5), (5, 6))
-        new = generate(lm, torch.tensor([[3], [4]]), tokens=3, stop=(PAD,), pad=PAD)
+        new = generate(lm, torch.tensor([[3], [4]]), max_new_tokens=3, stop=(PAD,), pad_id=PAD)
         assert new.tolist() == [[PAD, PAD, PAD], [5, 6, PAD]]
 
 
 class TestSampling:
     def test_the_generator_decides(self):
         lm, (ids, mask, _) = model(), prompts(5, 1, 3)
-        draws = [generate(lm, ids, mask, tokens=9, temperature=1.3,
+        draws = [generate(lm, ids, mask, max_new_tokens=9, temperature=1.3,
                           generator=torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
         assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
 
@@ -217,7 +218,7 @@ class TestSampling:
 
         def draw(row):
             return torch.Generator().manual_seed(40 + row)
-        options = {"temperature": 1.5, "top_k": 7, "top_p": 0.9, "tokens": 9, "stop": (STOP,)}
+        options = {"temperature": 1.5, "top_k": 7, "top_p": 0.9, "max_new_tokens": 9, "stop": (STOP,)}
         new = generate(lm, ids, mask, generator=[draw(r) for r in range(3)], **options)
         for r, text in enumerate(texts):
             own = generate(lm, text, generator=[draw(r)], **options)[0].tolist()
@@ -228,11 +229,11 @@ class TestSampling:
         logits[:, 3:8] = torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0])
         ids = torch.tensor([[PAD, PAD, 4], [4, 3, 6]])
         mask = torch.tensor([[False, False, True], [True, True, True]])
-        new = generate(Table(logits), ids, mask, tokens=3, repetition_penalty=100.0)
+        new = generate(Table(logits), ids, mask, max_new_tokens=3, repetition_penalty=100.0)
         assert new.tolist() == [[3, 5, 6], [5, 7, 3]]
         free = logits.clone()
         free[:, PAD] = 6.0
-        assert generate(Table(free), ids, mask, tokens=1, repetition_penalty=100.0)[0] == PAD
+        assert generate(Table(free), ids, mask, max_new_tokens=1, repetition_penalty=100.0)[0] == PAD
 
 
     def test_an_id_that_stands_for_a_picture_is_no_token_that_occurred(self):
@@ -240,13 +241,13 @@ class TestSampling:
         logits[5, 0], logits[5, V - 1] = 2.0, 3.0
         for outside in (-200, 500):
             prompt = torch.tensor([[outside, 5]])
-            assert generate(Table(logits), prompt, tokens=1, repetition_penalty=9.0) == V - 1
-        assert generate(Table(logits), torch.tensor([[V - 1, 5]]), tokens=1,
+            assert generate(Table(logits), prompt, max_new_tokens=1, repetition_penalty=9.0) == V - 1
+        assert generate(Table(logits), torch.tensor([[V - 1, 5]]), max_new_tokens=1,
                         repetition_penalty=9.0) == 0
 
     def test_after_embeddings_only_what_was_written_is_penalised(self):
         lm, (ids, _, _) = model(), prompts(4)
-        new = generate(lm, lm.embed(ids), tokens=9, repetition_penalty=50.0, pad=PAD)
+        new = generate(lm, lm.embed(ids), max_new_tokens=9, repetition_penalty=50.0, pad_id=PAD)
         text, seen = ids, set()
         for _ in range(9):                      # a slow loop
             logits = lm(text)[0, -1].clone()
@@ -260,21 +261,21 @@ class TestSampling:
 class TestWhatIsReturned:
     def test_it_may_be_changed_and_trained_on(self):
         lm, (ids, _, _) = model(), prompts(4)
-        for options in ({}, {"beams": 2}):
-            new = generate(lm, ids, tokens=5, **options)
+        for options in ({}, {"num_beams": 2}):
+            new = generate(lm, ids, max_new_tokens=5, **options)
             new[new == 3] = -100
             lm(new.clamp(min=0)).sum().backward()
-        scores = rank(lm, ids, torch.tensor([[3, 4]]))
+        scores = score_candidates(lm, ids, torch.tensor([[3, 4]]))
         assert not scores.requires_grad
         (scores * torch.ones(1, requires_grad=True)).sum().backward()
 
     def test_half_precision_logits_are_compared_in_float32(self):
         logits = torch.randn(V, V, generator=torch.Generator().manual_seed(0)).bfloat16()
-        writing = Writing(Table(logits), torch.tensor([[3, 5]]), None, 4, {})
+        writing = DecodingState(Table(logits), torch.tensor([[3, 5]]), None, 4, {})
         assert writing.logits.dtype == torch.float32
         candidates = torch.tensor([[4, 7, 9]])
         want = sum(logits[a].float().log_softmax(dim=-1)[b] for a, b in ((5, 4), (4, 7), (7, 9)))
-        assert rank(Table(logits), torch.tensor([[3, 5]]), candidates).item() == \
+        assert score_candidates(Table(logits), torch.tensor([[3, 5]]), candidates).item() == \
             pytest.approx(want.item(), abs=1e-6)
 
 
@@ -282,17 +283,17 @@ class TestClearErrors:
     @pytest.mark.parametrize("options, message", [
         ({"temperature": -1.0}, "temperature=-1.0: must be at least 0"),
         ({"top_k": 0}, "top_k=0: must be at least 1"), ({"top_p": 0.0}, r"top_p=0.0: must be in"),
-        ({"top_p": 1.5}, "top_p=1.5"), ({"tokens": 0}, "tokens=0: must be at least 1"),
-        ({"beams": 0}, "beams=0"), ({"beams": 2, "temperature": 1.0}, "choose one"),
+        ({"top_p": 1.5}, "top_p=1.5"), ({"max_new_tokens": 0}, "max_new_tokens=0: must be at least 1"),
+        ({"num_beams": 0}, "num_beams=0"), ({"num_beams": 2, "temperature": 1.0}, "choose one"),
         ({"stop_strings": ("x",)}, "stop_strings need decode"),
         ({"repetition_penalty": -1.0}, "repetition_penalty=-1.0: must be more than 0"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty=0.0"), ({"pad": -1}, "pad=-1"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty=0.0"), ({"pad_id": -1}, "pad_id=-1"),
         ({"top_k": 5}, "top_k=5, top_p=1.0: they are of draws; at temperature=0 nothing is drawn"),
         ({"top_p": 0.9}, "top_p=0.9: they are of draws"),
         ({"temperature": 1.0, "generator": [torch.Generator()] * 3},
          "3 generators for 1 rows"),
-        ({"beams": 2, "early_stopping": "soon"}, "early_stopping=soon"),
-        ({"context": 9, "tokens": 5},
+        ({"num_beams": 2, "early_stopping": "soon"}, "early_stopping=soon"),
+        ({"context_length": 9, "max_new_tokens": 5},
          "prompt of 5 tokens and 5 new ones are 10, but the context is 9")])
     def test_what_cannot_be_is_told(self, options, message):
         with pytest.raises(ValueError, match=message):
@@ -301,9 +302,9 @@ class TestClearErrors:
     def test_padding_does_not_count_towards_the_context(self):
         lm, (ids, mask, _) = model(), prompts(5, 3)
         ids, mask = F.pad(ids, (4, 0)), F.pad(mask, (4, 0))
-        assert generate(lm, ids, mask, tokens=18, context=23).shape[0] == 2
+        assert generate(lm, ids, mask, max_new_tokens=18, context_length=23).shape[0] == 2
         with pytest.raises(ValueError, match="prompt of 5 tokens and 19 new ones are 24"):
-            generate(lm, ids, mask, tokens=19, context=23)
+            generate(lm, ids, mask, max_new_tokens=19, context_length=23)
 
     def test_an_empty_prompt_is_told(self):
         with pytest.raises(ValueError, match="an empty prompt"):
@@ -316,7 +317,7 @@ class TestClearErrors:
         ids, candidates = prompts(5, 5, 5)[0], torch.tensor([[3]])
         for mask in (torch.ones(shape).bool(), torch.ones(3, 5)):
             for work in (lambda: generate(model(), ids, mask),
-                         lambda: rank(model(), ids, candidates, mask)):
+                         lambda: score_candidates(model(), ids, candidates, mask)):
                 with pytest.raises(ValueError, match=r"for a prompt of \(3, 5\): it must be bool"):
                     work()
 
@@ -327,15 +328,15 @@ class TestClearErrors:
 
     def test_the_models_own_method_knows_its_context_end_and_padding(self):
         lm = model()
-        lm.config.pad = 11
+        lm.config.pad_id = 11
         with pytest.raises(ValueError, match="but the context is 23"):
-            lm.generate(prompts(5)[0], tokens=30)
+            lm.generate(prompts(5)[0], max_new_tokens=30)
         ids, mask, texts = prompts(5, 1, 3, 7)
-        said = lm.generate(texts[2], tokens=9, stop=())[0].tolist()
+        said = lm.generate(texts[2], max_new_tokens=9, stop=())[0].tolist()
         at = next(i for i, token in enumerate(said) if token not in said[:i] + [11] and i)
-        lm.config.eos = said[at]
-        new = lm.generate(ids, mask, tokens=11)
-        assert torch.equal(new, generate(lm, ids, mask, tokens=11, stop=(said[at],), pad=11))
+        lm.config.eos_id = said[at]
+        new = lm.generate(ids, mask, max_new_tokens=11)
+        assert torch.equal(new, generate(lm, ids, mask, max_new_tokens=11, stop=(said[at],), pad_id=11))
         assert new[2].tolist() == said[:at + 1] + [11] * (new.shape[1] - at - 1)
         assert new.shape[1] > at + 1
 
@@ -355,8 +356,8 @@ def every_text(lm, text, tokens, stop):
     """(log p, new ids) of every text of at most `tokens` tokens that ends with stop or is full."""
     found = []
     for length in range(1, tokens + 1):
-        middle = [i for i in range(lm.config.vocab) if i != stop]
-        last = range(lm.config.vocab) if length == tokens else [stop]
+        middle = [i for i in range(lm.config.vocab_size) if i != stop]
+        last = range(lm.config.vocab_size) if length == tokens else [stop]
         for ids in itertools.product(*[middle] * (length - 1), last):
             found.append(ids)
     scores = []
@@ -372,9 +373,9 @@ def every_text(lm, text, tokens, stop):
 class TestBeams:
     @pytest.mark.parametrize("length_penalty", [-1.0, 0.0, 1.0, 2.0])
     def test_wide_enough_it_finds_the_best_of_all_texts(self, length_penalty):
-        lm, texts = model(vocab=5), [torch.tensor([[3, 4]]), torch.tensor([[4]])]
+        lm, texts = model(vocab_size=5), [torch.tensor([[3, 4]]), torch.tensor([[4]])]
         ids, mask = torch.tensor([[3, 4], [0, 4]]), torch.tensor([[True, True], [False, True]])
-        new = generate(lm, ids, mask, tokens=4, stop=(STOP,), beams=70, pad=PAD,
+        new = generate(lm, ids, mask, max_new_tokens=4, stop=(STOP,), num_beams=70, pad_id=PAD,
                        length_penalty=length_penalty, early_stopping="never")
         found = [max((log / len(ids) ** length_penalty, ids)
                      for log, ids in every_text(lm, text, 4, STOP))[1] for text in texts]
@@ -386,19 +387,19 @@ class TestBeams:
     @pytest.mark.parametrize("kind", ["gpt2", "llama"])
     def test_a_ragged_batch_is_its_rows_alone(self, kind, early_stopping):
         lm, (ids, mask, texts) = model(kind), prompts(5, 1, 3, 7)
-        options = {"beams": 3, "stop": (STOP, 7), "early_stopping": early_stopping}
-        new = generate(lm, ids, mask, tokens=8, pad=PAD, **options)
+        options = {"num_beams": 3, "stop": (STOP, 7), "early_stopping": early_stopping}
+        new = generate(lm, ids, mask, max_new_tokens=8, pad_id=PAD, **options)
         assert torch.equal(new, alone(lm, texts, 8, **options))
-        greedy = generate(lm, ids, mask, tokens=8, pad=PAD, stop=(STOP, 7))
+        greedy = generate(lm, ids, mask, max_new_tokens=8, pad_id=PAD, stop=(STOP, 7))
         assert not torch.equal(new, greedy)
 
     @pytest.mark.parametrize("penalty", [1.5, 4.0])
     def test_with_a_repetition_penalty_it_finds_the_best_of_all_texts(self, penalty):
         # The penalty is on log p, and every beam knows its own tokens (transformers' rule).
-        lm, texts = model(vocab=5), [torch.tensor([[3, 4]]), torch.tensor([[4, 4]])]
-        new = generate(lm, torch.cat(texts), tokens=4, stop=(STOP,), beams=70, pad=PAD,
+        lm, texts = model(vocab_size=5), [torch.tensor([[3, 4]]), torch.tensor([[4, 4]])]
+        new = generate(lm, torch.cat(texts), max_new_tokens=4, stop=(STOP,), num_beams=70, pad_id=PAD,
                        repetition_penalty=penalty, early_stopping="never")
-        plain = generate(lm, torch.cat(texts), tokens=4, stop=(STOP,), beams=70, pad=PAD,
+        plain = generate(lm, torch.cat(texts), max_new_tokens=4, stop=(STOP,), num_beams=70, pad_id=PAD,
                          early_stopping="never")
         assert not torch.equal(new, plain)
         for row, text in zip(new, texts):
@@ -417,7 +418,7 @@ class TestBeams:
     def test_as_many_beginnings_as_beams_go_on_when_the_likeliest_tokens_all_end(self):
         stops, logs = torch.tensor([4, 5, 6]), torch.full((2, 7), -9.0)
         logs[:, 4:] = -1.0
-        beams = Beams(Writing(Table(torch.zeros(7, 7)), torch.tensor([[3]]), None, 5, {}), 2, 5,
+        beams = Beams(DecodingState(Table(torch.zeros(7, 7)), torch.tensor([[3]]), None, 5, {}), 2, 5,
                       stops, PAD, 1.0, "never")
         beams.scores = torch.zeros(1, 2)
         beams.step(logs[None], 0)
@@ -425,10 +426,10 @@ class TestBeams:
 
     def test_one_beam_is_greedy(self):
         lm, (ids, mask, _) = model(), prompts(5, 1, 3, 7)
-        beams = Beams(Writing(lm, *pad_left(ids, mask), 9, {}), 1, 9, torch.tensor([STOP]), PAD,
+        beams = Beams(DecodingState(lm, *pad_left(ids, mask), 9, {}), 1, 9, torch.tensor([STOP]), PAD,
                       1.0, False)
         with torch.no_grad():
-            greedy = generate(lm, ids, mask, tokens=9, stop=(STOP,), pad=PAD)
+            greedy = generate(lm, ids, mask, max_new_tokens=9, stop=(STOP,), pad_id=PAD)
             assert torch.equal(beams.search(), greedy)
 
     @pytest.mark.parametrize("length_penalty, best", [(0.0, [8, STOP]), (1.0, [9, 10, STOP])])
@@ -442,14 +443,14 @@ class TestBeams:
             left = 1 - logits[a].exp().sum()
             logits[a, 11] = left.log()
         logits[11] = torch.full((V,), -math.log(V))
-        new = generate(Table(logits), torch.tensor([[3]]), tokens=4, stop=(STOP,), beams=4, pad=PAD,
+        new = generate(Table(logits), torch.tensor([[3]]), max_new_tokens=4, stop=(STOP,), num_beams=4, pad_id=PAD,
                        length_penalty=length_penalty, early_stopping="never")
         assert [i for i in new[0].tolist() if i != PAD] == best
 
     def test_beams_are_different_texts(self):
         lm = model()
         with torch.no_grad():
-            beams = Beams(Writing(lm, prompts(4)[0], None, 5, {}), 3, 5, torch.tensor([]), PAD, 1.0,
+            beams = Beams(DecodingState(lm, prompts(4)[0], None, 5, {}), 3, 5, torch.tensor([]), PAD, 1.0,
                           False)
             for n in range(4):
                 logs = beams.writing.logits.log_softmax(dim=-1).unflatten(0, (-1, 3))
@@ -466,7 +467,7 @@ class TestBeams:
         probabilities = torch.full((V, V), 0.35 / (V - 2))
         probabilities[:, 5], probabilities[:, STOP] = 0.35, 0.3
         table = Table(probabilities.log())
-        generate(table, torch.tensor([[3]]), tokens=20, stop=(STOP,), beams=2, length_penalty=0.0,
+        generate(table, torch.tensor([[3]]), max_new_tokens=20, stop=(STOP,), num_beams=2, length_penalty=0.0,
                  early_stopping=early_stopping)
         assert len(table.calls) == calls
 
@@ -480,7 +481,7 @@ class TestBeams:
         probabilities[6], probabilities[4] = 1e-9, 1e-9
         probabilities[[4, 6, *range(7, V)], 4] = 1.0
         table = Table(probabilities.log())
-        generate(table, torch.tensor([[3]]), tokens=20, stop=(STOP,), beams=2,
+        generate(table, torch.tensor([[3]]), max_new_tokens=20, stop=(STOP,), num_beams=2,
                  early_stopping=early_stopping)
         assert len(table.calls) == calls
 
@@ -495,13 +496,13 @@ class TestBeams:
             return lm(x, mask=mask, cache=cache, last=last) + shift[:, None]
         ids = torch.tensor([[3, 4], [5, 6], [7, 8]])
         tint = torch.randn(3, V, dtype=torch.float64)
-        options = {"tokens": 6, "beams": 3, "stop": (STOP,), "pad": PAD}
+        options = {"max_new_tokens": 6, "num_beams": 3, "stop": (STOP,), "pad_id": PAD}
         new = generate(stateful, ids, state={"tint": tint}, **options)
         rows = [generate(stateful, ids[r:r + 1], state={"tint": tint[r:r + 1]}, **options)[0]
                 for r in range(3)]
         assert torch.equal(new, nn.utils.rnn.pad_sequence(rows, batch_first=True))
         # A reorder forgotten gives worse texts than greedy writes; their scores by themselves:
-        greedy = generate(stateful, ids, state={"tint": tint}, **options | {"beams": 1})
+        greedy = generate(stateful, ids, state={"tint": tint}, **options | {"num_beams": 1})
         for r in range(3):
             found, likeliest = (self.score(stateful, ids[r], rows[r], tint[r])
                                 for rows in (new.tolist(), greedy.tolist()))
@@ -527,9 +528,9 @@ class TestRankOfToys:
             logits = table[x] + towards[:, None]
             return logits[:, -1:] if last else logits
         ids = prompts(4, 4, 4)[0]
-        scores = rank(leaning, ids, TestRank.candidates, rows=4, state={"towards": state})
+        scores = score_candidates(leaning, ids, TestRank.candidates, rows=4, state={"towards": state})
         for row, text, own in zip(scores, ids, state):
-            alone = rank(leaning, text[None], TestRank.candidates, state={"towards": own[None]})
+            alone = score_candidates(leaning, text[None], TestRank.candidates, state={"towards": own[None]})
             assert row.tolist() == pytest.approx(alone[0].tolist(), abs=1e-5)
 
     @pytest.mark.parametrize("candidates, message", [
@@ -539,7 +540,7 @@ class TestRankOfToys:
         (torch.tensor([[4, -100, 5]]), "padding before a token")])
     def test_candidates_of_another_shape_or_padded_left_are_told(self, candidates, message):
         with pytest.raises(ValueError, match=message):
-            rank(model(), prompts(3)[0], candidates)
+            score_candidates(model(), prompts(3)[0], candidates)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "opt", "llama"])
@@ -556,7 +557,7 @@ class TestRank:
     @pytest.mark.parametrize("rows", [256, 4])
     def test_it_is_the_likelihood_of_each_candidate_after_each_prompt(self, kind, mean, rows):
         lm, (ids, mask, texts) = model(kind), prompts(5, 1, 3)
-        scores = rank(lm, ids, self.candidates, mask, mean=mean, rows=rows)
+        scores = score_candidates(lm, ids, self.candidates, mask, mean=mean, rows=rows)
         for row, text in zip(scores, texts):
             want = [self.slow(lm, text, c, mean) for c in self.candidates]
             assert row.tolist() == pytest.approx(want, abs=1e-5)
@@ -564,7 +565,7 @@ class TestRank:
     def test_prompts_may_have_candidates_of_their_own(self, kind):
         lm, (ids, mask, texts) = model(kind), prompts(5, 1)
         own = torch.stack([self.candidates[:2], self.candidates[2:4]])
-        scores = rank(lm, ids, own, mask)
+        scores = score_candidates(lm, ids, own, mask)
         for row, text, candidates in zip(scores, texts, own):
             want = [self.slow(lm, text, c, False) for c in candidates]
             assert row.tolist() == pytest.approx(want, abs=1e-5)
@@ -575,21 +576,21 @@ class TestRank:
         def counted(x, **arguments):
             calls.append(tuple(x.shape))
             return lm(x, **arguments)
-        rank(counted, prompts(5, 4)[0], self.candidates)
+        score_candidates(counted, prompts(5, 4)[0], self.candidates)
         assert calls == [(2, 5), (10, 2)]
         calls.clear()
-        rank(counted, prompts(5, 4)[0], self.candidates[:, :1])
+        score_candidates(counted, prompts(5, 4)[0], self.candidates[:, :1])
         assert calls == [(2, 5)]                # candidates of one token need no more
 
     def test_padding_of_a_prompt_does_not_count_towards_the_context(self, kind):
         lm, (ids, mask, _) = model(kind), prompts(7, 5)
         ids, mask = F.pad(ids, (4, 0)), F.pad(mask, (4, 0))
-        assert rank(lm, ids, self.candidates, mask, context=10).shape == (2, 5)
+        assert score_candidates(lm, ids, self.candidates, mask, context_length=10).shape == (2, 5)
         with pytest.raises(ValueError, match="7 tokens and 3 of a candidate are 10"):
-            rank(lm, ids, self.candidates, mask, context=9)
+            score_candidates(lm, ids, self.candidates, mask, context_length=9)
 
     def test_what_cannot_be_ranked_is_told(self, kind):
         with pytest.raises(ValueError, match="a candidate without a token"):
-            rank(model(kind), prompts(3)[0], torch.tensor([[3], [-100]]))
+            score_candidates(model(kind), prompts(3)[0], torch.tensor([[3], [-100]]))
         with pytest.raises(ValueError, match="prompt of 7 tokens and 3 of a candidate are 10"):
-            rank(model(kind), prompts(7)[0], self.candidates, context=9)
+            score_candidates(model(kind), prompts(7)[0], self.candidates, context_length=9)

@@ -22,8 +22,8 @@ import pytest
 from PIL import Image
 
 import train
-from common.data import Batches, open_world, world_tokenizer
-from common.images import open_image
+from common.data.batches import Batches, open_world, world_tokenizer
+from common.data.images import open_image
 from tests.test_train import SIZES, Command
 
 WORDS = "a red green blue large small dog cat runs sits on the grass hill".split()

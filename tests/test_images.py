@@ -11,10 +11,10 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from common import images
-from common.images import (GREEN, MEAN, MOST_BYTES, MOST_PIXELS, RED, STD, centre_crop, normalise,
+from common.data import images
+from common.data.images import (GREEN, MEAN, MOST_BYTES, MOST_PIXELS, RED, STD, center_crop, normalize_pixels,
                            open_folder, open_frames, open_image, open_regular, random_crop, sheet,
-                           shown, to_rgb, to_tensor)
+                           printable, to_rgb, to_tensor)
 
 
 def halves(size=(6, 4), left=(200, 30, 40), right=(10, 60, 220)):
@@ -194,7 +194,7 @@ class TestOpenImage:
             with pytest.raises(ValueError) as caught:
                 open_image(tmp_path / name)
             assert str(caught.value).isprintable()
-        assert shown("a\nb") == "a?b" and len(shown("n" * 9999)) == 303
+        assert printable("a\nb") == "a?b" and len(printable("n" * 9999)) == 303
 
     def test_text_that_unpacks_without_end_is_refused(self, tmp_path):
         header = struct.pack(">IIBBBBB", 1, 1, 8, 2, 0, 0, 0)
@@ -245,16 +245,16 @@ class TestCentreCrop:
     def test_the_middle_of_a_wide_picture_by_hand(self):
         picture = Image.new("RGB", (12, 4), "black")
         picture.paste("white", (4, 0, 8, 4))                   # the middle third
-        assert np.asarray(centre_crop(picture, 4)).min() == 255
+        assert np.asarray(center_crop(picture, 4)).min() == 255
 
     def test_the_middle_of_a_high_picture_by_hand(self):
         picture = Image.new("RGB", (4, 12), "black")
         picture.paste("white", (0, 4, 4, 8))
-        assert np.asarray(centre_crop(picture, 4)).min() == 255
+        assert np.asarray(center_crop(picture, 4)).min() == 255
 
     def test_an_odd_margin_is_cut_where_torchvision_cuts_it(self):
         columns = np.arange(7, dtype=np.uint8)[None, :, None].repeat(4, 0).repeat(3, 2)
-        crop = np.asarray(centre_crop(Image.fromarray(columns), 4))
+        crop = np.asarray(center_crop(Image.fromarray(columns), 4))
         assert crop[0, :, 0].tolist() == [2, 3, 4, 5]          # round(1.5) columns are left out
 
     @pytest.mark.parametrize("width, height", [(64, 47), (47, 64), (100, 37), (31, 90), (13, 11)])
@@ -266,18 +266,18 @@ class TestCentreCrop:
         left, top = round((wide - size) / 2), round((high - size) / 2)
         whole = picture.resize((wide, high), Image.Resampling.BICUBIC)
         want = np.asarray(whole.crop((left, top, left + size, top + size)), int)
-        assert np.abs(np.asarray(centre_crop(picture, size), int) - want).max() <= 1
+        assert np.abs(np.asarray(center_crop(picture, size), int) - want).max() <= 1
 
     def test_shrinking_averages(self):
         checkers = Image.fromarray(((np.indices((64, 64)).sum(0) % 2) * 255).astype(np.uint8))
-        assert np.abs(np.asarray(centre_crop(checkers, 8), int) - 127).max() <= 2
+        assert np.abs(np.asarray(center_crop(checkers, 8), int) - 127).max() <= 2
 
     def test_a_picture_of_the_size_is_left_alone(self):
         picture = noise(9, 9)
-        assert np.array_equal(centre_crop(picture, 9), picture)
+        assert np.array_equal(center_crop(picture, 9), picture)
 
     def test_a_sliver_costs_no_memory(self):
-        assert centre_crop(Image.new("RGB", (1_000_000, 1)), 16).size == (16, 16)
+        assert center_crop(Image.new("RGB", (1_000_000, 1)), 16).size == (16, 16)
 
 
 class TestRandomCrop:
@@ -325,7 +325,7 @@ class TestTensors:
 
     def test_normalise_has_the_published_values(self):
         pixels = torch.tensor([[0, 0, 0], [255, 255, 255], [124, 117, 104]], dtype=torch.uint8)
-        made = normalise(pixels[:, :, None, None])
+        made = normalize_pixels(pixels[:, :, None, None])
         want = torch.tensor([[-1.7922625, -1.7520971, -1.4802198],
                              [1.9303361, 2.0748837, 2.1458969],
                              [0.0179424, 0.0038118, -0.0013330]])
@@ -333,7 +333,7 @@ class TestTensors:
         torch.testing.assert_close(made[:, :, 0, 0], want, atol=2e-6, rtol=0)
 
     def test_normalise_is_by_channel(self):
-        made = normalise(torch.full((2, 3, 5, 7), 128, dtype=torch.uint8))
+        made = normalize_pixels(torch.full((2, 3, 5, 7), 128, dtype=torch.uint8))
         for c in range(3):
             want = (128 / 255 - MEAN[c]) / STD[c]
             torch.testing.assert_close(made[:, c], torch.full((2, 5, 7), want))

@@ -8,21 +8,24 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from common.training import lm as lm_stage
 from common import language, losses
-from common.conversation import collate
-from common.language import (PRESETS, TRAINS, LanguageConfig, LanguageModel, NewTokens, Pretraining,
-                             perplexity, unpadded)
-from common.tokenizers import Tokenizer
-from common.transformer import KVCache, RMSNorm, rms_norm
+from common.prompts import collate
+from common.language import (PRESETS, TRAINS, LanguageConfig, LanguageModel, NewTokens, perplexity,
+                             unpadded)
+from common.training.lm import Pretraining
+from common.data.tokenizer import Tokenizer
+from common.cache import KVCache
+from common.transformer import RMSNorm, rms_norm
 from train import freeze, parameter_groups
 
 V, T, PAST = 31, 11, 7
 KINDS = {
-    "gpt2": LanguageConfig(kind="gpt2", vocab=V, context=19, width=24, layers=2, heads=3,
+    "gpt2": LanguageConfig(kind="gpt2", vocab_size=V, context_length=19, width=24, layers=2, heads=3,
                            kv_heads=3, hidden=37),
-    "opt": LanguageConfig(kind="opt", vocab=V, context=19, width=24, layers=2, heads=3,
+    "opt": LanguageConfig(kind="opt", vocab_size=V, context_length=19, width=24, layers=2, heads=3,
                           kv_heads=3, hidden=37),
-    "llama": LanguageConfig(vocab=V, context=19, width=24, layers=2, heads=3, kv_heads=1,
+    "llama": LanguageConfig(vocab_size=V, context_length=19, width=24, layers=2, heads=3, kv_heads=1,
                             hidden=37, tied=False),
 }
 
@@ -85,7 +88,7 @@ class TestSizes:
 
     def test_it_begins_with_every_token_equally_likely(self, kind):
         torch.manual_seed(0)
-        pre = Pretraining(LanguageConfig(**vars(KINDS[kind]) | {"vocab": 211}))
+        pre = Pretraining(LanguageConfig(**vars(KINDS[kind]) | {"vocab_size": 211}))
         loss = pre({"ids": torch.randint(3, 211, (13, 17))})["lm"]
         assert loss.item() == pytest.approx(math.log(211), rel=0.02)
 
@@ -154,9 +157,9 @@ class TestForward:
         lm, ids = model("opt"), random_ids(1, T)
         before = lm(ids)
         with torch.no_grad():
-            lm.positions.weight[:2] = torch.nan
+            lm.pos_embed.weight[:2] = torch.nan
             assert torch.equal(lm(ids), before)
-            lm.positions.weight[2] = torch.nan
+            lm.pos_embed.weight[2] = torch.nan
         assert lm(ids)[0, 0].isnan().all()
 
     def test_stretched_rotary_positions_lie_closer(self):
@@ -172,8 +175,8 @@ class TestForward:
 
     def test_a_model_can_be_trained_after_it_has_written(self):
         lm, ids = model(theta=1234.5), random_ids(2, 5)     # a base whose angles nobody has made yet
-        language.turns.cache_clear()
-        lm.generate(ids, tokens=2)
+        language.cached_rope_table.cache_clear()
+        lm.generate(ids, max_new_tokens=2)
         lm(ids).square().mean().backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in lm.parameters())
 
@@ -218,7 +221,7 @@ class TestForward:
             lm(random_ids(1, 1), cache=cache)
 
     def test_rotary_angles_are_float32_and_exact_far_out_in_half_precision_too(self):
-        config = LanguageConfig(**vars(KINDS["llama"]) | {"context": 5000})
+        config = LanguageConfig(**vars(KINDS["llama"]) | {"context_length": 5000})
         lm, cache = LanguageModel(config).bfloat16(), KVCache()
         cache.length = 4700
         for mask in (None, torch.ones(1, 4703, dtype=torch.bool)):
@@ -233,7 +236,7 @@ class TestForward:
                                        rtol=0)
 
     def test_a_context_larger_than_any_memory_costs_nothing_until_it_is_used(self):
-        lm = LanguageModel(LanguageConfig(**vars(KINDS["llama"]) | {"context": 10 ** 12}))
+        lm = LanguageModel(LanguageConfig(**vars(KINDS["llama"]) | {"context_length": 10 ** 12}))
         assert lm(random_ids(2, T)).isfinite().all()
 
     def test_in_half_precision_a_norm_rounds_before_its_weight(self):
@@ -333,15 +336,15 @@ class TestNewTokens:
     def test_only_the_new_rows_learn_and_the_frozen_table_stays_to_the_bit(self, tied):
         old, lm = self.added("llama", (4, V), tied=tied)
         freeze(lm, ("new.*",))
-        optimiser = torch.optim.AdamW(parameter_groups(lm, decay=0.5), lr=0.1)
+        optimizer = torch.optim.AdamW(parameter_groups(lm, decay=0.5), lr=0.1)
         start = [p.clone() for p in lm.new.parameters()]
         text = random_ids(3, T)
         text[:, 5], text[:, 7] = 4, V
         loss = [losses.next_token_loss(lm(text), text)]
         for _ in range(3):
             loss[-1].backward()
-            optimiser.step()
-            optimiser.zero_grad()
+            optimizer.step()
+            optimizer.zero_grad()
             loss.append(losses.next_token_loss(lm(text), text))
         assert loss[-1] < loss[0]
         assert len(start) == (1 if tied else 2)
@@ -349,7 +352,7 @@ class TestNewTokens:
         frozen = {n: p for n, p in lm.named_parameters() if not n.startswith("new.")}
         assert all(torch.equal(p, frozen[n]) for n, p in old.named_parameters())
         assert all(p.grad is None for p in frozen.values())
-        assert sum(len(g["params"]) for g in optimiser.param_groups) == len(start)
+        assert sum(len(g["params"]) for g in optimizer.param_groups) == len(start)
 
     def test_a_new_token_is_not_favoured_at_the_start(self, kind):
         _, lm = self.added(kind, (V, V + 1))
@@ -438,19 +441,19 @@ class TestTraining:
 
     def test_where_the_end_pads_too_the_first_of_them_is_a_label(self):
         ids = torch.tensor([[9, 5, 9, 7, 9, 9, 9], [9, 2, 3, 4, 5, 6, 9], [9, 2, 3, 4, 5, 6, 7]])
-        assert unpadded(ids, LanguageConfig(eos=9, pad=9)).tolist() == [
+        assert unpadded(ids, LanguageConfig(eos_id=9, pad_id=9)).tolist() == [
             [9, 5, 9, 7, 9, -100, -100], *ids[1:].tolist()]
 
     def test_a_model_learns_a_text_by_heart(self, kind):
         torch.manual_seed(0)
         pre, ids = Pretraining(KINDS[kind]), random_ids(1, T)
-        optimiser = torch.optim.AdamW(pre.parameters(), lr=1e-2)
+        optimizer = torch.optim.AdamW(pre.parameters(), lr=1e-2)
         for _ in range(60):
             pre({"ids": ids})["lm"].backward()
-            optimiser.step()
-            optimiser.zero_grad()
+            optimizer.step()
+            optimizer.zero_grad()
         assert pre.lm(ids)[0, :-1].argmax(dim=-1).tolist() == ids[0, 1:].tolist()
-        assert pre.lm.generate(ids[:, :1], tokens=T - 1, stop=()).tolist() == ids[:, 1:].tolist()
+        assert pre.lm.generate(ids[:, :1], max_new_tokens=T - 1, stop=()).tolist() == ids[:, 1:].tolist()
 
     def test_a_stage_trains_all_of_it(self):
         pre = self.pre("llama")
@@ -534,7 +537,7 @@ class TestEvaluation:
         data = self.Data(world())
         torch.manual_seed(0)
         return Pretraining(LanguageConfig(**vars(KINDS["llama"]) | {
-            "vocab": len(data.tokenizer)})), data
+            "vocab_size": len(data.tokenizer)})), data
 
     def test_it_measures_the_perplexity_of_unseen_texts_beside_chance(self):
         pre, data = self.pre()
@@ -542,15 +545,15 @@ class TestEvaluation:
         ids = data.ids([record["texts"][0] for record in data.records("test")])
         seen = data.ids(["a red circle", "a red star"])
         assert figures == {"perplexity": perplexity(pre.lm, ids),
-                           "perplexity_unigram": language.unigram(seen, ids, pre.config),
+                           "perplexity_unigram": lm_stage.unigram(seen, ids, pre.config),
                            "perplexity_chance": len(data.tokenizer)}
 
     def test_a_unigram_tells_each_token_by_its_share(self):
-        config = LanguageConfig(**vars(KINDS["llama"]) | {"vocab": 11})
+        config = LanguageConfig(**vars(KINDS["llama"]) | {"vocab_size": 11})
         seen, ids = torch.tensor([[1, 5, 5, 7, 2, 0]]), torch.tensor([[1, 5, 9, 0]])
         shares = 3 / 15, 1 / 15                # 5 twice and one more; 9 never and one more
         want = math.exp(-(math.log(shares[0]) + math.log(shares[1])) / 2)
-        assert language.unigram(seen, ids, config) == pytest.approx(want, rel=1e-5)
+        assert lm_stage.unigram(seen, ids, config) == pytest.approx(want, rel=1e-5)
 
     def test_words_of_known_odds_stand_beside_their_entropy(self):
         pre, data = self.pre(self.Told)

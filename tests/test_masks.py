@@ -4,7 +4,7 @@ import doctest
 import torch
 
 from common import masks
-from common.masks import causal, draw, media, padding, picture_of, prefix
+from common.masks import causal, draw, media, padding, image_index, prefix
 
 
 def test_the_pictures_in_the_docstrings_are_true():
@@ -54,7 +54,7 @@ def rows(*texts):
 
 def test_a_token_belongs_to_the_last_tag_up_to_it_in_its_own_row():
     tags = rows("..I..II.", "I......I", "........")
-    numbers = picture_of(tags)
+    numbers = image_index(tags)
     assert numbers.dtype == torch.int64
     for b in range(3):
         for t in range(8):
@@ -65,28 +65,28 @@ def test_the_tags_of_a_cache_count_in_each_row():
     tags = rows("..I..II.", "I......I", "........")
     for cut in range(9):
         before = tags[:, :cut].sum(dim=1, keepdim=True)
-        assert torch.equal(picture_of(tags[:, cut:], before), picture_of(tags)[:, cut:])
-    assert picture_of(rows(".I"), before=3).tolist() == [[3, 4]]
+        assert torch.equal(image_index(tags[:, cut:], before), image_index(tags)[:, cut:])
+    assert image_index(rows(".I"), before=3).tolist() == [[3, 4]]
 
 
 def test_a_token_belongs_to_the_next_tag_where_its_row_says_so():
     tags = rows("..I..II.", "I......I", "........")
     ahead = [[1, 1, 1, 2, 2, 2, 3, 0], [1] + [2] * 7, [0] * 8]
-    assert picture_of(tags, following=torch.tensor([[True]] * 3)).tolist() == ahead
-    mixed = picture_of(tags, following=torch.tensor([[True], [False], [True]]))
+    assert image_index(tags, following=torch.tensor([[True]] * 3)).tolist() == ahead
+    mixed = image_index(tags, following=torch.tensor([[True], [False], [True]]))
     assert mixed.tolist() == [ahead[0], [1] * 7 + [2], ahead[2]]
 
 
 def test_media_are_seen_by_their_own_text_or_by_all_that_comes_after():
     pictures, N, Q = torch.tensor([[0, 1, 1, 3, 2], [2, 0, 0, 1, 3]]), 3, 5
-    for latest in (True, False):
-        mask = media(pictures, N, Q, latest)
+    for only_latest_image in (True, False):
+        mask = media(pictures, N, Q, only_latest_image)
         assert mask.shape == (2, 1, 5, N * Q) and mask.dtype == torch.bool
         for b in range(2):
             for t in range(5):
                 for s in range(N * Q):
                     own, number = pictures[b, t].item(), 1 + s // Q
-                    want = number == own if latest else number <= own
+                    want = number == own if only_latest_image else number <= own
                     assert mask[b, 0, t, s] == want, f"row {b}, token {t}, key {s}"
 
 

@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from common.metrics import accuracy, chance, logistic_regression, recalls, retrieval
+from common.evaluation.retrieval import accuracy, chance, logistic_regression, recalls, retrieval
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -7,9 +7,9 @@ import torch
 from PIL import Image
 
 from common import masks
-from common.conversation import ANSWER, OUTPUT
-from common.pages import Pages
-from common.tokenizers import BOS, EOC, EOS, IMAGE
+from common.prompts import ANSWER, OUTPUT
+from common.data.interleaved import InterleavedCollator
+from common.data.tokenizer import BOS, EOC, EOS, IMAGE
 
 
 class Words:
@@ -27,8 +27,8 @@ OUT, ASK, TELL, A, RED, BLUE, CAT, DOG, WHAT, IS, THIS, MARK = range(16, 28)
 NO = -100
 
 
-def pages(context=37, **more):
-    return Pages(Words(), SimpleNamespace(context=context, image_size=15), **more)
+def pages(context_length=37, **more):
+    return InterleavedCollator(Words(), SimpleNamespace(context_length=context_length, image_size=15), **more)
 
 
 def drawing(*colours, size=15):
@@ -71,17 +71,17 @@ class TestLabels:
         assert ids == [BOS, OUT, A, RED, CAT, EOC, IMAGE,
                        ASK, WHAT, IS, THIS, MARK, TELL, DOG, EOC, IMAGE, EOS]
         assert labels == [NO, NO, A, RED, CAT, EOC, *[NO] * 7, DOG, EOC, NO, NO]
-        belongs = masks.picture_of(torch.tensor([ids]) == IMAGE,
+        belongs = masks.image_index(torch.tensor([ids]) == IMAGE,
                                             following=torch.tensor([[True]]))
         assert belongs[0].tolist() == [1] * 7 + [2] * 9 + [0]
 
     def test_what_the_cut_leaves_without_its_picture_is_not_learned(self):
-        for context in (14, 15):
+        for context_length in (14, 15):
             collate = pages(next_image=1.0)
-            collate.context = context
+            collate.context_length = context_length
             made = collate([DOCUMENT], rngs())
-            assert made["ids"].shape[1] == context
-            assert made["labels"][0].tolist() == [NO, NO, A, RED, CAT, EOC] + [NO] * (context - 6)
+            assert made["ids"].shape[1] == context_length
+            assert made["labels"][0].tolist() == [NO, NO, A, RED, CAT, EOC] + [NO] * (context_length - 6)
 
     def test_of_a_clip_there_is_one_tag(self):
         clip_ = {"images": [drawing("red", "blue", "red")], "texts": [(OUTPUT, " a cat")]}
@@ -95,10 +95,10 @@ class TestLabels:
         assert made["labels"][1].tolist() == [NO, NO, NO, A, CAT, EOC, NO] + [NO] * 10
 
     def test_what_exceeds_the_context_is_cut_and_what_teaches_nothing_is_told(self):
-        ids, labels = self.made(DOCUMENT, context=5)
+        ids, labels = self.made(DOCUMENT, context_length=5)
         assert ids == [BOS, IMAGE, OUT, A, RED] and labels == [NO, NO, NO, A, RED]
         with pytest.raises(ValueError, match="begins at token 4, behind the context of 3"):
-            self.made(DOCUMENT, context=3)
+            self.made(DOCUMENT, context_length=3)
 
 
 class TestPages:

@@ -14,8 +14,8 @@ from PIL import Image
 
 import clip
 from clip import CLIP, PRESETS, CLIPConfig
-from common.bpe import BYTES
-from common.bpe import CLIP as STYLE
+from common.pretrained.bpe import BYTES
+from common.pretrained.bpe import CLIP as STYLE
 from common.pretrained import clip as pretrained
 from common.pretrained import files, names, safetensors
 from common.pretrained.names import Table, expand, plan, translate
@@ -344,9 +344,9 @@ def config(**changes):
         "patch_size": 5}} | changes
 
 
-OURS = CLIPConfig(image_size=15, patch=5, vision_width=24, vision_layers=2, vision_heads=3,
-                  text_width=28, text_layers=3, text_heads=2, context=11, vocab=523, eos=522,
-                  embed=17, act="quick_gelu")
+OURS = CLIPConfig(image_size=15, patch_size=5, vision_width=24, vision_layers=2, vision_heads=3,
+                  text_width=28, text_layers=3, text_heads=2, context_length=11, vocab_size=523, eos_id=522,
+                  embed_dim=17, act="quick_gelu")
 
 
 def text_config(**changes):
@@ -390,7 +390,7 @@ class TestHuggingFace:
     def test_a_folder_gives_the_config_the_weights_and_the_vocabulary(self, tmp_path):
         theirs = folder(tmp_path)
         use = clip.from_pretrained(tmp_path)
-        assert use.model.config == OURS and use.model.text.eos == use.tokenizer.eos == 522
+        assert use.model.config == OURS and use.model.text.eos_id == use.tokenizer.eos_id == 522
         assert not use.model.training
         own = use.model.state_dict()
         assert torch.equal(own["vision.patch_embed.weight"],
@@ -423,7 +423,7 @@ class TestHuggingFace:
 
     @pytest.mark.parametrize("change, message", [
         ({"model_type": "blip"}, "of a model of type 'blip', not of 'clip'"),
-        ({"projection_dim": 19}, "embed would be 19, the weights say 17"),
+        ({"projection_dim": 19}, "embed_dim would be 19, the weights say 17"),
         ({"projection_dim": "x"}, "projection_dim is 'x', not a whole number"),
         ({"text_config": [1]}, "text_config is no JSON object"),
         (text_config(hidden_act="gelu"), "hidden_act is 'gelu' for"),
@@ -434,8 +434,8 @@ class TestHuggingFace:
          "missing text_model.encoder.layers.3.self_attn.q_proj.weight"),
         (text_config(num_hidden_layers=2), "unexpected text_model.encoder.layers.2"),
         (text_config(num_hidden_layers=10 ** 9), "no text tower"),
-        (text_config(vocab_size=10 ** 12), "vocab would be 1000"),
-        ({"vision_config": config()["vision_config"] | {"patch_size": 3}}, "patch would be 3"),
+        (text_config(vocab_size=10 ** 12), "vocab_size would be 1000"),
+        ({"vision_config": config()["vision_config"] | {"patch_size": 3}}, "patch_size would be 3"),
         ({"vision_config": config()["vision_config"] | {"num_attention_heads": 5}},
          "5 heads at"),
     ], ids=lambda x: x[:30] if isinstance(x, str) else "")
@@ -446,7 +446,7 @@ class TestHuggingFace:
 
     def test_the_right_end_id_in_the_config_is_fine(self, tmp_path):
         folder(tmp_path, **text_config(eos_token_id=522))
-        assert clip.from_pretrained(tmp_path).model.text.eos == 522
+        assert clip.from_pretrained(tmp_path).model.text.eos_id == 522
 
     @pytest.mark.parametrize("said, message", [
         ({"image_mean": [0.5, 0.5, 0.5]}, "image_mean is"), ({"image_std": 1}, "image_std is"),
@@ -511,8 +511,8 @@ def ids():
 
 class TestOpenAI:
     @pytest.mark.parametrize("make, changes", [
-        (openai_layout.vit, {}), (openai_layout.resnet, {}), (openai_layout.vit, {"embed": 192}),
-        (openai_layout.vit, {"embed": 128}), (openai_layout.resnet, {"embed": 192})],
+        (openai_layout.vit, {}), (openai_layout.resnet, {}), (openai_layout.vit, {"embed_dim": 192}),
+        (openai_layout.vit, {"embed_dim": 128}), (openai_layout.resnet, {"embed_dim": 192})],
         ids=["vit", "resnet", "square text", "square vision", "resnet, square text"])
     def test_features_equal_those_of_the_file(self, tmp_path, make, changes):
         path, model = published(tmp_path, make, **changes)
@@ -530,13 +530,13 @@ class TestOpenAI:
     def test_all_sizes_are_read_off_the_shapes(self, tmp_path):
         found = clip.from_pretrained(published(tmp_path)[0]).model.config
         assert found == CLIPConfig(
-            image_size=28, patch=7, vision_width=128, vision_layers=2, vision_heads=2,
-            text_width=192, text_layers=3, text_heads=3, context=11, vocab=523, eos=522, embed=67,
+            image_size=28, patch_size=7, vision_width=128, vision_layers=2, vision_heads=2,
+            text_width=192, text_layers=3, text_heads=3, context_length=11, vocab_size=523, eos_id=522, embed_dim=67,
             act="quick_gelu")
 
     def test_a_resnet_has_stages_and_heads_of_its_pool(self, tmp_path):
         found = clip.from_pretrained(published(tmp_path, openai_layout.resnet)[0]).model.config
-        assert found.stages == (1, 2, 1, 3) and found.embed == 67
+        assert found.stages == (1, 2, 1, 3) and found.embed_dim == 67
         assert (found.vision_width, found.vision_heads, found.image_size) == (4, 2, 64)
 
     def test_published_presets_follow_from_their_own_shapes(self):
@@ -548,13 +548,13 @@ class TestOpenAI:
                 own = CLIP(c).state_dict()
             back = {names.thirds: torch.cat, names.transpose: lambda parts: parts[0].T,
                     names.same: lambda parts: parts[0], names.flatten_patches:
-                    lambda parts: parts[0].view(-1, 3, c.patch, c.patch)}
+                    lambda parts: parts[0].view(-1, 3, c.patch_size, c.patch_size)}
             table = pretrained.OPENAI["resnet" if c.stages else "vit"]
             theirs = {name: back[change]([own[ours] for ours in targets])
                       for name, (targets, change) in plan(table, counts).items()}
             fields, weights = pretrained.openai(theirs, "here")
-            assert CLIPConfig(**fields, act="quick_gelu", eos=49407) == (
-                replace(c, patch=8, vision_layers=4) if c.stages else c)
+            assert CLIPConfig(**fields, act="quick_gelu", eos_id=49407) == (
+                replace(c, patch_size=8, vision_layers=4) if c.stages else c)
             assert {n: w.shape for n, w in weights.items()} == {n: w.shape for n, w in own.items()}
 
     def test_a_plain_state_dict_and_open_clips_prefixes_are_the_same(self, tmp_path, capsys):

@@ -10,14 +10,14 @@ from common.language import LanguageConfig
 from common.pretrained import flamingo as layout
 from common.pretrained.flamingo import OPENFLAMINGO, load_openflamingo
 from common.pretrained.names import Table, plan
-from common.tokenizers import EOC, IMAGE
+from common.data.tokenizer import EOC, IMAGE
 from flamingo import Flamingo, FlamingoConfig
 
 VISION = asdict(clip.CLIPConfig(
-    image_size=15, patch=5, vision_width=22, vision_layers=2, vision_heads=2, text_width=6,
-    text_layers=1, text_heads=1, context=5, vocab=17, embed=2))
+    image_size=15, patch_size=5, vision_width=22, vision_layers=2, vision_heads=2, text_width=6,
+    text_layers=1, text_heads=1, context_length=5, vocab_size=17, embed_dim=2))
 LANGUAGE = asdict(LanguageConfig(
-    vocab=43, context=37, width=20, layers=5, heads=2, kv_heads=2, hidden=26, tied=False))
+    vocab_size=43, context_length=37, width=20, layers=5, heads=2, kv_heads=2, hidden=26, tied=False))
 CONFIG = FlamingoConfig(vision=VISION, language=LANGUAGE, every=2,
                         **(OPENFLAMINGO | {"latents": 7, "resampler_layers": 3}))
 TAGS = (45, 44)                             # <image>, <|endofchunk|>: added behind a table of 44
@@ -250,7 +250,7 @@ def test_what_does_not_fit_is_told_and_changes_nothing(both, change, words):
     ({"placement": "paper"}, "placement=paper, not openflamingo"),
     ({"heads": 4, "head_width": 128}, "heads=4, not 8; head_width=128, not 64"),
     ({"resampler_heads": 16, "resampler_head_width": 32}, "resampler_heads=16, not 8"),
-    ({"skip": 1}, "skip=1, not 0"), ({"latest": False}, "latest=False, not True"),
+    ({"skip": 1}, "skip=1, not 0"), ({"only_latest_image": False}, "only_latest_image=False, not True"),
     ({"class_token": True}, "class_token=True, not False")])
 def test_another_config_is_told(both, changes, words):
     _, theirs, path = both
@@ -268,7 +268,7 @@ def test_two_ids_are_asked_for(both):
 
 def test_the_published_shapes_are_those_of_the_specification():
     """9B: LLaMA's width 4096, a gated block before every fourth of 32, CLIP's 1024."""
-    language = asdict(LanguageConfig(vocab=32000, context=2048, width=4096, layers=32, heads=32,
+    language = asdict(LanguageConfig(vocab_size=32000, context_length=2048, width=4096, layers=32, heads=32,
                                      kv_heads=32, hidden=11008, tied=False))
     vision = asdict(clip.PRESETS["ViT-L/14"])
     with torch.device("meta"):

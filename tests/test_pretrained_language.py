@@ -6,12 +6,12 @@ import pytest
 import sentencepiece
 import torch
 
-from common import checkpoint
-from common.bpe import BYTES
-from common.language import (LanguageConfig, LanguageModel, Pretraining, from_pretrained,
-                             perplexity)
+from common.training import checkpoint
+from common.pretrained.bpe import BYTES
+from common.language import LanguageConfig, LanguageModel, from_pretrained, perplexity
+from common.training.lm import Pretraining
 from common.pretrained.language import Pieces, config_fields, read, read_model, translated
-from common.tokenizers import Tokenizer
+from common.data.tokenizer import Tokenizer
 
 WIDTH, LAYERS, HIDDEN, CONTEXT = 24, 2, 37, 19
 VOCAB = 259
@@ -170,8 +170,8 @@ class TestNames:
 class TestConfigs:
     def test_the_usual_configs_are_read(self):
         assert LanguageConfig(**config_fields({"model_type": "gpt2"}, "F")) == LanguageConfig(
-            kind="gpt2", vocab=50257, context=1024, width=768, layers=12, heads=12, kv_heads=12,
-            hidden=3072, eos=50256, pad=50256)
+            kind="gpt2", vocab_size=50257, context_length=1024, width=768, layers=12, heads=12, kv_heads=12,
+            hidden=3072, eos_id=50256, pad_id=50256)
         llama = config_fields({"model_type": "llama", "rms_norm_eps": 1e-5,
                                "num_key_value_heads": None}, "F")
         assert llama["kv_heads"] == 32 and llama["eps"] == 1e-5 and not llama["tied"]
@@ -224,9 +224,9 @@ class TestFolders:
     def test_a_folder_becomes_a_model_that_writes(self, kind, tmp_path):
         trained = from_pretrained(write_folder(tmp_path, kind))
         config = trained.lm.config
-        assert (config.eos, config.pad) == ((0, 0) if kind == "gpt2" else (2, 1))
+        assert (config.eos_id, config.pad_id) == ((0, 0) if kind == "gpt2" else (2, 1))
         texts = ["abcdefg", "a", "xy"]
-        assert trained.write(texts, tokens=5) == [trained.write([t], tokens=5)[0] for t in texts]
+        assert trained.write(texts, max_new_tokens=5) == [trained.write([t], max_new_tokens=5)[0] for t in texts]
         ids, weights = torch.tensor([[7, 9, 11]]), weights_of(kind)
         lm = LanguageModel(LanguageConfig(**fields(kind)))
         lm.load_state_dict(translated(weights, fields(kind), "F"))
@@ -235,19 +235,19 @@ class TestFolders:
     @pytest.mark.parametrize("kind", ["gpt2", "opt"])
     def test_what_comes_after_the_end_is_not_written(self, kind, tmp_path):
         trained = from_pretrained(write_folder(tmp_path, kind))
-        said = trained.write(["abc"], tokens=6, stop=())[0]
-        ids = trained.lm.generate(torch.tensor([trained.begun("abc")]), tokens=6, stop=())[0]
-        trained.lm.config.eos = ids[3].item()
+        said = trained.write(["abc"], max_new_tokens=6, stop=())[0]
+        ids = trained.lm.generate(torch.tensor([trained.begun("abc")]), max_new_tokens=6, stop=())[0]
+        trained.lm.config.eos_id = ids[3].item()
         short = trained.tokenizer.decode(ids[:ids.tolist().index(ids[3])].tolist())
-        assert trained.write(["abc"], tokens=6) == [short] and len(short) < len(said)
-        assert trained.write(["abc"], tokens=6, stop=()) == [short]      # written, but cut off
+        assert trained.write(["abc"], max_new_tokens=6) == [short] and len(short) < len(said)
+        assert trained.write(["abc"], max_new_tokens=6, stop=()) == [short]      # written, but cut off
 
     @pytest.mark.parametrize("kind", ["gpt2", "opt"])
     def test_perplexity_counts_every_token_and_one_end_of_each_text(self, kind, tmp_path):
         trained = from_pretrained(write_folder(tmp_path, kind))
         total, count, texts = 0.0, 0, ["abcdefg", "a", "xy"]
         for text in texts:
-            ids = [*trained.begun(text), trained.tokenizer.eos]
+            ids = [*trained.begun(text), trained.tokenizer.eos_id]
             logs = trained.lm(torch.tensor([ids]))[0].log_softmax(dim=-1)
             total -= sum(logs[t - 1, ids[t]].item() for t in range(1, len(ids)))
             count += len(ids) - 1
@@ -272,7 +272,7 @@ class TestFolders:
         whole, half = from_pretrained(folder).lm, from_pretrained(folder, torch.bfloat16).lm
         assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
         near = torch.cosine_similarity(whole(ids).flatten(), half(ids).float().flatten(), dim=0)
-        assert near > 0.99 and half.generate(ids, tokens=3).shape[0] == 1
+        assert near > 0.99 and half.generate(ids, max_new_tokens=3).shape[0] == 1
 
     def test_llama_comes_with_a_sentencepiece_vocabulary(self, tmp_path):
         model = pieces()
@@ -285,7 +285,7 @@ class TestFolders:
             read(folder)
         (folder / "tokenizer.model").write_bytes(model)
         trained = from_pretrained(folder)
-        assert (trained.lm.config.eos, trained.lm.config.pad) == (2, 0)
+        assert (trained.lm.config.eos_id, trained.lm.config.pad_id) == (2, 0)
         assert trained.begun("a red circle")[0] == 1
         (folder / "tokenizer.model").write_bytes(model[:40])
         with pytest.raises(ValueError, match="tokenizer.model: not a SentencePiece model"):
@@ -307,17 +307,17 @@ class TestFolders:
 
     def test_a_run_of_ours_is_read_too(self, tmp_path):
         tokenizer = Tokenizer.train(["a red circle", "a blue star"], 400)
-        config = LanguageConfig(vocab=len(tokenizer), context=CONTEXT, width=WIDTH, layers=1,
+        config = LanguageConfig(vocab_size=len(tokenizer), context_length=CONTEXT, width=WIDTH, layers=1,
                                 heads=3, kv_heads=3, hidden=HIDDEN)
         pre = Pretraining(config)
         checkpoint.write_json(tmp_path / "config.json",
-                              {"model": "common.language", "config": vars(config)})
+                              {"model": "common.training.lm", "config": vars(config)})
         (tmp_path / "tokenizer.model").write_bytes(tokenizer.model)
         checkpoint.save(tmp_path, {"model": pre.state_dict()})
         trained = from_pretrained(tmp_path)
         ids = trained.ids(["a red circle", "a blue star a"])
         assert torch.equal(trained.lm(ids), pre.lm(ids))
-        assert len(trained.write(["a red", "a"], tokens=4)) == 2
+        assert len(trained.write(["a red", "a"], max_new_tokens=4)) == 2
 
 
 class TestPieces:
@@ -329,7 +329,7 @@ class TestPieces:
     def test_padding_and_rows_of_the_table_without_a_piece_leave_no_trace(self):
         vocabulary = Pieces(pieces())
         ids = vocabulary.encode("a red")
-        extra = [vocabulary.pad, len(vocabulary), len(vocabulary) + 63]
+        extra = [vocabulary.pad_id, len(vocabulary), len(vocabulary) + 63]
         assert vocabulary.decode(extra + ids + extra) == vocabulary.decode(ids) == "a red"
 
     def test_a_batch_is_cut_before_its_end(self):

@@ -6,15 +6,15 @@ from collections import Counter
 
 import pytest
 
-from common.conversation import OUTPUT
-from common.worlds import readings
-from common.worlds.readings import (ASKED, ENDS, FORMS, KINDS, LISTED, READ, SHOTS, interleaved,
+from common.prompts import OUTPUT
+from common.data.shapes import interleaved as readings
+from common.data.shapes.interleaved import (ASKED, ENDS, FORMS, KINDS, LISTED, READ, SHOTS, interleaved,
                                     labelled, labels_in_words, reading)
-from common.worlds.scene import COLOURS, HELD_OUT, SHAPES, is_true, phrase
-from common.worlds.shapes import Shapes
-from common.worlds.stories import LABELS
-from common.worlds.tasks import FORMS as QUESTIONS
-from common.worlds.tasks import candidates, names_held_out
+from common.data.shapes.scene import COLOURS, HELD_OUT, SHAPES, is_true, phrase
+from common.data.shapes.world import Shapes
+from common.data.shapes.stories import LABELS
+from common.data.shapes.questions import FORMS as QUESTIONS
+from common.data.shapes.questions import candidates, names_held_out
 
 QUESTION = re.compile(r"question: (.+\?) answer:")
 

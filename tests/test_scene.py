@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.worlds import scene as scenes
-from common.worlds.scene import (BACKGROUNDS, COLOURS, HELD_OUT, MARGIN, OPENINGS, PAIRS, SHAPES,
+from common.data.shapes import scene as scenes
+from common.data.shapes.scene import (BACKGROUNDS, COLOURS, HELD_OUT, MARGIN, OPENINGS, PAIRS, SHAPES,
                                  SIZES, STYLES, Item, Scene, describe, draw, is_true, listed,
                                  matching, names_an_object, parse_phrase, phrase, relations,
                                  restyled, sample, statements, where)
-from common.worlds.shapes import Shapes
+from common.data.shapes.world import Shapes
 
 RED = Item("red", "circle", "large", 0.25, 0.3)
 BLUE = Item("blue", "square", "small", 0.75, 0.5)

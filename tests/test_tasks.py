@@ -17,9 +17,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from common.worlds import scene as scenes
-from common.worlds import stories, tasks
-from common.worlds.scene import (BACKGROUNDS, COLOURS, HELD_OUT, NUMBERS, PAIRS, SHAPES, SIZES,
+from common.data.shapes import scene as scenes
+from common.data.shapes import stories, questions as tasks
+from common.data.shapes.scene import (BACKGROUNDS, COLOURS, HELD_OUT, NUMBERS, PAIRS, SHAPES, SIZES,
                                  Item, Scene, draw, is_true, sample)
 
 KINDS = ("colour", "shape", "count", "relation", "existence", "comparison", "size")
@@ -855,7 +855,7 @@ def test_the_corpus_names_no_held_out_pair_and_is_always_the_same(heard):
 
 def test_records_depend_on_the_rng_alone():
     state = random.getstate(), np.random.get_state()[1].tolist()
-    code = ("import random, hashlib\nfrom common.worlds import stories\n"
+    code = ("import random, hashlib\nfrom common.data.shapes import stories\n"
             "print(hashlib.md5(repr([stories.texts_of(r) for n in range(20) for r in "
             "stories.examples(random.Random(n), side=None).values()]).encode()).hexdigest())")
     runs = {subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True,

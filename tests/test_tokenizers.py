@@ -6,10 +6,10 @@ import unicodedata
 import pytest
 import torch
 
-from common.data import world_tokenizer
-from common.tokenizers import (ASSISTANT, BOS, CHARACTERS, CLS, DEC, ENC, EOC, EOS, IMAGE, PAD, SEP,
+from common.data.batches import world_tokenizer
+from common.data.tokenizer import (ASSISTANT, BOS, CHARACTERS, CLS, DEC, ENC, EOC, EOS, IMAGE, PAD, SEP,
                                SPECIAL, SYSTEM, UNK, USER, Tokenizer)
-from common.worlds.shapes import Shapes
+from common.data.shapes.world import Shapes
 
 STRANGE = ["猫 кот", "naïve café", "🙂👩🏽‍🚀🇫🇷", "\u202eabc", "a\u0301", "x̱̂",
            "{}[]\\|~^_<>@#$%&*+=/", "ß ſ ﬁ ½"]

@@ -16,19 +16,20 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch._dynamo                      # the first optimiser asks for it; once for all forks
+import torch._dynamo                      # the first optimizer asks for it; once for all forks
 from torch import nn
 
 import clip
 import train
-from common import checkpoint, cli, data
-from common.worlds.shapes import Shapes
+from common.training import checkpoint, options as cli
+from common.data import batches as data
+from common.data.shapes.world import Shapes
 from tests.test_formats import listed, names, shards
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SIZES = ["vision_width=12", "vision_layers=1", "vision_heads=3", "text_width=10", "text_layers=1",
-         "text_heads=2", "embed=7"]
+         "text_heads=2", "embed_dim=7"]
 TOY = ["clip", "--data", "toy", "--batch_size", "6", "--save_every", "6",
        *itertools.chain.from_iterable(("--set", size) for size in SIZES)]
 STEPS = 23
@@ -154,7 +155,7 @@ def log(folder):
 
 
 def assert_same_run(folder, reference):
-    """Both ended with the same weights, optimiser, random numbers, figures and log."""
+    """Both ended with the same weights, optimizer, random numbers, figures and log."""
     one, other = (checkpoint.load(f / "last.pt") for f in (folder, reference))
     assert one["step"] == other["step"] == STEPS and torch.equal(one["rng"], other["rng"])
     assert one["model"].keys() == other["model"].keys()
@@ -348,7 +349,7 @@ class TestStops:
         (["--lr", "0.01"], "recipe lr=0.001 (now 0.01)"),
         (["--steps", "24"], "recipe steps=23 (now 24)"),
         (["--batch_size", "8"], "recipe batch_size=6 (now 8)"),
-        (["--set", "embed=9"], "config embed=7 (now 9)"),
+        (["--set", "embed_dim=9"], "config embed_dim=7 (now 9)"),
         (["--accumulate", "2"], "options accumulate=1 (now 2)")])
     def test_another_run_is_not_resumed(self, reference, flags, words, capsys, monkeypatch):
         argv = [*TOY, "--steps", str(STEPS), "--out", str(reference), "--resume", *flags]
@@ -362,7 +363,7 @@ class TestStops:
 
 def own(spec, *flags):
     """The command line of a small run on files of one's own."""
-    return ["clip", "--data", spec, *TOY[3:], "--set", "context=5", "--steps", str(STEPS), *flags]
+    return ["clip", "--data", spec, *TOY[3:], "--set", "context_length=5", "--steps", str(STEPS), *flags]
 
 
 def refusals(folder):
@@ -499,7 +500,7 @@ class TestOwnData:
 def model():
     return clip.CLIP(clip.CLIPConfig(
         vision_width=12, vision_heads=3, vision_layers=2, text_width=10, text_heads=2,
-        text_layers=1, embed=7, vocab=31, loss="sigmoid"))
+        text_layers=1, embed_dim=7, vocab_size=31, loss="sigmoid"))
 
 
 class TestOptimiser:
@@ -530,11 +531,11 @@ class TestOptimiser:
 
     def test_a_step_without_gradient_decays_matrices_alone(self, model):
         train.freeze(model, ("*",))
-        optimiser = torch.optim.AdamW(train.parameter_groups(model, 0.2), lr=0.5)
+        optimizer = torch.optim.AdamW(train.parameter_groups(model, 0.2), lr=0.5)
         before = {name: p.detach().clone() for name, p in model.named_parameters()}
         for p in model.parameters():
             p.grad = torch.zeros_like(p)
-        optimiser.step()
+        optimizer.step()
         for name, p in model.named_parameters():
             if p.ndim >= 2:
                 torch.testing.assert_close(p, before[name] * 0.9)
@@ -569,10 +570,10 @@ class TestOptimiser:
         run.step = 3
         run.update(run.model, run.batches[3])
         assert norms == [pytest.approx(1.0, abs=1e-3)]
-        assert {group["lr"] for group in run.optimiser.param_groups} == {1e-3 * 4 / 10}
-        run.optimiser.param_groups[1]["times"] = 10.0
+        assert {group["lr"] for group in run.optimizer.param_groups} == {1e-3 * 4 / 10}
+        run.optimizer.param_groups[1]["times"] = 10.0
         run.update(run.model, run.batches[3])
-        slow, fast = (group["lr"] for group in run.optimiser.param_groups)
+        slow, fast = (group["lr"] for group in run.optimizer.param_groups)
         assert fast == pytest.approx(10 * slow)
         assert not (tmp_path / "run").exists()
 

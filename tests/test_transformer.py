@@ -9,11 +9,12 @@ from torch import nn
 
 from common import transformer
 from common.masks import causal, draw, padding
-from common.transformer import (MLP, Attention, Block, GatedMLP, KVCache, LayerNorm, LearnedPositions,
+from common.cache import KVCache
+from common.transformer import (MLP, Attention, Block, GatedMLP, LayerNorm, LearnedPositions,
                                 RelativeBias, Transformer, attention, fused_attention, gelu,
-                                gelu_tanh, gpt2_block, layer_norm, llama_block, opt_block, quick_gelu,
-                                rms_norm, rope_half, rope_interleaved, rope_table, squared_relu,
-                                vit_block)
+                                gelu_tanh, gpt2_block, layer_norm, llama_block, opt_block,
+                                quick_gelu, rms_norm, rope_half, rope_interleaved, rope_table,
+                                squared_relu, vit_block)
 
 B, H, T, S, K, V = 2, 3, 5, 7, 11, 13       # distinct primes: a transposed axis cannot pass
 

@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.transformer import LayerNorm, vit_block
-from common.vision import (AttentionPool, Bottleneck, ModifiedResNet, ViT, patchify,
-                           resize_positions, statistics_at_rest)
+from common.resnet import AttentionPool, Bottleneck, ModifiedResNet, freeze_bn_stats
+from common.vision import ViT, patchify, resize_positions
 
 
 @pytest.fixture(autouse=True)
@@ -14,11 +14,11 @@ def seed():
     torch.manual_seed(0)
 
 
-def make(pre_norm=True, post_norm=True):
+def make(ln_pre=True, ln_post=True):
     width = 12
-    vit = ViT(image_size=15, patch=5, width=width, blocks=[vit_block(width=width, heads=3)],
-              pre_norm=LayerNorm(width) if pre_norm else None,
-              post_norm=LayerNorm(width) if post_norm else None, patch_bias=True).double()
+    vit = ViT(image_size=15, patch_size=5, width=width, blocks=[vit_block(width=width, heads=3)],
+              ln_pre=LayerNorm(width) if ln_pre else None,
+              ln_post=LayerNorm(width) if ln_post else None, patch_bias=True).double()
     for parameter in vit.parameters():
         nn.init.normal_(parameter, std=0.5)
     return vit
@@ -35,10 +35,10 @@ def test_patches_are_cut_row_by_row_channel_first():
 
 
 def test_the_patch_embedding_is_the_strided_convolution():
-    vit, images = make(pre_norm=False), torch.randn(2, 3, 15, 15).double()
+    vit, images = make(ln_pre=False), torch.randn(2, 3, 15, 15).double()
     weight = vit.patch_embed.weight.view(12, 3, 5, 5)
     want = F.conv2d(images, weight, vit.patch_embed.bias, stride=5).flatten(2).transpose(1, 2)
-    torch.testing.assert_close(vit.embed(images)[:, 1:], want + vit.positions[1:])
+    torch.testing.assert_close(vit.embed(images)[:, 1:], want + vit.pos_embed[1:])
 
 
 def test_a_change_in_one_patch_changes_one_token_of_the_embedding():
@@ -50,14 +50,14 @@ def test_a_change_in_one_patch_changes_one_token_of_the_embedding():
 
 
 def test_the_class_token_comes_first_with_the_first_position():
-    vit = make(pre_norm=False)
+    vit = make(ln_pre=False)
     token = vit.embed(torch.randn(1, 3, 15, 15).double())[0, 0]
-    torch.testing.assert_close(token, vit.cls + vit.positions[0])
+    torch.testing.assert_close(token, vit.cls + vit.pos_embed[0])
 
 
 def test_the_pre_norm_takes_the_scale_of_the_patches_away():
     vit, images = make(), torch.randn(1, 3, 15, 15).double()
-    nn.init.zeros_(vit.positions)
+    nn.init.zeros_(vit.pos_embed)
     nn.init.zeros_(vit.patch_embed.bias)
     torch.testing.assert_close(vit.embed(images)[:, 1:], vit.embed(10 * images)[:, 1:],
                                atol=1e-3, rtol=1e-3)
@@ -65,8 +65,8 @@ def test_the_pre_norm_takes_the_scale_of_the_patches_away():
 
 def test_forward_norms_every_token_and_hidden_none():
     vit, images = make(), torch.randn(2, 3, 15, 15).double()
-    torch.testing.assert_close(vit(images), vit.post_norm(vit.hidden(images)))
-    plain = make(post_norm=False)
+    torch.testing.assert_close(vit(images), vit.ln_post(vit.hidden(images)))
+    plain = make(ln_post=False)
     assert torch.equal(plain(images), plain.hidden(images))
 
 
@@ -112,7 +112,7 @@ def randomise(module):
 
 
 def resnet(**changes):
-    sizes = dict(image_size=64, stages=(1, 2, 1, 1), width=6, heads=3, embed=7) | changes
+    sizes = dict(image_size=64, stages=(1, 2, 1, 1), width=6, heads=3, embed_dim=7) | changes
     return randomise(ModifiedResNet(**sizes))
 
 
@@ -161,7 +161,7 @@ def grid_again(model, x):
 
 
 def pool_again(pool, cells, heads):
-    x = torch.cat([cells.mean(1, keepdim=True), cells], dim=1) + pool.positions
+    x = torch.cat([cells.mean(1, keepdim=True), cells], dim=1) + pool.pos_embed
     x, C = x.transpose(0, 1), x.shape[2]
     biases = torch.cat([pool.q_proj.bias, pool.k_proj.bias, pool.v_proj.bias])
     out, _ = F.multi_head_attention_forward(
@@ -203,7 +203,7 @@ class TestBottleneck:
 
 class TestAttentionPool:
     def make(self):
-        return randomise(AttentionPool(grid=3, width=12, heads=2, embed=7))
+        return randomise(AttentionPool(grid=3, width=12, heads=2, embed_dim=7))
 
     def test_it_is_torchs_attention_of_the_mean_over_mean_and_cells(self):
         pool, cells = self.make(), 2 * torch.randn(5, 9, 12).double()
@@ -214,33 +214,33 @@ class TestAttentionPool:
     def test_every_position_has_a_say(self, row):
         pool, cells = self.make(), torch.randn(1, 9, 12).double()
         before = pool(cells)
-        pool.positions.data[row] += 1
+        pool.pos_embed.data[row] += 1
         assert (pool(cells) - before).abs().max() > 1e-3
 
     def test_without_positions_the_order_of_the_cells_says_nothing(self):
         pool, cells = self.make(), torch.randn(2, 9, 12).double()
         moved = cells.flip(1)
         assert not torch.allclose(pool(cells), pool(moved))
-        pool.positions.data.zero_()
+        pool.pos_embed.data.zero_()
         torch.testing.assert_close(pool(cells), pool(moved))
 
     def test_its_initialisation_is_the_released_codes(self):
-        pool = AttentionPool(grid=7, width=192, heads=3, embed=97)
+        pool = AttentionPool(grid=7, width=192, heads=3, embed_dim=97)
         for linear in (pool.q_proj, pool.k_proj, pool.v_proj, pool.out_proj):
             assert linear.weight.std().item() == pytest.approx(192 ** -0.5, rel=0.05)
             assert linear.bias is not None
-        assert pool.positions.std().item() == pytest.approx(192 ** -0.5, rel=0.05)
-        assert pool.positions.shape == (50, 192) and pool.out_proj.weight.shape == (97, 192)
+        assert pool.pos_embed.std().item() == pytest.approx(192 ** -0.5, rel=0.05)
+        assert pool.pos_embed.shape == (50, 192) and pool.out_proj.weight.shape == (97, 192)
 
     def test_heads_that_do_not_divide_are_told(self):
         with pytest.raises(ValueError, match="width 12 does not divide into 5 heads"):
-            AttentionPool(grid=3, width=12, heads=5, embed=7)
+            AttentionPool(grid=3, width=12, heads=5, embed_dim=7)
 
     def test_its_positions_stretch_to_a_finer_grid(self):
-        pool, fine = self.make(), AttentionPool(grid=5, width=12, heads=2, embed=7).double()
-        stretched = resize_positions(pool.positions.detach(), 5)
-        assert stretched.shape == fine.positions.shape
-        assert torch.equal(stretched[0], pool.positions[0])
+        pool, fine = self.make(), AttentionPool(grid=5, width=12, heads=2, embed_dim=7).double()
+        stretched = resize_positions(pool.pos_embed.detach(), 5)
+        assert stretched.shape == fine.pos_embed.shape
+        assert torch.equal(stretched[0], pool.pos_embed[0])
 
 
 class TestResNet:
@@ -267,7 +267,7 @@ class TestResNet:
         assert not any("shortcut" in name for name in names if name.startswith("layer2.1."))
 
     def test_every_block_starts_as_its_shortcut(self):
-        model = ModifiedResNet(image_size=64, stages=(1, 2, 1, 1), width=6, heads=3, embed=7)
+        model = ModifiedResNet(image_size=64, stages=(1, 2, 1, 1), width=6, heads=3, embed_dim=7)
         gains = [m.bn3.weight for m in model.modules() if isinstance(m, Bottleneck)]
         assert len(gains) == 5 and all((gain == 0).all() for gain in gains)
         assert (model.bn3.weight == 1).all()            # the stem's is no residual's
@@ -275,7 +275,7 @@ class TestResNet:
         assert all(gain.grad.abs().max() > 0 for gain in gains), "a block that never wakes"
 
     def test_the_gradient_reaches_every_parameter(self):
-        model = resnet(embed=1)
+        model = resnet(embed_dim=1)
         model(squares()).square().sum().backward()
         for name, parameter in model.named_parameters():
             if name != "pool.k_proj.bias":              # adds one number to all scores of a row
@@ -297,7 +297,7 @@ class TestResNet:
     def test_statistics_at_rest_change_no_output_and_do_not_move(self):
         model, images = resnet().train(), squares()
         before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        with statistics_at_rest(model):
+        with freeze_bn_stats(model):
             resting = model(images)
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
         torch.testing.assert_close(model(images), resting)
@@ -322,5 +322,5 @@ class TestResNet:
 def test_the_vits_features_are_the_class_token_after_the_last_norm():
     vit, images = make(), torch.randn(2, 3, 15, 15).double()
     torch.testing.assert_close(vit.features(images), vit(images)[:, 0])
-    plain = make(post_norm=False)
+    plain = make(ln_post=False)
     torch.testing.assert_close(plain.features(images), plain.hidden(images)[:, 0])

@@ -8,12 +8,12 @@ import math
 import sys
 from pathlib import Path
 
-from common.bpe import BPE, CLIP
-from common.images import MEAN, STD
+from common.pretrained.bpe import BPE, CLIP
+from common.data.images import MEAN, STD
 from common.pretrained import files, strict_json
 from common.pretrained.names import (Table, count, flatten_patches, thirds, translate, transpose,
                                      under)
-from common.pretrained.strict_json import shown
+from common.pretrained.strict_json import printable
 
 HF_BLOCK = (
     (".self_attn.{q,k,v,out}_proj.{weight,bias}", ".attn.{q,k,v,out}_proj.{weight,bias}"),
@@ -23,15 +23,15 @@ HF_BLOCK = (
 HUGGING_FACE = Table((
     ("logit_scale", "logit_scale"),
     ("vision_model.embeddings.class_embedding", "vision.cls"),
-    ("vision_model.embeddings.position_embedding.weight", "vision.positions"),
+    ("vision_model.embeddings.position_embedding.weight", "vision.pos_embed"),
     ("vision_model.embeddings.patch_embedding.weight", "vision.patch_embed.weight",
      flatten_patches),
     ("vision_model.{pre_layrnorm,post_layernorm}.{weight,bias}",      # layrnorm: it is their word
-     "vision.{pre,post}_norm.{weight,bias}"),
+     "vision.ln_{pre,post}.{weight,bias}"),
     *under("vision_model.encoder.layers.{vision}", "vision.transformer.blocks.{vision}", HF_BLOCK),
     ("visual_projection.weight", "image_projection.weight"),
     ("text_model.embeddings.token_embedding.weight", "text.token_embed.weight"),
-    ("text_model.embeddings.position_embedding.weight", "text.positions"),
+    ("text_model.embeddings.position_embedding.weight", "text.pos_embed"),
     *under("text_model.encoder.layers.{text}", "text.transformer.blocks.{text}", HF_BLOCK),
     ("text_model.final_layer_norm.{weight,bias}", "text.transformer.norm.{weight,bias}"),
     ("text_projection.weight", "text_projection.weight"),
@@ -47,16 +47,16 @@ OPENAI_BLOCK = (
 OPENAI_TEXT = (
     ("logit_scale", "logit_scale"),
     ("token_embedding.weight", "text.token_embed.weight"),
-    ("positional_embedding", "text.positions"),
+    ("positional_embedding", "text.pos_embed"),
     *under("transformer.resblocks.{text}", "text.transformer.blocks.{text}", OPENAI_BLOCK),
     ("ln_final.{weight,bias}", "text.transformer.norm.{weight,bias}"),
     ("text_projection", "text_projection.weight", transpose),
 )
 OPENAI_VIT = (
     ("visual.class_embedding", "vision.cls"),
-    ("visual.positional_embedding", "vision.positions"),
+    ("visual.positional_embedding", "vision.pos_embed"),
     ("visual.conv1.weight", "vision.patch_embed.weight", flatten_patches),
-    ("visual.ln_{pre,post}.{weight,bias}", "vision.{pre,post}_norm.{weight,bias}"),
+    ("visual.ln_{pre,post}.{weight,bias}", "vision.ln_{pre,post}.{weight,bias}"),
     *under("visual.transformer.resblocks.{vision}", "vision.transformer.blocks.{vision}",
            OPENAI_BLOCK),
     ("visual.proj", "image_projection.weight", transpose),
@@ -76,7 +76,7 @@ OPENAI_RESNET = (
     *(row for stage in STAGES for row in (
         *under(f"visual.{stage}.{{{stage}}}", f"vision.{stage}.{{{stage}}}", CONVOLUTIONS),
         *under(f"visual.{stage}.0", f"vision.{stage}.0", SHORTCUT))),
-    ("visual.attnpool.positional_embedding", "vision.pool.positions"),
+    ("visual.attnpool.positional_embedding", "vision.pool.pos_embed"),
     ("visual.attnpool.{q,k,v,c}_proj.{weight,bias}", "vision.pool.{q,k,v,out}_proj.{weight,bias}"),
 )
 NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")
@@ -85,11 +85,11 @@ OPENAI = {"vit": Table(OPENAI_TEXT + OPENAI_VIT, NO_WEIGHTS),
 
 # What Hugging Face leaves out of a config.json: (ours, theirs, their default).
 HF_TEXT = (("text_width", "hidden_size", 512), ("text_layers", "num_hidden_layers", 12),
-           ("text_heads", "num_attention_heads", 8), ("context", "max_position_embeddings", 77),
-           ("vocab", "vocab_size", 49408))
+           ("text_heads", "num_attention_heads", 8), ("context_length", "max_position_embeddings", 77),
+           ("vocab_size", "vocab_size", 49408))
 HF_VISION = (("vision_width", "hidden_size", 768), ("vision_layers", "num_hidden_layers", 12),
              ("vision_heads", "num_attention_heads", 12), ("image_size", "image_size", 224),
-             ("patch", "patch_size", 32))
+             ("patch_size", "patch_size", 32))
 MOST_LAYERS = 1000
 
 
@@ -115,12 +115,12 @@ def read(path, act=None):
     else:
         fields, weights = hugging_face(weights, said, path)
         fields["act"] = act or fields["act"]
-    if len(tokenizer) > fields["vocab"]:
+    if len(tokenizer) > fields["vocab_size"]:
         raise ValueError(f"{folder}: a vocabulary of {len(tokenizer)} pieces, but the weights have "
-                         f"rows for {fields['vocab']}")
-    check_end(said, tokenizer.eos, folder)
+                         f"rows for {fields['vocab_size']}")
+    check_end(said, tokenizer.eos_id, folder)
     check_pictures(folder, fields["image_size"])
-    return fields | {"eos": tokenizer.eos}, weights, tokenizer
+    return fields | {"eos_id": tokenizer.eos_id}, weights, tokenizer
 
 
 def hugging_face(weights, said, path):
@@ -130,7 +130,7 @@ def hugging_face(weights, said, path):
     for part, names in (("text", HF_TEXT), ("vision", HF_VISION)):
         fields |= {ours: number(said[part].get(theirs, default), f"{where}: {part} {theirs}")
                    for ours, theirs, default in names}
-    fields["embed"] = number(said.get("projection_dim", 512), f"{where}: projection_dim")
+    fields["embed_dim"] = number(said.get("projection_dim", 512), f"{where}: projection_dim")
     for part in ("text", "vision"):
         if fields[f"{part}_layers"] > MOST_LAYERS or fields[f"{part}_width"] % fields[
                 f"{part}_heads"]:
@@ -149,7 +149,7 @@ def hugging_face_config(folder):
     said = files.read_config(folder)
     if said.get("model_type") != "clip":
         raise ValueError(f"{folder}: config.json is of a model of type "
-                         f"{shown(said.get('model_type'))}, not of 'clip'")
+                         f"{printable(said.get('model_type'))}, not of 'clip'")
     for part in ("text", "vision"):
         said[part] = {}
         for key in (f"{part}_config", f"{part}_config_dict"):         # old files have both
@@ -164,13 +164,13 @@ def hugging_face_act(said, where):
     """The activation of both towers, "gelu" or "quick_gelu"; ValueError if it is none of ours."""
     acts = {part: said[part].get("hidden_act", "quick_gelu") for part in ("text", "vision")}
     if acts["text"] != acts["vision"] or acts["text"] not in ("gelu", "quick_gelu"):
-        raise ValueError(f"{where}: hidden_act is {shown(acts['text'])} for texts and "
-                         f"{shown(acts['vision'])} for pictures; gelu or quick_gelu for both is "
+        raise ValueError(f"{where}: hidden_act is {printable(acts['text'])} for texts and "
+                         f"{printable(acts['vision'])} for pictures; gelu or quick_gelu for both is "
                          "what we have")
     for part in ("text", "vision"):
         eps = said[part].get("layer_norm_eps", 1e-5)
         if eps != 1e-5:
-            raise ValueError(f"{where}: {part} layer_norm_eps is {shown(eps)}, ours 1e-05")
+            raise ValueError(f"{where}: {part} layer_norm_eps is {printable(eps)}, ours 1e-05")
     return acts["text"]
 
 
@@ -178,7 +178,7 @@ def check_end(said, eos, folder):
     """The config's end-of-text id must be the vocabulary's; 2, in many old files, is a mistake."""
     given = (said or {}).get("text", {}).get("eos_token_id", 2)
     if given not in (2, eos):
-        raise ValueError(f"{folder}: config.json: eos_token_id is {shown(given)}, but the "
+        raise ValueError(f"{folder}: config.json: eos_token_id is {printable(given)}, but the "
                          f"vocabulary's {CLIP.eos} is {eos}")
 
 
@@ -227,9 +227,9 @@ def heads(width, path, exceptions={}):
 def text_sizes(weights, path):
     """What the shapes of the text tower say, and the width of the joint space."""
     vocab, width = matrix(weights, "text.token_embed.weight", path)
-    sizes = {"vocab": vocab, "text_width": width,
-             "context": matrix(weights, "text.positions", path)[0],
-             "embed": matrix(weights, "text_projection.weight", path)[0]}
+    sizes = {"vocab_size": vocab, "text_width": width,
+             "context_length": matrix(weights, "text.pos_embed", path)[0],
+             "embed_dim": matrix(weights, "text_projection.weight", path)[0]}
     check_hidden(weights, "text", width, path)
     return sizes
 
@@ -237,16 +237,16 @@ def text_sizes(weights, path):
 def vit_sizes(weights, path):
     """What the shapes of a ViT say."""
     width, inputs = matrix(weights, "vision.patch_embed.weight", path)
-    patch = root(inputs // 3, "pixels of a patch", path)
-    cells = matrix(weights, "vision.positions", path)[0] - 1
+    patch_size = root(inputs // 3, "pixels of a patch", path)
+    cells = matrix(weights, "vision.pos_embed", path)[0] - 1
     check_hidden(weights, "vision", width, path)
-    return {"vision_width": width, "patch": patch,
-            "image_size": patch * root(cells, "patches of a picture", path)}
+    return {"vision_width": width, "patch_size": patch_size,
+            "image_size": patch_size * root(cells, "patches of a picture", path)}
 
 
 def resnet_sizes(weights, path):
     """What the shapes of a ResNet say."""
-    cells, width = matrix(weights, "vision.pool.positions", path)
+    cells, width = matrix(weights, "vision.pool.pos_embed", path)
     if width % 32 or matrix(weights, "vision.pool.q_proj.weight", path) != (width, width):
         raise ValueError(f"{path}: a pool of width {width}, but positions and projections of a "
                          "ResNet's pool have 32 times the width of its stem")
@@ -282,7 +282,7 @@ def root(number, what, path):
 def number(value, where):
     """A whole number of at least 1, or ValueError."""
     if type(value) is not int or value < 1:
-        raise ValueError(f"{where} is {shown(value)}, not a whole number")
+        raise ValueError(f"{where} is {printable(value)}, not a whole number")
     return value
 
 
@@ -299,11 +299,11 @@ def check_pictures(folder, image_size):
         theirs = said.get(key, list(ours))
         if not isinstance(theirs, list) or len(theirs) != 3 or not all(
                 type(a) in (int, float) and abs(a - b) < 1e-4 for a, b in zip(theirs, ours)):
-            raise ValueError(f"{path}: {key} is {shown(theirs)}, ours {list(ours)}")
+            raise ValueError(f"{path}: {key} is {printable(theirs)}, ours {list(ours)}")
     for key in ("size", "crop_size"):
         sides = said.get(key, image_size)
         for side in sides.values() if isinstance(sides, dict) else [sides]:
             if side != image_size:
-                raise ValueError(f"{path}: {key} is {shown(sides)}, the weights' {image_size}")
+                raise ValueError(f"{path}: {key} is {printable(sides)}, the weights' {image_size}")
     if said.get("resample", 3) != 3:
-        raise ValueError(f"{path}: resample is {shown(said['resample'])}, ours 3 (bicubic)")
+        raise ValueError(f"{path}: resample is {printable(said['resample'])}, ours 3 (bicubic)")

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 
-from common import checkpoint
+from common.training import checkpoint
 from common.pretrained import safetensors, strict_json
-from common.pretrained.strict_json import shown
+from common.pretrained.strict_json import printable
 
 # Training checkpoints keep the weights under one of these.
 WRAPPERS = ("state_dict", "model_state_dict", "model")
@@ -55,19 +55,19 @@ def read_shards(index):
     out = {}
     for shard in sorted(set(where.values())):
         if not is_plain(shard):
-            raise ValueError(f"{index}: {shown(shard)} is no plain file name, refused "
+            raise ValueError(f"{index}: {printable(shard)} is no plain file name, refused "
                              "(shards lie in the folder of their index)")
         reader = safetensors.read if shard.endswith(".safetensors") else read_pickle
         found = reader(index.parent / shard)
         wrong = [name for name in found if where.get(name) != shard]
         if wrong:
             place = f"in {where[wrong[0]]!r}" if wrong[0] in where else "nowhere"
-            raise ValueError(f"{index}: {shard} holds {shown(wrong[0])}, which the index puts "
+            raise ValueError(f"{index}: {shard} holds {printable(wrong[0])}, which the index puts "
                              + place)
         out |= found
     absent = [name for name in where if name not in out]
     if absent:
-        raise ValueError(f"{index}: {shown(absent[0])} is not in {where[absent[0]]}")
+        raise ValueError(f"{index}: {printable(absent[0])} is not in {where[absent[0]]}")
     return out
 
 
@@ -114,11 +114,11 @@ def tensors(state, path):
         raise ValueError(f"{path}: no tensors in it")
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
-            raise ValueError(f"{path}: {shown(name)} is a {type(value).__name__}, not a tensor")
+            raise ValueError(f"{path}: {printable(name)} is a {type(value).__name__}, not a tensor")
         # A stride of 0 makes a tensor of any size from one number.
         if (value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized
                 or value.numel() * value.element_size() > value.untyped_storage().nbytes()):
-            raise ValueError(f"{path}: {shown(name)} is not a plain tensor with all its numbers")
+            raise ValueError(f"{path}: {printable(name)} is not a plain tensor with all its numbers")
     if all(name.startswith("module.") for name in state):
         state = {name.removeprefix("module."): value for name, value in state.items()}
     return {name: value.detach() for name, value in state.items()}

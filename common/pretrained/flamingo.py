@@ -10,15 +10,15 @@ gated block before block every - 1.
 """
 import re
 
-from common import checkpoint
+from common.training import checkpoint
 from common.pretrained import files
 from common.pretrained.names import Table, listed, needs, translate, under
-from common.pretrained.strict_json import shown
+from common.pretrained.strict_json import printable
 
 OPENFLAMINGO = {"resampler": "perceiver", "latents": 64, "resampler_layers": 6,
                 "resampler_heads": 8, "resampler_head_width": 64, "frames": 0, "heads": 8,
                 "head_width": 64, "placement": "openflamingo", "act": "gelu", "skip": 0,
-                "class_token": False, "latest": True}
+                "class_token": False, "only_latest_image": True}
 TOLD_BY_SHAPES = ("latents", "resampler_layers")
 
 
@@ -105,6 +105,6 @@ def new_rows(new, weights, tokens, path):
         {"lm.new.output": head} if head and new.output is not None else {})
     for ours, theirs in found.items():
         if weights[theirs].ndim != 2 or not all(0 <= i < len(weights[theirs]) for i in tokens):
-            raise ValueError(f"{path}: {shown(theirs)} is {tuple(weights[theirs].shape)}, without "
+            raise ValueError(f"{path}: {printable(theirs)} is {tuple(weights[theirs].shape)}, without "
                              f"rows {list(tokens)}")
     return {ours: weights[theirs][list(tokens)] for ours, theirs in found.items()}

@@ -9,15 +9,15 @@ from pathlib import Path
 import sentencepiece
 import torch
 
-from common.bpe import BPE, GPT2, OPT
+from common.pretrained.bpe import BPE, GPT2, OPT
 from common.pretrained import files, strict_json
 from common.pretrained.names import Table, thirds, transpose, transposed_thirds, translate
-from common.pretrained.strict_json import shown
+from common.pretrained.strict_json import printable
 
 TABLES = {
     "gpt2": Table((
         ("wte.weight", "token_embed.weight"),
-        ("wpe.weight", "positions.weight"),
+        ("wpe.weight", "pos_embed.weight"),
         ("h.{layers}.ln_{1,2}.{weight,bias}", "blocks.{layers}.{attn,mlp}_norm.{weight,bias}"),
         ("h.{layers}.attn.c_attn.weight", "blocks.{layers}.attn.{q,k,v}_proj.weight",
          transposed_thirds),
@@ -30,7 +30,7 @@ TABLES = {
     ), ignored=("h.*.attn.bias", "h.*.attn.masked_bias")),             # their masks
     "opt": Table((
         ("decoder.embed_tokens.weight", "token_embed.weight"),
-        ("decoder.embed_positions.weight", "positions.weight"),
+        ("decoder.embed_positions.weight", "pos_embed.weight"),
         ("decoder.layers.{layers}.self_attn.{q,k,v,out}_proj.{weight,bias}",
          "blocks.{layers}.attn.{q,k,v,out}_proj.{weight,bias}"),
         # A layer's "final" norm is the one before its MLP.
@@ -57,12 +57,12 @@ HEAD = ("lm_head.weight", "output.weight")
 
 # What a config.json says: (ours, theirs, their default; None: it must be there).
 SIZES = {
-    "gpt2": (("vocab", "vocab_size", 50257), ("context", "n_positions", 1024),
+    "gpt2": (("vocab_size", "vocab_size", 50257), ("context_length", "n_positions", 1024),
              ("width", "n_embd", 768), ("layers", "n_layer", 12), ("heads", "n_head", 12)),
-    "opt": (("vocab", "vocab_size", 50272), ("context", "max_position_embeddings", 2048),
+    "opt": (("vocab_size", "vocab_size", 50272), ("context_length", "max_position_embeddings", 2048),
             ("width", "hidden_size", 768), ("layers", "num_hidden_layers", 12),
             ("heads", "num_attention_heads", 12), ("hidden", "ffn_dim", 3072)),
-    "llama": (("vocab", "vocab_size", 32000), ("context", "max_position_embeddings", 2048),
+    "llama": (("vocab_size", "vocab_size", 32000), ("context_length", "max_position_embeddings", 2048),
               ("width", "hidden_size", 4096), ("layers", "num_hidden_layers", 32),
               ("heads", "num_attention_heads", 32), ("hidden", "intermediate_size", 11008)),
 }
@@ -88,10 +88,10 @@ def read(folder):
     folder = Path(folder)
     fields, weights = read_model(folder)
     tokenizer = read_tokenizer(folder, fields["kind"])
-    if len(tokenizer) > fields["vocab"]:
+    if len(tokenizer) > fields["vocab_size"]:
         raise ValueError(f"{folder}: a vocabulary of {len(tokenizer)} pieces, but the weights have "
-                         f"rows for {fields['vocab']}")
-    return fields | {"eos": tokenizer.eos, "pad": tokenizer.pad}, weights, tokenizer
+                         f"rows for {fields['vocab_size']}")
+    return fields | {"eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}, weights, tokenizer
 
 
 def read_model(folder):
@@ -112,13 +112,13 @@ def config_fields(said, where):
     """A config.json's dict -> fields of a LanguageConfig; ValueError for what ours cannot be."""
     kind = said.get("model_type")
     if kind not in TABLES:
-        raise ValueError(f"{where} is of a model of type {shown(kind)}, not of "
+        raise ValueError(f"{where} is of a model of type {printable(kind)}, not of "
                          + ", ".join(TABLES))
     fields = {ours: whole(given(said, theirs, default), f"{where}: {theirs}")
               for ours, theirs, default in SIZES[kind]}
     for name, allowed in REQUIRED[kind].items():
         if given(said, name, allowed[0]) not in allowed:
-            raise ValueError(f"{where}: {name} is {shown(said[name])}, ours is {allowed[0]}")
+            raise ValueError(f"{where}: {name} is {printable(said[name])}, ours is {allowed[0]}")
     if fields["layers"] > MOST_LAYERS or fields["width"] % fields["heads"]:
         raise ValueError(f"{where}: no model has {fields['layers']} layers and {fields['heads']} "
                          f"heads at width {fields['width']}")
@@ -129,10 +129,10 @@ def config_fields(said, where):
     eos = ends[0] if isinstance(ends, list) and ends else ends
     tied = given(said, "tie_word_embeddings", kind != "llama")
     if type(tied) is not bool or type(eos) is not int:
-        raise ValueError(f"{where}: tie_word_embeddings is {shown(tied)}, eos_token_id "
-                         f"{shown(eos)}")
+        raise ValueError(f"{where}: tie_word_embeddings is {printable(tied)}, eos_token_id "
+                         f"{printable(eos)}")
     return fields | more(said, fields, where) | {
-        "kind": kind, "tied": tied, "eos": eos, "pad": eos if kind == "gpt2" else pad}
+        "kind": kind, "tied": tied, "eos_id": eos, "pad_id": eos if kind == "gpt2" else pad}
 
 
 def gpt2_fields(said, fields, where):
@@ -147,7 +147,7 @@ def opt_fields(said, fields, where):
     """What OPT alone says; OPT-350m alone has narrower embeddings, and norms after the residual."""
     narrow = given(said, "word_embed_proj_dim", fields["width"])
     if narrow != fields["width"]:
-        raise ValueError(f"{where}: word_embed_proj_dim is {shown(narrow)}, not the width "
+        raise ValueError(f"{where}: word_embed_proj_dim is {printable(narrow)}, not the width "
                          f"{fields['width']} (OPT-350m is built differently from all others)")
     return {"eps": 1e-5}
 
@@ -161,7 +161,7 @@ def llama_fields(said, fields, where):
                          "key-value heads")
     head_width = given(said, "head_dim", fields["width"] // fields["heads"])
     if head_width != fields["width"] // fields["heads"]:
-        raise ValueError(f"{where}: head_dim is {shown(head_width)}, ours width / heads, "
+        raise ValueError(f"{where}: head_dim is {printable(head_width)}, ours width / heads, "
                          f"{fields['width'] // fields['heads']}")
     theta, stretch = rotary(said, where)
     return {"kv_heads": groups, "theta": theta, "stretch": stretch,
@@ -177,7 +177,7 @@ def rotary(said, where):
     for name in ("rope_scaling", "rope_parameters"):
         value = given(said, name, {})
         if not isinstance(value, dict):
-            raise ValueError(f"{where}: {name} is {shown(value)}, not an object")
+            raise ValueError(f"{where}: {name} is {printable(value)}, not an object")
         scaling |= value
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     theta = positive(given(scaling, "rope_theta", given(said, "rope_theta", 10000.0)),
@@ -185,7 +185,7 @@ def rotary(said, where):
     if kind == "default":
         return theta, 1.0
     if kind != "linear":
-        raise ValueError(f"{where}: rotary positions scaled by {shown(kind)}; ours are plain or "
+        raise ValueError(f"{where}: rotary positions scaled by {printable(kind)}; ours are plain or "
                          "linear")
     return theta, positive(scaling.get("factor"), f"{where}: the factor of rope_scaling")
 
@@ -205,12 +205,12 @@ def translated(weights, fields, path):
                              f"{HEAD[0]} differs from {table.rows[0][0]}")
     out = translate(weights, table, {"layers": fields["layers"]}, path)
     width, first = fields["width"], "blocks.0."
-    shapes = {"token_embed.weight": (fields["vocab"], width),
+    shapes = {"token_embed.weight": (fields["vocab_size"], width),
               first + ("mlp.up_proj.weight" if kind == "llama" else "mlp.fc1.weight"):
               (fields["hidden"], width),
               first + "attn.k_proj.weight": (width // fields["heads"] * fields["kv_heads"], width)}
     if kind != "llama":
-        shapes["positions.weight"] = (fields["context"] + (2 if kind == "opt" else 0), width)
+        shapes["pos_embed.weight"] = (fields["context_length"] + (2 if kind == "opt" else 0), width)
     for name, shape in shapes.items():   # before a model of these sizes is made
         if tuple(out[name].shape) != shape:
             raise ValueError(f"{path}: {name} (our name) is {tuple(out[name].shape)}, config.json "
@@ -227,14 +227,14 @@ def given(said, name, default):
 def whole(value, where):
     """A whole number of at least 1, or ValueError."""
     if type(value) is not int or value < 1:
-        raise ValueError(f"{where} is {shown(value)}, not a whole number")
+        raise ValueError(f"{where} is {printable(value)}, not a whole number")
     return value
 
 
 def positive(value, where):
     """A finite number above 0, or ValueError."""
     if type(value) not in (int, float) or not 0 < value < math.inf:
-        raise ValueError(f"{where} is {shown(value)}, not a number above 0")
+        raise ValueError(f"{where} is {printable(value)}, not a number above 0")
     return float(value)
 
 
@@ -251,9 +251,9 @@ class Pieces:
             self.pieces.LoadFromSerializedProto(model)
         except Exception:                # its parser's own words help nobody
             raise ValueError("not a SentencePiece model, or cut off") from None
-        self.bos, self.eos, self.pad = (self.pieces.bos_id(), self.pieces.eos_id(),
+        self.bos_id, self.eos_id, self.pad_id = (self.pieces.bos_id(), self.pieces.eos_id(),
                                         self.pieces.unk_id())
-        if min(self.bos, self.eos, self.pad) < 0:
+        if min(self.bos_id, self.eos_id, self.pad_id) < 0:
             raise ValueError("a vocabulary without <s>, </s> or <unk>")
 
     @classmethod
@@ -274,9 +274,9 @@ class Pieces:
 
     def decode(self, ids):
         """Ids -> text; special tokens and ids without a piece leave no trace."""
-        return self.pieces.decode([int(i) for i in ids if i != self.pad and i < len(self)])
+        return self.pieces.decode([int(i) for i in ids if i != self.pad_id and i < len(self)])
 
-    def batch(self, texts, context):
+    def batch(self, texts, context_length):
         """<s> ids </s> of each text, padded right: int64 (B, T), T <= context; cut before </s>."""
-        rows = [torch.tensor([self.bos, *self.encode(t)[:context - 2], self.eos]) for t in texts]
-        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad)
+        rows = [torch.tensor([self.bos_id, *self.encode(t)[:context_length - 2], self.eos_id]) for t in texts]
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad_id)

@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from common.pretrained.strict_json import shown
+from common.pretrained.strict_json import printable
 
 
 def same(weight):
@@ -106,7 +106,7 @@ def translate(weights, table, counts, where):
 def listed(names, most=8):
     """The first names, and how many more there are."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(name if name.isprintable() and len(name) < 120 else shown(name)
+    return ", ".join(name if name.isprintable() and len(name) < 120 else printable(name)
                      for name in names[:most]) + more
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from common.pretrained import strict_json
-from common.pretrained.strict_json import shown
+from common.pretrained.strict_json import printable
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16,
           "BF16": torch.bfloat16, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16,
@@ -27,13 +27,13 @@ def read(path):
     """
     header, start, size = read_header(Path(path))
     header.pop("__metadata__", None)
-    spans = [(*check_entry(f"{path}: {shown(name)}", entry, size - start), name)
+    spans = [(*check_entry(f"{path}: {printable(name)}", entry, size - start), name)
              for name, entry in header.items()]
     end = 0
     for begin, stop, name in sorted(spans):
         if begin != end:
             what = "overlaps the tensor before it" if begin < end else f"leaves a hole at {end}"
-            raise ValueError(f"{path}: {shown(name)} {what}")
+            raise ValueError(f"{path}: {printable(name)} {what}")
         end = stop
     if end != size - start:
         raise ValueError(f"{path}: {size - start - end} bytes at the end belong to no tensor")
@@ -65,20 +65,20 @@ def check_entry(where, entry, size):
         raise ValueError(f"{where}: dtype, shape and data_offsets were expected")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise ValueError(f"{where}: dtype {shown(dtype)} is none of {', '.join(DTYPES)}")
+        raise ValueError(f"{where}: dtype {printable(dtype)} is none of {', '.join(DTYPES)}")
     if not whole_numbers(shape) or len(shape) > MOST_DIMS:
-        raise ValueError(f"{where}: {shown(shape)} is no shape")
+        raise ValueError(f"{where}: {printable(shape)} is no shape")
     if not whole_numbers(offsets) or len(offsets) != 2:
-        raise ValueError(f"{where}: data_offsets {shown(offsets)} are not two numbers")
+        raise ValueError(f"{where}: data_offsets {printable(offsets)} are not two numbers")
     begin, stop = offsets
     if not begin <= stop <= size:
         raise ValueError(f"{where}: bytes {begin} to {stop}, but the buffer has {size}")
     # Zeros hide a huge side from the product, and strides of a tensor must fit 64 bits.
     if math.prod(max(side, 1) for side in shape) >= 2 ** 60:
-        raise ValueError(f"{where}: {shown(shape)} is no shape")
+        raise ValueError(f"{where}: {printable(shape)} is no shape")
     need = math.prod(shape) * DTYPES[dtype].itemsize
     if stop - begin != need:
-        raise ValueError(f"{where}: {dtype} {shown(shape)} takes {need} bytes, "
+        raise ValueError(f"{where}: {dtype} {printable(shape)} takes {need} bytes, "
                          f"but its data_offsets give {stop - begin}")
     return begin, stop
 

@@ -6,7 +6,7 @@ from pathlib import Path
 MOST_BYTES = 100_000_000
 
 
-def shown(name, most=80):
+def printable(name, most=80):
     """A name from a file as it may stand in a message: quoted, escaped, not too long."""
     text = repr(name)
     return text if len(text) <= most else text[:most] + "..."
@@ -17,7 +17,7 @@ def unique(pairs):
     out = dict(pairs)
     if len(out) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"{shown(next(k for k in keys if keys.count(k) > 1))} comes twice")
+        raise ValueError(f"{printable(next(k for k in keys if keys.count(k) > 1))} comes twice")
     return out
 
 
@@ -40,7 +40,7 @@ def read_object(path):
     """`read`, and ValueError when the value is not an object (a dict)."""
     value = read(path)
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: a JSON object was expected, not {shown(value)}")
+        raise ValueError(f"{path}: a JSON object was expected, not {printable(value)}")
     return value
 
 

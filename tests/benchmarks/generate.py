@@ -19,10 +19,10 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 import common                                             # noqa: E402,F401  before torch
-from common import cli                                    # noqa: E402
-from common.checkpoint import load_weights                # noqa: E402
-from common.cli import option                             # noqa: E402
-from common.devices import find_device                    # noqa: E402
+from common.training import options as cli  # noqa: E402
+from common.training.checkpoint import load_weights                # noqa: E402
+from common.training.options import option                             # noqa: E402
+from common.training.devices import find_device                    # noqa: E402
 from common.language import PRESETS, LanguageModel        # noqa: E402
 from common.pretrained.language import translated         # noqa: E402
 
@@ -44,18 +44,18 @@ def reference_model(c):
     """transformers' model of our config."""
     if c.kind == "gpt2":
         from transformers import GPT2Config, GPT2LMHeadModel
-        return GPT2LMHeadModel(GPT2Config(vocab_size=c.vocab, n_positions=c.context, n_embd=c.width,
+        return GPT2LMHeadModel(GPT2Config(vocab_size=c.vocab_size, n_positions=c.context_length, n_embd=c.width,
                                           n_layer=c.layers, n_head=c.heads, n_inner=c.hidden,
-                                          bos_token_id=1, eos_token_id=c.eos))
+                                          bos_token_id=1, eos_token_id=c.eos_id))
     if c.kind == "opt":
         from transformers import OPTConfig, OPTForCausalLM
-        return OPTForCausalLM(OPTConfig(vocab_size=c.vocab, max_position_embeddings=c.context,
+        return OPTForCausalLM(OPTConfig(vocab_size=c.vocab_size, max_position_embeddings=c.context_length,
                                         hidden_size=c.width, num_hidden_layers=c.layers,
                                         num_attention_heads=c.heads, ffn_dim=c.hidden,
                                         word_embed_proj_dim=c.width))
     from transformers import LlamaConfig, LlamaForCausalLM
     return LlamaForCausalLM(LlamaConfig(
-        vocab_size=c.vocab, max_position_embeddings=c.context, hidden_size=c.width,
+        vocab_size=c.vocab_size, max_position_embeddings=c.context_length, hidden_size=c.width,
         num_hidden_layers=c.layers, num_attention_heads=c.heads, num_key_value_heads=c.kv_heads,
         intermediate_size=c.hidden, rms_norm_eps=c.eps, tie_word_embeddings=c.tied))
 
@@ -68,11 +68,11 @@ def compare(options, device):
     ours = LanguageModel(config).eval()
     load_weights(ours, translated(reference.state_dict(), dataclasses.asdict(config), "it"), "it")
     ours, reference = ours.to(device), reference.to(device)
-    prompt = torch.randint(3, config.vocab - 1, (options.batch, options.prompt), device=device)
-    never = config.vocab + 1                              # no end: both write all the tokens
+    prompt = torch.randint(3, config.vocab_size - 1, (options.batch, options.prompt), device=device)
+    never = config.vocab_size + 1                              # no end: both write all the tokens
 
     def by_ours():
-        return ours.generate(prompt, tokens=options.tokens, stop=(never,))
+        return ours.generate(prompt, max_new_tokens=options.tokens, stop=(never,))
 
     def by_reference():
         return reference.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False,

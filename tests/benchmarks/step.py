@@ -1,6 +1,6 @@
 """A CLIP training step and inference, ours against transformers': python tests/benchmarks/step.py
 
-Both sides have the same config, weights, inputs and optimiser, and take turns in one process; what
+Both sides have the same config, weights, inputs and optimizer, and take turns in one process; what
 is printed is the ratio of the medians (below 1: ours is faster), and what fraction of the machine's
 own matrix rate each reaches, measured in the same run. Peak memory is each side's own, in a process
 (on a GPU: an allocator's count) of its own.
@@ -24,11 +24,12 @@ sys.path.insert(0, str(ROOT))
 
 import common                                             # noqa: E402,F401  before torch
 from clip import CLIP, PRESETS                            # noqa: E402
-from common import cli, transformer                       # noqa: E402
-from common.checkpoint import load_weights                # noqa: E402
-from common.cli import option                             # noqa: E402
-from common.devices import autocast, find_device, peak_memory, to_device    # noqa: E402
-from common.images import normalise                       # noqa: E402
+from common.training import options as cli
+from common import transformer  # noqa: E402
+from common.training.checkpoint import load_weights                # noqa: E402
+from common.training.options import option                             # noqa: E402
+from common.training.devices import autocast, find_device, peak_memory, to_device    # noqa: E402
+from common.data.images import normalize_pixels                       # noqa: E402
 from common.pretrained.clip import HUGGING_FACE           # noqa: E402
 from common.pretrained.names import translate             # noqa: E402
 
@@ -61,26 +62,26 @@ def reference_model(config, attention):
     c = config
     act = c.act                                           # both call them alike
     return CLIPModel(CLIPConfig(
-        projection_dim=c.embed, attn_implementation=attention,
+        projection_dim=c.embed_dim, attn_implementation=attention,
         text_config=dict(hidden_size=c.text_width, intermediate_size=4 * c.text_width,
                          num_hidden_layers=c.text_layers, num_attention_heads=c.text_heads,
-                         max_position_embeddings=c.context, vocab_size=c.vocab, eos_token_id=c.eos,
-                         bos_token_id=1, pad_token_id=0, hidden_act=act, projection_dim=c.embed),
+                         max_position_embeddings=c.context_length, vocab_size=c.vocab_size, eos_token_id=c.eos_id,
+                         bos_token_id=1, pad_token_id=0, hidden_act=act, projection_dim=c.embed_dim),
         vision_config=dict(hidden_size=c.vision_width, intermediate_size=4 * c.vision_width,
                            num_hidden_layers=c.vision_layers, num_attention_heads=c.vision_heads,
-                           image_size=c.image_size, patch_size=c.patch, hidden_act=act,
-                           projection_dim=c.embed)))
+                           image_size=c.image_size, patch_size=c.patch_size, hidden_act=act,
+                           projection_dim=c.embed_dim)))
 
 
 class Side:
-    """One of the two models with its optimiser: what is timed."""
+    """One of the two models with its optimizer: what is timed."""
 
     def __init__(self, name, model, batch, options, device):
         self.name, self.model, self.batch = name, model.to(device), batch
         self.half = options.precision == "bf16"
         self.call = torch.compile(model) if options.compile else model
         self.device = device
-        self.optimiser = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
 
     def loss(self):
         """The contrastive loss of the batch."""
@@ -93,8 +94,8 @@ class Side:
         with autocast(self.device, self.half):
             loss = self.loss()
         loss.backward()
-        self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=True)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
 
     @torch.no_grad()
     def infer(self):
@@ -121,14 +122,14 @@ def make_side(name, options, device):
     """A side with the weights and the inputs that both share."""
     # The reference reads the largest id where the end is 2, so both get an end that is the largest.
     config = PRESETS[options.preset]
-    config = dataclasses.replace(config, eos=config.vocab - 1)
+    config = dataclasses.replace(config, eos_id=config.vocab_size - 1)
     batch = options.batch or BATCH.get(options.preset, 8)
     torch.manual_seed(0)
     reference = reference_model(config, options.reference)
     images = torch.randint(0, 256, (batch, 3, config.image_size, config.image_size),
                            dtype=torch.uint8)
-    ids = torch.randint(3, config.vocab - 1, (batch, config.context))
-    ids[:, -1] = config.eos
+    ids = torch.randint(3, config.vocab_size - 1, (batch, config.context_length))
+    ids[:, -1] = config.eos_id
     if name == "ours":
         model = CLIP(config)
         counts = {"text": config.text_layers, "vision": config.vision_layers}
@@ -136,7 +137,7 @@ def make_side(name, options, device):
         load_weights(model, weights, "the reference")
         inputs = {"images": images, "ids": ids}
     else:
-        model, inputs = reference, {"pixel_values": normalise(images), "input_ids": ids}
+        model, inputs = reference, {"pixel_values": normalize_pixels(images), "input_ids": ids}
     return Side(name, model, to_device(inputs, device), options, device)
 
 

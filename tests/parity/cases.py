@@ -56,15 +56,15 @@ def load(module, weights):
 class ClipCase:
     """The whole of CLIPModel: features, logits, loss."""
     name = "clip"
-    config = CLIPConfig(image_size=15, patch=5, vision_width=24, vision_layers=2, vision_heads=3,
-                        text_width=28, text_layers=3, text_heads=2, context=11, vocab=53, eos=31,
-                        embed=17, act="quick_gelu")
+    config = CLIPConfig(image_size=15, patch_size=5, vision_width=24, vision_layers=2, vision_heads=3,
+                        text_width=28, text_layers=3, text_heads=2, context_length=11, vocab_size=53, eos_id=31,
+                        embed_dim=17, act="quick_gelu")
 
     def reference(self, seed):
         from transformers import CLIPConfig as Config, CLIPModel
         c = self.config
         model = randomise(CLIPModel(Config(
-            projection_dim=c.embed,
+            projection_dim=c.embed_dim,
             text_config=dict(hidden_size=28, intermediate_size=112, num_hidden_layers=3,
                              num_attention_heads=2, max_position_embeddings=11, vocab_size=53,
                              eos_token_id=31, bos_token_id=30, pad_token_id=0, projection_dim=17),
@@ -80,12 +80,12 @@ class ClipCase:
         names = {"logit_scale": "logit_scale",
                  "vision_model.embeddings.class_embedding": "vision.cls",
                  "vision_model.embeddings.patch_embedding": "vision.patch_embed",
-                 "vision_model.embeddings.position_embedding.weight": "vision.positions",
-                 "vision_model.pre_layrnorm": "vision.pre_norm",
-                 "vision_model.post_layernorm": "vision.post_norm",
+                 "vision_model.embeddings.position_embedding.weight": "vision.pos_embed",
+                 "vision_model.pre_layrnorm": "vision.ln_pre",
+                 "vision_model.post_layernorm": "vision.ln_post",
                  "visual_projection": "image_projection",
                  "text_model.embeddings.token_embedding": "text.token_embed",
-                 "text_model.embeddings.position_embedding.weight": "text.positions",
+                 "text_model.embeddings.position_embedding.weight": "text.pos_embed",
                  "text_model.final_layer_norm": "text.transformer.norm",
                  "text_projection": "text_projection"}
         for theirs, own, layers in (("vision_model", "vision", 2), ("text_model", "text", 3)):
@@ -311,8 +311,7 @@ class LanguageCase:
         outputs = {"right": lm(ids, REAL)[REAL],
                    "left": lm(ids, REAL.flip(1))[REAL.flip(1)]}
         for name, options in self.searches.items():
-            options = {"beams" if key == "num_beams" else key: v for key, v in options.items()}
-            outputs[name] = lm.generate(ids, REAL.flip(1), tokens=8, stop=self.stop, pad=1,
+            outputs[name] = lm.generate(ids, REAL.flip(1), max_new_tokens=8, stop=self.stop, pad_id=1,
                                         **options)
         return outputs
 

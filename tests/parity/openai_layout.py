@@ -128,17 +128,17 @@ class ResNet(nn.Module):
 class OpenAI(nn.Module):
     """The whole model: forward(images, ids) -> unit vectors (B, E), (B, E)."""
 
-    def __init__(self, visual, *, vocab, context, width, layers, embed, eos):
+    def __init__(self, visual, *, vocab_size, context_length, width, layers, embed_dim, eos_id):
         super().__init__()
-        self.visual, self.eos = visual, eos
+        self.visual, self.eos_id = visual, eos_id
         self.transformer = Stack(width, layers, width // 64)
-        self.token_embedding = nn.Embedding(vocab, width)
-        self.positional_embedding = nn.Parameter(torch.empty(context, width))
+        self.token_embedding = nn.Embedding(vocab_size, width)
+        self.positional_embedding = nn.Parameter(torch.empty(context_length, width))
         self.ln_final = nn.LayerNorm(width)
-        self.text_projection = nn.Parameter(torch.empty(width, embed))
+        self.text_projection = nn.Parameter(torch.empty(width, embed_dim))
         self.logit_scale = nn.Parameter(torch.tensor(1.7))
-        for name, value in (("input_resolution", visual.image_size), ("context_length", context),
-                            ("vocab_size", vocab)):
+        for name, value in (("input_resolution", visual.image_size), ("context_length", context_length),
+                            ("vocab_size", vocab_size)):
             self.register_buffer(name, torch.tensor(value))
 
     def forward(self, images, ids):
@@ -146,7 +146,7 @@ class OpenAI(nn.Module):
         mask = torch.full((T, T), -torch.inf).triu(1)
         x = self.token_embedding(ids) + self.positional_embedding[:T]
         x = self.ln_final(self.transformer(x, mask))
-        ends = (ids == self.eos).int().argmax(1)
+        ends = (ids == self.eos_id).int().argmax(1)
         text = x[torch.arange(len(ids)), ends] @ self.text_projection
         return F.normalize(self.visual(images), dim=-1), F.normalize(text, dim=-1)
 
@@ -161,24 +161,24 @@ def randomised(model):
     return model.eval()
 
 
-def vit(seed=0, embed=67, **changes):
+def vit(seed=0, embed_dim=67, **changes):
     """A small ViT CLIP; widths are multiples of 64, as heads are 64 wide."""
     torch.manual_seed(seed)
-    sizes = dict(vocab=523, context=11, width=192, layers=3, embed=embed, eos=522) | changes
-    return randomised(OpenAI(Vit(28, 7, 128, 2, embed), **sizes))
+    sizes = dict(vocab_size=523, context_length=11, width=192, layers=3, embed_dim=embed_dim, eos_id=522) | changes
+    return randomised(OpenAI(Vit(28, 7, 128, 2, embed_dim), **sizes))
 
 
-def resnet(seed=0, embed=67, **changes):
+def resnet(seed=0, embed_dim=67, **changes):
     """A small ResNet CLIP."""
     torch.manual_seed(seed)
-    sizes = dict(vocab=523, context=11, width=192, layers=3, embed=embed, eos=522) | changes
-    return randomised(OpenAI(ResNet(64, (1, 2, 1, 3), 4, embed), **sizes))
+    sizes = dict(vocab_size=523, context_length=11, width=192, layers=3, embed_dim=embed_dim, eos_id=522) | changes
+    return randomised(OpenAI(ResNet(64, (1, 2, 1, 3), 4, embed_dim), **sizes))
 
 
 def save_script(model, path, half=True):
     """Write the model as the published files are: a TorchScript archive, in fp16."""
     images = torch.randn(1, 3, model.visual.image_size, model.visual.image_size)
-    ids = torch.full((1, 4), model.eos)
+    ids = torch.full((1, 4), model.eos_id)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         script = torch.jit.trace(copy.deepcopy(model), (images, ids), check_trace=False)

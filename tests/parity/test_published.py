@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import clip
-from common.bpe import BPE, BYTES, CLIP, GPT2
+from common.pretrained.bpe import BPE, BYTES, CLIP, GPT2
 from common.pretrained import clip as pretrained
 from common.pretrained import safetensors
 from common.pretrained.names import plan
@@ -36,11 +36,11 @@ def vocabulary(folder, style):
     return len(pieces)
 
 
-def reference(vocab, seed=0, vision=24, text=28, embed=17, heads=(3, 2)):
+def reference(vocab, seed=0, vision=24, text=28, embed_dim=17, heads=(3, 2)):
     """A random CLIPModel."""
     from transformers import CLIPConfig, CLIPModel
     return randomise(CLIPModel(CLIPConfig(
-        projection_dim=embed,
+        projection_dim=embed_dim,
         text_config=dict(hidden_size=text, intermediate_size=4 * text, num_hidden_layers=3,
                          num_attention_heads=heads[1], max_position_embeddings=11,
                          vocab_size=vocab, eos_token_id=vocab - 1, bos_token_id=vocab - 2,
@@ -87,13 +87,13 @@ def test_a_folder_that_transformers_wrote_gives_the_same_features_and_logits(tmp
     agree(use, model, use.ids(["the red dog", "a cab", "é"]))
 
 
-@pytest.mark.parametrize("embed", [67, 192, 128], ids=["", "square text", "square vision"])
-def test_openais_layout_of_the_same_weights_gives_the_same_features(tmp_path, embed):
+@pytest.mark.parametrize("embed_dim", [67, 192, 128], ids=["", "square text", "square vision"])
+def test_openais_layout_of_the_same_weights_gives_the_same_features(tmp_path, embed_dim):
     vocab = vocabulary(tmp_path, CLIP)
-    model = reference(vocab, 0, 128, 192, embed, heads=(2, 3))
+    model = reference(vocab, 0, 128, 192, embed_dim, heads=(2, 3))
     model.logit_scale.data.fill_(1.7)
-    theirs = openai_layout.OpenAI(openai_layout.Vit(15, 5, 128, 2, embed), vocab=vocab, context=11,
-                                  width=192, layers=3, embed=embed, eos=vocab - 1)
+    theirs = openai_layout.OpenAI(openai_layout.Vit(15, 5, 128, 2, embed), vocab_size=vocab, context_length=11,
+                                  width=192, layers=3, embed_dim=embed, eos_id=vocab - 1)
     state = {}
     for name, value in theirs.state_dict().items():
         state[name] = fused(name, model.state_dict()) if value.ndim or name == "logit_scale" \
@@ -148,7 +148,7 @@ def test_our_ids_are_those_of_the_reference_tokenizers(tmp_path):
     for style, kind in ((CLIP, CLIPTokenizer), (GPT2, GPT2Tokenizer)):
         vocabulary(tmp_path, style)
         theirs, ours = kind.from_pretrained(tmp_path), BPE.load(tmp_path, style)
-        assert len(theirs) == len(ours) and theirs.eos_token_id == ours.eos
+        assert len(theirs) == len(ours) and theirs.eos_token_id == ours.eos_id
         draw = random.Random(0)
         for _ in range(2000):
             given = text(draw)
@@ -163,13 +163,13 @@ def test_our_ids_are_those_of_the_reference_tokenizers(tmp_path):
         assert (tmp_path / style.bos / "tokenizer.json").exists()
         assert not (tmp_path / style.bos / "vocab.json").exists()
         again = BPE.load(tmp_path / style.bos, style)
-        assert (again.vocab, again.ranks) == (ours.vocab, ours.ranks)
+        assert (again.vocab, again.ranks) == (ours.vocab_size, ours.ranks)
 
 
 def test_character_classes_are_those_of_regex():
     """Of the characters that this Python's Unicode already knows."""
     regex = pytest.importorskip("regex", reason="comes with transformers")
-    from common.bpe import SPACE, characters, re
+    from common.pretrained.bpe import SPACE, characters, re
     for ours, theirs in ((characters("L"), r"\p{L}"), (characters("N"), r"\p{N}"), (SPACE, r"\s")):
         ours, theirs = re.compile(f"[{ours}]"), regex.compile(theirs)
         for code in range(0x110000):

@@ -13,12 +13,12 @@ import signal
 import torch
 from torch.utils.data import DataLoader
 
-from common.conversation import IGNORED, collate
-from common.formats import FORMATS, Files, all_records
-from common.images import centre_crop, shown, to_tensor
-from common.tokenizers import BOS, EOS, Tokenizer
-from common.worlds.emoji import Emoji
-from common.worlds.shapes import Shapes
+from common.prompts import IGNORED, collate
+from common.data.files import FORMATS, Files, all_records
+from common.data.images import center_crop, printable, to_tensor
+from common.data.tokenizer import BOS, EOS, Tokenizer
+from common.data.emoji.world import Emoji
+from common.data.shapes.world import Shapes
 
 WORLDS = {"shapes": Shapes, "emoji": Emoji}
 STAND_INS = 20                           # tries to replace a record that cannot be read
@@ -37,12 +37,12 @@ def open_world(spec, image_size, images=None, skip=0.05, shuffle=10_000):
             return Files(name, dials, image_size=image_size, images=images, skip=skip,
                          shuffle=shuffle)
         except ValueError as error:
-            raise ValueError(f"--data {shown(spec)}: {error}") from None
+            raise ValueError(f"--data {printable(spec)}: {error}") from None
     if name not in WORLDS:
         raise ValueError(f"--data {spec}: no world {name!r}; there are {', '.join(WORLDS)}, and "
                          + ", ".join(f"{kind}:FILE" for kind in FORMATS))
     if images is not None:
-        raise ValueError(f"--images {shown(images)}: {name} draws its own pictures")
+        raise ValueError(f"--images {printable(images)}: {name} draws its own pictures")
     signature = inspect.signature(WORLDS[name]).parameters
     kinds = {key: type(p.default) for key, p in signature.items() if key != "image_size"}
     values = {}
@@ -69,31 +69,31 @@ def draw_rng(seed, epoch, index):
     return random.Random(f"{seed}/{epoch}/{index}")
 
 
-class Pairs:
+class ImageTextBatch:
     """Collate records into a batch of pictures and texts: one text of each record, by its rng."""
 
-    def __init__(self, tokenizer, context, image_size):
-        self.tokenizer, self.context, self.image_size = tokenizer, context, image_size
+    def __init__(self, tokenizer, context_length, image_size):
+        self.tokenizer, self.context_length, self.image_size = tokenizer, context_length, image_size
 
     def images(self, records):
         """The first picture of each record: uint8 (B, 3, image_size, image_size)."""
-        return to_tensor([centre_crop(r["images"][0], self.image_size) for r in records])
+        return to_tensor([center_crop(r["images"][0], self.image_size) for r in records])
 
     def __call__(self, records, rngs):
         """Records and their rngs -> {"images": uint8 (B, 3, H, W), "ids": int64 (B, T)}."""
         texts = [rng.choice(r["texts"]) for r, rng in zip(records, rngs)]
-        return {"images": self.images(records), "ids": self.tokenizer.batch(texts, self.context)}
+        return {"images": self.images(records), "ids": self.tokenizer.batch(texts, self.context_length)}
 
 
-class Texts:
+class PackedTexts:
     """Collate records into rows of texts, each <bos> ... <eos>, as many as fit one after another.
 
     length: tokens of a row; a longer text is cut. Several texts share a row so that little is
     padding; what a row ends with is.
     """
 
-    def __init__(self, tokenizer, context, length):
-        self.tokenizer, self.context, self.length = tokenizer, context, min(length, context)
+    def __init__(self, tokenizer, context_length, length):
+        self.tokenizer, self.context_length, self.length = tokenizer, context_length, min(length, context_length)
 
     def __call__(self, records, rngs):
         """Records and their rngs -> {"ids", "labels": int64 (B', T)}, all texts in B' rows."""
@@ -231,7 +231,7 @@ def _begin_worker(worker):
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-class View:
+class EvalData:
     """A world as an evaluation sees it: whole splits of records, batched the model's way."""
 
     def __init__(self, world, tokenizer, collate, device):
@@ -243,7 +243,7 @@ class View:
 
     def ids(self, texts):
         """Texts -> int64 (N, T) on the device."""
-        return self.tokenizer.batch(texts, self.collate.context).to(self.device)
+        return self.tokenizer.batch(texts, self.collate.context_length).to(self.device)
 
     def images(self, records):
         """Records -> uint8 (N, 3, H, W) on the device."""
@@ -255,5 +255,5 @@ def world_tokenizer(world):
     try:
         return Tokenizer.train(world.corpus(), world.vocabulary)
     except RuntimeError as error:
-        raise ValueError(f"{world.name}: no vocabulary can be made of its texts ({shown(error)})") \
+        raise ValueError(f"{world.name}: no vocabulary can be made of its texts ({printable(error)})") \
             from None

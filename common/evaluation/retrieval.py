@@ -50,13 +50,13 @@ def logistic_regression(features, labels, classes, l2, steps=100):
     x = (features - mean) / std
     weight = x.new_zeros(x.shape[1], classes).requires_grad_()
     bias = x.new_zeros(classes).requires_grad_()
-    optimiser = torch.optim.LBFGS([weight, bias], max_iter=steps, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS([weight, bias], max_iter=steps, line_search_fn="strong_wolfe")
 
     def closure():
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         fit = torch.nn.functional.cross_entropy(x @ weight + bias, labels)
         loss = fit + l2 * weight.square().sum() / 2
         loss.backward()
         return loss
-    optimiser.step(closure)
+    optimizer.step(closure)
     return lambda other: ((other - mean) / std @ weight + bias).detach()

@@ -19,7 +19,7 @@ from dataclasses import replace
 
 from PIL import Image
 
-from common.worlds.scene import (BACKGROUNDS, COLOURS, HELD_OUT, NUMBERS, PAIRS, SHAPES, SIZES,
+from common.data.shapes.scene import (BACKGROUNDS, COLOURS, HELD_OUT, NUMBERS, PAIRS, SHAPES, SIZES,
                                  describe, draw, is_true, listed, matching, phrase, relations,
                                  sample, where)
 

@@ -9,9 +9,9 @@ says before which of them a picture stands; without it before all.
 """
 import torch
 
-from common.conversation import IGNORED, OUTPUT, Segment, collate, render
-from common.images import centre_crop, to_tensor
-from common.tokenizers import BOS, EOC, EOS, IMAGE
+from common.prompts import IGNORED, OUTPUT, Segment, collate, render
+from common.data.images import center_crop, to_tensor
+from common.data.tokenizer import BOS, EOC, EOS, IMAGE
 
 
 def segments(texts, shown=None, end=True, behind=False):
@@ -34,7 +34,7 @@ def segments(texts, shown=None, end=True, behind=False):
     return parts + [Segment((EOS,))] if end else parts
 
 
-class Pages:
+class InterleavedCollator:
     """Collate samples, {"images": [[frame, ...], ...], "texts": [(told, learned), ...]}.
 
     Records with "texts" of plain strings are pictures with a caption. number, weight: of the data
@@ -43,7 +43,7 @@ class Pages:
     """
 
     def __init__(self, tokenizer, config, number=0, weight=1.0, next_image=0.0):
-        self.tokenizer, self.context, self.image_size = tokenizer, config.context, config.image_size
+        self.tokenizer, self.context_length, self.image_size = tokenizer, config.context_length, config.image_size
         self.number, self.weight, self.next_image = number, weight, next_image
 
     def images(self, samples):
@@ -55,7 +55,7 @@ class Pages:
         if len(lengths) > 1:
             raise ValueError(f"clips of {' and '.join(map(str, sorted(lengths)))} frames together: "
                              "pictures and clips of one prompt or batch need equally many")
-        rows = [[to_tensor([centre_crop(frame, self.image_size) for frame in frames])
+        rows = [[to_tensor([center_crop(frame, self.image_size) for frame in frames])
                  for frames in sample["images"]] for sample in samples]
         most = max(1, *map(len, rows))
         blank = torch.zeros(*lengths, 3, self.image_size, self.image_size, dtype=torch.uint8)
@@ -68,7 +68,7 @@ class Pages:
         its row may be a picture of another.
         """
         parts = segments(sample["texts"], sample.get("shown"), end, behind)
-        ids, labels = render(parts, self.tokenizer, self.context if end else None)
+        ids, labels = render(parts, self.tokenizer, self.context_length if end else None)
         if ids.count(IMAGE) > len(sample["images"]):
             raise ValueError(f"a text with {ids.count(IMAGE)} <image> tags, but "
                              f"{len(sample['images'])} pictures")

@@ -25,7 +25,7 @@ TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
          8: Image.Transpose.ROTATE_90}                # by the number in EXIF's orientation
 
 
-def shown(name, most=300):
+def printable(name, most=300):
     """A name from outside as a part of one printable line: no control characters, not too long."""
     name = "".join(c if c.isprintable() else "?" for c in str(name)[:most + 1])
     return name if len(name) <= most else name[:most] + "..."
@@ -46,10 +46,10 @@ def open_regular(path, kind="file"):
         wait_for_none = getattr(os, "O_NONBLOCK", 0)
         return open(path, "rb", opener=lambda name, flags: os.open(name, flags | wait_for_none))
     except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"{shown(path)}: no such {kind}") from None
+        raise ValueError(f"{printable(path)}: no such {kind}") from None
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
-        raise ValueError(f"{shown(path)}: {why}") from None
+        raise ValueError(f"{printable(path)}: {why}") from None
 
 
 def open_image(source, name=None):
@@ -64,7 +64,7 @@ def open_image(source, name=None):
     elif not hasattr(source, "read"):
         with open_regular(source, "picture") as file:
             return open_image(file, name or source)
-    name = shown(name or getattr(source, "name", "a picture"))
+    name = printable(name or getattr(source, "name", "a picture"))
     if source.seek(0, os.SEEK_END) > MOST_BYTES:
         raise ValueError(f"{name}: a file of more than {MOST_BYTES:,} bytes")
     source.seek(0)
@@ -113,7 +113,7 @@ def open_frames(path, most=32):
     else:
         frames = [open_image(path)]      # whatever is wrong with the file is told here
         with open_regular(path, "clip") as file:
-            frames += _later_frames(file, shown(path))
+            frames += _later_frames(file, printable(path))
     count = min(most, len(frames))
     return [frames[round(i * (len(frames) - 1) / max(1, count - 1))] for i in range(count)]
 
@@ -150,7 +150,7 @@ def to_rgb(picture):
     return picture.convert("RGB")
 
 
-def centre_crop(picture, size):
+def center_crop(picture, size):
     """CLIP's evaluation crop: the shorter side to `size` (bicubic, antialiased), its middle."""
     W, H = picture.size
     if (W, H) == (size, size):
@@ -179,7 +179,7 @@ def to_tensor(pictures):
     return torch.from_numpy(np.stack([np.asarray(p) for p in pictures])).permute(0, 3, 1, 2)
 
 
-def normalise(images, mean=MEAN, std=STD):
+def normalize_pixels(images, mean=MEAN, std=STD):
     """uint8 (B, 3, H, W) in 0 .. 255 -> float32, by channel (x / 255 - mean) / std."""
     scale = torch.tensor(std, device=images.device)[:, None, None] * 255
     shift = torch.tensor(mean, device=images.device)[:, None, None] * 255

@@ -1,7 +1,7 @@
 """Build emoji.zip: a picture, a name and keywords for every emoji, from three Debian packages.
 
     apt-get install fonts-noto-color-emoji unicode-cldr-core unicode-data
-    python -m common.worlds.build_emoji            # or with ROOT, where the packages lie unpacked
+    python -m common.data.emoji.build            # or with ROOT, where the packages lie unpacked
 
 Only needed to renew the archive, which is in the repository. The first package has the pictures
 (Noto Color Emoji), the second the names and keywords (Unicode CLDR), the third the list of emoji

@@ -2,9 +2,9 @@
 import json
 from pathlib import Path
 
-from common import checkpoint, distributed
-from common.images import shown
-from common.tokenizers import Tokenizer
+from common.training import checkpoint, distributed
+from common.data.images import printable
+from common.data.tokenizer import Tokenizer
 
 FILES = ("config.json", "tokenizer.model", "log.jsonl", "refused.jsonl", *checkpoint.NAMES,
          "result.json", "samples.png", "search.png")
@@ -49,7 +49,7 @@ class RunFolder:
 
     def begin(self, described, tokenizer, step, overwrite):
         """Write what describes the run, and drop log lines of steps that no checkpoint kept."""
-        distributed.wait()               # all have read what is about to be written
+        distributed.barrier()               # all have read what is about to be written
         if distributed.rank() > 0:
             return
         if overwrite:                    # what a run wrote, not what else lies in the folder
@@ -76,7 +76,7 @@ class RunFolder:
             return
         lines = path.read_text().splitlines() if path.exists() else []
         known = {json.loads(line)["reason"] for line in lines if line.endswith("}")}
-        new = [reason for reason in dict.fromkeys(shown(r, 500) for r in reasons)
+        new = [reason for reason in dict.fromkeys(printable(r, 500) for r in reasons)
                if reason not in known]
         with open(path, "a") as file:
             for reason in new[:max(0, MOST_REFUSED - len(known))]:

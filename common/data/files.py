@@ -22,8 +22,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from common import distributed
-from common.images import centre_crop, open_image, open_regular, random_crop, shown
+from common.training import distributed
+from common.data.images import center_crop, open_image, open_regular, random_crop, printable
 
 LONGEST = 1_000_000      # bytes of a line, of a tar's header, of a text in a tar
 MOST_JSON = 2_000_000_000            # bytes of a file that has to be read as a whole
@@ -44,7 +44,7 @@ class Refusals:
         """Count one more."""
         self.count += 1
         if len(self.reasons) < MOST_REASONS:
-            self.reasons.append(shown(reason, 500))
+            self.reasons.append(printable(reason, 500))
 
     def told(self, tried):
         """In words: how many of so many, and an example."""
@@ -221,7 +221,7 @@ def expanded(pattern):
     first, last = found.groups()
     numbers, rest = range(int(first), int(last) + 1), expanded(pattern[found.end():])
     if not 0 < len(numbers) * len(rest) <= MOST_SHARDS:
-        raise ValueError(f"{shown(pattern)}: braces of {len(numbers) * len(rest):,} names; "
+        raise ValueError(f"{printable(pattern)}: braces of {len(numbers) * len(rest):,} names; "
                          f"1 to {MOST_SHARDS:,} are possible")
     return [f"{pattern[:found.start()]}{number:0{len(first)}d}{tail}"
             for number in numbers for tail in rest]
@@ -234,9 +234,9 @@ def shards(pattern):
         magic = glob.has_magic(name) and not os.path.lexists(name)
         paths += sorted(glob.glob(name)) if magic else [name]
         if not magic and not os.path.lexists(name):
-            raise ValueError(f"{shown(name)}: no such tar file")
+            raise ValueError(f"{printable(name)}: no such tar file")
     if not paths:
-        raise ValueError(f"{shown(pattern)}: no such tar files")
+        raise ValueError(f"{printable(pattern)}: no such tar files")
     return list(dict.fromkeys(paths))
 
 
@@ -291,15 +291,15 @@ def read_slice(place, most):
     """The bytes at (path, offset, size). Raises ValueError for more than `most`, or if cut off."""
     path, offset, size = place
     if size > most:
-        raise ValueError(f"{shown(path)}: a member of more than {most:,} bytes")
+        raise ValueError(f"{printable(path)}: a member of more than {most:,} bytes")
     try:
         with open_regular(path) as file:
             file.seek(offset)
             data = file.read(size)
     except OSError as error:
-        raise ValueError(f"{shown(path)}: {error.strerror}") from None
+        raise ValueError(f"{printable(path)}: {error.strerror}") from None
     if len(data) < size:
-        raise ValueError(f"{shown(path)}: cut off since it was indexed")
+        raise ValueError(f"{printable(path)}: cut off since it was indexed")
     return data
 
 
@@ -365,9 +365,9 @@ class Files:
             raise ValueError(f"--shuffle {shuffle}: must be at least 1")
         if images is not None and (kind == "tar" or not os.path.isdir(images)):
             why = "a tar holds its own pictures" if kind == "tar" else "no such folder"
-            raise ValueError(f"--images {shown(images)}: {why}")
+            raise ValueError(f"--images {printable(images)}: {why}")
         self.image_size, self.skip, self.shuffle = image_size, skip, shuffle
-        self.name = shown(os.path.basename(where))
+        self.name = printable(os.path.basename(where))
         self.folder = os.path.realpath(images or os.path.dirname(where))
         self.refused, self._readable = Refusals(skip), {}
         entries, seen = self._index(FORMATS[kind](where, self.refused.add))
@@ -375,7 +375,7 @@ class Files:
         self.refused.check(self.tried)
         if len(entries) < 4 * FEWEST:
             lost = f" ({self.refused.told(self.tried)})" if self.refused.count else ""
-            raise ValueError(f"{shown(where)}: {len(entries)} usable records{lost}; it takes "
+            raise ValueError(f"{printable(where)}: {len(entries)} usable records{lost}; it takes "
                              f"{4 * FEWEST} at least")
         self._splits = make_splits(entries)
         by_shard = itertools.groupby(self._splits["train"], lambda entry: entry["images"][0][0])
@@ -445,7 +445,7 @@ class Files:
         entry, pictures = self._splits[split][index], []
         for place in entry["images"]:
             picture = self._open(place, entry)
-            pictures.append(centre_crop(picture, self.image_size) if rng is None or split != "train"
+            pictures.append(center_crop(picture, self.image_size) if rng is None or split != "train"
                             else random_crop(picture, self.image_size, rng))
         return {"images": pictures, "texts": entry["texts"], "source": entry}
 
@@ -489,7 +489,7 @@ class Files:
             return open_image(read_slice(place, 10 ** 8), f"{place[0]}: {entry['source']}")
         path = os.path.join(self.folder, place)
         if os.path.commonpath([os.path.realpath(path), self.folder]) != self.folder:
-            raise ValueError(f"{shown(path)}: a link to outside the folder of pictures")
+            raise ValueError(f"{printable(path)}: a link to outside the folder of pictures")
         return open_image(path)
 
 

@@ -8,10 +8,10 @@ import random
 
 import torch
 
-from common import metrics
-from common.conversation import OUTPUT
-from common.formats import all_records
-from common.images import sheet
+from common.evaluation import retrieval as metrics
+from common.prompts import OUTPUT
+from common.data.files import all_records
+from common.data.images import sheet
 
 
 class Pool:
@@ -121,16 +121,16 @@ def about_questions(pupil, world, count):
     """
     samples = draws(world, "question", count)
     known = draws(world, "question", count, "train", asks=1)
-    said = pupil.write(asked(samples), tokens=6)
+    said = pupil.write(asked(samples), max_new_tokens=6)
     others = [s | {"images": o["images"]} for s, o in zip(samples, samples[1:] + samples[:1])]
     figures = {"vqa_accuracy": exact(said, samples),
-               "vqa_accuracy_trained_wordings": exact(pupil.write(asked(known), tokens=6), known),
-               "vqa_accuracy_blind": exact(pupil.write(asked(others), tokens=6), samples)}
+               "vqa_accuracy_trained_wordings": exact(pupil.write(asked(known), max_new_tokens=6), known),
+               "vqa_accuracy_blind": exact(pupil.write(asked(others), max_new_tokens=6), samples)}
     for kind in sorted({s["kind"] for s in samples}):
         own = [(text, s) for text, s in zip(said, samples) if s["kind"] == kind]
         figures[f"vqa_accuracy/{kind}"] = exact(*zip(*own))
     pages = draws(world, "document", count, images=3)
-    return figures | {"document_accuracy": exact(pupil.write(asked(pages, "at"), tokens=6), pages)}
+    return figures | {"document_accuracy": exact(pupil.write(asked(pages, "at"), max_new_tokens=6), pages)}
 
 
 def about_clips(pupil, world, count):
@@ -140,7 +140,7 @@ def about_clips(pupil, world, count):
              for i, s in enumerate(samples)]
     named = {"clip_accuracy": samples, "clip_accuracy_16_frames": longer,
              "clip_accuracy_shuffled": mixed}
-    figures = {name: exact(pupil.write(asked(own), tokens=6), own) for name, own in named.items()}
+    figures = {name: exact(pupil.write(asked(own), max_new_tokens=6), own) for name, own in named.items()}
     return figures | {"clip_accuracy_chance": 0.5}
 
 

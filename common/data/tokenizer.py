@@ -22,7 +22,7 @@ class Tokenizer:
     Special tokens are control symbols: no user's text can spell one; code inserts them by id.
     """
 
-    bos, eos, pad = BOS, EOS, PAD
+    bos_id, eos_id, pad_id = BOS, EOS, PAD
 
     def __init__(self, model):
         """model: the bytes of a SentencePiece model. Raises ValueError for any other bytes."""
@@ -77,12 +77,12 @@ class Tokenizer:
         """Ids -> text; special tokens leave no trace."""
         return self.pieces.decode([int(i) for i in ids if i != UNK])
 
-    def batch(self, texts, context):
+    def batch(self, texts, context_length):
         """<bos> ids <eos> of each text, padded right with <pad>: int64 (B, T), T <= context.
 
         A longer text is cut so that its last id is still <eos>.
         """
-        rows = [[BOS, *self.encode(text)[:context - 2], EOS] for text in texts]
+        rows = [[BOS, *self.encode(text)[:context_length - 2], EOS] for text in texts]
         out = torch.full((len(rows), max(map(len, rows))), PAD)
         for row, ids in zip(out, rows):
             row[:len(ids)] = torch.tensor(ids)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from common.tokenizers import Tokenizer
+from common.data.tokenizer import Tokenizer
 
 NAMES = ("last.pt", "previous.pt")
 

@@ -5,7 +5,7 @@
     record["images"][0].show()
     world.is_true(record["texts"][0], record["source"])
 
-    python -m common.worlds.shapes FOLDER    # writes 100 test pictures as PNG files
+    python -m common.data.shapes.world FOLDER    # writes 100 test pictures as PNG files
 
 How a scene is drawn, told and judged is in `scene.py`; what later papers ask of one scene
 (questions, probes, boxes, letters) is in `tasks.py`, of several (documents, clips, dialogues,
@@ -16,9 +16,9 @@ import re
 import sys
 from pathlib import Path
 
-from common.conversation import ANSWER, OUTPUT
-from common.worlds import readings, stories
-from common.worlds import scene as scenes
+from common.prompts import ANSWER, OUTPUT
+from common.data.shapes import interleaved as readings, stories
+from common.data.shapes import scene as scenes
 
 
 class Shapes:
@@ -126,7 +126,7 @@ class Shapes:
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        sys.exit("usage: python -m common.worlds.shapes FOLDER")
+        sys.exit("usage: python -m common.data.shapes.world FOLDER")
     try:
         print(f"{Shapes(image_size=96).extract(sys.argv[1])} pictures in {sys.argv[1]}")
     except OSError as error:

@@ -15,10 +15,10 @@ from dataclasses import replace
 
 from PIL import Image, ImageDraw, ImageFont
 
-from common.worlds.scene import (BACKGROUNDS, COLOURS, MARGIN, NUMBERS, PAIRS, SHAPES, SIZES,
+from common.data.shapes.scene import (BACKGROUNDS, COLOURS, MARGIN, NUMBERS, PAIRS, SHAPES, SIZES,
                                  STYLES, Item, Scene, describe, listed, matching, phrase,
                                  relations, restyled, sample, statements)
-from common.worlds.tasks import (COUNTS, FORMS, KINDS, PLURALS, YES_NO, a_thing, at, candidates,
+from common.data.shapes.questions import (COUNTS, FORMS, KINDS, PLURALS, YES_NO, a_thing, at, candidates,
                                  glyphs, nameable, noisy_caption, pick, pictures, probes,
                                  questions, referring, swapped_attributes, swapped_order, turns,
                                  worded)
@@ -495,7 +495,7 @@ def sheet(path):
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        sys.exit("usage: python -m common.worlds.stories PICTURE.png")
+        sys.exit("usage: python -m common.data.shapes.stories PICTURE.png")
     try:
         sheet(sys.argv[1])
     except (OSError, ValueError) as error:

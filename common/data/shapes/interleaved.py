@@ -13,10 +13,10 @@ page goes on before it ever sees one, and lists of names said again, from which 
 """
 import math
 
-from common.conversation import ANSWER, OUTPUT
-from common.worlds import stories
-from common.worlds.scene import COLOURS, PAIRS, SHAPES, describe, listed, phrase, sample
-from common.worlds.tasks import candidates, pick, worded
+from common.prompts import ANSWER, OUTPUT
+from common.data.shapes import stories
+from common.data.shapes.scene import COLOURS, PAIRS, SHAPES, describe, listed, phrase, sample
+from common.data.shapes.questions import candidates, pick, worded
 
 KINDS = ("caption", "album", "names", "question", "document", "episode", "glossary", "clip")
 # How often a language model reads each. Recall is learned all at once, late or never, and what is

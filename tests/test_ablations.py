@@ -7,14 +7,14 @@ import pytest
 import torch
 
 import clip
-from common import checkpoint
-from common.data import world_tokenizer
-from common.worlds.shapes import Shapes
+from common.training import checkpoint
+from common.data.batches import world_tokenizer
+from common.data.shapes.world import Shapes
 
 HERE = Path(__file__).parents[1]
-SPEC = importlib.util.spec_from_file_location("experiments", HERE / "lessons" / "experiments.py")
-experiments = importlib.util.module_from_spec(SPEC)
-SPEC.loader.exec_module(experiments)
+SPEC = importlib.util.spec_from_file_location("ablations", HERE / "lessons" / "ablations.py")
+ablations = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(ablations)
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def run(tmp_path_factory):
     torch.manual_seed(0)
     tokenizer = world_tokenizer(Shapes())
     config = clip.CLIPConfig(vision_width=12, vision_layers=1, vision_heads=2, text_width=12,
-                             text_layers=1, text_heads=2, embed=7, vocab=len(tokenizer))
+                             text_layers=1, text_heads=2, embed_dim=7, vocab_size=len(tokenizer))
     checkpoint.write_json(folder / "config.json", {
         "model": "clip", "config": vars(config),
         "recipe": {"steps": 3, "batch_size": 8, "lr": 1e-3, "betas": [0.9, 0.98]}})
@@ -37,8 +37,8 @@ def run(tmp_path_factory):
 
 def rows(monkeypatch, capsys, *argv):
     """Run one experiment -> {name of the row: its cells}."""
-    monkeypatch.setattr(sys, "argv", ["experiments.py", *map(str, argv)])
-    experiments.main()
+    monkeypatch.setattr(sys, "argv", ["ablations.py", *map(str, argv)])
+    ablations.main()
     lines = [line.rsplit(None, 4) for line in capsys.readouterr().out.splitlines()]
     return {line[0].strip(): line[1:] for line in lines if len(line) == 5}
 
@@ -74,9 +74,9 @@ def test_a_comparison_prints_median_and_range_of_its_seeds(name, variants, monke
         asked.append((name, flags))
         return dict.fromkeys(("zero_shot_accuracy", "image_to_text_recall@1",
                               "text_to_image_recall@1"), 0.1 * int(flags[1])) | {"seconds": 7}
-    monkeypatch.setattr(experiments, "trained", trained)
-    monkeypatch.setattr(sys, "argv", ["experiments.py", name, "--pairs", "1024"])
-    experiments.main()
+    monkeypatch.setattr(ablations, "trained", trained)
+    monkeypatch.setattr(sys, "argv", ["ablations.py", name, "--pairs", "1024"])
+    ablations.main()
     out = capsys.readouterr().out
     assert out.count("0.1 (0-0.2)") == 3 * len(variants) and all(v in out for v in variants)
     assert len({n for n, _ in asked}) == 3 * len(variants)
@@ -91,10 +91,10 @@ def test_flamingos_parts_are_taken_away_one_by_one(monkeypatch, capsys):
         assert stage == "flamingo" and flags[2:6] == (
             "--steps", "9", "--batch_size", "120")
         asked.append(flags[6:])
-        return dict.fromkeys(experiments.FLAMINGO_FIGURES.values(), 0.1 * int(flags[1]))
-    monkeypatch.setattr(experiments, "trained", trained)
-    monkeypatch.setattr(sys, "argv", ["experiments.py", "flamingo", "--steps", "9"])
-    experiments.main()
+        return dict.fromkeys(ablations.FLAMINGO_FIGURES.values(), 0.1 * int(flags[1]))
+    monkeypatch.setattr(ablations, "trained", trained)
+    monkeypatch.setattr(sys, "argv", ["ablations.py", "flamingo", "--steps", "9"])
+    ablations.main()
     out = capsys.readouterr().out
     assert out.count("0.1 (0-0.2)") == 7 * 8 and "3 seeds, 9 steps each" in out
     assert len(set(asked)) == 8 and asked[0] == ()

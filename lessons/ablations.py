@@ -1,15 +1,15 @@
 """The paper's questions at small size, one command each; every figure on unseen scenes.
 
-    python lessons/experiments.py ensemble     many prompts against one (paper, 3.1.4)
-    python lessons/experiments.py probe        linear probe against zero-shot (3.2)
-    python lessons/experiments.py shift        zero-shot against a supervised classifier of the same
+    python lessons/ablations.py ensemble     many prompts against one (paper, 3.1.4)
+    python lessons/ablations.py probe        linear probe against zero-shot (3.2)
+    python lessons/ablations.py shift        zero-shot against a supervised classifier of the same
                                                tower, under shifted renderings (3.3)
-    python lessons/experiments.py batch        batch 32, 128, 512 at the same number of pairs
-    python lessons/experiments.py sigmoid      softmax against SigLIP's sigmoid at a small batch
-    python lessons/experiments.py flamingo     Flamingo without each of its parts (its Table 3)
+    python lessons/ablations.py batch        batch 32, 128, 512 at the same number of pairs
+    python lessons/ablations.py sigmoid      softmax against SigLIP's sigmoid at a small batch
+    python lessons/ablations.py flamingo     Flamingo without each of its parts (its Table 3)
 
 The first three read a trained run (--run, default runs/clip); the others train short runs under
-RUNS/experiments, three seeds each, and take up where they were stopped.
+RUNS/ablations, three seeds each, and take up where they were stopped.
 """
 import json
 import statistics
@@ -23,12 +23,13 @@ sys.path.insert(0, str(ROOT))
 
 import common                                             # noqa: E402,F401  before torch
 import clip                                               # noqa: E402
-from common import checkpoint, cli, metrics               # noqa: E402
-from common.data import Batches, Pairs, View              # noqa: E402
-from common.devices import autocast, half_precision       # noqa: E402
-from common.images import normalise                       # noqa: E402
-from common.worlds.scene import STYLES                    # noqa: E402
-from common.worlds.shapes import Shapes                   # noqa: E402
+from common.training import checkpoint, options as cli
+from common.evaluation import retrieval as metrics  # noqa: E402
+from common.data.batches import Batches, ImageTextBatch, EvalData              # noqa: E402
+from common.training.devices import autocast, half_precision       # noqa: E402
+from common.data.images import normalize_pixels                       # noqa: E402
+from common.data.shapes.scene import STYLES                    # noqa: E402
+from common.data.shapes.world import Shapes                   # noqa: E402
 
 import torch                                              # noqa: E402
 import torch.nn.functional as F                           # noqa: E402
@@ -53,8 +54,8 @@ class Bench:
         self.trained = clip.from_pretrained(path)
         self.model, size = self.trained.model, self.trained.model.config.image_size
         self.world = Shapes(image_size=size)
-        self.collate = Pairs(self.trained.tokenizer, self.model.config.context, size)
-        self.view = View(self.world, self.trained.tokenizer, self.collate, "cpu")
+        self.collate = ImageTextBatch(self.trained.tokenizer, self.model.config.context_length, size)
+        self.view = EvalData(self.world, self.trained.tokenizer, self.collate, "cpu")
         self.records = {split: self.view.records(split) for split in ("single", "shifted")}
 
     def labels(self, split):
@@ -110,7 +111,7 @@ def probe(options):
     @torch.no_grad()
     def features(records):
         parts = [records[k:k + 256] for k in range(0, len(records), 256)]
-        return torch.cat([bench.model.image_features(normalise(view.images(p))) for p in parts])
+        return torch.cat([bench.model.image_features(normalize_pixels(view.images(p))) for p in parts])
 
     one = Shapes(objects=1, image_size=world.image_size)
     pool = [one.record("train", i) for i in range(64 * len(world.classes))]
@@ -142,29 +143,29 @@ def shift(options):
         bench.collate.images(records), torch.tensor([world.label(r["source"]) for r in records])),
         batch_size=recipe["batch_size"])
     parameters = [*tower.vision.parameters(), *head.parameters()]
-    optimiser = torch.optim.AdamW(parameters, lr=recipe["lr"], betas=recipe["betas"], fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, recipe["lr"], total_steps=steps)
+    optimizer = torch.optim.AdamW(parameters, lr=recipe["lr"], betas=recipe["betas"], fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe["lr"], total_steps=steps)
     for [(images, labels)] in tqdm(batches.loader(0, steps, 0), total=steps, desc="supervised"):
         with autocast(images.device, half_precision("auto", images.device)):
-            loss = F.cross_entropy(head(tower.image_features(normalise(images))).float(), labels)
-        optimiser.zero_grad()
+            loss = F.cross_entropy(head(tower.image_features(normalize_pixels(images))).float(), labels)
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
         schedule.step()
     tower.eval()
     with torch.no_grad():
         table(HEAD, [
             bench.row("zero-shot CLIP", bench.zero_shot(bench.world.templates)),
             bench.row("supervised", lambda split: head(tower.image_features(
-                normalise(bench.view.images(bench.records[split])))))])
+                normalize_pixels(bench.view.images(bench.records[split])))))])
 
 
 def trained(options, stage, name, *flags):
-    """result.json of a run of train.py under RUNS/experiments, made unless it is there.
+    """result.json of a run of train.py under RUNS/ablations, made unless it is there.
 
     With "step_seconds", the median of a step's time by its log.
     """
-    out = Path(options.runs) / "experiments" / name
+    out = Path(options.runs) / "ablations" / name
     if not (out / "result.json").exists():
         subprocess.run([sys.executable, str(ROOT / "train.py"), stage, "--out", str(out),
                         "--runs", options.runs, "--resume", *flags], check=True)

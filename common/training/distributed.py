@@ -4,7 +4,7 @@ import os
 import torch
 import torch.distributed as dist
 
-from common.losses import alone
+from common.losses import no_gather
 
 
 def start(device):
@@ -40,7 +40,7 @@ def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def wait():
+def barrier():
     """Go on when every process is here."""
     if dist.is_initialized():
         dist.barrier()
@@ -70,7 +70,7 @@ def gather(x):
     the result is exactly the gradient of one process with the whole batch.
     """
     if world_size() == 1:
-        return alone(x)
+        return no_gather(x)
     return _Gather.apply(x), rank() * len(x)
 
 
@@ -92,7 +92,7 @@ def mean(values, device):
     return dict(zip(values, (shared / world_size()).tolist()))
 
 
-def together(items):
+def all_gather_objects(items):
     """The lists of all processes as one, in their order, on every process."""
     if world_size() == 1:
         return items

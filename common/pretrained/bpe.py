@@ -21,7 +21,7 @@ from typing import Callable
 import torch
 
 from common.pretrained import strict_json
-from common.pretrained.strict_json import shown
+from common.pretrained.strict_json import printable
 
 MOST_BYTES, MOST_CACHED = 64_000_000, 100_000
 CLIP_FILE, CLIP_MERGES = "bpe_simple_vocab_16e6.txt.gz", 49152 - 256 - 2
@@ -122,8 +122,8 @@ class BPE:
         names = {style.bos, style.eos, *(() if style.padding is not None else (style.pad,))}
         self.check(names)
         self.pieces = {i: piece for piece, i in vocab.items()}
-        self.bos, self.eos = vocab[style.bos], vocab[style.eos]
-        self.pad = vocab[style.pad] if style.padding is None else style.padding
+        self.bos_id, self.eos_id = vocab[style.bos], vocab[style.eos]
+        self.pad_id = vocab[style.pad] if style.padding is None else style.padding
         self.special = {vocab[name] for name in (*names, *style.others) if name in vocab}
         self.cache = {}
 
@@ -133,11 +133,11 @@ class BPE:
         joined = [piece for a, b in self.ranks for piece in (a, b, a + b)]
         absent = [piece for piece in (*special, *bytes_, *joined) if piece not in self.vocab]
         if absent:
-            raise ValueError(f"a vocabulary without {shown(absent[0])}, which its merges or every "
+            raise ValueError(f"a vocabulary without {printable(absent[0])}, which its merges or every "
                              "vocabulary of this kind need")
         spelled = [a + b for a, b in self.ranks if a + b in {*special, *self.style.others}]
         if spelled:
-            raise ValueError(f"merges that spell the special piece {shown(spelled[0])}")
+            raise ValueError(f"merges that spell the special piece {printable(spelled[0])}")
 
     @classmethod
     def load(cls, folder, style):
@@ -216,13 +216,13 @@ class BPE:
         text = out.decode("utf-8", "replace")
         return text.strip() if self.style.end else text
 
-    def batch(self, texts, context):
+    def batch(self, texts, context_length):
         """begin, ids, end of each text, padded right: int64 (B, T), T <= context.
 
         A longer text is cut so that its last id is still the end.
         """
-        rows = [[self.bos, *self.encode(text)[:context - 2], self.eos] for text in texts]
-        out = torch.full((len(rows), max(map(len, rows))), self.pad)
+        rows = [[self.bos_id, *self.encode(text)[:context_length - 2], self.eos_id] for text in texts]
+        out = torch.full((len(rows), max(map(len, rows))), self.pad_id)
         for row, ids in zip(out, rows):
             row[:len(ids)] = torch.tensor(ids)
         return out
@@ -249,7 +249,7 @@ def read_tokenizer(path):
         content, number = (token.get("content"), token.get("id")) if isinstance(token, dict) \
             else (None, None)
         if not isinstance(content, str) or vocab.setdefault(content, number) != number:
-            raise ValueError(f"{path}: {shown(token)} in added_tokens is at odds with its vocab")
+            raise ValueError(f"{path}: {printable(token)} in added_tokens is at odds with its vocab")
     return vocab, [pair(merge, path) for merge in model["merges"]]
 
 
@@ -281,7 +281,7 @@ def pair(merge, path):
     parts = merge.split(" ") if isinstance(merge, str) else merge
     if not isinstance(parts, list) or len(parts) != 2 or not all(
             isinstance(part, str) and part for part in parts):
-        raise ValueError(f"{path}: {shown(merge)} is no merge of two pieces")
+        raise ValueError(f"{path}: {printable(merge)} is no merge of two pieces")
     return tuple(parts)
 
 
@@ -289,7 +289,7 @@ def check_ids(vocab):
     """The vocabulary itself; ValueError unless its ids are 0, 1, 2, ... each of them once."""
     wrong = [piece for piece, i in vocab.items() if type(i) is not int]
     if wrong:
-        raise ValueError(f"the id of {shown(wrong[0])} is {shown(vocab[wrong[0]])}, not a number")
+        raise ValueError(f"the id of {printable(wrong[0])} is {printable(vocab[wrong[0]])}, not a number")
     if set(vocab.values()) != set(range(len(vocab))):
         raise ValueError(f"{len(vocab)} pieces whose ids are not 0 to {len(vocab) - 1}, "
                          "each of them once")

@@ -4,7 +4,7 @@
     record = world.record("test", 0)
     record["images"][0].show(); print(record["texts"])
 
-    python -m common.worlds.emoji FOLDER    # writes every picture as a PNG
+    python -m common.data.emoji.world FOLDER    # writes every picture as a PNG
 """
 import hashlib
 import io
@@ -181,7 +181,7 @@ def make_splits(entries):
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        sys.exit("usage: python -m common.worlds.emoji FOLDER")
+        sys.exit("usage: python -m common.data.emoji.world FOLDER")
     try:
         print(f"{Emoji().extract(sys.argv[1])} pictures in {sys.argv[1]}")
     except OSError as error:

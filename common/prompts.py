@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from common.tokenizers import ASSISTANT, BOS, EOS, IMAGE, PAD, SYSTEM, USER
+from common.data.tokenizer import ASSISTANT, BOS, EOS, IMAGE, PAD, SYSTEM, USER
 
 IGNORED = -100                           # the label of what is not learned
 IMAGES = object()                        # in a Template: where a turn's pictures stand
@@ -42,7 +42,7 @@ def joined(segments):
     return out
 
 
-def render(segments, tokenizer, context=None):
+def render(segments, tokenizer, context_length=None):
     """Segments -> (ids, labels), two lists of int of one length; labels are the ids or -100.
 
     What exceeds the context is cut off at the end. Raises ValueError when nothing that was to be
@@ -58,10 +58,10 @@ def render(segments, tokenizer, context=None):
     first = next((i for i, label in enumerate(labels) if i and label != IGNORED), None)
     if first is None and any(segment.learn for segment in segments):
         raise ValueError(f"a text of {len(ids)} tokens, and nothing to be learned behind the first")
-    if context is not None and first is not None and first >= context:
+    if context_length is not None and first is not None and first >= context_length:
         raise ValueError(f"a text of {len(ids)} tokens: what is to be learned begins at token "
-                         f"{first + 1}, behind the context of {context}")
-    return ids[:context], labels[:context]
+                         f"{first + 1}, behind the context of {context_length}")
+    return ids[:context_length], labels[:context_length]
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Template:
 HOUSE = Template()
 
 
-def render_dialogue(turns, tokenizer, context=None, *, images=0, prompt=False, template=HOUSE):
+def render_dialogue(turns, tokenizer, context_length=None, *, images=0, prompt=False, template=HOUSE):
     """Turns -> (ids, labels) in which every answer and its end are learned, and nothing else.
 
     turns: [{"role": "system" | "user" | "assistant", "text": str}, ...]: a system turn or none,
@@ -121,13 +121,13 @@ def render_dialogue(turns, tokenizer, context=None, *, images=0, prompt=False, t
         else:
             segments.append(Segment(turn["text"], learn=True))
             segments += [replace(part, learn=True) for part in template.parts("end")]
-    ids, labels = render(segments, tokenizer, None if prompt else context)
-    if context is not None and len(ids) > context:
-        raise ValueError(f"a prompt of {len(ids)} tokens, but the context is {context}")
+    ids, labels = render(segments, tokenizer, None if prompt else context_length)
+    if context_length is not None and len(ids) > context_length:
+        raise ValueError(f"a prompt of {len(ids)} tokens, but the context is {context_length}")
     return ids, labels
 
 
-def collate(rows, pad=PAD, side="right"):
+def collate(rows, pad_id=PAD, side="right"):
     """[(ids, labels), ...] -> {"ids", "labels": int64 (B, T), "mask": bool (B, T)}.
 
     Padded with `pad`, which is never learned, on the right for training, on the left for writing;
@@ -140,7 +140,7 @@ def collate(rows, pad=PAD, side="right"):
     if not rows:
         raise ValueError("no rows")
     longest = max(len(ids) for ids, _ in rows)
-    out = {"ids": torch.full((len(rows), longest), pad),
+    out = {"ids": torch.full((len(rows), longest), pad_id),
            "labels": torch.full((len(rows), longest), IGNORED),
            "mask": torch.zeros(len(rows), longest, dtype=torch.bool)}
     for row, (ids, labels) in enumerate(rows):
