@@ -510,7 +510,7 @@ class TestOptimiser:
         names = {id(p): name for name, p in model.named_parameters()}
         plain_names = {names[id(p)] for p in plain["params"]}
         assert {"logit_scale", "logit_bias", "vision.cls"} <= plain_names
-        assert all(name.endswith((".bias", "norm.weight")) for name in
+        assert all(name.endswith((".bias", "norm.weight", "ln_pre.weight", "ln_post.weight")) for name in
                    plain_names - {"logit_scale", "logit_bias", "vision.cls"})
         assert {names[id(p)] for p in decayed["params"]} == set(names.values()) - plain_names
         assert (decayed["weight_decay"], plain["weight_decay"]) == (0.2, 0.0)

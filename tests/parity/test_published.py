@@ -92,8 +92,8 @@ def test_openais_layout_of_the_same_weights_gives_the_same_features(tmp_path, em
     vocab = vocabulary(tmp_path, CLIP)
     model = reference(vocab, 0, 128, 192, embed_dim, heads=(2, 3))
     model.logit_scale.data.fill_(1.7)
-    theirs = openai_layout.OpenAI(openai_layout.Vit(15, 5, 128, 2, embed), vocab_size=vocab, context_length=11,
-                                  width=192, layers=3, embed_dim=embed, eos_id=vocab - 1)
+    theirs = openai_layout.OpenAI(openai_layout.Vit(15, 5, 128, 2, embed_dim), vocab_size=vocab, context_length=11,
+                                  width=192, layers=3, embed_dim=embed_dim, eos_id=vocab - 1)
     state = {}
     for name, value in theirs.state_dict().items():
         state[name] = fused(name, model.state_dict()) if value.ndim or name == "logit_scale" \
@@ -163,7 +163,7 @@ def test_our_ids_are_those_of_the_reference_tokenizers(tmp_path):
         assert (tmp_path / style.bos / "tokenizer.json").exists()
         assert not (tmp_path / style.bos / "vocab.json").exists()
         again = BPE.load(tmp_path / style.bos, style)
-        assert (again.vocab, again.ranks) == (ours.vocab_size, ours.ranks)
+        assert (again.vocab, again.ranks) == (ours.vocab, ours.ranks)
 
 
 def test_character_classes_are_those_of_regex():
