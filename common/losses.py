@@ -1,4 +1,8 @@
-"""Losses as pure functions of tensors; whatever is shared between processes is passed in."""
+"""Losses as pure functions of tensors. What processes share comes in as the argument `gather`.
+
+Every loss is computed in float32 and outside autocast: near a scale of 100, neighbouring bfloat16
+logits are 0.5 apart.
+"""
 import torch
 import torch.nn.functional as F
 
@@ -6,60 +10,68 @@ from common.transformer import to_float32
 
 
 def no_gather(x):
-    """The gather of a single process: every feature there is, (B, D), and its first row, 0."""
+    """The gather of a single process: all features there are, (B, D), and its first row, 0."""
     return x, 0
 
 
-def softmax_contrastive(image, text, scale, gather=no_gather):
-    """CLIP's loss (Learning Transferable Visual Models, Figure 3), in nats.
+def float32(x):
+    """A context without autocast on the device of x."""
+    return torch.autocast(x.device.type, enabled=False)
 
-    image, text: float (B, D), rows of norm 1, row i of one belongs to row i of the other.
-    scale: the multiplier of the cosines, exp(t), a scalar tensor or number.
-    gather: (B, D) -> ((B_all, D), first), the features of all processes with gradients and the row
-    where this process's own begin. Each process scores its rows against all; the mean over the
-    processes is the loss of the whole batch, and so are its gradients.
+
+def softmax_contrastive(image, text, scale, gather=no_gather):
+    """CLIP's loss (Learning Transferable Visual Models, Figure 3) -> float32 scalar, in nats.
+
+    image, text: float (B, E), rows of norm 1; row i of one belongs to row i of the other.
+    scale: the factor of the cosines, exp(t), a scalar tensor or a number.
+    gather: (B, E) -> ((B_all, E), first): the features of all processes with gradients, and the row
+    where the features of this process begin. Each process scores its own rows against all of them.
+    The mean of the losses over the processes is the loss of the whole batch.
     """
-    (images, first), (texts, _) = gather(image), gather(text)
-    labels = torch.arange(len(image), device=image.device) + first
-    return (F.cross_entropy(scale * image @ texts.T, labels)
-            + F.cross_entropy(scale * text @ images.T, labels)) / 2
+    (images, first), (texts, _) = gather(image), gather(text)         # (B_all, E)
+    labels = torch.arange(len(image), device=image.device) + first    # the positives' columns
+    with float32(image):
+        image_logits = scale * to_float32(image) @ to_float32(texts).T           # (B, B_all)
+        text_logits = scale * to_float32(text) @ to_float32(images).T
+        return (F.cross_entropy(image_logits, labels) + F.cross_entropy(text_logits, labels)) / 2
 
 
 def sigmoid_contrastive(image, text, scale, bias, gather=no_gather):
-    """SigLIP's loss (Sigmoid Loss for Language Image Pre-Training, Algorithm 1), in nats.
+    """SigLIP's loss (Sigmoid Loss for Language Image Pre-Training, Algorithm 1) -> float32 scalar.
 
-    Arguments as for `softmax_contrastive`; bias: added to every logit, starts at -10. Every pair is
-    a yes/no question of its own; the sum is divided by B, not by B * B.
+    Arguments as in `softmax_contrastive`. bias: added to every logit, -10 at the start. Each of the
+    B * B_all pairs is a binary classification; the sum is divided by B, not by B * B.
     """
     texts, first = gather(text)
-    logits = scale * image @ texts.T + bias                           # (B, B_all)
-    own = torch.arange(len(image), device=image.device)
-    sign = -torch.ones_like(logits)
-    sign[own, own + first] = 1
-    return -F.logsigmoid(sign * logits).sum() / len(image)
+    labels = torch.arange(len(image), device=image.device) + first
+    with float32(image):
+        logits = scale * to_float32(image) @ to_float32(texts).T + bias          # (B, B_all)
+        sign = 2 * F.one_hot(labels, len(texts)) - 1                  # +1 for positives, else -1
+        return -F.logsigmoid(sign * logits).sum() / len(image)
 
 
-def next_token_loss(logits, labels, smoothing=0.0, count=None):
-    """Cross-entropy of each next token; the one place where logits and labels shift.
+def next_token_loss(logits, labels, label_count=None, label_smoothing=0.0):
+    """Cross-entropy of each next token -> float32 scalar; the one place where labels are shifted.
 
-    logits float (B, T, V). labels int64 (B, T), aligned with the inputs: labels[t] is the token at
-    t, predicted from t - 1; -100 is ignored. smoothing: the mass spread over all V tokens.
-    count: divide by this instead of the number of labels here (the number over all processes and
-    micro-batches divided by how many of them are averaged). Nothing to predict gives 0.
+    logits float (B, T, V). labels int64 (B, T), aligned with the inputs: labels[:, t] is the token
+    at t, predicted from the logits at t - 1; -100 is ignored. label_count: what the sum is divided
+    by, from `count_labels`; None: the labels of this batch. A batch without labels gives 0.
     """
     logits, labels = logits[:, :-1], labels[:, 1:]
-    count = (labels != -100).sum().clamp(min=1) if count is None else count
-    return F.cross_entropy(to_float32(logits).flatten(0, 1), labels.flatten(), ignore_index=-100,
-                           label_smoothing=smoothing, reduction="sum") / count
+    if label_count is None:
+        label_count = (labels != -100).sum().clamp(min=1)
+    with float32(logits):
+        return F.cross_entropy(to_float32(logits).flatten(0, 1), labels.flatten(), ignore_index=-100,
+                               label_smoothing=label_smoothing, reduction="sum") / label_count
 
 
-def label_count(labels, gather=no_gather):
-    """The count for `next_token_loss`: what a step predicts, divided by its processes.
+def count_labels(labels, gather=no_gather):
+    """The labels of a whole step, divided by the number of processes -> float32 scalar, at least 1.
 
-    labels: int64 (B, T), one for each micro-batch of this process. Losses divided by it, summed
-    over the micro-batches and averaged over the processes, as DDP averages gradients, are the mean
-    over the tokens of the whole batch. At least one token is counted.
+    labels: a list of int64 (B, T), one for each micro-batch of this process. Losses divided by it,
+    summed over the micro-batches and averaged over the processes (as DDP averages gradients), give
+    every token of the step the same weight.
     """
-    own = torch.stack([(part[:, 1:] != -100).sum() for part in labels]).sum()
-    counts, _ = gather(own.float().view(1, 1))
+    own = sum((part[:, 1:] != -100).sum() for part in labels)
+    counts, _ = gather(own.float().view(1, 1))                        # (processes, 1)
     return counts.sum().clamp(min=1) / len(counts)

@@ -1,75 +1,75 @@
-"""From what is said to ids and labels, made together: what is learned is known segment by segment.
+"""From turns to token ids and labels, made together: the labels say what the loss counts.
 
     ids, labels = render([Segment((BOS, IMAGE)), Segment("a red circle", learn=True),
                           Segment((EOC,), learn=True)], tokenizer)
-    ids, labels = render_dialogue(record["turns"], tokenizer, images=1)      # answers are learned
-    batch = collate([(ids, labels), ...])                # tensors, padding is not learned
+    ids, labels = render(HOUSE.segments(record["turns"]), tokenizer)  # the answers are learned
+    batch = collate([(ids, labels), ...])                             # tensors with padding
 
-Special tokens are ids that code puts in; a text, whatever it spells, becomes ordinary pieces.
+Special tokens are ids that code inserts; a text that spells one becomes ordinary pieces.
 """
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
 from common.data.tokenizer import ASSISTANT, BOS, EOS, IMAGE, PAD, SYSTEM, USER
 
-IGNORED = -100                           # the label of what is not learned
-IMAGES = object()                        # in a Template: where a turn's pictures stand
-OUTPUT, ANSWER = "output:", "question: {} answer:"      # Flamingo's prompts (its A.2), and what
-                                                        # the worlds' pages are written like
+IGNORED = -100                           # the label of a token that the loss does not count
+IMAGES = object()                        # in a Template: the place of a turn's images
+CAPTION_PROMPT = "output:"               # Flamingo's prompts (its A.2); the language model reads
+QUESTION_PROMPT = "question: {} answer:"      # texts of this form, too
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A stretch of a sample: a text, or ids as they are; learn: whether the loss counts it."""
+    """A part of a sample: a text, or ids; learn: whether the loss counts it."""
     content: str | tuple
     learn: bool = False
 
 
-def joined(segments):
-    """The segments with neighbouring texts made one where the loss treats them alike.
+def merge_texts(segments):
+    """Neighbouring texts with the same `learn` become one segment.
 
-    A vocabulary cuts "USER: what" as it learned to cut it, which need not be "USER: " and "what".
+    A vocabulary splits "USER: what" otherwise than "USER: " and "what".
     """
-    out = []
+    merged = []
     for segment in segments:
-        last = out[-1] if out else None
-        if last is not None and last.learn == segment.learn and all(
-                isinstance(s.content, str) for s in (last, segment)):
-            out[-1] = replace(last, content=last.content + segment.content)
+        last = merged[-1] if merged else None
+        if last and last.learn == segment.learn and isinstance(last.content, str) \
+                and isinstance(segment.content, str):
+            merged[-1] = Segment(last.content + segment.content, segment.learn)
         else:
-            out.append(segment)
-    return out
+            merged.append(segment)
+    return merged
 
 
 def render(segments, tokenizer, context_length=None):
-    """Segments -> (ids, labels), two lists of int of one length; labels are the ids or -100.
+    """Segments -> (ids, labels), two lists of int of one length; labels are ids or -100.
 
-    What exceeds the context is cut off at the end. Raises ValueError when nothing that was to be
-    learned is left of it, or ever was behind the first token: such a row would train nothing, in
-    silence.
+    What exceeds context_length is cut off at the end. Raises ValueError when segments are to be
+    learned and the cut leaves none of them: such a row would train nothing.
     """
     ids, labels = [], []
-    for segment in joined(segments):
+    for segment in merge_texts(segments):
         text = isinstance(segment.content, str)
         new = tokenizer.encode(segment.content) if text else list(segment.content)
         ids += new
         labels += new if segment.learn else [IGNORED] * len(new)
+    # The first token is predicted from nothing, so its label never counts.
     first = next((i for i, label in enumerate(labels) if i and label != IGNORED), None)
     if first is None and any(segment.learn for segment in segments):
-        raise ValueError(f"a text of {len(ids)} tokens, and nothing to be learned behind the first")
+        raise ValueError(f"a text of {len(ids)} tokens has no label after its first token")
     if context_length is not None and first is not None and first >= context_length:
-        raise ValueError(f"a text of {len(ids)} tokens: what is to be learned begins at token "
-                         f"{first + 1}, behind the context of {context_length}")
+        raise ValueError(f"a text of {len(ids)} tokens: its first label is token {first + 1}, "
+                         f"beyond the context of {context_length}")
     return ids[:context_length], labels[:context_length]
 
 
 @dataclass(frozen=True)
 class Template:
-    """How a dialogue is written. Each field is a tuple of texts and ids.
+    """How a dialogue is written. Each field is a tuple of texts and ids; {} is the turn's text.
 
-    In a text of system and user, {} is where theirs stands. The answer follows `assistant`; it is
-    learned, and with it `end`. image: what each picture is written as, where IMAGES stands.
+    image: what replaces each image at IMAGES. The answer follows `assistant`; the loss counts the
+    answer and `end`.
     """
     begin: tuple = (BOS,)
     system: tuple = (SYSTEM, "{}")
@@ -77,79 +77,66 @@ class Template:
     assistant: tuple = (ASSISTANT,)
     end: tuple = (EOS,)
     image: tuple = (IMAGE,)
-    default_system: str = ""             # said when the dialogue has no system turn
+    default_system: str = ""             # used when no system text is given
 
-    def parts(self, field, text="", images=0):
-        """The segments, not learned, of a field filled with a turn's text and pictures."""
-        filled = []
+    def fill(self, field, text="", images=0, learn=False):
+        """The segments of a field with a turn's text and number of images."""
+        parts = []
         for part in getattr(self, field):
-            filled += list(self.image) * images if part is IMAGES else [part]
-        return [Segment(part.replace("{}", text) if isinstance(part, str) else (part,))
-                for part in filled]
+            parts += list(self.image) * images if part is IMAGES else [part]
+        return [Segment(part.replace("{}", text) if isinstance(part, str) else (part,), learn)
+                for part in parts]
+
+    def segments(self, turns, system=None, is_prompt=False):
+        """Turns [{"prompt", "answer", "images"}, ...] -> segments; every answer is learned.
+
+        is_prompt: leave out the last answer, which the model is to write.
+        """
+        system = self.default_system if system is None else system
+        segments = self.fill("begin") + (self.fill("system", system) if system else [])
+        for number, turn in enumerate(turns):
+            segments += self.fill("user", turn["prompt"], len(turn.get("images", ())))
+            segments += self.fill("assistant")
+            if not is_prompt or number + 1 < len(turns):
+                segments += [Segment(turn["answer"], learn=True), *self.fill("end", learn=True)]
+        return segments
 
 
 HOUSE = Template()
 
 
-def render_dialogue(turns, tokenizer, context_length=None, *, images=0, prompt=False, template=HOUSE):
-    """Turns -> (ids, labels) in which every answer and its end are learned, and nothing else.
-
-    turns: [{"role": "system" | "user" | "assistant", "text": str}, ...]: a system turn or none,
-    then user and assistant in turn. images: pictures shown in the first user's turn. prompt: the
-    user speaks last, and the ids end where the answer is to begin; such a prompt is never cut.
-    Raises ValueError for other turns, a prompt beyond the context, and as `render`.
-    """
-    turns, segments = list(turns), template.parts("begin")
-    for number, turn in enumerate(turns):
-        if not all(isinstance(turn.get(key), str) for key in ("role", "text")):
-            raise ValueError(f"turn {number}: {turn}: it needs a role and a text, both strings")
-    if images and IMAGES not in template.user:
-        raise ValueError(f"{images} pictures, but the template's user has no place for them "
-                         "(IMAGES)")
-    system = turns.pop(0)["text"] if turns and turns[0]["role"] == "system" else \
-        template.default_system
-    roles = [turn["role"] for turn in turns]
-    order = (["user", "assistant"] * len(turns))[:len(turns)]
-    if not turns or roles != order or len(turns) % 2 != prompt:
-        raise ValueError(f"turns of {', '.join(roles) or 'nobody'}: user and assistant speak in "
-                         f"turn, the {'user' if prompt else 'assistant'} last")
-    segments += template.parts("system", system) if system else []
-    for number, turn in enumerate(turns):
-        if turn["role"] == "user":
-            shown = images if number == 0 else 0
-            segments += template.parts("user", turn["text"], shown) + template.parts("assistant")
-        else:
-            segments.append(Segment(turn["text"], learn=True))
-            segments += [replace(part, learn=True) for part in template.parts("end")]
-    ids, labels = render(segments, tokenizer, None if prompt else context_length)
-    if context_length is not None and len(ids) > context_length:
-        raise ValueError(f"a prompt of {len(ids)} tokens, but the context is {context_length}")
-    return ids, labels
-
-
 def collate(rows, pad_id=PAD, side="right"):
     """[(ids, labels), ...] -> {"ids", "labels": int64 (B, T), "mask": bool (B, T)}.
 
-    Padded with `pad`, which is never learned, on the right for training, on the left for writing;
-    mask: True at real tokens. Behind padding a row's first token is not learned either: padding
-    would have to tell it. Raises ValueError for no row, an empty row, or ids and labels that differ
-    in length.
+    side: of the padding, "right" for training, "left" for generation. mask: True at tokens, False
+    at padding. After left padding the label of a row's first token is dropped: padding would have
+    to predict it. Raises ValueError for no rows, an empty row, or lists of different lengths.
     """
-    if side not in ("left", "right"):
-        raise ValueError(f"side={side}: left or right")
     if not rows:
         raise ValueError("no rows")
-    longest = max(len(ids) for ids, _ in rows)
-    out = {"ids": torch.full((len(rows), longest), pad_id),
-           "labels": torch.full((len(rows), longest), IGNORED),
-           "mask": torch.zeros(len(rows), longest, dtype=torch.bool)}
+    T = max(len(ids) for ids, _ in rows)
+    batch = {"ids": torch.full((len(rows), T), pad_id),
+             "labels": torch.full((len(rows), T), IGNORED),
+             "mask": torch.zeros(len(rows), T, dtype=torch.bool)}
     for row, (ids, labels) in enumerate(rows):
         if not ids or len(ids) != len(labels):
             raise ValueError(f"row {row}: {len(ids)} ids and {len(labels)} labels")
-        here = slice(0, len(ids)) if side == "right" else slice(longest - len(ids), longest)
-        out["ids"][row, here] = torch.tensor(ids)
-        out["labels"][row, here] = torch.tensor(labels)
-        out["mask"][row, here] = True
-        if here.start > 0:
-            out["labels"][row, here.start] = IGNORED
-    return out
+        start = T - len(ids) if side == "left" else 0
+        batch["ids"][row, start:start + len(ids)] = torch.tensor(ids)
+        batch["labels"][row, start:start + len(ids)] = torch.tensor(labels)
+        batch["mask"][row, start:start + len(ids)] = True
+        if start > 0:
+            batch["labels"][row, start] = IGNORED
+    return batch
+
+
+def labels_of(ids, config):
+    """ids int64 (B, T), padded right -> labels int64 (B, T): the ids, -100 at the padding.
+
+    config has pad_id and eos_id. Where a vocabulary pads with its end token (GPT-2's), the first of
+    them is the end of the text.
+    """
+    is_padding = (ids != config.pad_id).flip(1).cumsum(dim=1).flip(1) == 0       # nothing follows
+    if config.pad_id == config.eos_id:
+        is_padding[:, 1:] &= is_padding[:, :-1].clone()
+    return ids.masked_fill(is_padding, IGNORED)

@@ -1,244 +1,194 @@
-"""From records to batches: any world or file of records, any number of workers and processes.
+"""From records to the batches of a run, with any number of workers and processes.
 
-A source of records has `size(split)`, `record(split, index, rng)` and `is_true(text, source)`, as
-`worlds/shapes.py` shows; it may have an `order` of its own, and `formats.Files` may refuse records.
-Every draw is a function of (seed, epoch, index): batch s is the same for any number of workers and
-processes, and a run can go on at any step.
+A world, or `files.Files`, has `size(split)` and `record(split, index, rng)`. Every random draw is a
+function of (seed, epoch, index), so step s has the same batch for any number of workers and
+processes, and a run can resume at any step.
 """
 import inspect
 import os
 import random
 import signal
+from dataclasses import dataclass
 
 import torch
 from torch.utils.data import DataLoader
 
-from common.prompts import IGNORED, collate
-from common.data.files import FORMATS, Files, all_records
-from common.data.images import center_crop, printable, to_tensor
-from common.data.tokenizer import BOS, EOS, Tokenizer
 from common.data.emoji.world import Emoji
+from common.data.files import FORMATS, Files, all_records
+from common.data.safe_read import printable
 from common.data.shapes.world import Shapes
+from common.data.tokenizer import Tokenizer
+from common.prompts import CAPTION_PROMPT, QUESTION_PROMPT
 
 WORLDS = {"shapes": Shapes, "emoji": Emoji}
-STAND_INS = 20                           # tries to replace a record that cannot be read
+REPLACEMENTS = 20                        # tries to replace a record that cannot be read
 
 
 def open_world(spec, image_size, images=None, skip=0.05, shuffle=10_000):
-    """The world that --data names: "shapes", "emoji", or with a dial, "shapes:objects=3,noise=0.1".
+    """The data that --data names: "shapes", "shapes:objects=3,noise=0.1", "emoji" or "coco:FILE".
 
-    Or files of the user's own, "coco:FILE"; images, skip and shuffle are theirs: see formats.Files.
-    Raises ValueError for a world or a dial that does not exist, naming those that do, for a value
-    of another type than the dial's own, or with which nothing can be drawn, and for bad files.
+    images, skip, shuffle: of the user's own files, see `files.Files`. Raises ValueError in one line
+    for a world, a dial or a value that does not exist, and for files that cannot be used.
     """
     name, _, dials = spec.partition(":")
-    if name in FORMATS:
-        try:
+    try:
+        if name in FORMATS:
             return Files(name, dials, image_size=image_size, images=images, skip=skip,
                          shuffle=shuffle)
-        except ValueError as error:
-            raise ValueError(f"--data {printable(spec)}: {error}") from None
-    if name not in WORLDS:
-        raise ValueError(f"--data {spec}: no world {name!r}; there are {', '.join(WORLDS)}, and "
-                         + ", ".join(f"{kind}:FILE" for kind in FORMATS))
-    if images is not None:
-        raise ValueError(f"--images {printable(images)}: {name} draws its own pictures")
+        if name not in WORLDS:
+            raise ValueError(f"no world {name!r}; there are {', '.join(WORLDS)}, and "
+                             + ", ".join(f"{kind}:FILE" for kind in FORMATS))
+        if images is not None:
+            raise ValueError(f"--images {printable(images)}: {name} draws its own pictures")
+        world = WORLDS[name](image_size=image_size, **read_dials(name, dials))
+        world.record("train", 0, draw_rng(0, 0, 0))          # impossible dials fail here
+        return world
+    except ValueError as error:
+        raise ValueError(f"--data {printable(spec)}: {error}") from None
+
+
+def read_dials(name, text):
+    """"objects=3,noise=0.1" -> {"objects": 3, "noise": 0.1}, by the types of the world's defaults."""
     signature = inspect.signature(WORLDS[name]).parameters
     kinds = {key: type(p.default) for key, p in signature.items() if key != "image_size"}
     values = {}
-    for dial in filter(None, dials.split(",")):
+    for dial in filter(None, text.split(",")):
         key, _, value = dial.partition("=")
         if key not in kinds:
-            raise ValueError(f"--data {spec}: {name} has no dial {key!r}; "
-                             f"it has {', '.join(kinds) or 'none'}")
+            raise ValueError(f"{name} has no dial {key!r}; it has {', '.join(kinds) or 'none'}")
         try:
             values[key] = kinds[key](value)
         except ValueError:
-            raise ValueError(f"--data {spec}: {key} takes {kinds[key].__name__}, "
-                             f"not {value!r}") from None
-    try:
-        world = WORLDS[name](image_size=image_size, **values)
-        world.record("train", 0, draw_rng(0, 0, 0))
-    except ValueError as error:
-        raise ValueError(f"--data {spec}: {error}") from None
-    return world
+            raise ValueError(f"{key} takes {kinds[key].__name__}, not {value!r}") from None
+    return values
 
 
 def draw_rng(seed, epoch, index):
-    """The random.Random of one sample: the same whoever draws it."""
+    """The random.Random of one sample: the same in every process and worker."""
     return random.Random(f"{seed}/{epoch}/{index}")
 
 
-class ImageTextBatch:
-    """Collate records into a batch of pictures and texts: one text of each record, by its rng."""
+@dataclass
+class DataSource:
+    """One data set of a run: where its records come from and what becomes of them.
 
-    def __init__(self, tokenizer, context_length, image_size):
-        self.tokenizer, self.context_length, self.image_size = tokenizer, context_length, image_size
+    share: its parts of a step's samples. weight: the factor of its mean loss in the step's loss.
+    kinds: {task: how often}: records are drawn from the world's tasks instead of its captions.
+    """
+    world: object
+    collate: object
+    share: int = 1
+    weight: float = 1.0
+    kinds: dict | None = None
 
-    def images(self, records):
-        """The first picture of each record: uint8 (B, 3, image_size, image_size)."""
-        return to_tensor([center_crop(r["images"][0], self.image_size) for r in records])
-
-    def __call__(self, records, rngs):
-        """Records and their rngs -> {"images": uint8 (B, 3, H, W), "ids": int64 (B, T)}."""
-        texts = [rng.choice(r["texts"]) for r, rng in zip(records, rngs)]
-        return {"images": self.images(records), "ids": self.tokenizer.batch(texts, self.context_length)}
+    def record(self, index, rng):
+        """A training record. Raises ValueError for one of the user's that cannot be read."""
+        if self.kinds is None:
+            return self.world.record("train", index, rng)
+        kind, = rng.choices(list(self.kinds), weights=self.kinds.values())
+        return self.world.task(kind, rng) if kind != "text" else self.world.text(rng)
 
 
-class PackedTexts:
-    """Collate records into rows of texts, each <bos> ... <eos>, as many as fit one after another.
+class Batches(torch.utils.data.Dataset):
+    """Item s: the micro-batches of step s for this process, `accumulate` of each data set.
 
-    length: tokens of a row; a longer text is cut. Several texts share a row so that little is
-    padding; what a row ends with is.
+    batch_size counts the samples of a step over all data sets, processes and micro-batches; raises
+    ValueError when it does not divide, or exceeds the data. An epoch is a fresh permutation; its
+    last, incomplete batch is left out, since a contrastive loss depends on the batch's size. Every
+    micro-batch has "source", the number of its data set, and "weight".
+
+    A record of the user's that cannot be read is replaced by another one of the epoch; the reasons
+    are in the micro-batch's "refused".
     """
 
-    def __init__(self, tokenizer, context_length, length):
-        self.tokenizer, self.context_length, self.length = tokenizer, context_length, min(length, context_length)
+    def __init__(self, sources, *, batch_size, seed=0, rank=0, world_size=1, accumulate=1):
+        shares = sum(source.share for source in sources)
+        if batch_size % (shares * world_size * accumulate):
+            raise ValueError(f"batch_size {batch_size} does not divide into {shares} shares of data "
+                             f"sets x {world_size} processes x {accumulate} micro-batches")
+        self.sources, self.seed, self.rank, self.world_size = sources, seed, rank, world_size
+        self.accumulate, self.part = accumulate, batch_size // shares
+        for source in sources:
+            if source.world.size("train") < self.part * source.share:
+                raise ValueError(f"batch_size {batch_size} is larger than the data "
+                                 f"({source.world.size('train')} records in {source.world.name}); "
+                                 "--batch_size sets another")
+        self.last_order = None, None     # (epoch, source), its order
 
-    def __call__(self, records, rngs):
-        """Records and their rngs -> {"ids", "labels": int64 (B', T)}, all texts in B' rows."""
-        rows = [[]]
-        for record, rng in zip(records, rngs):
-            ids = self.tokenizer.encode(rng.choice(record["texts"]))[:self.length - 2]
-            if len(rows[-1]) + len(ids) + 2 > self.length:
-                rows.append([])
-            rows[-1] += [BOS, *ids, EOS]
-        # What follows an end is not to be learned: another text begins.
-        batch = collate([(row, [IGNORED if i == BOS else i for i in row]) for row in rows if row])
-        return {"ids": batch["ids"], "labels": batch["labels"]}
+    def keys(self, number, step):
+        """(epoch, record indices) of this process in a step, for data set `number`."""
+        world, total = self.sources[number].world, self.part * self.sources[number].share
+        epoch, batch = divmod(step, world.size("train") // total)
+        own = total // self.world_size
+        first = batch * total + self.rank * own
+        return epoch, self.order(world, epoch)[first:first + own].tolist()
 
-
-class Drawn:
-    """Records of another sort than a world's own, as many: make(split, rng) at every index."""
-
-    def __init__(self, world, make):
-        self.world, self.make, self.name = world, make, world.name
-
-    def size(self, split):
-        """The number of records in a split."""
-        return self.world.size(split)
-
-    def record(self, split, index, rng=None):
-        """The record that rng draws; without one it never changes."""
-        return self.make(split, rng or random.Random(f"{split}/{index}"))
-
-
-class Steps(torch.utils.data.Dataset):
-    """The micro-batches of every step of a run: item s is a list of them."""
-
-    def loader(self, start, stop, workers):
-        """Iterate over the batches of steps start .. stop - 1, made by `workers` processes."""
-        return DataLoader(self, batch_size=None, sampler=range(start, stop), num_workers=workers,
-                          prefetch_factor=4 if workers else None,
-                          worker_init_fn=_begin_worker if workers else None,
-                          generator=torch.Generator())    # else it draws from the model's
-
-
-class Mixture(Steps):
-    """Several data sets in every step, their micro-batches one after another."""
-
-    def __init__(self, parts):
-        """parts: Batches, one a data set."""
-        self.parts = parts
+    def order(self, world, epoch):
+        """The order of an epoch, int64 (size of train,); the last one is kept."""
+        if self.last_order[0] != (epoch, world.size("train")):
+            generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2 ** 63)
+            order = world.order(generator) if hasattr(world, "order") else \
+                torch.randperm(world.size("train"), generator=generator)
+            self.last_order = (epoch, world.size("train")), order
+        return self.last_order[1]
 
     def __getitem__(self, step):
-        return [batch for part in self.parts for batch in part[step]]
+        batches = []
+        for number, source in enumerate(self.sources):
+            epoch, indices = self.keys(number, step)
+            records, rngs, refused = zip(*[self.draw(source, epoch, i) for i in indices])
+            size = len(records) // self.accumulate
+            for k in range(0, len(records), size):
+                batch = source.collate(records[k:k + size], rngs[k:k + size])
+                batches.append(batch | {"source": number, "weight": source.weight,
+                                        "refused": sum(refused[k:k + size], [])})
+        return batches
 
+    def draw(self, source, epoch, index):
+        """(record, its rng, reasons why others were refused before it).
 
-class Batches(Steps):
-    """Batch number s of a run, as one process sees it.
-
-    batch_size counts the samples of a step over all processes and micro-batches; it must divide by
-    both and be no larger than the data, else ValueError. An epoch is a fresh permutation; what does
-    not fill a batch is left out, because a contrastive loss depends on the batch's size.
-    Item s is a list of `accumulate` micro-batches.
-
-    Of `Files`, a record that raises ValueError is replaced by another, and the first micro-batch
-    also has "refused", the reasons, and "lost", whether the search for one that can be read was
-    given up: then the batch is no good for training.
-    """
-
-    def __init__(self, world, collate, *, batch_size, seed=0, rank=0, world_size=1, accumulate=1):
-        share = world_size * accumulate
-        if batch_size % share:
-            raise ValueError(f"batch_size {batch_size} does not divide into {world_size} processes "
-                             f"x {accumulate} micro-batches")
-        self.world, self.collate, self.seed = world, collate, seed
-        self.total, self.rank, self.micro = batch_size, rank, batch_size // share
-        self.accumulate, self.steps_per_epoch = accumulate, world.size("train") // batch_size
-        self.permuted = None, None       # an epoch and its order
-        if not self.steps_per_epoch:
-            raise ValueError(f"batch_size {batch_size} is larger than the data "
-                             f"({world.size('train')} records in {world.name}); "
-                             "--batch_size sets another")
-
-    def keys(self, step):
-        """(epoch, record indices) of this process in a step, all micro-batches in a row."""
-        epoch, place = divmod(step, self.steps_per_epoch)
-        first = place * self.total + self.rank * self.micro * self.accumulate
-        return epoch, self.order(epoch)[first:first + self.micro * self.accumulate].tolist()
-
-    def order(self, epoch):
-        """The order of an epoch, int64 (size of train,); the last one asked for is kept."""
-        if self.permuted[0] != epoch:
-            drawn = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2 ** 63)
-            own = getattr(self.world, "order", None)
-            self.permuted = epoch, own(drawn) if own else \
-                torch.randperm(self.world.size("train"), generator=drawn)
-        return self.permuted[1]
-
-    def __getitem__(self, step):
-        epoch, indices = self.keys(step)
-        draw = self.draw_or_replace if isinstance(self.world, Files) else self.draw
-        records, rngs, refused, lost = zip(*[draw(epoch, index) for index in indices])
-        parts = [self.collate(records[k:k + self.micro], rngs[k:k + self.micro])
-                 for k in range(0, len(records), self.micro)]
-        if isinstance(self.world, Files):
-            parts[0] |= {"refused": sum(refused, []), "lost": any(lost)}
-        return parts
-
-    def draw(self, epoch, index):
-        """(record, its rng, reasons of refusals, whether they were too many)."""
-        rng = draw_rng(self.seed, epoch, index)
-        return self.world.record("train", index, rng), rng, [], False
-
-    def draw_or_replace(self, epoch, index):
-        """`draw`, or in the place of a record that cannot be read another of the same epoch.
-
-        Which one is a function of (seed, epoch, index) too. A search that finds none gives the
-        record without its pictures, so that all processes can come to the end of the step.
+        The replacement is a function of (seed, epoch, index), too. After REPLACEMENTS refused ones
+        the record comes without its images: the run then stops for too many refused records, at the
+        same step in every process.
         """
         refused, place, rng = [], index, draw_rng(self.seed, epoch, index)
-        for attempt in range(1 + STAND_INS):
+        for attempt in range(1 + REPLACEMENTS):
             try:
-                return self.world.record("train", place, rng), rng, refused, False
+                return source.record(place, rng), rng, refused
             except ValueError as error:
                 refused.append(str(error))
             rng = draw_rng(self.seed, epoch, f"{index}/{attempt}")
-            place = rng.randrange(self.world.size("train"))
-        return self.world.blank("train", index), rng, refused, True
+            place = rng.randrange(source.world.size("train"))
+        return source.world.blank("train", index), rng, refused
+
+    def loader(self, start, stop, workers):
+        """Iterate over the steps start .. stop - 1, made by `workers` processes."""
+        return DataLoader(self, batch_size=None, sampler=range(start, stop), num_workers=workers,
+                          prefetch_factor=4 if workers else None,
+                          worker_init_fn=start_worker if workers else None,
+                          generator=torch.Generator())    # the default one is the model's
 
 
-def _begin_worker(worker):
-    """One thread. A Ctrl-C asks the training process alone to save and stop; it ends its workers.
+def start_worker(worker):
+    """One thread; signals from the terminal go to the training process alone, which ends its workers.
 
-    A worker is a copy of that process, so it would also keep its handler and outlive terminate().
+    A worker is a copy of that process: with its signal handler it would outlive terminate().
     """
     torch.set_num_threads(1)
-    if hasattr(os, "setsid"):            # out of the group that a terminal sends its signals to
+    if hasattr(os, "setsid"):            # leaves the group that a terminal sends its signals to
         os.setsid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class EvalData:
-    """A world as an evaluation sees it: whole splits of records, batched the model's way."""
+    """A world as `model.evaluate` takes it: whole splits of records, in the model's tensors."""
 
     def __init__(self, world, tokenizer, collate, device):
         self.world, self.tokenizer, self.collate, self.device = world, tokenizer, collate, device
 
     def records(self, split):
-        """Every record of a split that can be read."""
+        """Every readable record of a split."""
         return all_records(self.world, split)
 
     def ids(self, texts):
@@ -251,9 +201,13 @@ class EvalData:
 
 
 def world_tokenizer(world):
-    """The world's own vocabulary, the same in every run. Raises ValueError when it has no words."""
+    """The world's vocabulary, the same in every run. Raises ValueError when it has no words."""
+    def corpus():
+        yield from world.corpus()
+        for _ in range(500 if world.name in WORLDS else 0):  # so often that they become pieces
+            yield f"{CAPTION_PROMPT} {QUESTION_PROMPT.format('what is it?')}"
     try:
-        return Tokenizer.train(world.corpus(), world.vocabulary)
+        return Tokenizer.train(corpus(), world.vocab_size)
     except RuntimeError as error:
-        raise ValueError(f"{world.name}: no vocabulary can be made of its texts ({printable(error)})") \
-            from None
+        raise ValueError(f"{world.name}: no vocabulary can be made of its texts "
+                         f"({printable(error)})") from None

@@ -1,62 +1,178 @@
-"""Numbers that say how good a model is. Figures are fractions in [0, 1]."""
+"""Retrieval and zero-shot classification with any model that has encode_image and encode_text.
+
+encode_image: float (B, 3, H, W), normalized -> unit vectors (B, E). encode_text: int64 (B, T) ->
+unit vectors (B, E). Figures are fractions in [0, 1]; the README's table has their names.
+"""
 import math
+from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
+from common.data.images import center_crop, normalize_pixels, open_folder, open_image, to_tensor
+from common.evaluation.sheet import sheet
+from common.training import options
+
+
+def encode_records(model, data, records, chunk=256):
+    """Unit vectors (N, E) of the images of an EvalData's records."""
+    return torch.cat([model.encode_image(normalize_pixels(data.images(records[k:k + chunk])))
+                      for k in range(0, len(records), chunk)])
+
+
+def zero_shot_classifier(model, ids, names, templates, chunk=256):
+    """CLIP's zero-shot classifier (paper, 3.1.4): float (E, C), one unit column for each name.
+
+    ids: texts -> int64 (N, T). Prompts are ensembled in embedding space: the mean of a name's unit
+    vectors in all templates, normalized again.
+    """
+    texts = [template.format(name) for name in names for template in templates]
+    vectors = torch.cat([model.encode_text(ids(texts[k:k + chunk]))
+                         for k in range(0, len(texts), chunk)])       # (C * templates, E)
+    return F.normalize(vectors.view(len(names), len(templates), -1).mean(dim=1), dim=-1).T
+
+
+# ------------------------------------------------------------------ figures
 
 def accuracy(scores, labels):
-    """Share of rows whose highest score is at the label. scores (N, C), labels int64 (N,)."""
+    """The fraction of rows whose largest score is at the label: scores (N, C), labels int64 (N,)."""
     return (scores.argmax(dim=1) == labels).float().mean().item()
 
 
-def recalls(scores, right, ks=(1, 5, 10)):
-    """{k: share of queries with a right item among the k best}.
+def recalls(scores, is_right, ks=(1, 5, 10)):
+    """{k: the fraction of queries with a right item among their k best}; scores float (Q, N).
 
-    scores float (Q, N), row a query. right(query, item) -> bool is asked of the k best alone; it is
-    how a caption that happens to be true of another picture counts as right.
+    is_right(query, item) -> bool judges the k best alone, so a caption that happens to be true of
+    another image counts as right.
     """
     top = scores.topk(min(max(ks), scores.shape[1]), dim=1).indices.tolist()
-    first = [next((place for place, item in enumerate(items) if right(query, item)), math.inf)
+    first = [next((place for place, item in enumerate(items) if is_right(query, item)), math.inf)
              for query, items in enumerate(top)]
     return {k: sum(place < k for place in first) / len(first) for k in ks}
 
 
-def retrieval(images, texts, is_true, ks=(1, 5, 10)):
-    """Retrieval both ways among N pairs, by the names of result.json.
+class Pool:
+    """The test images of a world with one caption each, and their cosines."""
 
-    images, texts: unit vectors (N, E). is_true(text, image) -> bool over their indices.
-    """
-    scores = images @ texts.T
-    there = recalls(scores, lambda image, text: is_true(text, image), ks)
-    back = recalls(scores.T, is_true, ks)
-    return ({f"image_to_text_recall@{k}": v for k, v in there.items()}
-            | {f"text_to_image_recall@{k}": v for k, v in back.items()})
+    def __init__(self, world, records, images, texts):
+        """images, texts: unit vectors (N, E) of the records' images and of their first captions."""
+        self.world, self.records = world, records
+        self.texts = [record["texts"][0] for record in records]
+        self.scores = images.cpu() @ texts.cpu().T                    # (images, texts)
+
+    def is_true(self, text, image):
+        """Whether caption number `text` is true of image number `image`."""
+        return self.world.is_true(self.texts[text], self.records[image]["source"])
+
+    def figures(self, draws=20000):
+        """Recall at 1, 5, 10 in both directions; beside recall@1 that of a random guess."""
+        found = {"image_to_text": recalls(self.scores, lambda image, text: self.is_true(text, image)),
+                 "text_to_image": recalls(self.scores.T, self.is_true)}
+        figures = {f"{name}_recall@{k}": v for name, by_k in found.items() for k, v in by_k.items()}
+        pairs = torch.randint(len(self.records), (draws, 2),
+                              generator=torch.Generator().manual_seed(0)).tolist()
+        chance = sum(self.is_true(*pair) for pair in pairs) / draws
+        return figures | {f"{name}_recall@1_chance": chance for name in found}
+
+    def sheet(self, count=6):
+        """Texts with the images found for them; below, images with the texts found for them."""
+        images = [record["images"][0] for record in self.records]
+        count, answers = min(count, len(images) // 2), min(3, len(images))
+        rows = [(self.texts[t], None, [(images[i], "", self.is_true(t, i))
+                                       for i in self.scores[:, t].topk(count).indices.tolist()])
+                for t in range(count)]
+        rows += [("", images[i], [(None, self.texts[t], self.is_true(t, i))
+                                  for t in self.scores[i].topk(answers).indices.tolist()])
+                 for i in range(count, 2 * count)]
+        return sheet(f"Unseen {self.world.name}: a sentence, then the pictures found for it; below, "
+                     "a picture, then the sentences found for it.", rows)
 
 
-def chance(is_true, count, draws=20000):
-    """How often a random pair of `count` items is right: recall@1 of guessing."""
-    generator = torch.Generator().manual_seed(0)
-    pairs = torch.randint(count, (draws, 2), generator=generator).tolist()
-    return sum(is_true(text, image) for text, image in pairs) / draws
+def make_pool(model, data):
+    """The Pool of an EvalData's test split."""
+    records = data.records("test")
+    texts = model.encode_text(data.ids([record["texts"][0] for record in records]))
+    return Pool(data.world, records, encode_records(model, data, records), texts)
 
 
-def logistic_regression(features, labels, classes, l2, steps=100):
-    """Multinomial logistic regression by L-BFGS, as CLIP's linear probe (A.3).
+def zero_shot(model, data):
+    """Accuracy over the world's classes, and over colour-shape pairs never trained on."""
+    world, figures = data.world, {}
+    classifier = zero_shot_classifier(model, data.ids, world.all_classes, world.templates)
+    for name, split, classes in (("zero_shot_accuracy", world.zero_shot, world.classes),
+                                 ("composition_accuracy", "composition", world.all_classes)):
+        records = [world.record(split, i) for i in range(world.size(split))]
+        labels = torch.tensor([world.label(record["source"]) for record in records])
+        scores = encode_records(model, data, records) @ classifier[:, :len(classes)]
+        figures[name] = accuracy(scores.cpu(), labels)
+        figures[f"{name}_chance"] = 1 / len(classes)
+    return figures
 
-    features float (N, D), labels int64 (N,), l2: strength of the squared penalty on the weights.
-    Returns predict(features (M, D)) -> scores (M, classes). Features are standardised inside.
-    """
-    mean, std = features.mean(dim=0), features.std(dim=0).clamp(min=1e-6)
-    x = (features - mean) / std
-    weight = x.new_zeros(x.shape[1], classes).requires_grad_()
-    bias = x.new_zeros(classes).requires_grad_()
-    optimizer = torch.optim.LBFGS([weight, bias], max_iter=steps, line_search_fn="strong_wolfe")
 
-    def closure():
-        optimizer.zero_grad()
-        fit = torch.nn.functional.cross_entropy(x @ weight + bias, labels)
-        loss = fit + l2 * weight.square().sum() / 2
-        loss.backward()
-        return loss
-    optimizer.step(closure)
-    return lambda other: ((other - mean) / std @ weight + bias).detach()
+def evaluate(model, data):
+    """Retrieval in both directions, and zero-shot accuracy where the world has classes."""
+    figures = make_pool(model, data).figures()
+    return figures | (zero_shot(model, data) if data.world.zero_shot else {})
+
+
+def samples(model, data):
+    """An image for people: what the model retrieves for unseen texts and images."""
+    return make_pool(model, data).sheet()
+
+
+# ------------------------------------------------------------------ using a trained model
+
+class Retriever:
+    """A model with its tokenizer, for pictures and texts of the user's."""
+
+    def __init__(self, model, tokenizer):
+        self.model, self.tokenizer = model.eval(), tokenizer
+
+    @torch.no_grad()
+    def encode_images(self, pictures):
+        """Pillow pictures -> unit vectors (N, E)."""
+        pictures = to_tensor([center_crop(p, self.model.config.image_size) for p in pictures])
+        return self.model.encode_image(normalize_pixels(pictures))
+
+    def ids(self, texts):
+        """Texts -> int64 (N, T)."""
+        return self.tokenizer.batch(texts, self.model.config.context_length)
+
+    @torch.no_grad()
+    def classify(self, picture, names, templates=("{}",)):
+        """[(name, probability)], the most probable first."""
+        classifier = zero_shot_classifier(self.model, self.ids, names, templates)
+        p = self.model.class_probabilities(self.encode_images([picture]), classifier)[0]
+        return sorted(zip(names, p.tolist()), key=lambda pair: -pair[1])
+
+    @torch.no_grad()
+    def search(self, text, pictures, count=12):
+        """[(index, cosine)] of the pictures most similar to the text."""
+        features = torch.cat([self.encode_images(pictures[k:k + 256])
+                              for k in range(0, len(pictures), 256)])
+        cosines = (features @ self.model.encode_text(self.ids([text])).T)[:, 0]
+        best = cosines.topk(min(count, len(pictures)))
+        return list(zip(best.indices.tolist(), best.values.tolist()))
+
+
+def main(description, from_pretrained):
+    """The command line of a model that retrieves: classify and search."""
+    def classify(run, picture, *names):
+        """print the probability of each NAME for a picture, the most probable first"""
+        for name, probability in from_pretrained(run).classify(open_image(picture), names):
+            print(f"{probability:7.2%}  {name}")
+
+    def search(run, text, folder):
+        """print the pictures of a folder that fit a text best, and draw them in RUN/search.png"""
+        paths, pictures = open_folder(folder)
+        best = from_pretrained(run).search(text, pictures)
+        for index, cosine in best:
+            print(f"{cosine:6.3f}  {paths[index]}")
+        cells = [(pictures[i], f"{cosine:.2f} {paths[i].stem}", None) for i, cosine in best]
+        is_run = (Path(run) / "last.pt").exists()        # nothing is written beside published weights
+        out = Path(run if is_run else ".") / "search.png"
+        sheet(f"the best of {len(paths)} pictures for: {text}",
+              [("", None, cells[k:k + 6]) for k in range(0, len(cells), 6)]).save(out)
+        print(f"drawn in {out}")
+
+    return options.run_command(description, classify, search)

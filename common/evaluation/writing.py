@@ -1,167 +1,128 @@
-"""What models are asked: retrieval and classes, captions, questions, clips, shots.
+"""Writing: captions, answers and ranked candidates of any model that writes.
 
-encode_images(records) and encode_texts(texts) give unit vectors (N, E) on one device. A pupil is a
-model that writes: write(samples, tokens) -> a string each, choose(samples, candidates) -> indices;
-samples are `worlds/readings.py`'s, whose last text stays open.
+A model that writes has
+    prepare(records, tokenizer) -> (ids or embeddings, mask, state): prompts, padded left, whose
+        last answer is to be written; mask bool (B, T); state: tensors (B, ...)
+    logits(x, mask, cache, last, **state) -> float (B, T, V)
+    stop_ids, banned_ids: the ids that end a text (the first one ends an answer), and those that
+        are never written
+A record is {"images", "texts"} (a caption is to be written) or {"turns"}, see common/data.
 """
-import random
+from pathlib import Path
 
 import torch
 
-from common.evaluation import retrieval as metrics
-from common.prompts import OUTPUT
-from common.data.files import all_records
-from common.data.images import sheet
+from common.data.images import open_frames
+from common.data.safe_read import parse_json, read_bytes
+from common.evaluation.questions import describes, draw_tasks
+from common.evaluation.sheet import sheet
+from common.generation import generate, score_candidates
+from common.training import options
 
 
-class Pool:
-    """The test records of a world with one sentence each, and what is true of what."""
+class Writer:
+    """A model with its tokenizer: records in, texts or log-probabilities out."""
 
-    def __init__(self, world, encode_images, encode_texts):
-        self.world = world
-        self.records = all_records(world, "test")
-        self.texts = [record["texts"][0] for record in self.records]
-        self.vectors = encode_images(self.records).cpu(), encode_texts(self.texts).cpu()
-        self.scores = self.vectors[0] @ self.vectors[1].T             # row a picture, column a text
+    def __init__(self, model, tokenizer):
+        self.model, self.tokenizer = model, tokenizer
 
-    def is_true(self, text, image):
-        """Whether text number `text` is true of picture number `image`."""
-        return self.world.is_true(self.texts[text], self.records[image]["source"])
+    def logits(self, x, **inputs):
+        """The model's logits without the banned ids, for writing and for ranking alike."""
+        logits = self.model.logits(x, **inputs)
+        logits[..., list(self.model.banned_ids)] = -torch.inf
+        return logits
+
+    @torch.inference_mode()
+    def generate(self, records, max_new_tokens=24, batch_size=256, **options):
+        """Write the last answer of each record -> a list of texts.
+
+        options: those of `generation.generate`, such as num_beams or temperature.
+        """
+        texts = []
+        for k in range(0, len(records), batch_size):
+            prompt, mask, state = self.model.prepare(records[k:k + batch_size], self.tokenizer)
+            ids = generate(self.logits, prompt, mask, max_new_tokens=max_new_tokens, state=state,
+                           stop=self.model.stop_ids,
+                           context_length=self.model.config.context_length, **options)
+            texts += [self.tokenizer.decode(row).strip() for row in ids.tolist()]
+        return texts
+
+    @torch.inference_mode()
+    def score_candidates(self, records, candidates, batch_size=256):
+        """log p(candidate and its end | prompt), in nats -> a list of float tensors (C,).
+
+        candidates: a list of texts for each record, of one length for all records.
+        """
+        scores, end = [], self.model.stop_ids[0]
+        for k in range(0, len(records), batch_size):
+            prompt, mask, state = self.model.prepare(records[k:k + batch_size], self.tokenizer)
+            ids = [[self.tokenizer.encode(f" {text}") + [end] for text in texts]
+                   for texts in candidates[k:k + batch_size]]
+            L = max(len(row) for texts in ids for row in texts)
+            ids = torch.tensor([[row + [-100] * (L - len(row)) for row in texts] for texts in ids])
+            scores += score_candidates(self.logits, prompt, ids.to(prompt.device), mask,
+                                       state=state,
+                                       context_length=self.model.config.context_length)  # (B, C)
+        return scores
+
+    def choose(self, records, candidates):
+        """The most probable candidate of each record -> a list of texts."""
+        scores = self.score_candidates(records, candidates)
+        return [texts[int(s.argmax())] for texts, s in zip(candidates, scores)]
 
 
-def retrieval(pool):
-    """Recall at 1, 5, 10 both ways with the chance of a random guess -> {name: number}."""
-    figures = metrics.retrieval(*pool.vectors, pool.is_true)
-    chance = metrics.chance(pool.is_true, len(pool.records))
-    return figures | {f"{name}_chance": chance for name in figures if name.endswith("@1")}
+def samples(writer, data, count=6):
+    """An image for people: captions of unseen images, and labels learned from a few shots."""
+    world, records = data.world, data.records("test")[:count]
+    rows = [("", r["images"][0], [(None, text, describes(world, text, r["source"]))])
+            for r, text in zip(records, writer.generate(records))]
+    if "episode" in world.tasks:
+        episodes = draw_tasks(world, "episode", count, shots=4)
+        labels = writer.choose(episodes, [e["candidates"] for e in episodes])
+        for episode, label in zip(episodes, labels):
+            *shots, query = episode["turns"]
+            rows.append(("", query["images"][0][0], [(None, label, label == query["answer"])] + [
+                (shot["images"][0][0], shot["answer"], None) for shot in shots]))
+    return sheet(f"Unseen {world.name}: a picture and the caption written for it; then a picture, "
+                 "the label chosen for it, and the shots that define the labels.", rows)
 
 
-def zero_shot(world, encode_images, classifier):
-    """Accuracy over the world's classes, and over pairs never seen -> {name: number}.
+# ------------------------------------------------------------------ commands
 
-    classifier: float (E, all_classes); the unseen pairs come last.
+def read_support(path):
+    """A file of shots, a JSON object in each line: {"image", "question", "answer"} -> records.
+
+    Images are looked for beside the file. Raises ValueError in one line.
     """
-    figures = {}
-    for name, split, classes in (("zero_shot_accuracy", world.zero_shot, world.classes),
-                                 ("composition_accuracy", "composition", world.all_classes)):
-        records = [world.record(split, i) for i in range(world.size(split))]
-        labels = torch.tensor([world.label(record["source"]) for record in records])
-        scores = encode_images(records) @ classifier[:, :len(classes)]
-        figures[name] = metrics.accuracy(scores.cpu(), labels)
-        figures[f"{name}_chance"] = 1 / len(classes)
-    return figures
+    records = []
+    for number, line in enumerate(read_bytes(path).splitlines(), 1):
+        shot = parse_json(line, f"{path}: line {number}", dict)
+        if not all(isinstance(shot.get(key), str) for key in ("image", "question", "answer")):
+            raise ValueError(f"{path}: line {number}: image, question and answer were expected")
+        records.append({"turns": [{"images": [open_frames(Path(path).parent / shot["image"])],
+                                   "prompt": shot["question"], "answer": shot["answer"]}]})
+    return records
 
 
-def retrieval_sheet(pool, count=6):
-    """Sentences with the pictures found for them; below, pictures with the sentences found."""
-    pictures = [record["images"][0] for record in pool.records]
-    count, told_of_each = min(count, len(pictures) // 2), min(3, len(pictures))
-    found = [(pool.texts[t], None, [(pictures[i], "", pool.is_true(t, i))
-                                    for i in pool.scores[:, t].topk(count).indices.tolist()])
-             for t in range(count)]
-    told = [("", pictures[i], [(None, pool.texts[t], pool.is_true(t, i))
-                               for t in pool.scores[i].topk(told_of_each).indices.tolist()])
-            for i in range(count, 2 * count)]
-    return sheet(f"Unseen {pool.world.name}: a sentence, then the pictures found for it; below, a "
-                 "picture, then the sentences found. Green is right, red is wrong.", found + told)
+def main(description, from_pretrained):
+    """The command line of a model that writes: caption and answer."""
+    def caption(run, picture):
+        """write a caption of a picture or clip (an animation, or a folder of frames)"""
+        record = {"images": open_frames(picture), "texts": [""]}
+        print(from_pretrained(run).generate([record], num_beams=3)[0])
 
+    def answer(run, picture, question, *, shot: ("PICTURE", "QUESTION", "ANSWER") = (),
+               support=None, shots=4):
+        """answer a question about a picture or clip, after examples: --shot for each of them, or
+        --support FILE, JSON lines with image, question and answer, of which the --shots most
+        similar ones are taken"""
+        writer, frames = from_pretrained(run), open_frames(picture)
+        turns = [{"images": [open_frames(path)], "prompt": text, "answer": said}
+                 for path, text, said in shot]
+        if support:
+            turns += [record["turns"][0] for record in
+                      writer.model.select_shots(frames, read_support(support), shots)]
+        turns.append({"images": [frames], "prompt": question, "answer": ""})
+        print(writer.generate([{"turns": turns}], num_beams=3)[0])
 
-# ------------------------------------------------------------------ models that write
-
-def describes(world, text, source):
-    """Whether a caption is true, and says enough where the world has a say in that."""
-    return (world.describes if hasattr(world, "describes") else world.is_true)(text, source)
-
-
-def captions(world, write, count=500):
-    """Accuracy of written captions, of scenes and of single objects -> {name: number}.
-
-    write(records) -> a text for each. Of single objects also with the pictures of others, which
-    must not do better than a guess among the classes.
-    """
-    def right(split, mixed=False):
-        records = all_records(world, split)[:count]
-        shown = random.Random(0).sample(records, len(records)) if mixed else records
-        return sum(describes(world, text, r["source"])
-                   for text, r in zip(write(shown), records)) / len(records)
-    figures = {"caption_accuracy": right("test")}
-    if world.zero_shot not in (None, "test"):
-        figures |= {"caption_accuracy_single": right(world.zero_shot),
-                    "caption_accuracy_single_wrong_picture": right(world.zero_shot, mixed=True),
-                    "caption_accuracy_single_chance": 1 / len(world.classes)}
-    return figures
-
-
-def draws(world, kind, count, split="test", **more):
-    """Samples of a kind that are the same in every evaluation."""
-    return [world.interleaved(kind, random.Random(f"asked/{kind}/{i}"), split, **more)
-            for i in range(count)]
-
-
-def asked(samples, upto=None):
-    """The samples as prompts: their texts up to number `upto` (None: the last), that one open."""
-    cut = []
-    for sample in samples:
-        texts = sample["texts"] if upto is None else sample["texts"][:sample[upto] + 1]
-        shown = sample.get("shown", [True] * len(texts))[:len(texts)]
-        cut.append(sample | {"images": sample["images"][:sum(shown)], "texts": texts,
-                             "shown": shown})
-    return cut
-
-
-def exact(said, samples):
-    """The fraction of answers that are the sample's, word for word."""
-    return sum(text == sample["answer"] for text, sample in zip(said, samples)) / len(samples)
-
-
-def about_questions(pupil, world, count):
-    """Questions on one picture, with the right one and a wrong one, and on one of several.
-
-    In wordings that training never uses, and on the same pictures in those that it does.
-    """
-    samples = draws(world, "question", count)
-    known = draws(world, "question", count, "train", asks=1)
-    said = pupil.write(asked(samples), max_new_tokens=6)
-    others = [s | {"images": o["images"]} for s, o in zip(samples, samples[1:] + samples[:1])]
-    figures = {"vqa_accuracy": exact(said, samples),
-               "vqa_accuracy_trained_wordings": exact(pupil.write(asked(known), max_new_tokens=6), known),
-               "vqa_accuracy_blind": exact(pupil.write(asked(others), max_new_tokens=6), samples)}
-    for kind in sorted({s["kind"] for s in samples}):
-        own = [(text, s) for text, s in zip(said, samples) if s["kind"] == kind]
-        figures[f"vqa_accuracy/{kind}"] = exact(*zip(*own))
-    pages = draws(world, "document", count, images=3)
-    return figures | {"document_accuracy": exact(pupil.write(asked(pages, "at"), max_new_tokens=6), pages)}
-
-
-def about_clips(pupil, world, count):
-    """Questions that the order of a clip's frames decides; the same with the frames shuffled."""
-    samples, longer = draws(world, "clip", count), draws(world, "clip", count, frames=16)
-    mixed = [s | {"images": [random.Random(i).sample(s["images"][0], len(s["images"][0]))]}
-             for i, s in enumerate(samples)]
-    named = {"clip_accuracy": samples, "clip_accuracy_16_frames": longer,
-             "clip_accuracy_shuffled": mixed}
-    figures = {name: exact(pupil.write(asked(own), max_new_tokens=6), own) for name, own in named.items()}
-    return figures | {"clip_accuracy_chance": 0.5}
-
-
-def about_shots(pupil, world, count, shots=(0, 2, 4, 8)):
-    """Episodes whose labels only the shots tell, ranked; with shuffled shots it must be chance."""
-    def share(**how):
-        samples = draws(world, "episode", count, **how)
-        chosen = pupil.choose(asked(samples), [s["candidates"] for s in samples])
-        return sum(s["candidates"][c] == s["answer"] for s, c in zip(samples, chosen)) / count
-    figures = {f"shots_{k}": share(shots=k) for k in shots}
-    return figures | {f"shots_{shots[-1]}_shuffled": share(shots=shots[-1], shuffled=True),
-                      "shots_chance": 0.5}
-
-
-def about_two(pupil, world, count):
-    """Of two pictures before it, whose caption is written: the nearer one's or the first's?"""
-    records = [world.record(world.zero_shot, i) for i in range(count)]
-    pairs = list(zip(records, random.Random(0).sample(records, count)))
-    said = pupil.write([{"images": [a["images"], b["images"]],
-                         "texts": [(OUTPUT, f" {a['texts'][0]}"), (OUTPUT, "")]} for a, b in pairs])
-    fits = [[world.describes(text, record["source"]) for record in pair]
-            for text, pair in zip(said, pairs)]
-    return {"two_pictures_first": sum(first for first, _ in fits) / count,
-            "two_pictures_nearest": sum(nearest for _, nearest in fits) / count}
+    return options.run_command(description, caption, answer)

@@ -1,5 +1,6 @@
 """What a run computes on: the device, its precision, its memory."""
 import contextlib
+import os
 import sys
 from pathlib import Path
 
@@ -59,5 +60,13 @@ def peak_memory(device):
 
 
 def to_device(batch, device):
-    """Every tensor of a batch on the device."""
-    return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+    """A batch with every tensor on the device; other values as they are."""
+    return {name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+            for name, value in batch.items()}
+
+
+def default_workers(workers, device):
+    """The number of data-loading processes: on a CPU none, for they take cores from training."""
+    if workers is not None:
+        return workers
+    return 0 if device.type == "cpu" else min(8, (os.cpu_count() or 2) - 1)

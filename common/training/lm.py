@@ -1,4 +1,4 @@
-"""The lm stage: a language model in training, and its figures."""
+"""The lm stage: a language model learns the world's texts, for the stages that freeze one."""
 import itertools
 import math
 import random
@@ -6,74 +6,81 @@ import random
 import torch
 from torch import nn
 
-from common import losses
-from common.data.images import sheet
+from common.data.batches import DataSource
+from common.data.collators import PackedTexts, as_text
 from common.data.tokenizer import BOS
-from common.language import PRESETS, TRAINS, LanguageModel, perplexity, unpadded  # noqa: F401
-from common.losses import next_token_loss
-from common.prompts import Segment, collate, render
+from common.evaluation.sheet import sheet
+from common.language import PRESETS, LanguageModel  # noqa: F401  a stage's file has its presets
+from common.losses import next_token_loss, no_gather
+from common.prompts import Segment, collate, labels_of, render
+from common.training.optimizer import Recipe
+
+TRAINS = {"lm": ("*",)}
+RECIPES = {"": Recipe(steps=4000, batch_size=64, lr=3e-3, weight_decay=0.1, betas=(0.9, 0.95),
+                      eps=1e-8)}
 
 
-def unigram(seen, ids, config):
-    """Perplexity of ids (N, T) when each token is told by its share of `seen`, plus one each."""
-    counts = torch.ones(config.vocab_size, device=seen.device)
-    labels = unpadded(seen, config)[:, 1:]
+def data_sources(world, tokenizer, config):
+    """The world's own texts where it has them, else its captions, in rows of 80 tokens."""
+    return [DataSource(world, PackedTexts(tokenizer, config.context_length, 80),
+                       kinds={"text": 1} if hasattr(world, "text") else None)]
+
+
+@torch.no_grad()
+def perplexity(lm, ids, labels=None, rows=64):
+    """exp of the mean negative log-likelihood over all labels of all texts.
+
+    ids int64 (N, T), padded right, each row beginning with <bos>. labels int64 (N, T), -100 = not
+    counted; None: `labels_of`.
+    """
+    labels = labels_of(ids, lm.config) if labels is None else labels
+    total = sum(next_token_loss(lm(ids[k:k + rows]), labels[k:k + rows], label_count=1).item()
+                for k in range(0, len(ids), rows))
+    count = max(1, int((labels[:, 1:] != -100).sum()))
+    return torch.tensor(total / count).exp().item()          # inf, where math.exp raises
+
+
+def unigram_perplexity(train_ids, ids, config):
+    """Perplexity of ids (N, T) under the token frequencies of train_ids, with one count added each."""
+    counts = torch.ones(config.vocab_size, device=train_ids.device)
+    labels = labels_of(train_ids, config)[:, 1:]
     counts += torch.bincount(labels[labels != -100], minlength=config.vocab_size)
-    labels = unpadded(ids, config)[:, 1:]
+    labels = labels_of(ids, config)[:, 1:]
     return (counts / counts.sum()).log()[labels[labels != -100]].mean().neg().exp().item()
 
 
 class Pretraining(nn.Module):
-    """A language model in training: the mean of -log p(token | all before it), in nats.
-
-    Its weights are named lm.*, as in every model that reads a language model's run.
-    """
+    """A language model in training. Its weights are named lm.*, as in every model that freezes one."""
 
     def __init__(self, config):
         super().__init__()
         self.config, self.lm = config, LanguageModel(config)
 
-    def labels(self, batch):
-        """The batch's own labels, or all its ids but the padding."""
-        return batch["labels"] if "labels" in batch else unpadded(batch["ids"], self.config)
-
-    def forward(self, batch, gather=losses.no_gather, cached=None):
-        """{"ids": int64 (B, T), padded right, "labels" likewise or absent} -> {"lm": scalar}.
-
-        cached: the label count of the whole step, from `accumulate`.
-        """
-        labels = self.labels(batch)
-        count = losses.label_count([labels], gather) if cached is None else cached
-        return {"lm": next_token_loss(self.lm(batch["ids"]), labels, count=count)}
-
-    def accumulate(self, batches, gather=losses.no_gather):
-        """Micro-batches -> for each the number that their summed losses divide by.
-
-        A token weighs the same in whichever micro-batch and process it stands.
-        """
-        return [losses.label_count(map(self.labels, batches), gather)] * len(batches)
-
-    def after_step(self, step):
-        """Nothing to keep in bounds."""
+    def forward(self, batch, gather=no_gather):
+        """{"ids", "labels": int64 (B, T), "label_count"} -> {"lm": mean of -log p(token | past)}."""
+        return {"lm": next_token_loss(self.lm(batch["ids"]), batch["labels"],
+                                      batch.get("label_count"))}
 
     def texts(self, data, split="test", count=1000):
-        """Unseen texts, what the world gives to read or its records' own: int64 (N, T)."""
-        if hasattr(data.world, "reading"):
-            return data.ids([data.world.reading(random.Random(f"{split} reading/{i}"))
+        """Texts of a split as int64 (N, T): what the world gives to read, else its captions."""
+        world = data.world
+        if hasattr(world, "text"):
+            return data.ids([as_text(world.text(random.Random(f"{split} reading/{i}")))
                              for i in range(count)])
         if split == "train":
-            return data.ids(list(itertools.islice(data.world.corpus(), count)))
-        return data.ids([record["texts"][0] for record in data.records(split)])
+            return data.ids(list(itertools.islice(world.corpus(), count)))
+        return data.ids([as_text(record) for record in data.records(split)])
 
     def evaluate(self, data):
-        """Perplexity of unseen texts of a data.View beside what knows less and what knows all.
+        """Perplexity of unseen texts beside a unigram model's -> {name: number}.
 
-        unigram: tokens told by how often they occur alone, as counted in as many training texts.
-        labels: of words that the world draws by known odds, with the corpus's own entropy.
+        perplexity_labels: of words that the world draws with known odds, beside the entropy of
+        those odds, which no model can go below.
         """
         ids = self.texts(data)
         figures = {"perplexity": perplexity(self.lm, ids),
-                   "perplexity_unigram": unigram(self.texts(data, "train"), ids, self.config),
+                   "perplexity_unigram": unigram_perplexity(self.texts(data, "train"), ids,
+                                                            self.config),
                    "perplexity_chance": float(self.config.vocab_size)}
         if hasattr(data.world, "labelled"):
             drawn = [data.world.labelled(random.Random(f"labels/{i}")) for i in range(400)]
@@ -85,11 +92,12 @@ class Pretraining(nn.Module):
                         "perplexity_labels_entropy": math.exp(entropy)}
         return figures
 
-    def samples(self, data, count=6, begun=3):
-        """A picture for people: how the model goes on from the first words of unseen texts."""
-        ids = self.texts(data)[:count, :1 + begun]
-        more = self.lm.generate(ids, max_new_tokens=min(32, self.config.context_length - ids.shape[1]))
+    @torch.no_grad()
+    def samples(self, data, count=6, words=3):
+        """An image for people: how the model continues the first tokens of unseen texts."""
+        ids = self.texts(data)[:count, :1 + words]
+        new = self.lm.generate(ids, max_new_tokens=min(32, self.config.context_length - len(ids[0])))
         decode = data.tokenizer.decode
-        return sheet("Unseen texts: their beginning, then what the model writes.",
+        return sheet("Unseen texts: the first words, then what the model writes.",
                      [(decode(row.tolist()), None, [(None, decode(both.tolist()), None)])
-                      for row, both in zip(ids, torch.cat([ids, more], dim=1))])
+                      for row, both in zip(ids, torch.cat([ids, new], dim=1))])

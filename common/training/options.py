@@ -1,41 +1,44 @@
-"""Command lines made from dataclasses, and errors of one line instead of a traceback."""
+"""Command lines made from dataclasses and functions; a user's mistake is one line, no traceback."""
 import argparse
 import dataclasses
+import inspect
 import sys
 import typing
 
-HELP = argparse.RawDescriptionHelpFormatter
-
 
 def option(default, help, **more):
-    """A dataclass field that knows its line in --help."""
+    """A dataclass field with its line of --help; more: choices, flag (its name on the command
+    line), append=True for a list that grows with each use."""
     return dataclasses.field(default=default, metadata={"help": help, **more})
 
 
+def parser(description, **more):
+    """An argument parser that keeps the line breaks of the description."""
+    return argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter, **more)
+
+
 def add_options(parser, options):
-    """One --flag for each field of the dataclass; a bool field is a switch, --flag or --no-flag."""
+    """One --flag for each field of a dataclass; a bool field is a switch, --flag or --no-flag."""
     hints = typing.get_type_hints(options)
     for field in dataclasses.fields(options):
-        kind, default = hints[field.name], field.default
-        shown = "" if default in (None, "", False) else f" (default {default})"
-        line = field.metadata["help"] + shown
-        if kind is bool:
-            parser.add_argument(f"--{field.name}", action=argparse.BooleanOptionalAction,
-                                default=default, help=line)
-            continue
-        kind = next((k for k in typing.get_args(kind) if k is not type(None)), kind)
-        choices = field.metadata.get("choices")
-        parser.add_argument(f"--{field.name}", type=kind, default=default, help=line,
-                            choices=choices, metavar=None if choices else kind.__name__.upper())
+        kind, more = hints[field.name], dict(field.metadata)
+        default = "" if field.default in (None, "", False, ()) else f" (default {field.default})"
+        line, flag = more.pop("help") + default, more.pop("flag", field.name)
+        if more.pop("append", False):
+            more |= {"action": "append", "metavar": more["metavar"]}
+        elif kind is bool:
+            more |= {"action": argparse.BooleanOptionalAction}
+        else:
+            more["type"] = next((k for k in typing.get_args(kind) if k is not type(None)), kind)
+            if "choices" not in more:
+                more["metavar"] = more["type"].__name__.upper()
+        default = [] if field.default == () else field.default
+        parser.add_argument(f"--{flag}", dest=field.name, default=default, help=line, **more)
 
 
-def parser(description, **more):
-    """An argument parser that keeps the description's own line breaks."""
-    return argparse.ArgumentParser(description=description, formatter_class=HELP, **more)
-
-
-def changed(config, settings):
-    """The dataclass with `key=value` settings applied, each read as the field's own type.
+def with_settings(config, settings):
+    """The config dataclass with `key=value` settings, each read as the type of its field.
 
     Raises ValueError for a key that is no field (it lists them) or a value of another type.
     """
@@ -46,13 +49,13 @@ def changed(config, settings):
             raise ValueError(f"--set {setting}: write key=value with one of "
                              + ", ".join(f.name for f in dataclasses.fields(config)))
         kind = hints[key]
-        if kind is dict:
-            raise ValueError(f"--set {setting}: {key} is a config of its own, of the run that "
-                             f"--{key} names")
+        if dataclasses.is_dataclass(kind):
+            raise ValueError(f"--set {setting}: {key} is the config of another run; "
+                             f"--from {key}=RUN names it")
         try:
             if kind is bool:
                 values[key] = {"true": True, "false": False}[text.lower()]
-            elif kind == tuple[int, ...]:                         # "1,2,3", or nothing: ()
+            elif kind == tuple[int, ...]:                             # "1,2,3", or nothing: ()
                 values[key] = tuple(int(number) for number in text.split(",") if text)
             else:
                 values[key] = kind(text)
@@ -62,63 +65,54 @@ def changed(config, settings):
     return dataclasses.replace(config, **values)
 
 
-class Commands:
-    """The small commands of a model file: MODEL.py RUN COMMAND arguments.
+def run_command(description, *functions):
+    """The commands of a model file: MODEL.py RUN COMMAND arguments, one command for each function.
 
-    `add` takes functions whose first parameter is the run folder and whose docstring is the help.
+    A function's signature is its command line: its first parameter is RUN, *names takes one or more
+    arguments, a keyword-only parameter is a --flag of the type of its default. A tuple annotation
+    names the values of a flag that may be given again. The docstring is the help.
     """
-
-    def __init__(self, description, run="a run folder"):
-        self.parser = parser(description)
-        self.parser.add_argument("run", metavar="RUN", help=run)
-        self.commands = self.parser.add_subparsers(title="commands", metavar="COMMAND",
-                                                   required=True)
-
-    def add(self, function, **arguments):
-        """A command of the function's name; arguments: parameter=help.
-
-        "... help" takes one or more; "--A B: help" is a flag --parameter A B that may be repeated.
-        """
-        command = self.commands.add_parser(function.__name__, help=function.__doc__,
-                                           description=function.__doc__)
-        for name, line in arguments.items():
-            if line.startswith("--"):
-                names, _, line = line[2:].partition(": ")
-                command.add_argument(f"--{name}", action="append", nargs=len(names.split()),
-                                     default=[], metavar=tuple(names.split()), help=line)
-                continue
-            more = {"nargs": "+"} if line.startswith("...") else {}
-            command.add_argument(name, metavar=name.upper().rstrip("S") if more else name.upper(),
-                                 help=line.removeprefix("...").strip(), **more)
+    main = parser(description)
+    main.add_argument("run", metavar="RUN", help="a run folder, or published weights")
+    commands = main.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for function in functions:
+        command = commands.add_parser(function.__name__, help=function.__doc__,
+                                      description=function.__doc__)
         command.set_defaults(function=function)
+        for p in list(inspect.signature(function).parameters.values())[1:]:
+            if p.kind is p.KEYWORD_ONLY and isinstance(p.annotation, tuple):
+                command.add_argument(f"--{p.name}", action="append", nargs=len(p.annotation),
+                                     default=[], metavar=p.annotation)
+            elif p.kind is p.KEYWORD_ONLY:
+                command.add_argument(f"--{p.name}", default=p.default,
+                                     type=str if p.default is None else type(p.default))
+            else:
+                many = {"nargs": "+"} if p.kind is p.VAR_POSITIONAL else {}
+                command.add_argument(p.name, metavar=p.name.upper().rstrip("S"), **many)
+    values = vars(main.parse_args())
+    function = values.pop("function")
+    given = inspect.signature(function).parameters
+    positional = [values.pop(name) for name, p in given.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    several = [values.pop(name) for name, p in given.items() if p.kind is p.VAR_POSITIONAL]
+    return function(*positional, *sum(several, []), **values)
 
-    def run(self):
-        """Read the command line and call what it names."""
-        values = vars(self.parser.parse_args())
-        return values.pop("function")(**values)
 
+def run_main(main):
+    """Call main(); a user's mistake (ValueError) or the disk's (OSError) is one line on stderr.
 
-def run(main):
-    """Call main(); a user's mistake (ValueError) ends in one line on stderr and exit status 2.
-
-    So does what the disk refuses (OSError). `python -X dev` shows the whole traceback.
+    The exit status is then 2. `python -X dev` shows the whole traceback.
     """
     try:
         sys.exit(main())
-    except BrokenPipeError:              # whoever read the output, head say, has had enough
+    except BrokenPipeError:              # a reader such as `head` has closed the pipe
         sys.stderr.close()
         sys.exit(0)
     except (ValueError, OSError) as error:
         if sys.flags.dev_mode:
             raise
-        sys.exit(fail(error))
+        # A worker process sends a whole traceback; its last line is the message.
+        lines = str(error).splitlines() or [repr(error)]
+        print("error:", lines[-1].removeprefix("ValueError: "), file=sys.stderr)
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def fail(error):
-    """Print one line for a mistake; returns the exit status 2."""
-    lines = str(error).splitlines() or [repr(error)]
-    # A worker process sends its whole traceback; what went wrong is the last line.
-    print("error:", lines[-1].removeprefix("ValueError: "), file=sys.stderr)
-    return 2

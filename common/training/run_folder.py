@@ -1,67 +1,94 @@
-"""The folder of a run: whose it is, what it holds, and taking it up again."""
+"""The folder of a run: its name, what it holds, and continuing what is in it."""
 import json
 from pathlib import Path
 
-from common.training import checkpoint, distributed
-from common.data.images import printable
+from common.data.files import FORMATS
+from common.data.safe_read import read_json
 from common.data.tokenizer import Tokenizer
+from common.training import checkpoint, distributed
 
-FILES = ("config.json", "tokenizer.model", "log.jsonl", "refused.jsonl", *checkpoint.NAMES,
-         "result.json", "samples.png", "search.png")
-MOST_REFUSED = 1000                      # lines of refused.jsonl
+FILES = ("config.json", "tokenizer.model", "log.jsonl", *checkpoint.NAMES, "result.json",
+         "samples.png", "search.png")
+
+
+def default_folder(stage, options):
+    """RUNS/STAGE; data and preset are added where they are not the default ones."""
+    data, (kind, _, where) = options.data, options.data.partition(":")
+    if kind in FORMATS:                  # the name of the file, of shards that of their folder
+        where = Path(where).absolute()
+        data = f"{kind}-{where.parent.name if kind == 'tar' else where.stem}"
+    parts = [stage] + ([data] if data != "shapes" else []) \
+        + ([options.preset] if options.preset != "tiny" else [])
+    safe = ["".join(c if c.isalnum() or c in ".=@" else "-" for c in part) for part in parts]
+    return Path(options.runs) / "-".join(safe)
+
+
+def missing_run(stage, presets, options, where):
+    """The command that makes the run of a stage that was looked for in the folder `where`."""
+    flags = [f"--data {options.data}"] if options.data != "shapes" else []
+    if options.preset != "tiny" and options.preset in presets:
+        flags.append(f"--preset {options.preset}")
+    return " ".join(["python train.py", stage, *flags, f"--out {where}"])
 
 
 class RunFolder:
-    """config.json, tokenizer.model, log.jsonl, checkpoints. Of all processes rank 0 writes."""
+    """config.json, tokenizer.model, log.jsonl and checkpoints; rank 0 alone writes."""
 
     def __init__(self, path):
         self.path = Path(path)
 
     def claim(self, resume, overwrite):
-        """The checkpoint to go on from, or None to begin at step 0.
+        """The checkpoint to continue from, or None to begin at step 0.
 
         Raises ValueError when a run is in the folder and neither resume nor overwrite is set.
         """
-        there = any((self.path / name).exists() for name in ("config.json", *checkpoint.NAMES))
-        if there and not resume and not overwrite:
-            done = (self.path / "result.json").exists()
-            raise ValueError(f"{self.path}: holds {'a finished' if done else 'an unfinished'} run; "
-                             "--resume goes on with it, --overwrite throws it away")
+        if (self.path / "config.json").exists() or checkpoint.exists(self.path):
+            if not resume and not overwrite:
+                done = (self.path / "result.json").exists()
+                raise ValueError(f"{self.path}: holds {'a finished' if done else 'an unfinished'} "
+                                 "run; --resume continues it, --overwrite deletes it")
         return checkpoint.newest(self.path) if resume else None
 
     def described(self):
         """config.json of the run in the folder; None when there is none."""
         path = self.path / "config.json"
-        return checkpoint.read_json(path) if path.exists() else None
+        return read_json(path) if path.exists() else None
 
     def tokenizer(self):
-        """The run's vocabulary."""
+        """The run's tokenizer."""
         return Tokenizer.load(self.path / "tokenizer.model")
 
-    def agree(self, described, parts):
+    def check_same(self, described, without=None):
         """Raise ValueError when the run in the folder differs in a part of config.json."""
-        before = checkpoint.read_json(self.path / "config.json")
-        for part in parts:
-            if before.get(part) != described[part]:
-                differs = differing(before.get(part), described[part])
-                raise ValueError(f"{self.path}: began with {part} {differs}; "
-                                 "repeat its flags, or choose another --out")
+        before = self.described() or {}
+        for part, now in described.items():
+            old = before.get(part)
+            if part != without and old != now:
+                if isinstance(old, dict):
+                    old = ", ".join(f"{key}={old.get(key)} (now {value})"
+                                    for key, value in now.items() if old.get(key) != value)
+                else:
+                    old = f"{old}, not {now}"
+                raise ValueError(f"{self.path}: began with {part} {old}; repeat its flags, or choose "
+                                 "another --out")
 
     def begin(self, described, tokenizer, step, overwrite):
-        """Write what describes the run, and drop log lines of steps that no checkpoint kept."""
-        distributed.barrier()               # all have read what is about to be written
+        """Write what describes the run; drop lines of the log that no checkpoint has kept."""
+        distributed.barrier()            # every process has read what is written now
         if distributed.rank() > 0:
             return
-        if overwrite:                    # what a run wrote, not what else lies in the folder
+        if overwrite:                    # a run's own files, nothing else in the folder
             for name in (*FILES, *(f"{name}.part" for name in FILES)):
                 (self.path / name).unlink(missing_ok=True)
         self.path.mkdir(parents=True, exist_ok=True)
         checkpoint.write_json(self.path / "config.json", described)
         checkpoint.write(self.path / "tokenizer.model",
-                         lambda half: half.write_bytes(tokenizer.model))
-        keep_lines(self.path / "log.jsonl", step)
-        if (self.path / "refused.jsonl").exists():
-            keep_lines(self.path / "refused.jsonl", step)
+                         lambda part: part.write_bytes(tokenizer.model))
+        log = self.path / "log.jsonl"
+        lines = log.read_text().splitlines() if log.exists() else []
+        kept = [f"{line}\n" for line in lines                # a kill may have cut the last line
+                if line.endswith("}") and json.loads(line)["step"] <= step]
+        checkpoint.write(log, lambda part: part.write_text("".join(kept)))
 
     def log(self, line):
         """Append a dict to log.jsonl."""
@@ -69,36 +96,7 @@ class RunFolder:
             with open(self.path / "log.jsonl", "a") as file:
                 file.write(json.dumps(line) + "\n")
 
-    def refuse(self, step, reasons):
-        """Append to refused.jsonl what was passed over up to a step: once each, with an end."""
-        path = self.path / "refused.jsonl"
-        if distributed.rank() > 0 or not reasons:
-            return
-        lines = path.read_text().splitlines() if path.exists() else []
-        known = {json.loads(line)["reason"] for line in lines if line.endswith("}")}
-        new = [reason for reason in dict.fromkeys(printable(r, 500) for r in reasons)
-               if reason not in known]
-        with open(path, "a") as file:
-            for reason in new[:max(0, MOST_REFUSED - len(known))]:
-                file.write(json.dumps({"step": step, "reason": reason}) + "\n")
-
     def save(self, state):
         """Make state the folder's last checkpoint."""
         if distributed.rank() == 0:
             checkpoint.save(self.path, state)
-
-
-def keep_lines(path, step):
-    """Drop the lines of a log that are of later steps, or cut off."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    kept = [f"{line}\n" for line in lines
-            if line.endswith("}") and json.loads(line)["step"] <= step]
-    checkpoint.write(path, lambda half: half.write_text("".join(kept)))
-
-
-def differing(before, now):
-    """What two descriptions disagree on, in words."""
-    if not isinstance(before, dict):
-        return f"{before}, not {now}"
-    return ", ".join(f"{key}={before.get(key)} (now {value})" for key, value in now.items()
-                     if before.get(key) != value)

@@ -1,0 +1,119 @@
+"""Collators: from records and their random generators to the batch that a model's forward takes.
+
+Each is called as collate(records, rngs), with one random.Random for each record.
+"""
+import torch
+
+from common.data.images import center_crop, to_tensor
+from common.data.tokenizer import BOS, EOS
+from common.prompts import CAPTION_PROMPT, IGNORED, QUESTION_PROMPT, collate
+
+
+class ImageTextBatch:
+    """Images with one of their captions each, drawn by the record's rng."""
+
+    def __init__(self, tokenizer, context_length, image_size):
+        self.tokenizer, self.context_length = tokenizer, context_length
+        self.image_size = image_size
+
+    def images(self, records):
+        """The first image of each record: uint8 (B, 3, image_size, image_size)."""
+        return to_tensor([center_crop(r["images"][0], self.image_size) for r in records])
+
+    def __call__(self, records, rngs):
+        """-> {"images": uint8 (B, 3, H, W), "ids": int64 (B, T)}."""
+        texts = [rng.choice(r["texts"]) for r, rng in zip(records, rngs)]
+        return {"images": self.images(records),
+                "ids": self.tokenizer.batch(texts, self.context_length)}
+
+
+class PackedTexts:
+    """Texts packed into rows of about `length` tokens, each text as <bos> ... <eos>.
+
+    A longer text is cut. Packing keeps padding small: a row ends where the next text does not fit.
+    """
+
+    def __init__(self, tokenizer, context_length, length):
+        self.tokenizer, self.context_length = tokenizer, context_length
+        self.length = min(length, context_length)
+
+    def __call__(self, records, rngs):
+        """-> {"ids", "labels": int64 (B', T)}: all texts in B' rows."""
+        rows = [[]]
+        for record, rng in zip(records, rngs):
+            ids = self.tokenizer.encode(as_text(record, rng))[:self.length - 2]
+            if len(rows[-1]) + len(ids) + 2 > self.length:
+                rows.append([])
+            rows[-1] += [BOS, *ids, EOS]
+        # <bos> is no label: which text follows an <eos> cannot be predicted.
+        batch = collate([(row, [IGNORED if i == BOS else i for i in row]) for row in rows if row])
+        return {"ids": batch["ids"], "labels": batch["labels"]}
+
+
+def as_text(record, rng=None):
+    """A record as one plain text, for a language model.
+
+    Captions: one of them, drawn by the rng (None: the first). Turns: the description of each image
+    in words, then its caption or its question and answer, as Flamingo's prompts write them.
+    """
+    if "texts" in record:
+        return rng.choice(record["texts"]) if rng else record["texts"][0]
+    texts = []
+    for turn in record["turns"]:
+        described = f"{turn['description']}. " if turn["description"] else ""
+        prompt = QUESTION_PROMPT.format(turn["prompt"]) if turn["prompt"] else CAPTION_PROMPT
+        texts.append(f"{described}{prompt} {turn['answer']}{record.get('end', '.')}")
+    return " ".join(texts)
+
+
+class InterleavedCollator:
+    """Pages in which images and texts alternate, as ids, labels and images (Flamingo).
+
+    render_page(turns, tokenizer, context_length, attend_next, is_prompt) -> (ids, labels) is the
+    model's own wording. p_next_image: the probability that a page's texts attend to the next image
+    (paper, A.3.2).
+    """
+
+    def __init__(self, tokenizer, config, render_page, p_next_image=0.0):
+        self.tokenizer, self.render_page, self.p_next_image = tokenizer, render_page, p_next_image
+        self.context_length, self.image_size = config.context_length, config.image_size
+
+    def images(self, pages):
+        """pages: lists of turns -> uint8 (B, N, F, 3, H, W), N the most images of a page, at least 1.
+
+        Pages with fewer images are padded with black ones. Raises ValueError for images and clips
+        of different numbers of frames.
+        """
+        pages = [[clip for turn in turns for clip in turn["images"]] for turns in pages]
+        lengths = sorted({len(frames) for page in pages for frames in page} or {1})
+        if len(lengths) > 1:
+            raise ValueError(f"clips of {' and '.join(map(str, lengths))} frames: all images and "
+                             "clips of a batch or prompt need the same number of frames")
+        rows = [[to_tensor([center_crop(frame, self.image_size) for frame in frames])
+                 for frames in page] for page in pages]               # (F, 3, H, W) each
+        N = max(1, *map(len, rows))
+        black = torch.zeros(lengths[0], 3, self.image_size, self.image_size, dtype=torch.uint8)
+        return torch.stack([torch.stack(row + [black] * (N - len(row))) for row in rows])
+
+    def prompts(self, pages):
+        """Pages whose last answer is to be written -> the batch, padded left."""
+        rows = [self.render_page(turns, self.tokenizer, None, is_prompt=True) for turns in pages]
+        return collate(rows, side="left") | {"images": self.images(pages)}
+
+    def __call__(self, records, rngs):
+        """-> {"images": uint8 (B, N, F, 3, H, W), "ids", "labels": int64 (B, T),
+        "attend_next": bool (B,)}."""
+        pages = [as_turns(record, rng) for record, rng in zip(records, rngs)]
+        attend_next = [rng.random() < self.p_next_image for rng in rngs]
+        batch = collate([self.render_page(turns, self.tokenizer, self.context_length, flag)
+                         for turns, flag in zip(pages, attend_next)])
+        return {"images": self.images(pages), "ids": batch["ids"], "labels": batch["labels"],
+                "attend_next": torch.tensor(attend_next)}
+
+
+def as_turns(record, rng=None):
+    """The turns of a record. Captions: one turn with one of them, marked "caption": True."""
+    if "turns" in record:
+        return record["turns"]
+    text = rng.choice(record["texts"]) if rng else record["texts"][0]
+    return [{"images": [record["images"][:1]], "prompt": "", "answer": text, "caption": True}]

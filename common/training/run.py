@@ -1,0 +1,203 @@
+"""A training run: its command line, what it is made of, and taking it up from its folder."""
+import contextlib
+import dataclasses
+import json
+import math
+import signal
+import time
+import traceback
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+
+from common.data.files import Refusals
+from common.data.safe_read import printable
+from common.training import checkpoint, distributed
+from common.training.options import option
+from common.training.run_folder import RunFolder, default_folder, missing_run
+
+
+@dataclass
+class Options:
+    """The command line, a flag for each field. None: the stage's recipe decides."""
+    preset: str = option("tiny", "size of the model; see the model's file")
+    data: str = option("shapes", "a world and its dial: shapes, emoji, shapes:objects=3,noise=0.1; "
+                       "or your own: coco:FILE, flickr:FILE, jsonl:FILE, tar:GLOB")
+    images: str | None = option(None, "folder of the pictures of --data (default: the file's own)")
+    skip: float = option(0.05, "fraction of your records that may be refused before the run stops")
+    shuffle: int = option(10_000, "window in which the samples of tar shards are shuffled")
+    seed: int = option(0, "of weights, order and draws; never of the test splits")
+    steps: int | None = option(None, "optimizer steps")
+    batch_size: int | None = option(None, "samples of a step, over all processes and micro-batches")
+    lr: float | None = option(None, "peak learning rate")
+    accumulate: int = option(1, "micro-batches of a step; contrastive losses stay exact")
+    workers: int | None = option(None, "processes that make batches (default: up to 8 for a GPU, "
+                                 "0 for a CPU, the training process itself)")
+    save_every: int = option(200, "steps between checkpoints")
+    device: str = option("auto", "auto, cpu, cuda, cuda:1, mps")
+    precision: str = option("auto", "auto: bf16 where the processor multiplies it fast",
+                            choices=("auto", "bf16", "fp32"))
+    attention: str = option("auto", "the definition by hand, torch's kernel, or the faster of both",
+                            choices=("auto", "hand", "fused"))
+    compile: bool = option(False, "torch.compile the model")
+    init: str | None = option(None, "start from the weights of this run")
+    parts: tuple = option((), "the run of a frozen part, such as vision=RUN or language=RUN "
+                          "(default RUNS/clip, RUNS/lm); may be given again",
+                          flag="from", append=True, metavar="PART=RUN")
+    unfreeze: str = option("", "also train the parameters of these patterns, such as lm.*")
+    runs: str = option("runs", "where stages find each other")
+    out: str | None = option(None, "the run's folder (default RUNS/STAGE, -DATA and -PRESET added)")
+    resume: bool = option(False, "continue from the folder's last checkpoint")
+    overwrite: bool = option(False, "delete an earlier run in the folder")
+    eval_only: bool = option(False, "measure the folder's checkpoint again, train nothing")
+
+
+@dataclass
+class Run:
+    """Everything a run is made of, and where it stands."""
+    name: str
+    stage: object                        # its row of train.py's table
+    options: Options
+    folder: RunFolder
+    device: torch.device
+    half: bool                           # bf16 autocast
+    world: object
+    tokenizer: object
+    config: object
+    recipe: object
+    batches: Batches
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    table: str                           # what is trained and what is frozen
+    began: float
+    step: int = 0
+    seconds: float = 0.0                 # of earlier sittings
+    loss: float = math.nan
+    refused: Refusals | None = None      # records of the user's own that could not be read
+    stopped: int | None = None           # the signal that stops the run
+    measuring: bool = False
+
+    def elapsed(self):
+        """Wall seconds, earlier sittings included."""
+        return self.seconds + time.time() - self.began
+
+
+def open_parts(stages, name, options, config, folder):
+    """The config with its parts' configs, {module: (weights, folder)}, and their tokenizer or None.
+
+    A run that is resumed has all of them itself. A missing run is a ValueError that names the
+    command that makes it.
+    """
+    stage = stages[name]
+    given = dict(part.partition("=")[::2] for part in options.parts)
+    for part, run in given.items():
+        if part not in stage.parts or not run:
+            raise ValueError(f"--from {part}={run}: write PART=RUN with one of "
+                             f"{', '.join(stage.parts) or 'no parts'}")
+    frozen, tokenizer = {}, None
+    resumed = (options.resume or options.eval_only) and folder.described()
+    if resumed:
+        checkpoint.of_model(resumed, stage.file.__name__, folder.path)
+    for part, (source, module) in stage.parts.items():
+        if resumed:
+            own, known = resumed["config"][part], folder.tokenizer()
+        else:
+            where = given.get(part) or default_folder(source, options)
+            own, known, weights = checkpoint.open_run(
+                where, stages[source].file.__name__, f"--from {part}={where}:",
+                missing_run(source, stages[source].file.PRESETS, options, where))
+            frozen[module] = weights, where
+        tokenizer = known if part == "language" else tokenizer or known
+        config = dataclasses.replace(config, **{part: own})
+    return config, frozen, tokenizer
+
+
+def describe(run):
+    """What config.json says: all that a resumed run must share with the one that began."""
+    keys = ["preset", "data", "seed", "accumulate", "init", "unfreeze"]
+    keys += ["images", "shuffle"] if run.refused else []
+    options = {key: getattr(run.options, key) for key in keys}
+    options["precision"] = "bf16" if run.half else "fp32"
+    if run.refused:
+        options["records"] = {split: run.world.size(split) for split in ("train", "test")}
+    return json.loads(json.dumps({
+        "model": run.stage.file.__name__, "stage": run.name, "options": options,
+        "config": dataclasses.asdict(run.config), "recipe": dataclasses.asdict(run.recipe)}))
+
+
+def restore(run):
+    """Begin in an empty folder, or restore its checkpoint, as --resume and --overwrite say."""
+    options, folder = run.options, run.folder
+    if options.overwrite and (options.resume or options.eval_only):
+        raise ValueError("--overwrite deletes the run that --resume and --eval_only need")
+    state = folder.claim(options.resume or options.eval_only, options.overwrite)
+    if options.eval_only and state is None:
+        raise ValueError(f"{folder.path}: no checkpoint to measure")
+    if state is not None:
+        folder.check_same(describe(run), without="recipe" if options.eval_only else None)
+        checkpoint.load_weights(run.model, state["model"], folder.path)
+        with checkpoint.clear_errors(folder.path):
+            run.optimizer.load_state_dict(state["optimizer"])
+            torch.set_rng_state(state["rng"])
+            run.step, run.seconds = state["step"], state["schedule"]["seconds"]
+            run.loss = state["schedule"]["loss"]
+            if run.refused:
+                run.refused.count = state["data"]["refused"]
+        if distributed.rank() == 0:
+            print(f"resumed from step {run.step}")
+    elif options.init:
+        file = run.stage.file
+        weights = checkpoint.open_run(options.init, file.__name__, "--init", missing_run(
+            run.name, file.PRESETS, options, options.init))[2]
+        checkpoint.load_weights(run.model, weights, options.init)
+    if not options.eval_only:
+        folder.begin(describe(run), run.tokenizer, run.step, options.overwrite)
+
+
+def save(run):
+    """Write a checkpoint. There is no more state: every random draw follows from seed and step."""
+    run.folder.save({
+        "model": run.model.state_dict(), "optimizer": run.optimizer.state_dict(), "step": run.step,
+        "schedule": {"seconds": run.elapsed(), "loss": run.loss}, "rng": torch.get_rng_state(),
+        "data": {"seed": run.options.seed, "refused": run.refused.count if run.refused else 0}})
+
+
+def check(run, losses, refused):
+    """Set run.loss to the mean of recent losses; ValueError when it is not finite, or when too many
+    records were refused. Every process computes the same and raises the same."""
+    shared = distributed.mean({"loss": torch.stack(losses).mean().item(), "refused": len(refused)},
+                              run.device)
+    run.loss = shared["loss"]
+    if run.refused:
+        for reason in distributed.all_gather_objects(refused) if shared["refused"] else []:
+            run.refused.add(reason)
+            if run.refused.count <= 3 and distributed.rank() == 0:
+                tqdm.write(f"refused: {printable(reason)}")
+        run.refused.check(run.step * run.recipe.batch_size + run.refused.count)
+    if not math.isfinite(run.loss):
+        saved = run.step // run.options.save_every * run.options.save_every
+        kept = f"the checkpoint before it stays in {run.folder.path}" if saved and \
+            checkpoint.exists(run.folder.path) else "there is no checkpoint yet"
+        raise ValueError(f"the loss or its gradient is {run.loss} at step {run.step}; {kept}; try a "
+                         "smaller --lr")
+
+
+@contextlib.contextmanager
+def stop_on_signals(run):
+    """Within it SIGINT and SIGTERM set run.stopped; while measuring they end the block at once."""
+    def stop(number, frame):
+        run.stopped = number
+        if run.measuring:                # nothing is left to save
+            raise KeyboardInterrupt
+    handlers = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    except KeyboardInterrupt:
+        pass
+    except ValueError as error:          # its frames hold the DDP model, which would wait for a
+        traceback.clear_frames(error.__traceback__)        # process group that is already gone
+        raise
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
