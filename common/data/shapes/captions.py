@@ -15,8 +15,8 @@ HARDNESSES = ("random", "shares", "differs")
 
 def naming(items, attribute):
     """The items in their order, with the attribute "size" or "place" if it is that one."""
-    return listed([phrase(i, size=attribute == "size") + (f" {at(i)}" if attribute == "place" else "")
-                   for i in items])
+    names = [phrase(i, size=attribute == "size") for i in items]
+    return listed([f"{n} {at(i)}" for n, i in zip(names, items)] if attribute == "place" else names)
 
 
 def swapped_attributes(scene, rng, side=32):

@@ -5,16 +5,16 @@
         print(turn["prompt"], turn["answer"])
 """
 import itertools
+from functools import partial
 
 from common.data.shapes.questions import COUNTS, FORMS, KINDS, YES_NO, decidable, pick, wording
 from common.data.shapes.scene import COLOURS, PAIRS, SHAPES, SIZES, Item, dialogue_turns, turn
 from common.data.shapes.words import (MARGIN, PLURALS, a_thing, at, describe, listed, matching,
                                       nameable, number_of_objects, phrase, relations,
-                                      statements, vague)
-
-# ------------------------------------------------------------------ the teacher of instructions
+                                      statements, things, vague)
 
 SURE = 0.05                               # a box's centre is less than this away from its item's
+sure_relations = partial(relations, margin=MARGIN + SURE)       # those beyond doubt
 # Between the widest small item, a star, and the narrowest large one, a square.
 WIDE = (2.1 * SIZES["small"] + 1.6 * SIZES["large"]) / 2
 
@@ -33,11 +33,6 @@ def teacher_context(scene, rng):
             "boxes": [(f"{i.colour} {i.shape}", tuple(round(v, 2) for v in i.box)) for i in items]}
 
 
-def context_text(context):
-    """The context as the teacher reads it: a caption a line, then "star: [0.1, 0.3, 0.35, 0.5]"."""
-    return "\n".join(context["captions"] + [f"{name}: {list(box)}" for name, box in context["boxes"]])
-
-
 def items_from_boxes(context):
     """The items that the boxes describe, but for their exact centres and tints."""
     items = []
@@ -50,12 +45,6 @@ def items_from_boxes(context):
 def is_sure_of_place(item):
     """Whether the item's cell of the grid is beyond doubt."""
     return all(abs(v - border) > SURE for v in (item.x, item.y) for border in (1 / 3, 2 / 3))
-
-
-def sure_relations(a, b):
-    """The `relations` that are beyond doubt."""
-    gap = {"left of": b.x - a.x, "right of": a.x - b.x, "above": b.y - a.y, "below": a.y - b.y}
-    return [r for r in relations(a, b) if gap[r] > MARGIN + SURE]
 
 
 def there_are(items):
@@ -120,17 +109,19 @@ TEACHERS = {"conversation": conversation, "detail": detail, "reasoning": reasoni
 
 
 def instruction(scene, rng, kind=None, side=32):
-    """A picture and what a language-only teacher wrote on it, one of TEACHERS (LLaVA-Instruct).
+    """A picture and what a language-only teacher wrote on it (LLaVA-Instruct).
 
-    {"turns", "context": the teacher's input, "kind"}
+    {"turns", "context": the teacher's input, a caption or "red star: [0.1, 0.3, 0.35, 0.5]" a line,
+    "kind": one of TEACHERS}
 
     instruction(scene, rng, "reasoning")["turns"] -> "which object comes first from left to right,
     and why?", "the red circle comes first, because it is left of all the others."
     """
     kind = kind or rng.choice(tuple(TEACHERS))
     context = teacher_context(scene, rng)
+    lines = context["captions"] + [f"{name}: {list(box)}" for name, box in context["boxes"]]
     return {"turns": dialogue_turns(TEACHERS[kind](context, rng), scene, side), "kind": kind,
-            "context": context_text(context), "source": scene}
+            "context": "\n".join(lines), "source": scene}
 
 
 def multiple_choice(scene, rng, side=32):
@@ -155,7 +146,7 @@ def multiple_choice(scene, rng, side=32):
     if len(scene.items) > 1:
         reason += f", and {' + '.join(str(worth[i.shape]) for i in scene.items)} = {total}"
     question = "how much is the picture worth?"
-    listing = listed([f"{a_thing('', shape)} is worth {n}" for shape, n in worth.items()])
+    listing = listed([f"{a_thing(shape)} is worth {n}" for shape, n in worth.items()])
     return {"turns": [turn(question, str(total), (scene,), side)], "question": question,
             "context": f"in this game {listing}.", "choices": choices,
             "explanation": f"{reason}.", "source": scene}
@@ -174,7 +165,7 @@ def dialogue(scene, rng, rounds=4, shown=6, split="train", side=32):
     absent = [s for s in SHAPES if not matching(scene, shape=s)]
     item = rng.choice(alone) if alone and (not absent or rng.random() < 0.5) else None
     shape, answer = (item.shape, "yes") if item else (rng.choice(absent), "no")
-    first = ("shape", answer, {"x": a_thing("", shape)})
+    first = ("shape", answer, {"x": a_thing(shape)})
     options["existence"].remove(first)
     asked = [(f"is there {first[2]['x']}?", answer, YES_NO)]
     if item:
@@ -200,13 +191,11 @@ def dialogue(scene, rng, rounds=4, shown=6, split="train", side=32):
 
 def statements_on_two(left, right):
     """Options (form, "true" or "false", statement) on two scenes, for `pick`."""
-    options, pairs = [], sorted({*nameable(left), *nameable(right)})
-    things = [("pair", a_thing(c, s), {"colour": c, "shape": s}) for c, s in pairs]
-    things += [("colour", a_thing(c), {"colour": c}) for c in COLOURS]
-    things += [("shape", a_thing("", s), {"shape": s}) for s in SHAPES]
-    for group, x, which in things:
-        a, b = (len(matching(scene, **which)) for scene in (left, right))
-        many = f"{which.get('colour', '')} {PLURALS[which.get('shape', 'object')]}".strip()
+    options = []
+    for group, x, attributes in things(sorted({*nameable(left), *nameable(right)})):
+        a, b = (len(matching(scene, **attributes)) for scene in (left, right))
+        *colour, shape = x.split()[1:]
+        many = " ".join([*colour, PLURALS[shape]])
         for form, text, fact in (
                 ("left", f"the left picture shows {x}.", a > 0),
                 ("right", f"the right picture shows {x}.", b > 0),

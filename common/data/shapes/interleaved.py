@@ -143,7 +143,7 @@ _MOVES = {"x": ("left", "right"), "y": ("up", "down")}
 
 
 def moving(rng, pairs, frames):
-    """Two objects cross the picture, each in its lane and direction; the question is on the first."""
+    """Two objects cross the picture, each in its lane and direction; the question is on one."""
     axis = rng.choice(tuple(_MOVES))
     lanes, forward = rng.sample((0.25, 0.75), 2), [rng.random() < 0.5 for _ in pairs]
     tracks = []

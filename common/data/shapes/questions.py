@@ -11,9 +11,9 @@ leaves the pictures out. No training question names a held-out pair.
 import itertools
 from collections import Counter, defaultdict
 
-from common.data.shapes.scene import (COLOURS, HELD_OUT, SHAPES, SIZES, dialogue_turns, sample)
+from common.data.shapes.scene import COLOURS, HELD_OUT, SHAPES, SIZES, dialogue_turns, sample
 from common.data.shapes.words import (NUMBERS, PLURALS, a_thing, matching, nameable, pairs_of,
-                                      references, relations)
+                                      references, relations, things)
 
 YES_NO = ("yes", "no")
 COUNTS = ("zero",) + NUMBERS[1:]
@@ -51,24 +51,15 @@ UNSEEN_KIND = "size"
 KINDS = {"train": tuple(k for k in FORMS if k != UNSEEN_KIND), "test": tuple(FORMS)}
 
 
-# ------------------------------------------------------------------ what can be asked of a scene
-
-def on_attributes(scene, kind):
-    """Options for colour, shape and size: each item by each phrase that does not contain it."""
-    return [(kind, getattr(item, kind), {"x": x})
-            for item in scene.items for x in references(scene, item, hide=(kind,))]
+def yes_no(fact):
+    """The answer to a yes-no question."""
+    return "yes" if fact else "no"
 
 
 def count_groups(scene):
     """{"colours": {"red objects": 1, ...}, "shapes": {"circles": 0, ...}} of a scene."""
     return {"colours": {f"{c} objects": len(matching(scene, colour=c)) for c in COLOURS},
             "shapes": {PLURALS[s]: len(matching(scene, shape=s)) for s in SHAPES}}
-
-
-def on_counts(scene):
-    """Options for count: items of one colour or of one shape."""
-    return [(form, COUNTS[n], {"x": x}) for form, group in count_groups(scene).items()
-            for x, n in group.items()]
 
 
 def named_pairs(scene):
@@ -79,26 +70,17 @@ def named_pairs(scene):
 
 
 def on_relations(scene):
-    """Options for relation: yes or no, and which of the two; only where the distance is clear."""
+    """Options for relation: yes or no, and either-or; only where the distance is clear."""
     options = []
     for a, x, b, y in named_pairs(scene):
         for form, one, other in (("beside", "left of", "right of"), ("above", "above", "below")):
             held = [r for r in relations(a, b) if r in (one, other)]
             for r in held and (one, other):
-                options.append(("is " + form, "yes" if r in held else "no",
-                                {"x": x, "r": r, "y": y}))
+                options.append((f"is {form}", yes_no(r in held), {"x": x, "r": r, "y": y}))
             if held:
                 slots = {"x": x, "a": one.split()[0], "b": other, "y": y}
                 options.append((form, held[0].split()[0], slots))
     return options
-
-
-def on_existence(scene):
-    """Options for existence: all pairs, colours and shapes, present or absent."""
-    things = [("pair", {"colour": c, "shape": s}) for c, s in nameable(scene)]
-    things += [("colour", {"colour": c}) for c in COLOURS] + [("shape", {"shape": s}) for s in SHAPES]
-    return [(form, "yes" if matching(scene, **which) else "no", {"x": a_thing(**which)})
-            for form, which in things]
 
 
 def on_comparisons(scene):
@@ -106,22 +88,28 @@ def on_comparisons(scene):
     options = []
     for a, x, b, y in named_pairs(scene):
         for c in ("larger", "smaller") if a.size != b.size else ():
-            options.append(("larger", "yes" if (a.size == "large") == (c == "larger") else "no",
-                            {"x": x, "c": c, "y": y}))
+            answer = yes_no((a.size == "large") == (c == "larger"))
+            options.append(("larger", answer, {"x": x, "c": c, "y": y}))
     for form, group in count_groups(scene).items():
         for (x, n), (y, m) in itertools.permutations(group.items(), 2):
             for c in ("more", "fewer") if n != m else ():
-                options.append((form, "yes" if (n > m) == (c == "more") else "no",
-                                {"x": x, "c": c, "y": y}))
+                answer = yes_no((n > m) == (c == "more"))
+                options.append((form, answer, {"x": x, "c": c, "y": y}))
     return options
 
 
 def decidable(scene, kind):
     """Every question of a kind that the scene decides: a list of options (form, answer, slots)."""
-    if kind in ("colour", "shape", "size"):
-        return on_attributes(scene, kind)
-    return {"count": on_counts, "relation": on_relations, "existence": on_existence,
-            "comparison": on_comparisons}[kind](scene)
+    if kind == "count":
+        return [(form, COUNTS[n], {"x": x}) for form, group in count_groups(scene).items()
+                for x, n in group.items()]
+    if kind == "existence":
+        return [(form, yes_no(matching(scene, **attributes)), {"x": x})
+                for form, x, attributes in things(nameable(scene))]
+    if kind in ("relation", "comparison"):
+        return on_relations(scene) if kind == "relation" else on_comparisons(scene)
+    return [(kind, getattr(item, kind), {"x": x})                # colour, shape, size
+            for item in scene.items for x in references(scene, item, hide=(kind,))]
 
 
 def pick(options, rng, form=None, answer=None):
@@ -226,12 +214,10 @@ def absent(scene, rng, setting):
     lacking = [p for p in nameable(scene) if p not in present]
     if setting == "popular":
         lacking = [p for p in lacking if p[0] in POPULAR]
-    elif setting == "adversarial":
+    if setting == "adversarial":
         colours, shapes = ({p[i] for p in present} for i in (0, 1))
         shared = {p: (p[0] in colours) + (p[1] in shapes) for p in lacking}
         lacking = [p for p in lacking if shared[p] == max(shared.values())]
-    elif setting != "random":
-        raise ValueError(f"setting {setting!r} is not one of {', '.join(SETTINGS)}")
     return rng.choice(lacking)
 
 

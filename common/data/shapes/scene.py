@@ -43,7 +43,7 @@ class Item:
 
     @property
     def box(self):
-        """(left, top, right, bottom) of the drawn object inside the image, fractions of the side."""
+        """(left, top, right, bottom) of what the image shows of it, fractions of the side."""
         x, y, r = self.x, self.y, self.radius
         is_round = self.shape in ("circle", "ring")
         corners = [(x - r, y - r), (x + r, y + r)] if is_round else outline(self.shape, x, y, r)
@@ -115,9 +115,11 @@ def restyled(scene, style):
 
 def regular(x, y, radii, points):
     """Corners of a polygon, the first on top; their distances from the centre cycle in radii."""
-    angles = [-math.pi / 2 + 2 * math.pi * i / points for i in range(points)]
-    return [(x + radii[i % len(radii)] * math.cos(angle), y + radii[i % len(radii)] * math.sin(angle))
-            for i, angle in enumerate(angles)]
+    corners = []
+    for i in range(points):
+        r, angle = radii[i % len(radii)], -math.pi / 2 + 2 * math.pi * i / points
+        corners.append((x + r * math.cos(angle), y + r * math.sin(angle)))
+    return corners
 
 
 def outline(shape, x, y, r):

@@ -31,30 +31,25 @@ def at(item):
     return f"{'in' if where(item) == 'centre' else 'at'} the {where(item)}"
 
 
-def relations(a, b):
+def relations(a, b, margin=MARGIN):
     """The relations that hold between two items: of left of, right of, above, below."""
     found = []
-    if abs(a.x - b.x) > MARGIN:
+    if abs(a.x - b.x) > margin:
         found.append("left of" if a.x < b.x else "right of")
-    if abs(a.y - b.y) > MARGIN:
+    if abs(a.y - b.y) > margin:
         found.append("above" if a.y < b.y else "below")
     return found
 
 
-def with_article(words):
-    """"a red circle", "an orange object"."""
-    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
-
-
-def a_thing(colour="", shape="object"):
-    """A colour, a shape or both as a phrase: "a red circle", "an orange object", "a star"."""
-    return with_article(f"{colour} {shape}".strip())
+def a_thing(*words):
+    """Words with their article: "a red circle", "an orange object", "a star"."""
+    return f"{'an' if words[0][0] in 'aeiou' else 'a'} {' '.join(words)}"
 
 
 def phrase(item, size=False, article="a"):
     """"a red circle"; with size "a small red circle"; with article "the" or "" another article."""
     words = f"{item.size} " * size + f"{item.colour} {item.shape}"
-    return with_article(words) if article == "a" else f"{article} {words}".strip()
+    return a_thing(words) if article == "a" else f"{article} {words}".strip()
 
 
 def listed(parts):
@@ -71,6 +66,16 @@ def matching(scene, size=None, colour=None, shape=None):
     """The items of the scene that have the given attributes."""
     return [i for i in scene.items if size in (None, i.size) and colour in (None, i.colour)
             and shape in (None, i.shape)]
+
+
+def things(pairs):
+    """(form, phrase, attributes) of these pairs and of every colour and shape.
+
+    ("pair", "a red ring", {"colour": "red", "shape": "ring"}), ("shape", "a ring", ...), ...
+    """
+    found = [("pair", a_thing(c, s), {"colour": c, "shape": s}) for c, s in pairs]
+    found += [("colour", a_thing(c, "object"), {"colour": c}) for c in COLOURS]
+    return found + [("shape", a_thing(s), {"shape": s}) for s in SHAPES]
 
 
 def references(scene, item, hide=()):

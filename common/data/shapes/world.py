@@ -32,6 +32,11 @@ class Shapes:
     splits = {"train": 65536, "test": 1000, "single": 1008, "composition": 300, "shifted": 1008}
     templates = ("a picture of {}", "a photo of {}", "there is {}", "an image with {}", "{}")
     tasks = tuple(TASKS)
+    # Functions of words.py and texts.py, documented there.
+    is_true = staticmethod(is_true)       # (text, scene) -> bool
+    text = staticmethod(texts.text)       # rng -> a record for a language model
+    labelled = staticmethod(texts.labelled)     # rng -> a text with words of known odds
+    corpus = staticmethod(texts.corpus)   # -> the texts for the tokenizer
 
     def __init__(self, *, objects=2, noise=0.0, clutter=0, image_size=32, style="plain"):
         if not 1 <= objects <= 6:
@@ -79,10 +84,6 @@ class Shapes:
                     "clutter": self.clutter} | more
         return TASKS[kind](rng, split, self.image_size, **more)
 
-    def is_true(self, text, scene):
-        """Whether the text is a sentence of the world and each statement in it is true."""
-        return is_true(text, scene)
-
     def describes(self, text, scene):
         """Whether the text is true and names at least one object by colour and shape."""
         return is_true(text, scene) and names_an_object(text)
@@ -90,18 +91,6 @@ class Shapes:
     def label(self, scene):
         """The index in all_classes of a scene of one object."""
         return self.all_classes.index(phrase(scene.items[0]))
-
-    def text(self, rng):
-        """A text for a language model: {"texts"} or {"turns", "end"} (`texts.text`)."""
-        return texts.text(rng)
-
-    def labelled(self, rng):
-        """A text in which some words have known odds, and their entropy (`texts.labelled`)."""
-        return texts.labelled(rng)
-
-    def corpus(self):
-        """Sentences for the tokenizer, in a fixed order (`texts.corpus`)."""
-        return texts.corpus()
 
     def extract(self, folder, count=100):
         """Write test pictures as PNG files named by what they show; returns their number."""
