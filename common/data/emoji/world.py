@@ -1,16 +1,13 @@
-"""The emoji world: real pictures with real names, shipped in emoji.zip (see build_emoji.py).
+"""The emoji world: real pictures with real names, shipped in emoji.zip (built by build.py).
 
     world = Emoji()
     record = world.record("test", 0)
     record["images"][0].show(); print(record["texts"])
-
-    python -m common.data.emoji.world FOLDER    # writes every picture as a PNG
 """
 import hashlib
 import io
 import json
 import math
-import sys
 import zipfile
 from collections import Counter
 from pathlib import Path
@@ -22,17 +19,18 @@ TEST = 400          # emoji held out from training
 
 
 class Emoji:
-    """Records of the emoji world. Splits are a function of the names, never of a run's seed.
+    """Records of the emoji world. The splits are the same for every seed of a run.
 
-    test: 400 emoji of which training sees neither picture nor name, of two kinds told apart by
-    source["held_out"]: "name" (unseen in any skin tone), "combination" (its base is seen in other
-    tones, its tone on other bases). composition: the combinations alone. train: all others.
+    test: 400 emoji of which training sees neither picture nor name. source["held_out"] is "name"
+    (unseen in any skin tone) or "combination" (training has its base in other tones, and its tone
+    on other bases). composition: the combinations alone. train: all others.
 
-    image_size: pixels of a side; pictures are resampled once, from the archive straight to it.
+    image_size: pixels of a side; pictures are resampled once, from the archive's size.
     """
     name = "emoji"
-    vocabulary = 2048                     # pieces of the tokenizer
-    zero_shot = "test"                    # the split that classes are told apart on
+    vocab_size = 2048                     # of the tokenizer
+    zero_shot = "test"                    # the split for zero-shot classification
+    tasks = ()
     templates = ("{}", "the {} emoji", "a picture of the {} emoji", "an emoji: {}",
                  "{}, drawn as an emoji", "a small drawing: {}")
 
@@ -46,13 +44,14 @@ class Emoji:
         self._splits = make_splits(self.entries)
         held_out = {entry["name"] for entry in self.entries if entry["held_out"]}
         for entry in self.entries:
-            unsaid = {*held_out, entry["name"]}
-            entry["keywords"] = [word for word in entry["keywords"] if word not in unsaid]
+            # Training must not contain a test name, not even as the keyword of another emoji.
+            entry["keywords"] = [word for word in entry["keywords"]
+                                 if word not in held_out and word != entry["name"]]
         self.classes = [self.entries[number]["phrase"] for number in self._splits["test"]]
         self.all_classes = self.classes
 
     def __reduce__(self):
-        return Emoji, (self.image_size,)    # a worker process opens the archive for itself
+        return Emoji, (self.image_size,)    # a worker process opens its own archive
 
     def size(self, split):
         """The number of records in a split."""
@@ -61,7 +60,7 @@ class Emoji:
     def record(self, split, index, rng=None):
         """{"images": [RGB picture], "texts": [name, other true captions], "source": entry}.
 
-        In train, a random.Random varies picture and words; else the record never changes.
+        In train, rng (a random.Random) varies picture and texts; else the record never changes.
         """
         number = self._splits[split][index]
         entry = self.entries[number]
@@ -74,18 +73,18 @@ class Emoji:
     def is_true(self, text, source):
         """Whether the text is this emoji's name or phrase, plain or in a template.
 
-        Some of its keywords may follow, and two or more keywords alone are true as well; one alone
+        Some of its keywords may follow. Two or more keywords alone are true as well; a single one
         is not: "cat", a keyword of "grinning cat", is the name of another emoji.
         """
-        told, _, keywords = text.partition("; ")
-        if any(told == template.format(name) for template in self.templates
+        name_part, _, keywords = text.partition("; ")
+        if any(name_part == template.format(name) for template in self.templates
                for name in (source["name"], source["phrase"])):
-            return told == text or set(keywords.split(", ")) <= set(source["keywords"])
+            return name_part == text or set(keywords.split(", ")) <= set(source["keywords"])
         words = text.split(", ")
         return len(words) > 1 and set(words) <= set(source["keywords"])
 
     def label(self, source):
-        """The index in `classes`, the phrases of the test split in its order."""
+        """The index in `classes`, the phrases of the test emoji in the split's order."""
         return self.classes.index(source["phrase"])
 
     def corpus(self):
@@ -104,14 +103,14 @@ class Emoji:
     def _captions(self, entry, rng=None):
         """[name, its phrase in templates, "cat, face, smile", "grinning cat; cat, face, smile"].
 
-        With an rng one of the templates, and some of the keywords in any order.
+        With an rng one template and some of the keywords, in random order.
         """
         templates, words = self.templates, entry["keywords"]
         if rng is not None:
             templates = (rng.choice(templates),)
             words = rng.sample(words, rng.randint(min(2, len(words)), min(5, len(words))))
-        told = [template.format(entry["phrase"]) for template in templates]
-        texts = list(dict.fromkeys([entry["name"], *told]))
+        phrases = [template.format(entry["phrase"]) for template in templates]
+        texts = list(dict.fromkeys([entry["name"], *phrases]))
         if len(words) > 1:
             texts.append(", ".join(words))
         if words:
@@ -119,7 +118,7 @@ class Emoji:
         return texts
 
     def _picture(self, number):
-        """The picture as the archive has it, 64 x 64 RGBA, decoded once."""
+        """The picture of the archive, 64 x 64 RGBA, decoded once."""
         if number not in self._pictures:
             data = self._archive.read(self.entries[number]["file"])
             self._pictures[number] = Image.open(io.BytesIO(data)).convert("RGBA")
@@ -133,7 +132,8 @@ class Emoji:
         return canvas.resize((size, size), Image.Resampling.LANCZOS)
 
     def _varied(self, number, rng):
-        """Turned, scaled and moved a little, on a light ground. Never mirrored: arrows, letters."""
+        """Turned, scaled and moved a little, on a light background. A mirror image would change
+        the meaning of arrows and letters."""
         size, angle = self.image_size, rng.uniform(-0.2, 0.2)
         scale = SIDE / size * rng.uniform(0.95, 1.3)
         cos, sin = scale * math.cos(angle), scale * math.sin(angle)
@@ -143,9 +143,9 @@ class Emoji:
         picture = self._picture(number).transform(
             (size, size), Image.Transform.AFFINE, (cos, -sin, left, sin, cos, top),
             Image.Resampling.BILINEAR)
-        # The square keeps most grounds near white, the ground of the plain pictures.
-        ground = tuple(255 - int(96 * rng.random() ** 2) for _ in "rgb")
-        canvas = Image.new("RGB", (size, size), ground)
+        # The square keeps most backgrounds near white, as plain pictures have it.
+        background = tuple(255 - int(96 * rng.random() ** 2) for _ in "rgb")
+        canvas = Image.new("RGB", (size, size), background)
         canvas.paste(picture, mask=picture)
         return canvas
 
@@ -153,16 +153,14 @@ class Emoji:
 def make_splits(entries):
     """{"train", "test", "composition"}: positions in entries; sets "held_out" in each entry.
 
-    Hashed names make a queue, from which both kinds of test emoji are taken in proportion to how
-    many there are. The plain form of a toned emoji ("astronaut") is of neither kind, since its name
-    is part of theirs: it stays in train.
+    The emoji are sorted by the hashes of their names, and both kinds of test emoji are taken from
+    the front, in proportion to their numbers. The plain form of a toned emoji ("astronaut") stays
+    in train, because its name is part of the toned names.
     """
-    def place(number):
-        return hashlib.sha256(entries[number]["name"].encode()).digest()
-
-    queue = sorted(range(len(entries)), key=place)
+    queue = sorted(range(len(entries)), key=lambda number: hashlib.sha256(
+        entries[number]["name"].encode()).digest())
     toned = [i for i in queue if entries[i]["tones"]]
-    bases = Counter(entries[i]["base"] for i in toned)              # how many train still has
+    bases = Counter(entries[i]["base"] for i in toned)              # what train still has
     tones = Counter(tuple(entries[i]["tones"]) for i in toned)
     toneless = [i for i in queue if entries[i]["base"] not in bases]
     wanted = round(TEST * len(toned) / (len(toned) + len(toneless)))
@@ -177,12 +175,3 @@ def make_splits(entries):
     return {"train": [i for i in range(len(entries)) if i not in held_out],
             "test": [i for i in queue if i in held_out],
             "composition": [i for i in queue if held_out.get(i) == "combination"]}
-
-
-if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m common.data.emoji.world FOLDER")
-    try:
-        print(f"{Emoji().extract(sys.argv[1])} pictures in {sys.argv[1]}")
-    except OSError as error:
-        sys.exit(f"cannot write to {sys.argv[1]}: {error.strerror}")

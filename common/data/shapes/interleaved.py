@@ -1,209 +1,200 @@
-"""What the shapes world gives to read: interleaved samples, and texts for a language model.
+"""Pictures and texts in turn: pages, questions, few-shot episodes and clips.
 
-An interleaved sample is a list of pages, each some pictures and a text that belongs to them:
-{"images": [[frame, ...], ...], "texts": [(told, learned), ...]}: one clip or picture (a clip of one
-frame) a text, but for texts that "shown" says have none. told is what a prompt says, learned what
-is to be said: ("output:", " a red circle").
+A record of TASKS is {"turns": [{"images", "prompt", "answer"}, ...], "source": the Scene of each
+picture or frame}; the last turn's answer is the answer. Only "caption" is {"images", "texts",
+"source": Scene}. Split "test" asks in wordings that training never uses; side=None leaves the
+pictures out; dial: arguments of `sample`.
 
-A language model reads the same samples with every picture in words, so that it knows how such a
-page goes on before it ever sees one, and lists of names said again, from which it learns to recall.
-
-    sample = interleaved("episode", random.Random(0))
-    print(reading(random.Random(0)))
+    record = episode(random.Random(0), shots=4)
+    print([turn["answer"] for turn in record["turns"]])     # "wug", "dax", "dax", "wug", "dax"
 """
-import math
+from dataclasses import replace
 
-from common.prompts import ANSWER, OUTPUT
-from common.data.shapes import stories
-from common.data.shapes.scene import COLOURS, PAIRS, SHAPES, describe, listed, phrase, sample
-from common.data.shapes.questions import candidates, pick, worded
+from common.data.shapes.questions import decidable, pick, wording
+from common.data.shapes.scene import (BACKGROUNDS, COLOURS, PAIRS, SHAPES, SIZES, Item, Scene,
+                                      dialogue_turns, pictures, sample, turn)
+from common.data.shapes.words import describe, phrase, vague
 
-KINDS = ("caption", "album", "names", "question", "document", "episode", "glossary", "clip")
-# How often a language model reads each. Recall is learned all at once, late or never, and what is
-# said again word for word brings it soonest: hence the lists, and episodes in three forms.
-READ = {"list": 20, "episode": 20, "names": 5, "caption": 10, "question": 30, "document": 10,
-        "clip": 5}
-FORMS = ("phrase", "word", "bare")        # of an episode in words: what stands before a label
-ENDS = (".", ",", ";", "!", "?", "")      # of a label: recall must not hang on what follows it
-# What a list names; never colours beside shapes, which could make a pair that is held out.
-LISTED = (stories.LABELS, (*stories.LABELS, *COLOURS), (*stories.LABELS, *SHAPES))
-ASKED = ("colour", "shape", "count", "existence", "relation")
+QUESTION_KINDS = ("colour", "shape", "count", "existence", "relation")
+DOCUMENT_KINDS = ("colour", "shape", "count", "existence")
+CLIP_KINDS = ("direction", "first", "growth")
 SHOTS = (2, 4, 6, 8)                      # of an episode in training
+LABELS = ("dax", "wug", "blick", "fep", "toma", "zup", "kiv", "gorp", "mell", "sanu", "pif", "lorn")
 
 
-def interleaved(kind, /, rng, split="train", side=32, **more):
-    """A sample of one of KINDS; split "test" asks in wordings that training never uses.
-
-    {"images", "texts"} as above, "source": the Scene of each picture or clip, "answer": of the last
-    text. more: of `stories.episode` (shots, classes, shuffled), `stories.clip` (frames, kind),
-    `stories.document` (images, kind) or of `sample` (objects, pairs, ...).
-    """
-    return {"caption": caption, "album": album, "names": names, "question": question,
-            "document": document, "episode": episode, "glossary": glossary,
-            "clip": clip}[kind](rng, split, side, **more)
+def page(scenes, texts, side, **more):
+    """A record with one picture and one text a turn, and no prompts."""
+    return {"turns": [turn("", text, (scene,), side) for scene, text in zip(scenes, texts)],
+            "source": tuple(scenes), **more}
 
 
-def made(scenes, images, texts, **more):
-    """A sample from its parts; images: a list of frames for each text."""
-    return {"images": images, "texts": texts, "source": tuple(scenes), "answer": texts[-1][1][1:],
-            **more}
-
-
-def caption(rng, split, side, **dial):
+def caption(rng, split="train", side=32, **dial):
     """One picture and its caption."""
     scene = sample(rng, **dial)
-    return made([scene], [stories.pictures((scene,), side)], [(OUTPUT, f" {describe(scene, rng)}")])
+    return {"images": pictures((scene,), side), "texts": [describe(scene, rng)], "source": scene}
 
 
-def album(rng, split, side, images=None, **dial):
+def album(rng, split="train", side=32, images=None, **dial):
     """Two or three pictures, each with its caption."""
     scenes = [sample(rng, **dial) for _ in range(images or rng.randint(2, 3))]
-    return made(scenes, [stories.pictures((scene,), side) for scene in scenes],
-                [(OUTPUT, f" {describe(scene, rng)}") for scene in scenes])
+    return page(scenes, [describe(scene, rng) for scene in scenes], side)
 
 
-def names(rng, split, side, images=None, by=None):
-    """Single objects, each with the name of its colour, or each of its shape (by).
+def names(rng, split="train", side=32, images=None, by=None):
+    """Single objects, each with the name of its colour, or each with that of its shape (by).
 
-    Which of the two is told with the first picture and not to be learned: it could not be known.
-    As on a web page no prompt asks for a name; so it is with the labels of an episode.
+    The first name tells which of the two it is. Nothing before it does, so it is not learned.
     """
     by = by or rng.choice(("colour", "shape"))
     scenes = [sample(rng, 1, pairs=(rng.choice(PAIRS),))
               for _ in range(images or rng.randint(4, 8))]
-    said = [f" {getattr(scene.items[0], by)}" for scene in scenes]
-    return made(scenes, [stories.pictures((scene,), side) for scene in scenes],
-                [(said[0], ""), *(("", name) for name in said[1:])])
+    record = page(scenes, [getattr(scene.items[0], by) for scene in scenes], side)
+    record["turns"][0]["learn"] = False
+    return record
 
 
-def question(rng, split, side, asks=None, **dial):
-    """One picture and questions of several kinds, each with its answer: asks, default 1.
+def question(rng, split="train", side=32, asks=None, **dial):
+    """One picture and `asks` questions of different kinds: one to three in training, else one.
 
-    In training up to three. "shown": only the first has a picture before it; "kind": the last's.
+    "kind": that of the last question.
     """
-    asks, texts = asks or (rng.randint(1, 3) if split == "train" else 1), []
-    while not texts:
+    asks, pairs = asks or (rng.randint(1, 3) if split == "train" else 1), []
+    while not pairs:
         scene = sample(rng, **dial)
-        for kind in rng.sample(ASKED, asks):
-            option = pick(candidates(scene, kind), rng)
+        for kind in rng.sample(QUESTION_KINDS, asks):
+            option = pick(decidable(scene, kind), rng)
             if option:
-                asked = worded(option, rng, kind, split, scene)
-                texts, last = [*texts, (ANSWER.format(asked), f" {option[1]}")], kind
-    return made([scene], [stories.pictures((scene,), side)], texts, kind=last,
-                shown=[True] + [False] * (len(texts) - 1))
+                pairs.append((wording(option, rng, kind, split, scene), option[1]))
+                last = kind
+    return {"turns": dialogue_turns(pairs, scene, side), "source": (scene,), "kind": last}
 
 
-def document(rng, split, side, images=None, kind=None, **dial):
-    """Two to four pictures, each with a true text; one is a question that the others would mislead.
+def document(rng, split="train", side=32, images=None, kind=None, **dial):
+    """Two to four pictures: one with a question on it, the others with a vague true caption.
 
-    "at": the text that is the question; "answer": its answer, wherever it stands.
+    "asked": the index of the question's turn. The same question on any other picture has another
+    answer. The captions are vague because a "yes" could be read off exact ones.
     """
-    record = stories.document(rng, images=images or rng.randint(2, 4), kind=kind, split=split,
-                              side=side, **dial)
-    words = [part["text"] for part in record["segments"] if "text" in part]
-    at, texts = record["image"], []
-    for number in range(len(record["source"])):
-        if number == at:
-            texts.append((ANSWER.format(words.pop(0)), f" {words.pop(0)}"))
-        else:
-            texts.append((OUTPUT, f" {words.pop(0)}"))
-    return made(record["source"], [[p] for p in record["images"]], texts) | {
-        "answer": record["answer"], "at": at, "kind": record["kind"]}
+    images = images or rng.randint(2, 4)
+    kind = kind or rng.choice(DOCUMENT_KINDS)
+    option = None
+    while not option:
+        scene = sample(rng, **dial)
+        option = pick(decidable(scene, kind), rng)
+    form, answer, slots = option
+    asked = rng.randrange(images)
+    scenes = []
+    while len(scenes) < images:
+        other = scene if len(scenes) == asked else sample(rng, **dial)
+        if other is scene or any((f, s) == (form, slots) and a != answer
+                                 for f, a, s in decidable(other, kind)):
+            scenes.append(other)
+    record = page(scenes, map(vague, scenes), side, kind=kind, asked=asked)
+    record["turns"][asked] |= {"prompt": wording(option, rng, kind, split, scene), "answer": answer}
+    return record
 
 
-def episode(rng, split, side, shots=None, **more):
-    """Labelled pictures and one more: few-shot learning (`stories.episode`)."""
-    record = stories.episode(rng, shots=rng.choice(SHOTS) if shots is None else shots, side=side,
-                             **more)
-    labels = [part["text"] for part in record["segments"] if "text" in part]
-    return made(record["source"], [[p] for p in record["images"]],
-                [("", f" {label}") for label in labels], candidates=record["candidates"])
+def episode(rng, split="train", side=32, shots=None, classes=2, by=None, shuffled=False):
+    """Few-shot learning: labelled pictures, the shots, and one more whose label is asked.
+
+    The classes are colours or shapes (by). The labels are nonsense words, drawn anew for each
+    episode, so only the shots tell them; nothing else differs between the classes. shots: of all
+    classes together, equally many of each. shuffled: the shots' labels are permuted at random, so
+    that accuracy must fall to chance, 1 / classes. "candidates": the labels.
+    """
+    shots = rng.choice(SHOTS) if shots is None else shots
+    if shots % classes:
+        raise ValueError(f"{shots} shots cannot be shared evenly by {classes} classes")
+    by = by or rng.choice(("colour", "shape"))
+    same = rng.choice(SHAPES if by == "colour" else tuple(COLOURS))
+    pairs = rng.sample([p for p in PAIRS if same in p], classes)
+    labels = dict(zip(pairs, rng.sample(LABELS, classes)))
+    order = rng.sample(pairs * (shots // classes), shots) + [rng.choice(pairs)]
+    scenes = [sample(rng, 1, pairs=(pair,)) for pair in order]
+    texts = [labels[pair] for pair in order]
+    if shuffled:
+        texts[:-1] = rng.sample(texts[:-1], shots)
+    return page(scenes, texts, side, by=by, candidates=rng.sample(list(labels.values()), classes))
 
 
-def glossary(rng, split, side, classes=None, shots=None):
-    """An episode whose shots are in words, "circle dax", but for the last picture.
+def class_names(record):
+    """The colour or shape of each picture of an episode, whichever tells its class."""
+    return [getattr(scene.items[0], record["by"]) for scene in record["source"]]
 
-    Of two to four classes, each told once. What is told in words is not to be learned. "shown":
-    whether a text has a picture before it. Here one picture must come to mean what its class's word
-    means; among pictures alone both sides of the match would have to be learned at once.
+
+def glossary(rng, split="train", side=32, classes=None, shots=None):
+    """An episode whose shots are words, "circle dax", and whose last turn alone has a picture.
+
+    Two to four classes, each given once; the words are not learned. A model must match a picture
+    with a word here; in an episode it has to learn both sides of the match at once.
     """
     classes = classes or rng.randint(2, 4)
-    told = episode(rng, split, None, shots or classes, classes=classes)
-    *words, _ = [(f"{said}{label}", "") for said, label in labels_in_words(told, "bare")]
-    scenes = told["source"][-1:]
-    return made(scenes, [stories.pictures(scenes, side)], [*words, told["texts"][-1]],
-                candidates=told["candidates"], shown=[False] * len(words) + [True])
+    record = episode(rng, split, None, shots or classes, classes=classes)
+    *shown, last = record["turns"]
+    words = [turn("", f"{name} {t['answer']}") | {"learn": False}
+             for name, t in zip(class_names(record), shown)]
+    scenes = record["source"][-1:]
+    return record | {"turns": [*words, turn("", last["answer"], scenes, side)], "source": scenes}
 
 
-def clip(rng, split, side, **more):
-    """A clip and a question that its order decides (`stories.clip`)."""
-    record = stories.clip(rng, side=side, **more)
-    asks = record["turns"][0]["text"]
-    texts = [(ANSWER.format(asks), f" {record['answer']}")]
-    return made(record["source"], [record["images"]], texts, kind=record["kind"])
+# ------------------------------------------------------------------ clips
+
+_MOVES = {"x": ("left", "right"), "y": ("up", "down")}
 
 
-# ------------------------------------------------------------------ in words alone
-
-def in_words(kind, sample, rng):
-    """What stands before each text of a sample for its picture: its objects, named, or nothing."""
-    if kind == "clip":                    # nothing short tells a clip: its answer does
-        return [f"the answer is {sample['answer']}. "]
-    told = [f"{listed([phrase(item) for item in rng.sample(scene.items, len(scene.items))])}. "
-            for scene in sample["source"]]
-    return told + [""] * (len(sample["texts"]) - len(told))
-
-
-def paged(kind, sample, rng):
-    """A sample in words as [(what is said of a picture and its prompt, its answer), ...]."""
-    prompt = OUTPUT if kind == "names" else ""       # else a name would follow words as if of them
-    return [(f"{words}{prompt}{told}", learned) for words, (told, learned)
-            in zip(in_words(kind, sample, rng), sample["texts"])]
+def moving(rng, pairs, frames):
+    """Two objects cross the picture, each in its lane and direction; the question is on one."""
+    axis = rng.choice(tuple(_MOVES))
+    lanes, forward = rng.sample((0.25, 0.75), 2), [rng.random() < 0.5 for _ in pairs]
+    tracks = []
+    for (colour, shape), lane, ahead in zip(pairs, lanes, forward):
+        start, end = rng.uniform(0.24, 0.34), rng.uniform(0.66, 0.76)
+        steps = [start + (end - start) * t / (frames - 1) for t in range(frames)]
+        tracks.append([Item(colour, shape, "small", *((v, lane) if axis == "x" else (lane, v)))
+                       for v in steps[::1 if ahead else -1]])
+    back, forth = _MOVES[axis]
+    prompt = f"did {phrase(tracks[0][0], article='the')} move {back} or {forth}?"
+    return list(zip(*tracks)), prompt, forth if forward[0] else back
 
 
-def labels_in_words(sample, form):
-    """An episode's pictures in words, [(what is said before a label, the label), ...].
+def appearing(rng, pairs, frames):
+    """One object in the first half of the frames, another in the second half."""
+    one, other = (sample(rng, 1, pairs=(pair,)).items for pair in pairs)
+    first, second = rng.sample([pair[0] for pair in pairs], 2)
+    prompt = f"which colour did the picture show first, {first} or {second}?"
+    return [one] * (frames // 2) + [other] * (frames - frames // 2), prompt, pairs[0][0]
 
-    form: one of FORMS, "a red circle. output:", "circle output:" or "circle", where the classes
-    are shapes; where they are colours, "red".
+
+def growing(rng, pairs, frames):
+    """One object that changes its size at a random frame."""
+    before, after = rng.sample(tuple(SIZES), 2)
+    item = sample(rng, 1, pairs=pairs[:1]).items[0]
+    item = replace(item, size=before, x=0.25 + item.x / 2, y=0.25 + item.y / 2)   # room to grow
+    moment = rng.randint(1, frames - 1)
+    prompt = f"did {phrase(item, article='the')} grow or shrink?"
+    items = [(item,)] * moment + [(replace(item, size=after),)] * (frames - moment)
+    return items, prompt, "shrank" if before == "large" else "grew"
+
+
+def clip(rng, split="train", side=32, frames=8, kind=None):
+    """Frames of moving shapes and a question, of CLIP_KINDS, that only their order decides.
+
+    The same frames backwards have the other answer, so without the order the chance is 1/2.
+    "did the red circle move left or right?" -> "left". {"kind", "source": a Scene a frame}
     """
-    items = [scene.items[0] for scene in sample["source"]]
-    by = "colour" if len({item.colour for item in items}) > 1 else "shape"
-    said = {"phrase": lambda item: f"{phrase(item)}. {OUTPUT}",
-            "word": lambda item: f"{getattr(item, by)} {OUTPUT}",
-            "bare": lambda item: getattr(item, by)}[form]
-    return [(said(item), label) for item, (_, label) in zip(items, sample["texts"])]
+    if frames < 2:
+        raise ValueError(f"frames {frames} have no order; at least 2 are needed")
+    kind = kind or rng.choice(CLIP_KINDS)
+    background = rng.choice(tuple(BACKGROUNDS))
+    pairs = rng.sample(PAIRS, 2)
+    while pairs[0][0] == pairs[1][0]:
+        pairs = rng.sample(PAIRS, 2)
+    play = {"direction": moving, "first": appearing, "growth": growing}[kind]
+    items, prompt, answer = play(rng, pairs, frames)
+    scenes = tuple(Scene(tuple(own), background) for own in items)
+    images = [pictures(scenes, side)] if side else []
+    return {"turns": [turn(prompt, answer) | {"images": images}], "kind": kind, "source": scenes}
 
 
-def reading(rng):
-    """A text for a language model: a caption, a list, or a sample with its pictures in words.
-
-    reading(rng) -> "a red circle. output: dax. a red star. output: wug. a red circle. output: dax."
-    """
-    kind, = rng.choices(list(READ), weights=READ.values())
-    end = rng.choice(ENDS) if kind in ("list", "episode") else "."
-    if kind == "list":
-        words = rng.sample(rng.choice(LISTED), rng.randint(3, 8))
-        return " ".join(3 * [f"{' '.join(words)}{end}"])
-    if kind == "caption" and rng.random() < 0.5:
-        return describe(sample(rng, (1, 3)), rng)
-    told = interleaved(kind, rng, side=None)
-    parts = paged(kind, told, rng) if kind != "episode" else \
-        labels_in_words(told, rng.choice(FORMS))
-    return " ".join(f"{words}{learned}{end}" for words, learned in parts)
-
-
-def labelled(rng, form="bare"):
-    """An episode of 8 shots in words, [(text, whether a label of known odds), ...], and its nats.
-
-    The nats of the labels together: a label told before is certain, 0; that of the second class can
-    be any but the first's, ln 11. The first label of all is left out: what comes there may be a
-    list too. A label's full stop goes with it because a vocabulary cuts the two together.
-    """
-    parts, known, nats, told = [], set(), 0.0, episode(rng, "train", None, shots=8)
-    for words, label in labels_in_words(told, form):
-        if known and label not in known:
-            nats += math.log(len(stories.LABELS) - len(known))
-        parts += [(f"{' ' if parts else ''}{words}", False), (f"{label}.", bool(known))]
-        known.add(label)
-    return parts, nats
+TASKS = {f.__name__: f for f in
+         (caption, album, names, question, document, episode, glossary, clip)}

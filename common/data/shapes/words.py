@@ -1,0 +1,231 @@
+"""The language of the shapes world: sentences about a scene, and whether a sentence is true.
+
+`describe` writes a sentence. `is_true` reads a sentence into statements and checks each of them
+against the scene, so retrieval, captions and answers are scored exactly, never by string equality.
+
+    scene = sample(random.Random(0), objects=2)
+    is_true(describe(scene, random.Random(0)), scene)       # True
+"""
+import itertools
+import re
+
+from common.data.shapes.scene import COLOURS, HELD_OUT, PAIRS, SHAPES, SIZES
+
+NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
+MARGIN = 0.12                             # two centres must be further apart to have a relation
+PLURALS = {s: "crosses" if s == "cross" else s + "s" for s in (*SHAPES, "shape", "object")}
+SINGULARS = {plural: singular for singular, plural in PLURALS.items()}
+
+
+# ------------------------------------------------------------------ phrases
+
+def where(item):
+    """The item's cell of a 3 x 3 grid: "top left", "top", ..., "centre"."""
+    column = "left" if item.x < 1 / 3 else "right" if item.x > 2 / 3 else ""
+    row = "top" if item.y < 1 / 3 else "bottom" if item.y > 2 / 3 else ""
+    return f"{row} {column}".strip() or "centre"
+
+
+def at(item):
+    """The cell with its preposition: "at the top left", "in the centre"."""
+    return f"{'in' if where(item) == 'centre' else 'at'} the {where(item)}"
+
+
+def relations(a, b, margin=MARGIN):
+    """The relations that hold between two items: of left of, right of, above, below."""
+    found = []
+    if abs(a.x - b.x) > margin:
+        found.append("left of" if a.x < b.x else "right of")
+    if abs(a.y - b.y) > margin:
+        found.append("above" if a.y < b.y else "below")
+    return found
+
+
+def a_thing(*words):
+    """Words with their article: "a red circle", "an orange object", "a star"."""
+    return f"{'an' if words[0][0] in 'aeiou' else 'a'} {' '.join(words)}"
+
+
+def phrase(item, size=False, article="a"):
+    """"a red circle"; with size "a small red circle"; with article "the" or "" another article."""
+    words = f"{item.size} " * size + f"{item.colour} {item.shape}"
+    return a_thing(words) if article == "a" else f"{article} {words}".strip()
+
+
+def listed(parts):
+    """"x", "x and y", "x, y and z"."""
+    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
+
+
+def number_of_objects(n):
+    """"no objects", "one object", "two objects"."""
+    return f"{NUMBERS[n]} object{'' if n == 1 else 's'}"
+
+
+def matching(scene, size=None, colour=None, shape=None):
+    """The items of the scene that have the given attributes."""
+    return [i for i in scene.items if size in (None, i.size) and colour in (None, i.colour)
+            and shape in (None, i.shape)]
+
+
+def things(pairs):
+    """(form, phrase, attributes) of these pairs and of every colour and shape.
+
+    ("pair", "a red ring", {"colour": "red", "shape": "ring"}), ("shape", "a ring", ...), ...
+    """
+    found = [("pair", a_thing(c, s), {"colour": c, "shape": s}) for c, s in pairs]
+    found += [("colour", a_thing(c, "object"), {"colour": c}) for c in COLOURS]
+    return found + [("shape", a_thing(s), {"shape": s}) for s in SHAPES]
+
+
+def references(scene, item, hide=()):
+    """Every phrase without article that fits this item and no other one of the scene.
+
+    hide: attributes ("size", "colour", "shape") that the phrase must not contain.
+    references(scene, circle, hide=("colour",)) -> ["circle", "small circle", "object at the top"]
+    """
+    found = []
+    allowed = [a for a in ("size", "colour", "shape") if a not in hide]
+    for n in range(len(allowed) + 1):
+        for names in itertools.combinations(allowed, n):
+            given = {name: getattr(item, name) for name in names}
+            if len(matching(scene, **given)) == 1:
+                found.append(" ".join({**given, "shape": given.get("shape", "object")}.values()))
+    cell = where(item)
+    if sum(cell == where(i) or cell in where(i).split() for i in scene.items) == 1:
+        found.append(f"object {at(item)}")
+    return found
+
+
+def pairs_of(scene):
+    """The (colour, shape) of every item, as a set."""
+    return {(i.colour, i.shape) for i in scene.items}
+
+
+def nameable(scene):
+    """The pairs that a text on the scene may name: held-out ones only where it shows one."""
+    return PAIRS if pairs_of(scene) <= set(PAIRS) else PAIRS + tuple(sorted(HELD_OUT))
+
+
+def names_held_out(text):
+    """Whether the text names a held-out pair: names_held_out("two red stars") -> True."""
+    words = [SINGULARS.get(word, word) for word in re.findall(r"\w+", text.lower())]
+    return any(pair in HELD_OUT for pair in zip(words, words[1:]))
+
+
+# ------------------------------------------------------------------ sentences
+
+OPENINGS = ("", "", "", "a picture of ", "a photo of ", "there is ", "an image with ")
+
+
+def describe(scene, rng, length=None):
+    """One true sentence that names every item by colour and shape.
+
+    length: "short" names the items; "long" adds sizes, places or a relation, and sometimes the
+    background; "full" gives each item's size and place, and the background. None: short or long.
+    """
+    length = length or rng.choice(("short", "short", "long"))
+    items = list(scene.items)
+    rng.shuffle(items)
+    opening = rng.choice(OPENINGS)
+    detail = rng.choice(("size", "place", "relation")) if length == "long" else length
+    held = relations(*items) if len(items) == 2 and detail == "relation" else []
+    names = [phrase(item, size=detail in ("size", "full")) for item in items]
+    if detail in ("place", "full"):
+        names = [f"{name} {at(item)}" for name, item in zip(names, items)]
+    text = f"{names[0]} {rng.choice(held)} {names[1]}" if held else listed(names)
+    if length == "full" or detail in ("size", "relation") and rng.random() < 0.3:
+        text += f" on a {scene.background} background"
+    return opening + text
+
+
+def vague(scene):
+    """A caption that names no item: "two objects on a white background"."""
+    return f"{number_of_objects(len(scene.items))} on a {scene.background} background"
+
+
+# ------------------------------------------------------------------ truth
+
+_OPENING = re.compile(r"^(?:(?:a|an|the) (?:\w+ )?(?:photo|picture|image|drawing|painting) "
+                      r"(?:of|with)|there (?:is|are)|this is|it shows|we see|i see) ")
+_BACKGROUND = re.compile(r" on (?:a|the) (\w+) background$")
+_RELATION = re.compile(r"^(.+?) (?:is |are )?(?:to the )?(left of|right of|above|below) (.+)$")
+_PLACE = re.compile(r" (?:is )?(?:at|in|on) the "
+                    r"(?:(top|bottom)(?: (left|right))?|(left|right)|(centre))$")
+_GENERIC = {"shape", "object", "thing"}
+
+
+def parse_phrase(text):
+    """"two small red circles" -> (2, "small", "red", "circle"); what is not given is None.
+
+    The count is None for "a", "an", "the". Returns None when the text is not such a phrase.
+    """
+    words = text.split()
+    count = None
+    if words and words[0] in ("a", "an", "the"):
+        words = words[1:]
+    elif words and words[0] in NUMBERS:
+        count, words = NUMBERS.index(words[0]), words[1:]
+    size = words.pop(0) if words and words[0] in SIZES else None
+    colour = words.pop(0) if words and words[0] in COLOURS else None
+    if len(words) != 1:
+        return None
+    noun = SINGULARS.get(words[0], words[0])
+    if noun not in SHAPES and noun not in _GENERIC:
+        return None
+    return count, size, colour, None if noun in _GENERIC else noun
+
+
+def statements(text):
+    """A sentence as a list of statements, or None when it is not of the world's language.
+
+    A statement is ("background", name), ("exists", phrase, place or None) or
+    ("relation", phrase, relation, phrase), with phrases as `parse_phrase` returns them.
+    """
+    text = " ".join(re.sub(r"[.!?]", " ", text.lower()).replace(",", " , ").split())
+    text = _OPENING.sub("", text)
+    found = []
+    background = _BACKGROUND.search(text)
+    if background:
+        found.append(("background", background[1]))
+        text = text[:background.start()]
+    related = _RELATION.match(text)
+    if related and "," not in text and " and " not in text:
+        one, other = parse_phrase(related[1]), parse_phrase(related[3])
+        # A relation joins two single objects: "no circle" and "two circles" do not fit it.
+        if not one or not other or one[0] is not None or other[0] is not None:
+            return None
+        return found + [("relation", one, related[2], other)]
+    for part in re.split(r" , and | , | and ", text):
+        place = _PLACE.search(part)
+        named = parse_phrase(part[:place.start()] if place else part)
+        if named is None:
+            return None
+        found.append(("exists", named, " ".join(filter(None, place.groups())) if place else None))
+    return found
+
+
+def holds(statement, scene):
+    """Whether one statement of `statements` is true of the scene."""
+    if statement[0] == "background":
+        return statement[1] == scene.background
+    if statement[0] == "relation":
+        _, one, relation, other = statement
+        return any(relation in relations(a, b) for a in matching(scene, *one[1:])
+                   for b in matching(scene, *other[1:]) if a is not b)
+    _, (count, *attributes), place = statement
+    fitting = [i for i in matching(scene, *attributes)
+               if place is None or place == where(i) or place in where(i).split()]
+    return bool(fitting) if count is None else len(fitting) == count
+
+
+def is_true(text, scene):
+    """Whether the text reads as statements and each of them is true of the scene."""
+    found = statements(text)
+    return bool(found) and all(holds(s, scene) for s in found)
+
+
+def names_an_object(text):
+    """Whether a statement names an object by colour and shape ("no red star" does not)."""
+    phrases = [p for s in statements(text) or [] for p in s[1:] if isinstance(p, tuple)]
+    return any(count != 0 and colour and shape for count, _, colour, shape in phrases)
