@@ -63,15 +63,100 @@ def attend(q, k, v, mask=None, bias=None, scale=None):
     return fused_attention(q, k, v, mask, bias, scale)
 
 
+# ------------------------------------------------------------------ positions
+
+class LearnedPositions(nn.Module):
+    """One learned vector a position. offset: OPT's tables start at row 2.
+
+    Raises ValueError past the end of the table.
+    """
+
+    def __init__(self, *, count, width, offset=0):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(count + offset, width).normal_(std=0.02))
+        self.offset = offset
+
+    def forward(self, positions):
+        """positions int64, any shape (...) -> (..., D)."""
+        return F.embedding(positions + self.offset, self.weight)
+
+    def span(self, past, T):
+        """Rows past .. past + T - 1, (T, D): the positions of an unpadded text."""
+        count = self.weight.shape[0] - self.offset
+        if past + T > count:
+            raise ValueError(f"{past + T} positions, but the context is {count}")
+        return self.weight[self.offset + past:self.offset + past + T]
+
+
+def rope_table(positions, head_width, theta=10000.0):
+    """cos and sin of every position's angles (RoFormer, 3.2), for the two functions below.
+
+    positions int64 (T,) or (B, T) -> two float32 tensors (T, K) or (B, 1, T, K): cos | cos and
+    -sin | sin. float32 also under bf16: at position 4,000 a bf16 angle is off by several radians.
+    """
+    steps = torch.arange(0, head_width, 2, device=positions.device, dtype=torch.float32)
+    angles = positions[..., None].float() * theta ** (-steps / head_width)
+    angles = angles if positions.dim() == 1 else angles[:, None]
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+
+
+def rope_half(x, rope):
+    """Turn the pairs (i, i + K/2) of x (B, H, T, K): the layout of Hugging Face's LLaMA."""
+    cos, sin = rope
+    partner = to_float32(x).roll(x.shape[-1] // 2, dims=-1)
+    return (to_float32(x) * cos + partner * sin).to(x.dtype)
+
+
+def rope_interleaved(x, rope):
+    """Turn the pairs (2i, 2i + 1) of x (B, H, T, K): the layout of Meta's LLaMA."""
+    (cos, _), (_, sin) = (half.chunk(2, dim=-1) for half in rope)
+    a, b = to_float32(x)[..., 0::2], to_float32(x)[..., 1::2]
+    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).to(x.dtype)
+
+
+class RelativeBias(nn.Module):
+    """T5's relative position bias: one learned number a head for each bucket of distances.
+
+    bidirectional: encoders tell past from future; decoders put the whole future in one bucket.
+    """
+
+    def __init__(self, *, heads, buckets=32, max_distance=128, bidirectional=True):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(buckets, heads).normal_(std=0.02))
+        self.buckets, self.max_distance, self.bidirectional = buckets, max_distance, bidirectional
+
+    def bucket(self, distance):
+        """distance int64 = key position - query position -> bucket ids of the same shape."""
+        buckets, side = self.buckets, torch.zeros_like(distance)
+        if self.bidirectional:
+            buckets //= 2
+            side, distance = (distance > 0) * buckets, distance.abs()
+        else:
+            distance = (-distance).clamp(min=0)
+        exact = buckets // 2             # half are one distance each, the others grow in log
+        far = exact + (torch.log(distance.clamp(min=1).float() / exact)
+                       / math.log(self.max_distance / exact) * (buckets - exact)).long()
+        return side + torch.where(distance < exact, distance, far.clamp(max=buckets - 1))
+
+    def forward(self, T, S):
+        """Bias (1, H, T, S) of T queries that end where the S keys end."""
+        positions = torch.arange(S, device=self.weight.device)
+        distance = positions[None, :] - positions[S - T:, None]       # (T, S)
+        return self.weight[self.bucket(distance)].permute(2, 0, 1)[None]
+
+
+# ------------------------------------------------------------------ multi-head attention
+
 class Attention(nn.Module):
     """Multi-head attention: self, cross (context given) or with grouped queries (kv_heads < heads).
 
     heads must divide width unless head_width is given; kv_heads must divide heads, else ValueError.
-    context_width: width of what cross-attention reads. rope: how a table turns q and k.
+    context_width: width of the context. apply_rope: rope_half or rope_interleaved.
     """
 
     def __init__(self, *, width, heads, kv_heads=None, head_width=None, context_width=None,
-                 bias=True, scale=None, rope=None):
+                 bias=True, scale=None, apply_rope=rope_half):
         super().__init__()
         kv_heads = kv_heads or heads
         if head_width is None and width % heads:
@@ -80,7 +165,7 @@ class Attention(nn.Module):
             raise ValueError(f"{heads} heads do not divide into {kv_heads} key-value heads")
         self.heads, self.kv_heads, self.scale = heads, kv_heads, scale
         self.head_width = head_width or width // heads
-        self.rope = rope or rope_half
+        self.apply_rope = apply_rope
         inner, outer = heads * self.head_width, kv_heads * self.head_width
         self.q_proj = nn.Linear(width, inner, bias=bias)
         self.k_proj = nn.Linear(context_width or width, outer, bias=bias)
@@ -92,22 +177,22 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         return x.view(B, T, heads, self.head_width).transpose(1, 2)
 
-    def keys_values(self, x, table):
+    def keys_values(self, x, rope):
         """x (B, S, D) -> k, v, each (B, kv_heads, S, K), k turned by its positions."""
         k, v = self.split(self.k_proj(x), self.kv_heads), self.split(self.v_proj(x), self.kv_heads)
-        return (k if table is None else self.rope(k, table)), v
+        return (k if rope is None else self.apply_rope(k, rope)), v
 
-    def forward(self, x, context=None, *, mask=None, bias=None, table=None, cache=None):
+    def forward(self, x, context=None, *, mask=None, bias=None, rope=None, cache=None):
         """x (B, T, D), context (B, S, C) or None for self-attention -> (B, T, D).
 
-        mask bool, bias float: broadcastable to (B, H, T, S). table: (cos, sin) of `rope_table` for
+        mask bool, bias float: broadcastable to (B, H, T, S). rope: (cos, sin) of `rope_table` for
         the T positions. cache: KVCache; S then counts the cached keys too.
         """
         B, T, _ = x.shape
         q = self.split(self.q_proj(x), self.heads)                    # (B, H, T, K)
-        q = q if table is None else self.rope(q, table)
+        q = q if rope is None else self.apply_rope(q, rope)
         if context is None:
-            k, v = self.keys_values(x, table)
+            k, v = self.keys_values(x, rope)
             # Turned before it is stored: a cached key keeps the position it was written at.
             k, v = (k, v) if cache is None else cache.append(self, k, v)
         elif cache is None:
@@ -208,127 +293,44 @@ class GatedMLP(nn.Module):
         return self.down_proj(self.act(self.gate_proj(x)) * self.up_proj(x))
 
 
-# ------------------------------------------------------------------ positions
-
-class LearnedPositions(nn.Module):
-    """One learned vector a position. offset: OPT's tables start at row 2.
-
-    Raises ValueError past the end of the table.
-    """
-
-    def __init__(self, *, count, width, offset=0):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(count + offset, width).normal_(std=0.02))
-        self.offset = offset
-
-    def forward(self, positions):
-        """positions int64, any shape (...) -> (..., D)."""
-        return F.embedding(positions + self.offset, self.weight)
-
-    def first(self, T, past=0):
-        """Rows past .. past + T - 1, (T, D): the positions of an unpadded text."""
-        count = self.weight.shape[0] - self.offset
-        if past + T > count:
-            raise ValueError(f"{past + T} positions, but the context is {count}")
-        return self.weight[self.offset + past:self.offset + past + T]
-
-
-def rope_table(positions, head_width, theta=10000.0):
-    """cos and sin of every position's angles (RoFormer, 3.2), for the two functions below.
-
-    positions int64 (T,) or (B, T) -> two float32 tensors (T, K) or (B, 1, T, K): cos | cos and
-    -sin | sin. float32 also under bf16: at position 4,000 a bf16 angle is off by several radians.
-    """
-    steps = torch.arange(0, head_width, 2, device=positions.device, dtype=torch.float32)
-    angles = positions[..., None].float() * theta ** (-steps / head_width)
-    angles = angles if positions.dim() == 1 else angles[:, None]
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
-
-
-def rope_half(x, table):
-    """Turn the pairs (i, i + K/2) of x (B, H, T, K): the layout of Hugging Face's LLaMA."""
-    cos, sin = table
-    partner = to_float32(x).roll(x.shape[-1] // 2, dims=-1)
-    return (to_float32(x) * cos + partner * sin).to(x.dtype)
-
-
-def rope_interleaved(x, table):
-    """Turn the pairs (2i, 2i + 1) of x (B, H, T, K): the layout of Meta's LLaMA."""
-    (cos, _), (_, sin) = (half.chunk(2, dim=-1) for half in table)
-    a, b = to_float32(x)[..., 0::2], to_float32(x)[..., 1::2]
-    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).to(x.dtype)
-
-
-class RelativeBias(nn.Module):
-    """T5's relative position bias: one learned number a head for each bucket of distances.
-
-    bidirectional: encoders tell past from future; decoders put the whole future in one bucket.
-    """
-
-    def __init__(self, *, heads, buckets=32, max_distance=128, bidirectional=True):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(buckets, heads).normal_(std=0.02))
-        self.buckets, self.max_distance, self.bidirectional = buckets, max_distance, bidirectional
-
-    def bucket(self, distance):
-        """distance int64 = key position - query position -> bucket ids of the same shape."""
-        buckets, side = self.buckets, torch.zeros_like(distance)
-        if self.bidirectional:
-            buckets //= 2
-            side, distance = (distance > 0) * buckets, distance.abs()
-        else:
-            distance = (-distance).clamp(min=0)
-        exact = buckets // 2             # half are one distance each, the others grow in log
-        far = exact + (torch.log(distance.clamp(min=1).float() / exact)
-                       / math.log(self.max_distance / exact) * (buckets - exact)).long()
-        return side + torch.where(distance < exact, distance, far.clamp(max=buckets - 1))
-
-    def forward(self, T, S):
-        """Bias (1, H, T, S) of T queries that end where the S keys end."""
-        positions = torch.arange(S, device=self.weight.device)
-        distance = positions[None, :] - positions[S - T:, None]       # (T, S)
-        return self.weight[self.bucket(distance)].permute(2, 0, 1)[None]
-
-
 # ------------------------------------------------------------------ block and stack
 
 class Block(nn.Module):
     """Attention, optional cross-attention, MLP, each with a norm and a residual.
 
-    norm: a function without arguments that makes a norm layer. post_norm: norm(x + f(x)) as in BERT
-    instead of x + f(norm(x)) as in everything since.
+    norm: a function without arguments that makes a norm layer. norm_first: x + f(norm(x)); False:
+    norm(x + f(x)), as in BERT.
     """
 
-    def __init__(self, attn, mlp, norm, cross=None, post_norm=False):
+    def __init__(self, attn, mlp, norm, cross=None, norm_first=True):
         super().__init__()
-        self.attn, self.cross, self.mlp, self.post_norm = attn, cross, mlp, post_norm
+        self.attn, self.cross, self.mlp, self.norm_first = attn, cross, mlp, norm_first
         self.attn_norm, self.mlp_norm = norm(), norm()
         self.cross_norm = norm() if cross is not None else None
 
     def add(self, x, norm, sublayer):
         """The one residual rule."""
-        return norm(x + sublayer(x)) if self.post_norm else x + sublayer(norm(x))
+        return x + sublayer(norm(x)) if self.norm_first else norm(x + sublayer(x))
 
-    def forward(self, x, context=None, *, mask=None, context_mask=None, bias=None, table=None,
+    def forward(self, x, context=None, *, mask=None, context_mask=None, bias=None, rope=None,
                 cache=None):
         """x (B, T, D) -> (B, T, D); context (B, S, C) and context_mask go to cross-attention."""
         x = self.add(x, self.attn_norm,
-                     lambda h: self.attn(h, mask=mask, bias=bias, table=table, cache=cache))
+                     lambda h: self.attn(h, mask=mask, bias=bias, rope=rope, cache=cache))
         if self.cross is not None and context is not None:
             x = self.add(x, self.cross_norm,
                          lambda h: self.cross(h, context, mask=context_mask, cache=cache))
         return self.add(x, self.mlp_norm, self.mlp)
 
-    def read(self, x, rows, mask=None):
+    def forward_at(self, x, index, mask=None):
         """What `forward` gives at one position of each text or picture, without the rest.
 
-        x (B, T, D), rows int64 (B,), mask bool (T, T) -> (B, D). Only keys and values are needed
+        x (B, T, D), index int64 (B,), mask bool (T, T) -> (B, D). Only keys and values are needed
         of the other positions: a sixth of the block's work.
         """
-        own = x[torch.arange(len(x), device=x.device), rows][:, None]         # (B, 1, D)
-        seen = None if mask is None else mask[rows][:, None, None]            # (B, 1, 1, T)
-        whole = x if self.post_norm else self.attn_norm(x)
+        own = x[torch.arange(len(x), device=x.device), index][:, None]         # (B, 1, D)
+        seen = None if mask is None else mask[index][:, None, None]            # (B, 1, 1, T)
+        whole = self.attn_norm(x) if self.norm_first else x
         own = self.add(own, self.attn_norm, lambda h: self.attn(h, whole, mask=seen))
         return self.add(own, self.mlp_norm, self.mlp)[:, 0]
 
@@ -346,12 +348,12 @@ class Transformer(nn.Module):
             x = block(x, context, **arguments)
         return x if self.norm is None else self.norm(x)
 
-    def read(self, x, rows, mask=None):
-        """`forward` at one position of each row, x (B, T, D) -> (B, D); see `Block.read`."""
+    def forward_at(self, x, index, mask=None):
+        """`forward` at one position of each row, x (B, T, D) -> (B, D); see `Block.forward_at`."""
         *first, last = self.blocks
         for block in first:
             x = block(x, mask=mask)
-        x = last.read(x, rows, mask)
+        x = last.forward_at(x, index, mask)
         return x if self.norm is None else self.norm(x)
 
 
@@ -377,7 +379,7 @@ def bert_block(*, width, heads, hidden=None, context_width=None, eps=1e-12):
     """BERT's post-norm block, with cross-attention when context_width is given."""
     cross = context_width and Attention(width=width, heads=heads, context_width=context_width)
     return Block(Attention(width=width, heads=heads), MLP(width=width, hidden=hidden),
-                 partial(LayerNorm, width, eps), cross or None, post_norm=True)
+                 partial(LayerNorm, width, eps), cross or None, norm_first=False)
 
 
 def t5_block(*, width, heads, head_width, mlp, decoder=False, eps=1e-6):

@@ -234,11 +234,11 @@ class TestPositions:
     def test_learned_positions_with_an_offset_start_at_that_row(self):
         table = LearnedPositions(count=5, width=3, offset=2)
         assert torch.equal(table(torch.tensor([[0, 4]])), table.weight[None, [2, 6]])
-        assert torch.equal(table.first(2, past=1), table.weight[3:5])
+        assert torch.equal(table.span(1, 2), table.weight[3:5])
 
     def test_past_the_end_of_the_table_is_told(self):
         with pytest.raises(ValueError, match="6 positions, but the context is 5"):
-            LearnedPositions(count=5, width=3, offset=2).first(4, past=2)
+            LearnedPositions(count=5, width=3, offset=2).span(2, 4)
 
     def test_rope_turns_the_pair_i_by_its_angle(self):
         x = torch.randn(1, 1, 4, 6)
@@ -260,7 +260,7 @@ class TestPositions:
 
     def test_attention_with_rope_sees_relative_positions_alone(self):
         layer, x = randomise(Attention(width=12, heads=2).double()), torch.randn(B, T, 12).double()
-        near, far = (layer(x, mask=causal(T), table=rope_table(torch.arange(T) + start, 6))
+        near, far = (layer(x, mask=causal(T), rope=rope_table(torch.arange(T) + start, 6))
                      for start in (0, 31))
         torch.testing.assert_close(near, far, atol=1e-5, rtol=1e-5)   # the angles are float32
         assert not torch.allclose(near, layer(x, mask=causal(T)))
@@ -268,9 +268,9 @@ class TestPositions:
     def test_positions_of_each_row_give_a_table_of_each_row(self):
         layer, x = randomise(Attention(width=12, heads=2)), torch.randn(B, T, 12)
         positions = torch.stack([torch.arange(T), 2 * torch.arange(T)])
-        both = layer(x, table=rope_table(positions, 6))
+        both = layer(x, rope=rope_table(positions, 6))
         for b in range(B):
-            torch.testing.assert_close(both[b], layer(x[b:b + 1], table=rope_table(positions[b], 6))[0])
+            torch.testing.assert_close(both[b], layer(x[b:b + 1], rope=rope_table(positions[b], 6))[0])
 
     def test_angles_keep_float32_at_far_positions(self):
         cos, _ = rope_table(torch.tensor([4096]), 8)
@@ -294,7 +294,7 @@ def step_by_step(block, x, chunks, **arguments):
     for size in chunks:
         part, past = x[:, start:start + size], start
         table = rope_table(torch.arange(past, past + size), block.attn.head_width)
-        outs.append(block(part, mask=causal(size, past), table=table, cache=cache, **arguments))
+        outs.append(block(part, mask=causal(size, past), rope=table, cache=cache, **arguments))
         start += size
         assert cache.length == start
     return torch.cat(outs, dim=1), cache
@@ -305,14 +305,14 @@ class TestCache:
     def test_every_chunking_equals_one_full_forward(self, chunks):
         block = randomise(llama_block(width=12, heads=6, kv_heads=2, hidden=17).double())
         x = torch.randn(B, 7, 12).double()
-        full = block(x, mask=causal(7), table=rope_table(torch.arange(7), 2))
+        full = block(x, mask=causal(7), rope=rope_table(torch.arange(7), 2))
         torch.testing.assert_close(step_by_step(block, x, chunks)[0], full)
 
     def test_cross_attention_is_filled_once(self):
         cross = Attention(width=12, heads=3, context_width=5)
         block = randomise(Block(Attention(width=12, heads=3), MLP(width=12), partial(LayerNorm, 12), cross))
         x, context = torch.randn(B, 7, 12), torch.randn(B, S, 5)
-        full = block(x, context, mask=causal(7), table=rope_table(torch.arange(7), 4))
+        full = block(x, context, mask=causal(7), rope=rope_table(torch.arange(7), 4))
         cached, cache = step_by_step(block, x, [3, 1, 3], context=context)
         torch.testing.assert_close(cached, full)
         assert cache.entries[cross][0].shape[2] == S
@@ -324,8 +324,8 @@ class TestCache:
         padded = torch.cat([torch.randn(1, 3, 12).double(), x], dim=1)
         real = torch.tensor([[False] * 3 + [True] * 4])
         positions = (real.cumsum(1) - 1).clamp(min=0)
-        want = block(x, mask=causal(4), table=rope_table(torch.arange(4), 4))
-        got = block(padded, mask=causal(7) & padding(real), table=rope_table(positions, 4))
+        want = block(x, mask=causal(4), rope=rope_table(torch.arange(4), 4))
+        got = block(padded, mask=causal(7) & padding(real), rope=rope_table(positions, 4))
         torch.testing.assert_close(got[:, 3:], want)
         assert got.isfinite().all()
 
@@ -371,7 +371,7 @@ class TestBlocks:
         blocks = [randomise(make(width=12, heads=3, hidden=17).double()) for _ in range(2)]
         stack = transformer.Transformer(blocks, randomise(LayerNorm(12).double()))
         x, rows = torch.randn(B, T, 12).double(), torch.tensor([1, T - 2])
-        torch.testing.assert_close(stack.read(x, rows, mask), stack(x, mask=mask)[range(B), rows])
+        torch.testing.assert_close(stack.forward_at(x, rows, mask), stack(x, mask=mask)[range(B), rows])
 
     def test_a_decoder_block_equals_torch(self):
         block = randomise(Block(Attention(width=12, heads=3), MLP(width=12, hidden=17, act=F.relu),

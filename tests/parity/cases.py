@@ -78,7 +78,7 @@ class ClipCase:
             ids[row, end], ids[row, end + 1:] = 31, 0
         out = model(input_ids=ids, pixel_values=images, return_loss=True)
         names = {"logit_scale": "logit_scale",
-                 "vision_model.embeddings.class_embedding": "vision.cls",
+                 "vision_model.embeddings.class_embedding": "vision.cls_token",
                  "vision_model.embeddings.patch_embedding": "vision.patch_embed",
                  "vision_model.embeddings.position_embedding.weight": "vision.pos_embed",
                  "vision_model.pre_layrnorm": "vision.ln_pre",
@@ -184,7 +184,7 @@ class LlamaCase(BlockCase):
 
     def ours(self, weights, inputs):
         block = load(llama_block(width=24, heads=4, kv_heads=2, hidden=37), weights)
-        return self.run(block, inputs, table=rope_table(torch.arange(11, 11 + T), 6))
+        return self.run(block, inputs, rope=rope_table(torch.arange(11, 11 + T), 6))
 
 
 class BertCase(BlockCase):
@@ -269,7 +269,6 @@ class LanguageCase:
     searches = {"greedy": {}, "shorter": {"num_beams": 3, "length_penalty": 0.7},
                 "beams": {"num_beams": 3}, "longer": {"num_beams": 3, "length_penalty": 1.3},
                 "first": {"num_beams": 3, "early_stopping": True},
-                "never": {"num_beams": 3, "early_stopping": "never"},
                 "unlike": {"repetition_penalty": 1.3}}
     stop = [2, 5, 11, 13]                # so many that some rows end early
 
