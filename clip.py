@@ -130,13 +130,13 @@ class TextTower(nn.Module):
             raise ValueError(f"a text without the end-of-text id {self.eos_id}")
         x = self.token_embed(ids) + self.pos_embed[:T]
         first = ends.int().argmax(dim=1)         # argmax of 0/1 is the first 1
-        return self.transformer.read(x, first, causal(T, device=ids.device))
+        return self.transformer.forward_at(x, first, causal(T, device=ids.device))
 
 
 def image_tower(c):
     """The picture's tower, a ViT or a ResNet, as the config says.
 
-    Of either CLIP reads `features(images)`; a ResNet's are in the joint space already.
+    Of either CLIP reads `pooled(images)`; a ResNet's are in the joint space already.
     """
     if c.stages:
         return ModifiedResNet(image_size=c.image_size, stages=c.stages, width=c.vision_width,
@@ -226,7 +226,7 @@ class CLIP(nn.Module):
 
         A ViT's class token before the projection (paper, A.3), what a ResNet's pool returns.
         """
-        return self.vision.features(images)
+        return self.vision.pooled(images)
 
     def encode_text(self, ids):
         """ids int64 (B, T) -> unit vectors (B, E), float32 or wider."""

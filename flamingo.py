@@ -261,7 +261,7 @@ class Flamingo(nn.Module):
         learns = any(p.requires_grad for p in self.vision.parameters())
         with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
             x = normalize_pixels(images.flatten(0, 2))
-            tokens = self.vision.hidden if self.config.class_token else self.vision.grid
+            tokens = self.vision.hidden if self.config.class_token else self.vision.patches
             x = tokens(x, self.config.skip)                           # (B*N*F, S, D)
         return self.resampler(x.unflatten(0, images.shape[:3]))
 
@@ -452,7 +452,7 @@ class Pupil:
         Compared are the frozen tower's features of a picture in one vector, of a clip their mean.
         """
         query, *support = (
-            self.model.vision.features(normalize_pixels(self.pages.images([{"images": [own]}])[0, 0].to(
+            self.model.vision.pooled(normalize_pixels(self.pages.images([{"images": [own]}])[0, 0].to(
                 self.device))).mean(dim=0) for own in [frames, *(shot[0] for shot in shots)])
         return [shots[i] for i in rices(query, torch.stack(support), count).tolist()]
 

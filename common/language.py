@@ -216,7 +216,7 @@ class LanguageModel(nn.Module):
         x: float (B, T, D), the newest T tokens. mask: bool (B, S), True at the real ones of all
         tokens, those in the cache included; None when there is no padding. Positions count real
         tokens, so padding on either side changes nothing. Returns (B, T, D) and the dict of
-        mask, table and cache. Raises ValueError for more tokens than the context.
+        mask, rope and cache. Raises ValueError for more tokens than the context.
         """
         T, past = x.shape[1], 0 if cache is None else cache.length
         if mask is not None and mask.dtype != torch.bool:
@@ -236,13 +236,13 @@ class LanguageModel(nn.Module):
         if mask is not None:
             seen = padding(mask) if seen is None else seen & padding(mask)
         if self.pos_embed is not None:
-            own = self.pos_embed.first(T, past) if mask is None else self.pos_embed(positions)
-            return x + own, {"mask": seen, "table": None, "cache": cache}
+            own = self.pos_embed.span(past, T) if mask is None else self.pos_embed(positions)
+            return x + own, {"mask": seen, "rope": None, "cache": cache}
         c, count = self.config, 1 << max(8, (past + T - 1).bit_length())      # 256, 512, ...
-        table = cached_rope_table(count, c.width // c.heads, c.theta, c.stretch, x.device)
-        table = [values[positions] if mask is None else values[positions][:, None]
-                 for values in table]
-        return x, {"mask": seen, "table": table, "cache": cache}
+        rope = cached_rope_table(count, c.width // c.heads, c.theta, c.stretch, x.device)
+        rope = [values[positions] if mask is None else values[positions][:, None]
+                 for values in rope]
+        return x, {"mask": seen, "rope": rope, "cache": cache}
 
     def head(self, x):
         """The last block's output (B, T, D) -> logits (B, T, V)."""
