@@ -355,7 +355,7 @@ class TestGates:
 class Still(nn.Module):
     """A frozen block that leaves everything as it is."""
 
-    def forward(self, x, mask, table, cache):
+    def forward(self, x, mask, rope, cache):
         if cache is not None:            # its length is what the language model knows of the past
             cache.append(self, x[:, None, :, :1], x[:, None, :, :1])
         return x
