@@ -10,18 +10,15 @@ class Beams:
     A finished text scores its log-probability / length ** length_penalty, the length being its new
     tokens, the end included: above 0 long texts gain, below 0 short ones. early_stopping: True
     ends a row as soon as K texts are finished; False when its best beginning, scored at its present
-    length, is worse than all of them; "never" scores it at the best length it may still reach. At
-    the last token every beginning counts as finished. These are the rules of transformers.
+    length, is worse than all of them. At the last token every beginning counts as finished. These are the rules of transformers.
     """
 
-    def __init__(self, writing, K, max_new_tokens, stop, pad_id, length_penalty, early_stopping):
-        if early_stopping not in (True, False, "never"):
-            raise ValueError(f"early_stopping={early_stopping}: True, False or 'never'")
-        B, device = len(writing.logits), writing.logits.device
-        self.writing, self.K, self.max_new_tokens, self.stop = writing, K, max_new_tokens, stop
+    def __init__(self, decoding, K, max_new_tokens, stop, pad_id, length_penalty, early_stopping):
+        B, device = len(decoding.logits), decoding.logits.device
+        self.decoding, self.K, self.max_new_tokens, self.stop = decoding, K, max_new_tokens, stop
         self.length_penalty, self.early_stopping = length_penalty, early_stopping
-        writing.repeat(K)
-        self.prompt = writing.length     # up to here the beams of a row are alike
+        decoding.repeat(K)
+        self.prompt = decoding.length     # up to here the beams of a row are alike
         self.ids = torch.full((B, K, max_new_tokens), pad_id, device=device)     # the beginnings
         # All beams begin alike: only the first may be continued, else each text comes K times.
         self.scores = torch.full((B, K), -torch.inf, device=device)
@@ -30,18 +27,18 @@ class Beams:
         self.lengths = torch.zeros(B, K, dtype=torch.int64, device=device)
         self.closed = torch.zeros(B, 1, dtype=torch.bool, device=device)
 
-    def search(self, seen=None, repetition_penalty=1.0):
-        """The best text of each row, int64 (B, N); seen: bool (B, V), for the penalty."""
-        seen = None if seen is None else seen.repeat_interleave(self.K, dim=0)
+    def search(self, token_seen=None, repetition_penalty=1.0):
+        """The best text of each row, int64 (B, N); token_seen: bool (B, V), for the penalty."""
+        token_seen = None if token_seen is None else token_seen.repeat_interleave(self.K, dim=0)
         for n in range(self.max_new_tokens):
-            logs = self.writing.logits.log_softmax(dim=-1)            # (B * K, V)
-            logs = penalize(logs, seen, repetition_penalty)
+            logs = self.decoding.logits.log_softmax(dim=-1)            # (B * K, V)
+            logs = penalize(logs, token_seen, repetition_penalty)
             rows, token = self.step(logs.unflatten(0, (-1, self.K)), n)
             if n + 1 == self.max_new_tokens or bool(self.closed.all()):
                 break
-            self.writing.cache.exchange(rows, self.prompt)
-            seen = None if seen is None else seen[rows].scatter(1, token, True)
-            self.writing.read(token)
+            self.decoding.cache.reorder(rows, self.prompt)
+            token_seen = None if token_seen is None else token_seen[rows].scatter(1, token, True)
+            self.decoding.feed(token)
         return self.texts[:, 0, :int(self.lengths[:, 0].max())]
 
     def step(self, logs, n):
@@ -76,9 +73,7 @@ class Beams:
 
     def close(self, length):
         """Close the rows whose beginnings can no longer better their K finished texts."""
-        longest = self.max_new_tokens if self.early_stopping == "never" and self.length_penalty > 0 \
-            else length
-        hope = self.scores[:, :1] / longest ** self.length_penalty
+        hope = self.scores[:, :1] / length ** self.length_penalty
         worst = self.finished.min(dim=1, keepdim=True).values         # -inf until K are finished
         self.closed |= (hope <= worst) & worst.isfinite()
         if self.early_stopping is True:

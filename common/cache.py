@@ -2,20 +2,20 @@
 import torch
 
 
-def extended(past, new, room):
-    """past (B, H, P, K) and new (B, H, T, K) in a row, and the room they stand in or None.
+def extended(past, new, buffer):
+    """past (B, H, P, K) and new (B, H, T, K) in a row, and the buffer they stand in or None.
 
     To copy all of the past for each new token takes a quarter of a tiny model's step, so the new is
-    written behind it where there is room. With gradients on it is copied: they need the past.
+    written behind it where there is room for it. With gradients on it is copied: they need the past.
     """
     if torch.is_grad_enabled():
         return torch.cat([past, new], dim=2), None
     (B, H, P, K), S = past.shape, past.shape[2] + new.shape[2]
-    if room is None or room.shape[2] < S:
-        room = past.new_empty(B, H, S + 32 + P // 8, K)
-        room[:, :, :P] = past
-    room[:, :, P:S] = new
-    return room[:, :, :S], room
+    if buffer is None or buffer.shape[2] < S:
+        buffer = past.new_empty(B, H, S + 32 + P // 8, K)
+        buffer[:, :, :P] = past
+    buffer[:, :, P:S] = new
+    return buffer[:, :, :S], buffer
 
 
 class KVCache:
@@ -27,15 +27,15 @@ class KVCache:
 
     def __init__(self):
         self.entries = {}                # attention module -> (k, v), each (B, H, S, K)
-        self.rooms = {}                  # the same with room behind, where they are written
+        self.buffers = {}                  # the same with room behind, where they are written
         self.length = 0                  # positions seen so far; masks and positions start here
         self.state = {}                  # name -> tensor (B, ...): what else a model remembers
 
     def append(self, layer, k, v):
         """Add k, v (B, H, T, K) to the layer's entry; returns all of it, (B, H, S, K)."""
         if layer in self.entries:
-            rooms = self.rooms.get(layer, (None, None))
-            (k, v), self.rooms[layer] = zip(*map(extended, self.entries[layer], (k, v), rooms))
+            buffers = self.buffers.get(layer, (None, None))
+            (k, v), self.buffers[layer] = zip(*map(extended, self.entries[layer], (k, v), buffers))
         self.entries[layer] = k, v
         self.length = k.shape[2]
         return k, v
@@ -50,31 +50,28 @@ class KVCache:
         """Drop the layer's entry: what it reads has changed."""
         self.entries.pop(layer, None)
 
-    def reorder(self, rows):
-        """Keep these batch rows in this order: rows (B',) int64, as beam search chooses them."""
-        for layer, entry in self.entries.items():
-            rooms = [None if room is None else room[rows]
-                     for room in self.rooms.get(layer, (None, None))]
-            self.entries[layer] = tuple(x[rows] if room is None else room[:, :, :x.shape[2]]
-                                        for x, room in zip(entry, rooms))
-            self.rooms[layer] = rooms
-        self.state = {name: value[rows] for name, value in self.state.items()}
+    def reorder(self, rows, since=0):
+        """Keep these batch rows in this order: rows (B',) int64, as beam search chooses them.
 
-    def exchange(self, rows, since):
-        """`reorder` for rows that are alike before position `since`, as the beams of one prompt.
-
-        Only what came later is moved; what cross-attention reads is alike throughout.
+        since: the rows are alike before this position, as the beams of one prompt are; without
+        gradients only what came later is moved. Then B' = B.
         """
-        if torch.is_grad_enabled():
-            return self.reorder(rows)
-        for room in (room for pair in self.rooms.values() for room in pair if room is not None):
-            room[:, :, since:self.length] = room[rows, :, since:self.length]
         self.state = {name: value[rows] for name, value in self.state.items()}
+        if since and not torch.is_grad_enabled():
+            for buffer in (b for pair in self.buffers.values() for b in pair if b is not None):
+                buffer[:, :, since:self.length] = buffer[rows, :, since:self.length]
+            return
+        for layer, entry in self.entries.items():
+            buffers = [None if buffer is None else buffer[rows]
+                       for buffer in self.buffers.get(layer, (None, None))]
+            self.entries[layer] = tuple(x[rows] if buffer is None else buffer[:, :, :x.shape[2]]
+                                        for x, buffer in zip(entry, buffers))
+            self.buffers[layer] = buffers
 
     def select(self, rows):
         """A new cache of these batch rows in this order; rows (B',) int64 may repeat."""
         new = KVCache()
-        new.entries, new.rooms = dict(self.entries), dict(self.rooms)
+        new.entries, new.buffers = dict(self.entries), dict(self.buffers)
         new.length, new.state = self.length, self.state
         new.reorder(rows)
         return new

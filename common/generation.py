@@ -17,19 +17,19 @@ from common.transformer import to_float32
 
 # After how many tokens it is asked whether all rows have ended. Asking a GPU makes it wait: there,
 # with 8, a few tokens too many are cheaper, and cut off at the end.
-ASKED_EVERY = {"cpu": 1}
+CHECK_EVERY = {"cpu": 1}
 
 
 # ------------------------------------------------------------------ choosing a token
 
-def penalize(scores, seen, penalty):
+def penalize(scores, token_seen, penalty):
     """Make tokens that occurred less likely (CTRL, 4.1): positive scores / penalty, negative * it.
 
-    scores float (B, V), seen bool (B, V) or None.
+    scores float (B, V), token_seen bool (B, V) or None.
     """
-    if seen is None:
+    if token_seen is None:
         return scores
-    return torch.where(seen, torch.where(scores > 0, scores / penalty, scores * penalty), scores)
+    return torch.where(token_seen, torch.where(scores > 0, scores / penalty, scores * penalty), scores)
 
 
 def keep_top_k(logits, k):
@@ -110,7 +110,8 @@ def check(prompt, mask, max_new_tokens, context_length, more="new ones"):
                          f"{longest + max_new_tokens}, but the context is {context_length}")
 
 
-def check_options(max_new_tokens, num_beams, pad_id, temperature, top_k, top_p, repetition_penalty):
+def check_options(max_new_tokens, num_beams, early_stopping, pad_id, temperature, top_k, top_p,
+                  repetition_penalty):
     """Raise ValueError for what no generation can do."""
     for name, value, least in (("temperature", temperature, 0), ("top_k", top_k, 1),
                                ("max_new_tokens", max_new_tokens, 1), ("num_beams", num_beams, 1), ("pad_id", pad_id, 0)):
@@ -123,6 +124,8 @@ def check_options(max_new_tokens, num_beams, pad_id, temperature, top_k, top_p, 
     if temperature == 0 and (top_k is not None or top_p < 1):
         raise ValueError(f"top_k={top_k}, top_p={top_p}: they are of draws; at temperature=0 "
                          "nothing is drawn")
+    if early_stopping not in (True, False):
+        raise ValueError(f"early_stopping={early_stopping}: must be True or False")
     if num_beams > 1 and temperature > 0:
         raise ValueError(f"num_beams={num_beams} search, temperature={temperature} draws: choose one")
 
@@ -145,9 +148,9 @@ class DecodingState:
         if mask is not None:             # new tokens are always real
             self.mask = torch.cat([mask, mask.new_ones(len(mask), max_new_tokens)], dim=1)
         self.length = 0
-        self.read(prompt)
+        self.feed(prompt)
 
-    def read(self, x):
+    def feed(self, x):
         """Feed the next tokens x; self.logits (B, V) of what follows, in float32 or wider."""
         self.length += x.shape[1]
         mask = None if self.mask is None else self.mask[:, :self.length]
@@ -163,17 +166,17 @@ class DecodingState:
         self.state = {name: value[rows] for name, value in self.state.items()}
 
 
-def seen_tokens(prompt, mask, logits):
+def tokens_seen(prompt, mask, logits):
     """bool (B, V), as logits: the tokens that occur in the prompt; none when it is embeddings.
 
     Padding does not count, nor an id outside the vocabulary, which stands for a picture.
     """
-    seen = torch.zeros_like(logits, dtype=torch.bool)
+    token_seen = torch.zeros_like(logits, dtype=torch.bool)
     if prompt.is_floating_point():
-        return seen
+        return token_seen
     real = (prompt >= 0) & (prompt < logits.shape[1])
     real = real if mask is None else real & mask
-    counts = torch.zeros(seen.shape, dtype=torch.int32, device=prompt.device)
+    counts = torch.zeros(token_seen.shape, dtype=torch.int32, device=prompt.device)
     return counts.scatter_add_(1, prompt.clamp(0, logits.shape[1] - 1), real.int()) > 0
 
 
@@ -193,37 +196,37 @@ def generate(model, prompt, mask=None, *, max_new_tokens=32, stop=(), pad_id=0, 
     call of the model. Raises ValueError for options that contradict each other or exceed `context`.
     """
     choice = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
-    check_options(max_new_tokens, num_beams, pad_id, **choice, repetition_penalty=repetition_penalty)
+    check_options(max_new_tokens, num_beams, early_stopping, pad_id, **choice, repetition_penalty=repetition_penalty)
     check(prompt, mask, max_new_tokens, context_length)
     prompt, mask = pad_left(prompt, mask)
     stop = (stop,) if isinstance(stop, int) else stop
     stop_strings = (stop_strings,) if isinstance(stop_strings, str) else stop_strings
     if stop_strings and (decode is None or num_beams > 1):
         raise ValueError("stop_strings need decode, and num_beams=1")
-    writing = DecodingState(model, prompt, mask, max_new_tokens, state or {})
-    seen = seen_tokens(prompt, mask, writing.logits) if repetition_penalty != 1 else None
+    decoding = DecodingState(model, prompt, mask, max_new_tokens, state or {})
+    token_seen = tokens_seen(prompt, mask, decoding.logits) if repetition_penalty != 1 else None
     stop = torch.tensor(list(stop), dtype=torch.int64, device=prompt.device)
     if num_beams > 1:
         from common.beam_search import Beams  # it needs this file
-        return Beams(writing, num_beams, max_new_tokens, stop, pad_id, length_penalty, early_stopping).search(
-            seen, repetition_penalty)
+        return Beams(decoding, num_beams, max_new_tokens, stop, pad_id, length_penalty, early_stopping).search(
+            token_seen, repetition_penalty)
     new = torch.full((len(prompt), max_new_tokens), pad_id, device=prompt.device)
     going = torch.ones(len(prompt), dtype=torch.bool, device=prompt.device)
     lengths = going.long()               # of each row's text, its end included
     for n in range(max_new_tokens):
-        logits = penalize(writing.logits, seen, repetition_penalty)
+        logits = penalize(decoding.logits, token_seen, repetition_penalty)
         token = torch.where(going, sample(logits, **choice, generator=generator), pad_id)
         new[:, n] = token
-        over = torch.isin(token, stop)
+        finished = torch.isin(token, stop)
         if stop_strings:
-            over |= holds(stop_strings, decode, new[:, :n + 1], going)
-        going &= ~over
-        every = ASKED_EVERY.get(prompt.device.type, 8)
+            finished |= holds(stop_strings, decode, new[:, :n + 1], going)
+        going &= ~finished
+        every = CHECK_EVERY.get(prompt.device.type, 8)
         if n + 1 == max_new_tokens or n % every == every - 1 and not bool(going.any()):
             break
         lengths += going
-        seen = None if seen is None else seen.scatter(1, token[:, None], True)
-        writing.read(token[:, None])
+        token_seen = None if token_seen is None else token_seen.scatter(1, token[:, None], True)
+        decoding.feed(token[:, None])
     return new[:, :int(lengths.max())]
 
 

@@ -23,13 +23,13 @@ def causal(T, past=0, device=None):
     return keys[None, :] <= keys[past:, None]
 
 
-def padding(real):
-    """Nobody sees padding. real: bool (B, S), True at real tokens. Returns bool (B, 1, 1, S).
+def padding(token_mask):
+    """Nobody sees padding. token_mask: bool (B, S), True at real tokens. Returns bool (B, 1, 1, S).
 
     >>> print(draw(padding(torch.tensor([[True, True, False]]))))
     ##.
     """
-    return real[:, None, None, :]
+    return token_mask[:, None, None, :]
 
 
 def prefix(T, length, past=0, device=None):
@@ -49,28 +49,28 @@ def prefix(T, length, past=0, device=None):
     return causal(T, past, device) | (keys < length)
 
 
-def image_index(tags, before=0, following=None):
+def image_index(is_image, before=0, attend_next=None):
     """The picture that each token belongs to: 1, 2, ... in the order of their tags, 0 for none.
 
-    tags bool (B, T), True where a picture's tag stands. before: the tags that a cache already
-    holds, an int or int64 (B, 1). following: bool (B, 1); where True a token belongs to the tag at
+    is_image bool (B, T), True where a picture's tag stands. before: the tags that a cache already
+    holds, an int or int64 (B, 1). attend_next: bool (B, 1); where True a token belongs to the tag at
     it or next after it, elsewhere to the tag at it or last before it. Returns int64 (B, T).
 
-    >>> tags = torch.tensor([[False, True, False, True, False]])
-    >>> image_index(tags).tolist(), image_index(tags, following=torch.tensor([[True]])).tolist()
+    >>> is_image = torch.tensor([[False, True, False, True, False]])
+    >>> image_index(is_image).tolist(), image_index(is_image, attend_next=torch.tensor([[True]])).tolist()
     ([[0, 1, 1, 2, 2]], [[1, 1, 2, 2, 0]])
     """
-    passed = before + tags.cumsum(dim=1)
-    if following is None:
+    passed = before + is_image.cumsum(dim=1)
+    if attend_next is None:
         return passed
-    ahead = passed - tags.long() + 1
-    return torch.where(following, ahead * (ahead <= passed[:, -1:]), passed)
+    ahead = passed - is_image.long() + 1
+    return torch.where(attend_next, ahead * (ahead <= passed[:, -1:]), passed)
 
 
-def media(pictures, N, Q, only_latest_image=True):
+def media(image_index, N, Q, only_latest_image=True):
     """Text sees its own picture's Q tokens; only_latest_image False: those of every picture up to its own.
 
-    pictures int64 (B, T), from `image_index`. Returns bool (B, 1, T, N * Q); a token that belongs to
+    image_index int64 (B, T), of the function of that name. Returns bool (B, 1, T, N * Q); a token that belongs to
     no picture sees nothing (Flamingo, 2.3).
 
     >>> print(draw(media(torch.tensor([[1, 1, 2, 2, 0]]), 2, 3)))
@@ -84,8 +84,8 @@ def media(pictures, N, Q, only_latest_image=True):
     ######
     ......
     """
-    number = torch.arange(1, N + 1, device=pictures.device).repeat_interleave(Q)
-    own = pictures[:, None, :, None]
+    number = torch.arange(1, N + 1, device=image_index.device).repeat_interleave(Q)
+    own = image_index[:, None, :, None]
     return number == own if only_latest_image else number <= own
 
 

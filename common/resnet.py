@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.transformer import Attention
-from common.vision import check_size
+from common.vision import check_image_size
 
 
 class Bottleneck(nn.Module):
@@ -47,18 +47,18 @@ class AttentionPool(Attention):
     """A grid in one vector: its mean asks, the mean and every cell answer (CLIP, 2.4).
 
     It is cross-attention of one query, whose out_proj leads to another width: in CLIP it is the
-    projection into the joint space. grid: cells of a side. heads must divide width.
+    projection into the joint space. grid_size: cells of a side. heads must divide width.
     """
 
-    def __init__(self, *, grid, width, heads, embed_dim):
+    def __init__(self, *, grid_size, width, heads, embed_dim):
         super().__init__(width=width, heads=heads)
         self.out_proj = nn.Linear(width, embed_dim)
-        self.pos_embed = nn.Parameter(width ** -0.5 * torch.randn(1 + grid ** 2, width))
+        self.pos_embed = nn.Parameter(width ** -0.5 * torch.randn(1 + grid_size ** 2, width))
         for linear in (self.q_proj, self.k_proj, self.v_proj, self.out_proj):
             nn.init.normal_(linear.weight, std=width ** -0.5)
 
     def forward(self, x):
-        """x (B, N, C), the N = grid * grid cells row by row -> (B, E)."""
+        """x (B, N, C), the N = grid_size * grid_size cells row by row -> (B, E)."""
         x = torch.cat([x.mean(dim=1, keepdim=True), x], dim=1) + self.pos_embed
         return super().forward(x[:, :1], x)[:, 0]
 
@@ -92,7 +92,7 @@ class ModifiedResNet(nn.Module):
         self.layer2 = self.layer(stages[1], channels=4 * width, planes=2 * width, stride=2)
         self.layer3 = self.layer(stages[2], channels=8 * width, planes=4 * width, stride=2)
         self.layer4 = self.layer(stages[3], channels=16 * width, planes=8 * width, stride=2)
-        self.pool = AttentionPool(grid=image_size // 32, width=self.width, heads=heads, embed_dim=embed_dim)
+        self.pool = AttentionPool(grid_size=image_size // 32, width=self.width, heads=heads, embed_dim=embed_dim)
 
     def layer(self, blocks, *, channels, planes, stride):
         """A stage: one block that changes channels and size, then blocks that change neither."""
@@ -107,29 +107,29 @@ class ModifiedResNet(nn.Module):
             x = F.relu(norm(conv(x)))
         return F.avg_pool2d(x, 2)
 
-    def grid(self, images, skip=0):
+    def patches(self, images, skip_blocks=0):
         """The cells before the pool, row by row: float (B, 3, H, W) -> (B, H / 32 * W / 32, C).
 
-        skip: 0, for no two of its stages have cells of one width. Raises ValueError for pictures of
+        skip_blocks: 0, for no two of its stages have cells of one width. Raises ValueError for pictures of
         another size.
         """
-        if skip:
-            raise ValueError(f"skip={skip}: no block of a ResNet can be left out")
-        check_size(images, self.image_size)
+        if skip_blocks:
+            raise ValueError(f"skip_blocks={skip_blocks}: no block of a ResNet can be left out")
+        check_image_size(images, self.image_size)
         x = self.stem(images)
         for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
             x = layer(x)
         return x.flatten(2).transpose(1, 2)
 
-    hidden = grid                        # there is no class token
+    hidden = patches                      # there is no class token
 
-    def features(self, images):
+    def pooled(self, images):
         """The picture in one vector, already in the joint space: -> (B, E)."""
-        return self.pool(self.grid(images))
+        return self.pool(self.patches(images))
 
     def forward(self, images):
         """images float (B, 3, H, W) -> (B, E)."""
-        return self.features(images)
+        return self.pooled(images)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@ from torch import nn
 from common.transformer import Transformer
 
 
-def check_size(images, size):
+def check_image_size(images, size):
     """Raise ValueError when images (B, C, H, W) are not RGB pictures of size x size pixels."""
     if images.shape[1:] != (3, size, size):
         raise ValueError(f"pictures of shape {tuple(images.shape[1:])}, but this tower takes "
@@ -55,7 +55,7 @@ class ViT(nn.Module):
             raise ValueError(f"image_size {image_size} does not divide into patches of {patch_size}")
         self.image_size, self.patch_size, self.width = image_size, patch_size, width
         self.patch_embed = nn.Linear(3 * patch_size * patch_size, width, bias=patch_bias)
-        self.cls = nn.Parameter(width ** -0.5 * torch.randn(width))
+        self.cls_token = nn.Parameter(width ** -0.5 * torch.randn(width))
         self.pos_embed = nn.Parameter(
             width ** -0.5 * torch.randn(1 + (image_size // patch_size) ** 2, width))
         self.ln_pre, self.ln_post = ln_pre, ln_post
@@ -63,30 +63,30 @@ class ViT(nn.Module):
 
     def embed(self, images):
         """images float (B, 3, H, W) -> tokens (B, 1 + N, D); ValueError if of another size."""
-        check_size(images, self.image_size)
+        check_image_size(images, self.image_size)
         images = images.to(self.patch_embed.weight.dtype)
         x = self.patch_embed(patchify(images, self.patch_size))            # (B, N, D)
-        x = torch.cat([self.cls.to(x.dtype).expand(len(x), 1, -1), x], dim=1) + self.pos_embed
+        x = torch.cat([self.cls_token.to(x.dtype).expand(len(x), 1, -1), x], dim=1) + self.pos_embed
         return x if self.ln_pre is None else self.ln_pre(x)
 
-    def hidden(self, images, skip=0):
+    def hidden(self, images, skip_blocks=0):
         """Tokens before the last norm: (B, 3, H, W) -> (B, 1 + N, D); token 0 is the class's.
 
-        skip: so many of the last blocks are left out.
+        skip_blocks: so many of the last blocks are left out.
         """
         x = self.embed(images)
-        for block in self.transformer.blocks[:len(self.transformer.blocks) - skip]:
+        for block in self.transformer.blocks[:len(self.transformer.blocks) - skip_blocks]:
             x = block(x)
         return x
 
-    def grid(self, images, skip=0):
+    def patches(self, images, skip_blocks=0):
         """The patches' tokens alone, row by row: (B, 3, H, W) -> (B, N, D)."""
-        return self.hidden(images, skip)[:, 1:]
+        return self.hidden(images, skip_blocks)[:, 1:]
 
-    def features(self, images):
+    def pooled(self, images):
         """The picture in one vector, the class token after the last norm: -> (B, D)."""
         x = self.embed(images)
-        x = self.transformer.read(x, torch.zeros(len(x), dtype=torch.long, device=x.device))
+        x = self.transformer.forward_at(x, torch.zeros(len(x), dtype=torch.long, device=x.device))
         return x if self.ln_post is None else self.ln_post(x)
 
     def forward(self, images):

@@ -303,7 +303,7 @@ def statistics(model):
 class TestResNet:
     def test_the_pools_output_is_in_the_joint_space_and_projected_once(self):
         model, images = make(**RESNET), torch.randn(3, 3, 64, 64).double()
-        pool, cells = model.vision.pool, model.vision.grid(images)
+        pool, cells = model.vision.pool, model.vision.patches(images)
         want = F.normalize(pool(cells), dim=-1)
         assert want.shape == (3, 7)
         torch.testing.assert_close(model.encode_image(images), want)

@@ -355,7 +355,7 @@ class TestGates:
 class Still(nn.Module):
     """A frozen block that leaves everything as it is."""
 
-    def forward(self, x, mask, table, cache):
+    def forward(self, x, mask, rope, cache):
         if cache is not None:            # its length is what the language model knows of the past
             cache.append(self, x[:, None, :, :1], x[:, None, :, :1])
         return x
@@ -581,7 +581,7 @@ class TestFreezing:
         images = torch.randint(256, (2, 1, 1, 3, 64, 64), dtype=torch.uint8)
         model.resampler.register_forward_hook(lambda m, given, out: features.append(given[0]))
         assert model.look(images).shape == (2, 1, 7, 64)
-        close(features[0][:, 0, 0], model.vision.grid(normalize_pixels(images[:, 0, 0]).double()))
+        close(features[0][:, 0, 0], model.vision.patches(normalize_pixels(images[:, 0, 0]).double()))
         with pytest.raises(ValueError, match="vision_skip_blocks=1 leaves nothing of a vision tower of 1 blocks"):
             Flamingo(replace(model.config, vision_skip_blocks=1))
 
@@ -969,7 +969,7 @@ class TestPupil:
         tower = pupil.model.vision
 
         def feature(frames):
-            return tower.features(normalize_pixels(pages().images([{"images": [frames]}])[0, 0])).mean(0)
+            return tower.pooled(normalize_pixels(pages().images([{"images": [frames]}])[0, 0])).mean(0)
         mostly = drawing("red") + drawing("green") * 6
         assert pupil.most_alike(mostly, shots, 1)[0][2] == "green"
         mixed = [drawing("red")[0], drawing("blue")[0], drawing("green")[0]]

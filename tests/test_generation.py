@@ -170,7 +170,7 @@ class TestStopping:
         assert new.tolist() == [[STOP, PAD], [5, 9]] and len(lm.calls) == 2
 
     def test_asked_seldom_whether_all_have_ended_it_writes_the_same(self, monkeypatch):
-        monkeypatch.setattr(generation, "ASKED_EVERY", {"cpu": 8})
+        monkeypatch.setattr(generation, "CHECK_EVERY", {"cpu": 8})
         lm = chain((3, STOP), (4, 5), (5, 9))
         new = generate(lm, torch.tensor([[3], [4]]), max_new_tokens=50, stop=(STOP, 9), pad_id=PAD)
         assert new.tolist() == [[STOP, PAD], [5, 9]] and len(lm.calls) == 8
@@ -292,7 +292,7 @@ class TestClearErrors:
         ({"top_p": 0.9}, "top_p=0.9: they are of draws"),
         ({"temperature": 1.0, "generator": [torch.Generator()] * 3},
          "3 generators for 1 rows"),
-        ({"num_beams": 2, "early_stopping": "soon"}, "early_stopping=soon"),
+        ({"num_beams": 2, "early_stopping": "never"}, "early_stopping=never: must be True or False"),
         ({"context_length": 9, "max_new_tokens": 5},
          "prompt of 5 tokens and 5 new ones are 10, but the context is 9")])
     def test_what_cannot_be_is_told(self, options, message):
@@ -376,14 +376,14 @@ class TestBeams:
         lm, texts = model(vocab_size=5), [torch.tensor([[3, 4]]), torch.tensor([[4]])]
         ids, mask = torch.tensor([[3, 4], [0, 4]]), torch.tensor([[True, True], [False, True]])
         new = generate(lm, ids, mask, max_new_tokens=4, stop=(STOP,), num_beams=70, pad_id=PAD,
-                       length_penalty=length_penalty, early_stopping="never")
+                       length_penalty=length_penalty)
         found = [max((log / len(ids) ** length_penalty, ids)
                      for log, ids in every_text(lm, text, 4, STOP))[1] for text in texts]
         assert new.shape[1] == max(map(len, found))            # not as long as what was worse
         for row, best in zip(new, found):
             assert row.tolist() == list(best) + [PAD] * (new.shape[1] - len(best))
 
-    @pytest.mark.parametrize("early_stopping", [True, False, "never"])
+    @pytest.mark.parametrize("early_stopping", [True, False])
     @pytest.mark.parametrize("kind", ["gpt2", "llama"])
     def test_a_ragged_batch_is_its_rows_alone(self, kind, early_stopping):
         lm, (ids, mask, texts) = model(kind), prompts(5, 1, 3, 7)
@@ -398,9 +398,9 @@ class TestBeams:
         # The penalty is on log p, and every beam knows its own tokens (transformers' rule).
         lm, texts = model(vocab_size=5), [torch.tensor([[3, 4]]), torch.tensor([[4, 4]])]
         new = generate(lm, torch.cat(texts), max_new_tokens=4, stop=(STOP,), num_beams=70, pad_id=PAD,
-                       repetition_penalty=penalty, early_stopping="never")
-        plain = generate(lm, torch.cat(texts), max_new_tokens=4, stop=(STOP,), num_beams=70, pad_id=PAD,
-                         early_stopping="never")
+                       repetition_penalty=penalty)
+        plain = generate(lm, torch.cat(texts), max_new_tokens=4, stop=(STOP,), num_beams=70,
+                         pad_id=PAD)
         assert not torch.equal(new, plain)
         for row, text in zip(new, texts):
             best, score = None, -math.inf
@@ -419,7 +419,7 @@ class TestBeams:
         stops, logs = torch.tensor([4, 5, 6]), torch.full((2, 7), -9.0)
         logs[:, 4:] = -1.0
         beams = Beams(DecodingState(Table(torch.zeros(7, 7)), torch.tensor([[3]]), None, 5, {}), 2, 5,
-                      stops, PAD, 1.0, "never")
+                      stops, PAD, 1.0, False)
         beams.scores = torch.zeros(1, 2)
         beams.step(logs[None], 0)
         assert beams.scores.tolist() == [[-9.0, -9.0]]
@@ -444,7 +444,7 @@ class TestBeams:
             logits[a, 11] = left.log()
         logits[11] = torch.full((V,), -math.log(V))
         new = generate(Table(logits), torch.tensor([[3]]), max_new_tokens=4, stop=(STOP,), num_beams=4, pad_id=PAD,
-                       length_penalty=length_penalty, early_stopping="never")
+                       length_penalty=length_penalty)
         assert [i for i in new[0].tolist() if i != PAD] == best
 
     def test_beams_are_different_texts(self):
@@ -453,14 +453,14 @@ class TestBeams:
             beams = Beams(DecodingState(lm, prompts(4)[0], None, 5, {}), 3, 5, torch.tensor([]), PAD, 1.0,
                           False)
             for n in range(4):
-                logs = beams.writing.logits.log_softmax(dim=-1).unflatten(0, (-1, 3))
+                logs = beams.decoding.logits.log_softmax(dim=-1).unflatten(0, (-1, 3))
                 rows, token = beams.step(logs, n)
-                beams.writing.cache.reorder(rows)
-                beams.writing.read(token)
+                beams.decoding.cache.reorder(rows)
+                beams.decoding.feed(token)
                 texts = {tuple(text) for text in beams.ids[0, :, :n + 1].tolist()}
                 assert len(texts) == 3
 
-    @pytest.mark.parametrize("early_stopping, calls", [(True, 2), (False, 3), ("never", 3)])
+    @pytest.mark.parametrize("early_stopping, calls", [(True, 2), (False, 3)])
     def test_early_stopping_ends_with_as_many_texts_as_beams(self, early_stopping, calls):
         # STOP and 5 STOP are finished after two tokens. 5 5 is likelier than the worse of them, so
         # only early stopping ends here; 5 5 5 is not.
@@ -471,9 +471,8 @@ class TestBeams:
                  early_stopping=early_stopping)
         assert len(table.calls) == calls
 
-    @pytest.mark.parametrize("early_stopping, calls", [(False, 2), ("never", 20)])
-    def test_never_waits_for_what_a_long_text_may_still_score(self, early_stopping, calls):
-        # Behind 5 STOP nothing is likely, at the present length; divided by 20 it may be.
+    def test_a_row_ends_when_its_best_beginning_is_worse_at_its_present_length(self):
+        # After 5 STOP nothing is likely at the present length; divided by 20 it might be.
         probabilities = torch.full((V, V), 1 / V)
         probabilities[3], probabilities[5] = 0.05 / (V - 2), 0.1 / (V - 1)
         probabilities[3, 5], probabilities[3, STOP], probabilities[5, STOP] = 0.5, 0.45, 0.9
@@ -481,9 +480,8 @@ class TestBeams:
         probabilities[6], probabilities[4] = 1e-9, 1e-9
         probabilities[[4, 6, *range(7, V)], 4] = 1.0
         table = Table(probabilities.log())
-        generate(table, torch.tensor([[3]]), max_new_tokens=20, stop=(STOP,), num_beams=2,
-                 early_stopping=early_stopping)
-        assert len(table.calls) == calls
+        generate(table, torch.tensor([[3]]), max_new_tokens=20, stop=(STOP,), num_beams=2)
+        assert len(table.calls) == 2
 
     def test_state_and_cache_follow_the_beams(self):
         # The model's choice depends on a state of each row and on what the cache remembers.

@@ -16,10 +16,16 @@ from common.language import (PRESETS, TRAINS, LanguageConfig, LanguageModel, New
 from common.training.lm import Pretraining
 from common.data.tokenizer import Tokenizer
 from common.cache import KVCache
-from common.transformer import RMSNorm, rms_norm
+from common.transformer import RMSNorm
 from train import freeze, parameter_groups
 
 V, T, PAST = 31, 11, 7
+
+
+def rms_norm(x, weight, eps):
+    return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps) * weight
+
+
 KINDS = {
     "gpt2": LanguageConfig(kind="gpt2", vocab_size=V, context_length=19, width=24, layers=2, heads=3,
                            kv_heads=3, hidden=37),
@@ -226,7 +232,7 @@ class TestForward:
         cache.length = 4700
         for mask in (None, torch.ones(1, 4703, dtype=torch.bool)):
             _, places = lm.place(torch.zeros(1, 3, 24, dtype=torch.bfloat16), mask, cache)
-            cos, sin = places["table"]
+            cos, sin = places["rope"]
             angles = torch.arange(4700, 4703).double()[:, None] * 10000.0 ** (
                 -torch.arange(0, 8, 2).double() / 8)
             assert cos.dtype == sin.dtype == torch.float32
@@ -296,7 +302,7 @@ class TestCache:
                 lm(text[:, k:k + 1], cache=cache)
             cache.state["seen"] = torch.arange(6)
             rows = torch.tensor([2, 0, 0, 4, 3, 5])
-            cache.exchange(rows, 5)
+            cache.reorder(rows, since=5)
             same(lm(text[rows, 9:], cache=cache), lm(text[rows])[:, 9:])
         assert torch.equal(cache.state["seen"], rows)
 

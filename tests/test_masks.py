@@ -72,8 +72,8 @@ def test_the_tags_of_a_cache_count_in_each_row():
 def test_a_token_belongs_to_the_next_tag_where_its_row_says_so():
     tags = rows("..I..II.", "I......I", "........")
     ahead = [[1, 1, 1, 2, 2, 2, 3, 0], [1] + [2] * 7, [0] * 8]
-    assert image_index(tags, following=torch.tensor([[True]] * 3)).tolist() == ahead
-    mixed = image_index(tags, following=torch.tensor([[True], [False], [True]]))
+    assert image_index(tags, attend_next=torch.tensor([[True]] * 3)).tolist() == ahead
+    mixed = image_index(tags, attend_next=torch.tensor([[True], [False], [True]]))
     assert mixed.tolist() == [ahead[0], [1] * 7 + [2], ahead[2]]
 
 

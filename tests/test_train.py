@@ -509,9 +509,9 @@ class TestOptimiser:
         decayed, plain = train.parameter_groups(model, 0.2)
         names = {id(p): name for name, p in model.named_parameters()}
         plain_names = {names[id(p)] for p in plain["params"]}
-        assert {"logit_scale", "logit_bias", "vision.cls"} <= plain_names
+        assert {"logit_scale", "logit_bias", "vision.cls_token"} <= plain_names
         assert all(name.endswith((".bias", "norm.weight", "ln_pre.weight", "ln_post.weight")) for name in
-                   plain_names - {"logit_scale", "logit_bias", "vision.cls"})
+                   plain_names - {"logit_scale", "logit_bias", "vision.cls_token"})
         assert {names[id(p)] for p in decayed["params"]} == set(names.values()) - plain_names
         assert (decayed["weight_decay"], plain["weight_decay"]) == (0.2, 0.0)
         assert any(name.endswith("bias") for name in plain_names) \

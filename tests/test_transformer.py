@@ -12,9 +12,9 @@ from common.masks import causal, draw, padding
 from common.cache import KVCache
 from common.transformer import (MLP, Attention, Block, GatedMLP, LayerNorm, LearnedPositions,
                                 RelativeBias, Transformer, attention, fused_attention, gelu,
-                                gelu_tanh, gpt2_block, layer_norm, llama_block, opt_block,
-                                quick_gelu, rms_norm, rope_half, rope_interleaved, rope_table,
-                                squared_relu, vit_block)
+                                RMSNorm, gelu_tanh, gpt2_block, llama_block, opt_block,
+                                quick_gelu, rope_half, rope_interleaved, rope_table, squared_relu,
+                                vit_block)
 
 B, H, T, S, K, V = 2, 3, 5, 7, 11, 13       # distinct primes: a transposed axis cannot pass
 
@@ -24,7 +24,7 @@ def seed():
     torch.manual_seed(0)
 
 
-def randomise(module):
+def randomize(module):
     """Every parameter random, so that no norm or bias hides at its starting value."""
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=0.5)
@@ -143,13 +143,13 @@ class TestMultiHead:
         return theirs
 
     def test_self_attention_equals_torch(self):
-        ours = randomise(Attention(width=12, heads=3).double())
+        ours = randomize(Attention(width=12, heads=3).double())
         x, real = torch.randn(B, T, 12).double(), torch.tensor([[1, 1, 1, 0, 0], [1] * 5]).bool()
         want, _ = self.reference(ours, 12, 3)(x, x, x, key_padding_mask=~real, attn_mask=~causal(T))
         torch.testing.assert_close(ours(x, mask=causal(T) & padding(real)), want)
 
     def test_cross_attention_reads_keys_and_values_from_the_context(self):
-        ours = randomise(Attention(width=12, heads=3).double())
+        ours = randomize(Attention(width=12, heads=3).double())
         x, context = torch.randn(B, T, 12).double(), torch.randn(B, S, 12).double()
         want, _ = self.reference(ours, 12, 3)(x, context, context)
         torch.testing.assert_close(ours(x, context), want)
@@ -159,7 +159,7 @@ class TestMultiHead:
         assert ours(torch.randn(B, T, 12), torch.randn(B, S, 17)).shape == (B, T, 12)
 
     def test_grouped_queries_share_keys_in_neighbouring_heads(self):
-        grouped = randomise(Attention(width=24, heads=6, kv_heads=2).double())
+        grouped = randomize(Attention(width=24, heads=6, kv_heads=2).double())
         full = Attention(width=24, heads=6).double()
         full.load_state_dict(grouped.state_dict() | {
             f"{name}.{part}": getattr(getattr(grouped, name), part).unflatten(0, (2, 4))
@@ -176,25 +176,31 @@ class TestMultiHead:
 
 
 class TestNorms:
+    @pytest.fixture
+    def by_hand(self, monkeypatch):
+        monkeypatch.setattr(transformer, "ATTENTION", "hand")
+
     @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-    def test_layer_norm_by_hand_equals_torch(self, dtype):
-        x = (5 * torch.randn(B, T, 7) + 3).to(dtype)
-        weight, bias = torch.randn(7).to(dtype), torch.randn(7).to(dtype)
-        torch.testing.assert_close(layer_norm(x, weight, bias, 0.3), F.layer_norm(x, (7,), weight, bias, 0.3))
+    def test_layer_norm_by_hand_equals_torch(self, dtype, by_hand):
+        norm, x = randomize(LayerNorm(7, eps=0.3)).to(dtype), (5 * torch.randn(B, T, 7) + 3).to(dtype)
+        want = F.layer_norm(x, (7,), norm.weight, norm.bias, 0.3)
+        torch.testing.assert_close(norm(x), want)
 
-    def test_rms_norm_equals_torch_and_keeps_the_mean(self):
-        x, weight = torch.randn(B, T, 7).double() + 3, torch.randn(7).double()
-        torch.testing.assert_close(rms_norm(x, weight, 0.3), F.rms_norm(x, (7,), weight, 0.3))
-        assert not torch.allclose(rms_norm(x, weight, 0.3), rms_norm(x - 3, weight, 0.3))
+    def test_rms_norm_equals_torch_and_keeps_the_mean(self, by_hand):
+        norm, x = randomize(RMSNorm(7, eps=0.3)).double(), torch.randn(B, T, 7).double() + 3
+        torch.testing.assert_close(norm(x), F.rms_norm(x, (7,), norm.weight, 0.3))
+        assert not torch.allclose(norm(x), norm(x - 3))
 
-    def test_rms_norm_rounds_before_the_weight(self):
-        x, weight = torch.randn(50, 7).bfloat16(), torch.randn(7).bfloat16()
+    @pytest.mark.parametrize("attention", ["hand", "auto"])
+    def test_rms_norm_rounds_before_the_weight(self, attention, monkeypatch):
+        monkeypatch.setattr(transformer, "ATTENTION", attention)
+        norm, x = randomize(RMSNorm(7, eps=0.1)).bfloat16(), torch.randn(50, 7).bfloat16()
         scaled = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 0.1)
-        assert torch.equal(rms_norm(x, weight, 0.1), scaled.bfloat16() * weight)
+        assert torch.equal(norm(x), scaled.bfloat16() * norm.weight)
 
-    @pytest.mark.parametrize("layer", [LayerNorm, transformer.RMSNorm])
+    @pytest.mark.parametrize("layer", [LayerNorm, RMSNorm])
     def test_the_layer_is_the_same_by_hand_and_fused(self, layer, monkeypatch):
-        norm, x = randomise(layer(7, eps=0.2)), torch.randn(B, T, 7)
+        norm, x = randomize(layer(7, eps=0.2)), torch.randn(B, T, 7)
         fused, halves = norm(x), norm(x.bfloat16())
         monkeypatch.setattr(transformer, "ATTENTION", "hand")
         torch.testing.assert_close(norm(x), fused)
@@ -218,13 +224,13 @@ class TestActivationsAndMLPs:
         assert 0 < (gelu(x) - gelu_tanh(x)).abs().max() < 1e-3
 
     def test_mlp_is_two_layers_with_four_times_the_width(self):
-        mlp, x = randomise(MLP(width=3, act=F.relu)), torch.randn(B, T, 3)
+        mlp, x = randomize(MLP(width=3, act=F.relu)), torch.randn(B, T, 3)
         assert mlp.fc1.out_features == 12
         want = F.relu(x @ mlp.fc1.weight.T + mlp.fc1.bias) @ mlp.fc2.weight.T + mlp.fc2.bias
         torch.testing.assert_close(mlp(x), want)
 
     def test_gated_mlp_puts_the_activation_on_the_gate(self):
-        mlp, x = randomise(GatedMLP(width=3, hidden=5)), torch.randn(B, T, 3)
+        mlp, x = randomize(GatedMLP(width=3, hidden=5)), torch.randn(B, T, 3)
         gate, up = x @ mlp.gate_proj.weight.T, x @ mlp.up_proj.weight.T
         torch.testing.assert_close(mlp(x), (gate * torch.sigmoid(gate) * up) @ mlp.down_proj.weight.T)
         assert mlp.gate_proj.bias is None
@@ -234,11 +240,11 @@ class TestPositions:
     def test_learned_positions_with_an_offset_start_at_that_row(self):
         table = LearnedPositions(count=5, width=3, offset=2)
         assert torch.equal(table(torch.tensor([[0, 4]])), table.weight[None, [2, 6]])
-        assert torch.equal(table.first(2, past=1), table.weight[3:5])
+        assert torch.equal(table.span(1, 2), table.weight[3:5])
 
     def test_past_the_end_of_the_table_is_told(self):
         with pytest.raises(ValueError, match="6 positions, but the context is 5"):
-            LearnedPositions(count=5, width=3, offset=2).first(4, past=2)
+            LearnedPositions(count=5, width=3, offset=2).span(2, 4)
 
     def test_rope_turns_the_pair_i_by_its_angle(self):
         x = torch.randn(1, 1, 4, 6)
@@ -259,18 +265,18 @@ class TestPositions:
         assert not torch.allclose(rope_interleaved(x, table), rope_half(x, table))
 
     def test_attention_with_rope_sees_relative_positions_alone(self):
-        layer, x = randomise(Attention(width=12, heads=2).double()), torch.randn(B, T, 12).double()
-        near, far = (layer(x, mask=causal(T), table=rope_table(torch.arange(T) + start, 6))
+        layer, x = randomize(Attention(width=12, heads=2).double()), torch.randn(B, T, 12).double()
+        near, far = (layer(x, mask=causal(T), rope=rope_table(torch.arange(T) + start, 6))
                      for start in (0, 31))
         torch.testing.assert_close(near, far, atol=1e-5, rtol=1e-5)   # the angles are float32
         assert not torch.allclose(near, layer(x, mask=causal(T)))
 
     def test_positions_of_each_row_give_a_table_of_each_row(self):
-        layer, x = randomise(Attention(width=12, heads=2)), torch.randn(B, T, 12)
+        layer, x = randomize(Attention(width=12, heads=2)), torch.randn(B, T, 12)
         positions = torch.stack([torch.arange(T), 2 * torch.arange(T)])
-        both = layer(x, table=rope_table(positions, 6))
+        both = layer(x, rope=rope_table(positions, 6))
         for b in range(B):
-            torch.testing.assert_close(both[b], layer(x[b:b + 1], table=rope_table(positions[b], 6))[0])
+            torch.testing.assert_close(both[b], layer(x[b:b + 1], rope=rope_table(positions[b], 6))[0])
 
     def test_angles_keep_float32_at_far_positions(self):
         cos, _ = rope_table(torch.tensor([4096]), 8)
@@ -294,7 +300,7 @@ def step_by_step(block, x, chunks, **arguments):
     for size in chunks:
         part, past = x[:, start:start + size], start
         table = rope_table(torch.arange(past, past + size), block.attn.head_width)
-        outs.append(block(part, mask=causal(size, past), table=table, cache=cache, **arguments))
+        outs.append(block(part, mask=causal(size, past), rope=table, cache=cache, **arguments))
         start += size
         assert cache.length == start
     return torch.cat(outs, dim=1), cache
@@ -303,34 +309,34 @@ def step_by_step(block, x, chunks, **arguments):
 class TestCache:
     @pytest.mark.parametrize("chunks", [[7], [1] * 7, [4, 1, 2], [1, 6], [6, 1]])
     def test_every_chunking_equals_one_full_forward(self, chunks):
-        block = randomise(llama_block(width=12, heads=6, kv_heads=2, hidden=17).double())
+        block = randomize(llama_block(width=12, heads=6, kv_heads=2, hidden=17).double())
         x = torch.randn(B, 7, 12).double()
-        full = block(x, mask=causal(7), table=rope_table(torch.arange(7), 2))
+        full = block(x, mask=causal(7), rope=rope_table(torch.arange(7), 2))
         torch.testing.assert_close(step_by_step(block, x, chunks)[0], full)
 
     def test_cross_attention_is_filled_once(self):
         cross = Attention(width=12, heads=3, context_width=5)
-        block = randomise(Block(Attention(width=12, heads=3), MLP(width=12), partial(LayerNorm, 12), cross))
+        block = randomize(Block(Attention(width=12, heads=3), MLP(width=12), partial(LayerNorm, 12), cross))
         x, context = torch.randn(B, 7, 12), torch.randn(B, S, 5)
-        full = block(x, context, mask=causal(7), table=rope_table(torch.arange(7), 4))
+        full = block(x, context, mask=causal(7), rope=rope_table(torch.arange(7), 4))
         cached, cache = step_by_step(block, x, [3, 1, 3], context=context)
         torch.testing.assert_close(cached, full)
         assert cache.entries[cross][0].shape[2] == S
         assert cache.entries[block.attn][0].shape[2] == 7
 
     def test_left_padding_changes_nothing(self):
-        block = randomise(llama_block(width=12, heads=3, hidden=17).double())
+        block = randomize(llama_block(width=12, heads=3, hidden=17).double())
         x = torch.randn(1, 4, 12).double()
         padded = torch.cat([torch.randn(1, 3, 12).double(), x], dim=1)
         real = torch.tensor([[False] * 3 + [True] * 4])
         positions = (real.cumsum(1) - 1).clamp(min=0)
-        want = block(x, mask=causal(4), table=rope_table(torch.arange(4), 4))
-        got = block(padded, mask=causal(7) & padding(real), table=rope_table(positions, 4))
+        want = block(x, mask=causal(4), rope=rope_table(torch.arange(4), 4))
+        got = block(padded, mask=causal(7) & padding(real), rope=rope_table(positions, 4))
         torch.testing.assert_close(got[:, 3:], want)
         assert got.isfinite().all()
 
     def test_reordering_follows_the_beams(self):
-        block = randomise(vit_block(width=12, heads=3))
+        block = randomize(vit_block(width=12, heads=3))
         x, cache, rows = torch.randn(3, 4, 12), KVCache(), torch.tensor([2, 0, 0])
         block(x[:, :3], mask=causal(3), cache=cache)
         cache.reorder(rows)
@@ -360,7 +366,7 @@ class TestBlocks:
         (gpt2_block, gelu_tanh, True), (opt_block, F.relu, True),
         (transformer.bert_block, F.gelu, False)])
     def test_a_block_equals_torch_with_the_same_weights(self, make, activation, norm_first):
-        block = randomise(make(width=12, heads=3, hidden=17).double())
+        block = randomize(make(width=12, heads=3, hidden=17).double())
         theirs = self.torch_layer(block, 12, 3, 17, activation, norm_first)
         x, mask = torch.randn(B, T, 12).double(), causal(T)
         torch.testing.assert_close(block(x, mask=mask), theirs(x, src_mask=~mask))
@@ -368,13 +374,13 @@ class TestBlocks:
     @pytest.mark.parametrize("make", [vit_block, transformer.bert_block])
     @pytest.mark.parametrize("mask", [None, causal(T)])
     def test_reading_one_position_gives_what_forward_gives_there(self, make, mask):
-        blocks = [randomise(make(width=12, heads=3, hidden=17).double()) for _ in range(2)]
-        stack = transformer.Transformer(blocks, randomise(LayerNorm(12).double()))
+        blocks = [randomize(make(width=12, heads=3, hidden=17).double()) for _ in range(2)]
+        stack = transformer.Transformer(blocks, randomize(LayerNorm(12).double()))
         x, rows = torch.randn(B, T, 12).double(), torch.tensor([1, T - 2])
-        torch.testing.assert_close(stack.read(x, rows, mask), stack(x, mask=mask)[range(B), rows])
+        torch.testing.assert_close(stack.forward_at(x, rows, mask), stack(x, mask=mask)[range(B), rows])
 
     def test_a_decoder_block_equals_torch(self):
-        block = randomise(Block(Attention(width=12, heads=3), MLP(width=12, hidden=17, act=F.relu),
+        block = randomize(Block(Attention(width=12, heads=3), MLP(width=12, hidden=17, act=F.relu),
                                 partial(LayerNorm, 12), Attention(width=12, heads=3)).double())
         theirs = nn.TransformerDecoderLayer(12, 3, 17, dropout=0, batch_first=True,
                                             norm_first=True).double()
@@ -394,14 +400,14 @@ class TestBlocks:
             block(x, context, mask=causal(T), context_mask=padding(seen)), want)
 
     def test_cross_attention_rests_without_a_context(self):
-        block = randomise(transformer.bert_block(width=12, heads=3, context_width=5))
+        block = randomize(transformer.bert_block(width=12, heads=3, context_width=5))
         plain = transformer.bert_block(width=12, heads=3)
         plain.load_state_dict({k: v for k, v in block.state_dict().items() if "cross" not in k})
         x = torch.randn(B, T, 12)
         assert torch.equal(block(x), plain(x))
 
     def test_the_stack_applies_its_blocks_in_order_and_its_norm_last(self):
-        blocks = [randomise(vit_block(width=12, heads=3)) for _ in range(2)]
-        norm, x = randomise(LayerNorm(12)), torch.randn(B, T, 12)
+        blocks = [randomize(vit_block(width=12, heads=3)) for _ in range(2)]
+        norm, x = randomize(LayerNorm(12)), torch.randn(B, T, 12)
         torch.testing.assert_close(Transformer(blocks, norm)(x), norm(blocks[1](blocks[0](x))))
         torch.testing.assert_close(Transformer(blocks)(x), blocks[1](blocks[0](x)))

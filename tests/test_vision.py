@@ -52,7 +52,7 @@ def test_a_change_in_one_patch_changes_one_token_of_the_embedding():
 def test_the_class_token_comes_first_with_the_first_position():
     vit = make(ln_pre=False)
     token = vit.embed(torch.randn(1, 3, 15, 15).double())[0, 0]
-    torch.testing.assert_close(token, vit.cls + vit.pos_embed[0])
+    torch.testing.assert_close(token, vit.cls_token + vit.pos_embed[0])
 
 
 def test_the_pre_norm_takes_the_scale_of_the_patches_away():
@@ -203,7 +203,7 @@ class TestBottleneck:
 
 class TestAttentionPool:
     def make(self):
-        return randomise(AttentionPool(grid=3, width=12, heads=2, embed_dim=7))
+        return randomise(AttentionPool(grid_size=3, width=12, heads=2, embed_dim=7))
 
     def test_it_is_torchs_attention_of_the_mean_over_mean_and_cells(self):
         pool, cells = self.make(), 2 * torch.randn(5, 9, 12).double()
@@ -225,7 +225,7 @@ class TestAttentionPool:
         torch.testing.assert_close(pool(cells), pool(moved))
 
     def test_its_initialisation_is_the_released_codes(self):
-        pool = AttentionPool(grid=7, width=192, heads=3, embed_dim=97)
+        pool = AttentionPool(grid_size=7, width=192, heads=3, embed_dim=97)
         for linear in (pool.q_proj, pool.k_proj, pool.v_proj, pool.out_proj):
             assert linear.weight.std().item() == pytest.approx(192 ** -0.5, rel=0.05)
             assert linear.bias is not None
@@ -234,10 +234,10 @@ class TestAttentionPool:
 
     def test_heads_that_do_not_divide_are_told(self):
         with pytest.raises(ValueError, match="width 12 does not divide into 5 heads"):
-            AttentionPool(grid=3, width=12, heads=5, embed_dim=7)
+            AttentionPool(grid_size=3, width=12, heads=5, embed_dim=7)
 
     def test_its_positions_stretch_to_a_finer_grid(self):
-        pool, fine = self.make(), AttentionPool(grid=5, width=12, heads=2, embed_dim=7).double()
+        pool, fine = self.make(), AttentionPool(grid_size=5, width=12, heads=2, embed_dim=7).double()
         stretched = resize_positions(pool.pos_embed.detach(), 5)
         assert stretched.shape == fine.pos_embed.shape
         assert torch.equal(stretched[0], pool.pos_embed[0])
@@ -249,9 +249,9 @@ class TestResNet:
         model, images = resnet().train(training), squares()
         cells = grid_again(model, images)
         assert cells.shape == (3, 4, 192)
-        torch.testing.assert_close(model.grid(images), cells)
+        torch.testing.assert_close(model.patches(images), cells)
         torch.testing.assert_close(model(images), pool_again(model.pool, cells, heads=3))
-        torch.testing.assert_close(model.features(images), model(images))
+        torch.testing.assert_close(model.pooled(images), model(images))
 
     def test_the_stages_double_channels_and_halve_sides(self):
         model, sizes = resnet(stages=(2, 1, 3, 1)).eval(), []
@@ -321,6 +321,6 @@ class TestResNet:
 
 def test_the_vits_features_are_the_class_token_after_the_last_norm():
     vit, images = make(), torch.randn(2, 3, 15, 15).double()
-    torch.testing.assert_close(vit.features(images), vit(images)[:, 0])
+    torch.testing.assert_close(vit.pooled(images), vit(images)[:, 0])
     plain = make(ln_post=False)
-    torch.testing.assert_close(plain.features(images), plain.hidden(images)[:, 0])
+    torch.testing.assert_close(plain.pooled(images), plain.hidden(images)[:, 0])

@@ -19,7 +19,7 @@ B, T, S = 3, 5, 7
 REAL = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]]).bool()       # padded right
 
 
-def randomise(module, seed):
+def randomize(module, seed):
     """Every parameter random, norms and biases included; returns the module in eval mode."""
     torch.manual_seed(seed)
     for parameter in module.parameters():
@@ -63,7 +63,7 @@ class ClipCase:
     def reference(self, seed):
         from transformers import CLIPConfig as Config, CLIPModel
         c = self.config
-        model = randomise(CLIPModel(Config(
+        model = randomize(CLIPModel(Config(
             projection_dim=c.embed_dim,
             text_config=dict(hidden_size=28, intermediate_size=112, num_hidden_layers=3,
                              num_attention_heads=2, max_position_embeddings=11, vocab_size=53,
@@ -78,7 +78,7 @@ class ClipCase:
             ids[row, end], ids[row, end + 1:] = 31, 0
         out = model(input_ids=ids, pixel_values=images, return_loss=True)
         names = {"logit_scale": "logit_scale",
-                 "vision_model.embeddings.class_embedding": "vision.cls",
+                 "vision_model.embeddings.class_embedding": "vision.cls_token",
                  "vision_model.embeddings.patch_embedding": "vision.patch_embed",
                  "vision_model.embeddings.position_embedding.weight": "vision.pos_embed",
                  "vision_model.pre_layrnorm": "vision.ln_pre",
@@ -130,7 +130,7 @@ class Gpt2Case(BlockCase):
     def reference(self, seed):
         from transformers import GPT2Config
         from transformers.models.gpt2.modeling_gpt2 import GPT2Block
-        layer = randomise(GPT2Block(GPT2Config(n_embd=24, n_head=4, n_inner=37,
+        layer = randomize(GPT2Block(GPT2Config(n_embd=24, n_head=4, n_inner=37,
                                                attn_implementation="eager"), layer_idx=0), seed)
         x = self.draw()
         y = layer(x, attention_mask=self.additive())
@@ -152,7 +152,7 @@ class OptCase(BlockCase):
     def reference(self, seed):
         from transformers import OPTConfig
         from transformers.models.opt.modeling_opt import OPTDecoderLayer
-        layer = randomise(OPTDecoderLayer(OPTConfig(
+        layer = randomize(OPTDecoderLayer(OPTConfig(
             hidden_size=24, num_attention_heads=4, ffn_dim=37, dropout=0.0,
             attn_implementation="eager"), layer_idx=0), seed)
         x = self.draw()
@@ -173,7 +173,7 @@ class LlamaCase(BlockCase):
         from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
         config = LlamaConfig(hidden_size=24, num_attention_heads=4, num_key_value_heads=2,
                              intermediate_size=37, rms_norm_eps=1e-5, attn_implementation="eager")
-        layer = randomise(LlamaDecoderLayer(config, layer_idx=0), seed)
+        layer = randomize(LlamaDecoderLayer(config, layer_idx=0), seed)
         x, positions = self.draw(), torch.arange(11, 11 + T)[None]
         turns = LlamaRotaryEmbedding(config)(x, positions)
         y = layer(x, attention_mask=self.additive(), position_embeddings=turns)
@@ -184,7 +184,7 @@ class LlamaCase(BlockCase):
 
     def ours(self, weights, inputs):
         block = load(llama_block(width=24, heads=4, kv_heads=2, hidden=37), weights)
-        return self.run(block, inputs, table=rope_table(torch.arange(11, 11 + T), 6))
+        return self.run(block, inputs, rope=rope_table(torch.arange(11, 11 + T), 6))
 
 
 class BertCase(BlockCase):
@@ -193,7 +193,7 @@ class BertCase(BlockCase):
     def reference(self, seed):
         from transformers import BertConfig
         from transformers.models.bert.modeling_bert import BertLayer
-        layer = randomise(BertLayer(BertConfig(
+        layer = randomize(BertLayer(BertConfig(
             hidden_size=24, num_attention_heads=4, intermediate_size=37, hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0, is_decoder=True, add_cross_attention=True,
             attn_implementation="eager"), layer_idx=0), seed)
@@ -223,7 +223,7 @@ class T5Case(BlockCase):
     def reference(self, seed):
         from transformers import T5Config
         from transformers.models.t5.modeling_t5 import T5Block
-        layer = randomise(T5Block(T5Config(
+        layer = randomize(T5Block(T5Config(
             d_model=24, d_kv=5, num_heads=4, d_ff=37, is_decoder=self.decoder, dropout_rate=0.0,
             relative_attention_num_buckets=8, relative_attention_max_distance=6,
             feed_forward_proj="gated-gelu" if self.gated else "relu"),
@@ -269,7 +269,6 @@ class LanguageCase:
     searches = {"greedy": {}, "shorter": {"num_beams": 3, "length_penalty": 0.7},
                 "beams": {"num_beams": 3}, "longer": {"num_beams": 3, "length_penalty": 1.3},
                 "first": {"num_beams": 3, "early_stopping": True},
-                "never": {"num_beams": 3, "early_stopping": "never"},
                 "unlike": {"repetition_penalty": 1.3}}
     stop = [2, 5, 11, 13]                # so many that some rows end early
 
@@ -280,7 +279,7 @@ class LanguageCase:
         from transformers import AutoConfig, AutoModelForCausalLM
         config = AutoConfig.for_model(**self.config, attn_implementation="eager", pad_token_id=1,
                                       bos_token_id=3)
-        model = randomise(AutoModelForCausalLM.from_config(config), seed)
+        model = randomize(AutoModelForCausalLM.from_config(config), seed)
         for name, parameter in model.named_parameters():              # so that texts differ
             if name.endswith(("ln_f.bias", "decoder.final_layer_norm.bias")):
                 parameter.data *= 0.2

@@ -151,7 +151,7 @@ class OpenAI(nn.Module):
         return F.normalize(self.visual(images), dim=-1), F.normalize(text, dim=-1)
 
 
-def randomised(model):
+def randomized(model):
     """Every number of it random, norms and running statistics included; in eval mode."""
     for name, value in model.state_dict().items():
         if name.endswith("running_var"):
@@ -165,14 +165,14 @@ def vit(seed=0, embed_dim=67, **changes):
     """A small ViT CLIP; widths are multiples of 64, as heads are 64 wide."""
     torch.manual_seed(seed)
     sizes = dict(vocab_size=523, context_length=11, width=192, layers=3, embed_dim=embed_dim, eos_id=522) | changes
-    return randomised(OpenAI(Vit(28, 7, 128, 2, embed_dim), **sizes))
+    return randomized(OpenAI(Vit(28, 7, 128, 2, embed_dim), **sizes))
 
 
 def resnet(seed=0, embed_dim=67, **changes):
     """A small ResNet CLIP."""
     torch.manual_seed(seed)
     sizes = dict(vocab_size=523, context_length=11, width=192, layers=3, embed_dim=embed_dim, eos_id=522) | changes
-    return randomised(OpenAI(ResNet(64, (1, 2, 1, 3), 4, embed_dim), **sizes))
+    return randomized(OpenAI(ResNet(64, (1, 2, 1, 3), 4, embed_dim), **sizes))
 
 
 def save_script(model, path, half=True):

@@ -4,7 +4,7 @@ import torch
 
 from common.language import PRESETS, LanguageConfig, LanguageModel
 from common.pretrained.language import read_model
-from tests.parity.cases import CASES, REAL, B, LanguageCase, T, load, randomise
+from tests.parity.cases import CASES, REAL, B, LanguageCase, T, load, randomize
 
 pytest.importorskip("transformers",
                     reason="needs transformers: pip install -r tests/requirements.txt")
@@ -17,7 +17,7 @@ LANGUAGE = [case for case in CASES if isinstance(case, LanguageCase)]
 def test_a_saved_folder_gives_the_same_logits(case, shards, tmp_path):
     from transformers import AutoConfig, AutoModelForCausalLM
     config = AutoConfig.for_model(**case.config, bos_token_id=3, pad_token_id=1)
-    model = randomise(AutoModelForCausalLM.from_config(config), 5)
+    model = randomize(AutoModelForCausalLM.from_config(config), 5)
     model.save_pretrained(tmp_path, max_shard_size="20KB" if shards else "1GB")
     assert (tmp_path / "model.safetensors").exists() != shards
     fields, weights = read_model(tmp_path)

@@ -13,7 +13,7 @@ from common.pretrained import safetensors
 from common.pretrained.names import plan
 from tests.fuzz import mutations
 from tests.parity import openai_layout
-from tests.parity.cases import randomise
+from tests.parity.cases import randomize
 
 WHY = "needs transformers and safetensors: pip install -r tests/requirements.txt"
 pytest.importorskip("transformers", reason=WHY)
@@ -39,7 +39,7 @@ def vocabulary(folder, style):
 def reference(vocab, seed=0, vision=24, text=28, embed_dim=17, heads=(3, 2)):
     """A random CLIPModel."""
     from transformers import CLIPConfig, CLIPModel
-    return randomise(CLIPModel(CLIPConfig(
+    return randomize(CLIPModel(CLIPConfig(
         projection_dim=embed_dim,
         text_config=dict(hidden_size=text, intermediate_size=4 * text, num_hidden_layers=3,
                          num_attention_heads=heads[1], max_position_embeddings=11,
