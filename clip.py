@@ -24,7 +24,8 @@ from torch import nn
 from common.training import checkpoint, options as cli
 from common.evaluation import writing as evaluation
 from common import losses
-from common.data.images import center_crop, normalize_pixels, open_folder, open_image, sheet, to_tensor
+from common.data.images import center_crop, normalize_pixels, open_folder, open_image, to_tensor
+from common.evaluation.sheet import sheet
 from common.masks import causal
 from common.pretrained import clip as pretrained
 from common.pretrained.files import is_published

@@ -26,7 +26,8 @@ from common import language, losses, masks
 from common.prompts import ANSWER, OUTPUT, collate
 from common.data.batches import Drawn
 from common.generation import generate, score_candidates
-from common.data.images import normalize_pixels, open_frames, sheet
+from common.data.images import normalize_pixels, open_frames
+from common.evaluation.sheet import sheet
 from common.language import LanguageConfig, LanguageModel
 from common.data.interleaved import InterleavedCollator
 from common.data.tokenizer import EOC, EOS, IMAGE

@@ -40,7 +40,7 @@ from common.data.batches import (STAND_INS, Batches, Drawn, Mixture, ImageTextBa
                          world_tokenizer)
 from common.training.devices import autocast, find_device, half_precision, peak_memory, to_device
 from common.data.files import FORMATS, Files, Refusals
-from common.data.images import printable
+from common.data.safe_read import printable
 from common.training.run_folder import RunFolder
 from common.data.tokenizer import EOS, PAD
 

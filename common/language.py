@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.training import checkpoint
-from common.data.images import printable
+from common.data.safe_read import printable
 from common.prompts import collate
 from common.training.devices import to_device
 from common.generation import generate

@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader
 
 from common.prompts import IGNORED, collate
 from common.data.files import FORMATS, Files, all_records
-from common.data.images import center_crop, printable, to_tensor
+from common.data.images import center_crop, to_tensor
+from common.data.safe_read import printable
 from common.data.tokenizer import BOS, EOS, Tokenizer
 from common.data.emoji.world import Emoji
 from common.data.shapes.world import Shapes

@@ -11,7 +11,7 @@ import torch
 from common.evaluation import retrieval as metrics
 from common.prompts import OUTPUT
 from common.data.files import all_records
-from common.data.images import sheet
+from common.evaluation.sheet import sheet
 
 
 class Pool:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from common import losses
-from common.data.images import sheet
+from common.evaluation.sheet import sheet
 from common.data.tokenizer import BOS
 from common.language import PRESETS, TRAINS, LanguageModel, perplexity, unpadded  # noqa: F401
 from common.losses import next_token_loss

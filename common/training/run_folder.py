@@ -3,7 +3,7 @@ import json
 from pathlib import Path
 
 from common.training import checkpoint, distributed
-from common.data.images import printable
+from common.data.safe_read import printable
 from common.data.tokenizer import Tokenizer
 
 FILES = ("config.json", "tokenizer.model", "log.jsonl", "refused.jsonl", *checkpoint.NAMES,
