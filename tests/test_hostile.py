@@ -231,7 +231,7 @@ class TestAThousandInputs:
             if draw.random() < 0.2:
                 data = mutated(data + draw.choice(kinds)[1], draw)
             (tmp_path / "picture").write_bytes(data)
-            source = [data, tmp_path / "picture", io.BytesIO(data)][number % 3]
+            source = [data, tmp_path / "picture"][number % 2]
 
             def opened():
                 picture = open_image(source, f"number {number}")

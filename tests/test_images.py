@@ -1,4 +1,4 @@
-"""Opening any file, the crops, tensors, sheets."""
+"""Opening any picture file, crops, tensors."""
 import io
 import os
 import random
@@ -12,9 +12,9 @@ import torch
 from PIL import Image, ImageOps
 
 from common.data import images
-from common.data.images import (GREEN, MEAN, MOST_BYTES, MOST_PIXELS, RED, STD, center_crop, normalize_pixels,
-                           open_folder, open_frames, open_image, open_regular, random_crop, sheet,
-                           printable, to_rgb, to_tensor)
+from common.data.images import (MEAN, MOST_BYTES, MOST_PIXELS, STD, center_crop, normalize_pixels,
+                                open_folder, open_frames, open_image, random_crop, to_rgb,
+                                to_tensor)
 
 
 def halves(size=(6, 4), left=(200, 30, 40), right=(10, 60, 220)):
@@ -157,22 +157,31 @@ class TestOpenImage:
         monkeypatch.setattr(Image.Image, "convert", broken)
         assert "not a readable picture" in refusal(tmp_path / "picture.png")
 
+    @pytest.mark.parametrize("mode", ["P", "1", "LA", "RGBA", "CMYK", "I;16", "F"])
+    def test_pictures_of_every_mode_are_turned(self, tmp_path, mode):
+        grey = noise(7, 5).convert("L")
+        picture = Image.fromarray(np.asarray(grey, np.uint16) * 257) if mode == "I;16" \
+            else grey.convert("RGB").convert(mode) if mode in ("P", "CMYK") else grey.convert(mode)
+        exif, kind = Image.Exif(), {"CMYK": "JPEG", "F": "TIFF"}.get(mode, "PNG")
+        exif[274] = 6
+        picture.save(tmp_path / "plain", kind)
+        picture.save(tmp_path / "turned", kind, exif=exif)
+        want = open_image(tmp_path / "plain").rotate(-90, expand=True)
+        assert np.array_equal(open_image(tmp_path / "turned"), want)
+
     def test_broken_exif_does_not_cost_the_picture(self, tmp_path):
         noise(7, 5).save(tmp_path / "a.png", exif=b"Exif\0\0nonsense, not a header")
         assert np.array_equal(open_image(tmp_path / "a.png"), noise(7, 5))
 
-    def test_bytes_and_open_files_are_as_good_as_paths(self, tmp_path):
+    def test_bytes_are_as_good_as_paths(self, tmp_path):
         noise(7, 5).save(tmp_path / "a.png")
         data = (tmp_path / "a.png").read_bytes()
-        with open(tmp_path / "a.png", "rb") as file:
-            file.read(11)                # wherever it stands
-            for source in (data, bytearray(data), io.BytesIO(data), file, str(tmp_path / "a.png")):
-                assert np.array_equal(open_image(source), noise(7, 5))
+        for source in (data, tmp_path / "a.png", str(tmp_path / "a.png")):
+            assert np.array_equal(open_image(source), noise(7, 5))
 
     def test_what_is_in_memory_has_the_name_it_is_given(self):
-        for source in (b"nothing", io.BytesIO(b"nothing")):
-            with pytest.raises(ValueError, match="^s.tar: 7.jpg: not a readable picture"):
-                open_image(source, "s.tar: 7.jpg")
+        with pytest.raises(ValueError, match="^s.tar: 7.jpg: not a readable picture"):
+            open_image(b"nothing", "s.tar: 7.jpg")
         with pytest.raises(ValueError, match="^a picture in memory: not"):
             open_image(b"")
 
@@ -180,21 +189,18 @@ class TestOpenImage:
         os.mkfifo(tmp_path / "pipe")
         for path in (tmp_path / "pipe", "/dev/zero", "/dev/null"):
             assert "a pipe or a device, not a picture" in refusal(path)
-            with pytest.raises(ValueError, match="a pipe or a device, not a file"):
-                open_regular(path)
 
     def test_a_file_without_end_is_refused_by_its_size(self, tmp_path):
         with open(tmp_path / "a.jpg", "wb") as file:
             file.write(b"\xff\xd8" + b"\xff" * 9)
             file.truncate(MOST_BYTES + 1)                    # takes no room on the disk
-        assert "more than 100,000,000 bytes" in refusal(tmp_path / "a.jpg")
+        assert "larger than 100,000,000 bytes" in refusal(tmp_path / "a.jpg")
 
     def test_strange_names_stay_on_their_line(self, tmp_path):
         for name in ("a\nb.png", "a\x1b[2Jb.png", "\udcff.png", "n" * 300, "a\0b"):
             with pytest.raises(ValueError) as caught:
                 open_image(tmp_path / name)
             assert str(caught.value).isprintable()
-        assert printable("a\nb") == "a?b" and len(printable("n" * 9999)) == 303
 
     def test_text_that_unpacks_without_end_is_refused(self, tmp_path):
         header = struct.pack(">IIBBBBB", 1, 1, 8, 2, 0, 0, 0)
@@ -466,49 +472,3 @@ class TestOpenFrames:
                 assert found == list(range(len(found))) and found
             except ValueError as error:
                 assert "cut.gif: not a readable " in str(error) and "\n" not in str(error)
-
-
-class TestSheet:
-    CELL = 40
-
-    def page(self, rows):
-        return np.asarray(sheet("what is shown here", rows, cell=self.CELL), int)
-
-    def test_every_picture_is_drawn_whole(self):
-        red, green = (Image.new("RGB", (6, 4), colour) for colour in ((200, 30, 40), (1, 99, 2)))
-        rows = [("words", None, [(red, "red", None)] * 5),
-                ("", green, [(None, "words alone", None)] * 2)]
-        page = self.page(rows)
-        assert (page == (200, 30, 40)).all(-1).sum() == 5 * self.CELL ** 2
-        assert (page == (1, 99, 2)).all(-1).sum() == self.CELL ** 2
-
-    def test_frames_say_right_and_wrong(self):
-        cell = Image.new("RGB", (5, 5), "white")
-        good, bad, plain = (self.page([("", None, [(cell, "", right)])])
-                            for right in (True, False, None))
-        for page, has, lacks in ((good, GREEN, RED), (bad, RED, GREEN)):
-            assert (page == has).all(-1).any() and not (page == lacks).all(-1).any()
-        assert not (plain == GREEN).all(-1).any() and not (plain == RED).all(-1).any()
-
-    @pytest.mark.parametrize("cells", [
-        [(None, "a long sentence of many words that has to be broken into lines", True)] * 3,
-        [(Image.new("RGB", (9, 5), "white"), "caption", False)] * 7,
-        [(None, "words", True), (Image.new("RGB", (5, 9), "white"), "caption", False)] * 4])
-    def test_nothing_touches_the_right_edge(self, cells):
-        page = self.page([("left", None, cells), ("", Image.new("RGB", (3, 3)), cells[:1])])
-        assert (page[:, -1] == 255).all() and (page[-1] == 255).all()
-
-    def test_long_names_stay_below_their_own_picture(self):
-        cell = Image.new("RGB", (5, 5), (1, 99, 2))
-        name = "0.27 IMG_20240101_120000_a_very_long_name_of_a_file and more and more words"
-        many, few = (self.page([("asked", None, [(cell, name, None), (cell, second, None)])] * 2)
-                     for second in (name, ""))
-        second = slice(3 * self.CELL + 6, None)                # columns of the second cell
-        assert (many[:, second] != few[:, second]).any()
-        assert (many[:, :3 * self.CELL] == few[:, :3 * self.CELL]).all()
-        assert (many == (1, 99, 2)).all(-1).sum() == 4 * self.CELL ** 2
-        alone = self.page([("asked", None, [(cell, name, None)])])
-        assert (alone[:, second] == 255).all() and (alone[-6:] == 255).all()
-
-    def test_letters_of_other_scripts_do_not_break_it(self):
-        self.page([("猫 😀 é", None, [(None, "\u200b кот", None)])])

@@ -23,7 +23,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from common.training import distributed
-from common.data.images import center_crop, open_image, open_regular, random_crop, printable
+from common.data.images import center_crop, open_image, random_crop
+from common.data.safe_read import open_regular, printable
 
 LONGEST = 1_000_000      # bytes of a line, of a tar's header, of a text in a tar
 MOST_JSON = 2_000_000_000            # bytes of a file that has to be read as a whole

@@ -50,18 +50,21 @@ def read_bytes(path, most=MOST_BYTES, open=open_regular):
     return data
 
 
-def parse_json(data, where, kind=object):
-    """The value of a JSON text (str or bytes of UTF-8), which must be of a kind: dict, list ..."""
+def parse_json(data, where="", kind=object):
+    """The value of a JSON text (str or bytes of UTF-8), which must be of a kind: dict, list ...
+
+    Raises ValueError with one line, which begins with `where` if it is given.
+    """
+    where = f"{printable(where)}: " if where else ""
     try:
         value = json.loads(data)
     except RecursionError:
-        raise ValueError(f"{printable(where)}: JSON nested too deeply") from None
+        raise ValueError(f"{where}JSON nested too deeply") from None
     except ValueError as error:          # the decoder's own messages are one line
-        raise ValueError(f"{printable(where)}: not readable JSON ({error})") from None
+        raise ValueError(f"{where}not readable JSON ({error})") from None
     if not isinstance(value, kind):
         name = {dict: "object", list: "list"}.get(kind, kind.__name__)
-        raise ValueError(f"{printable(where)}: a JSON {name} was expected, not "
-                         f"{printable(repr(value), 80)}")
+        raise ValueError(f"{where}a JSON {name} was expected, not {printable(repr(value), 80)}")
     return value
 
 
