@@ -322,20 +322,22 @@ class Flamingo(nn.Module):
         return writing.samples(writing.Writer(self, data.tokenizer), data)
 
     @torch.no_grad()
-    def select_shots(self, frames, support, count):
-        """RICES (paper, A.2): the records of support with the images most similar to an image.
+    def select_shots(self, queries, support, count):
+        """RICES (paper, A.2): for each query the records of support with the most similar images.
 
-        frames: the query, an image or clip as a list of frames. Similarity: the cosine of the frozen
-        encoder's pooled features, of a clip their mean. The most similar record comes last, next to
-        the query.
+        queries: images or clips, lists of frames. Similarity: the cosine of the frozen encoder's
+        pooled features, of a clip their mean. The most similar record comes last, next to the query.
         """
-        def features(frames):
-            images = collator.images([[{"images": [frames]}]])[0, 0].to(self.vision.pos_embed.device)
-            return F.normalize(self.vision.pooled(normalize_pixels(images)).mean(dim=0), dim=-1)
         collator = InterleavedCollator(None, self.config, render_page)
-        keys = torch.stack([features(record["turns"][0]["images"][0]) for record in support])
-        best = (keys @ features(frames)).topk(min(count, len(support))).indices
-        return [support[i] for i in best.flip(0).tolist()]
+
+        def features(clips):
+            images = [collator.images([[{"images": [frames]}]])[0, 0] for frames in clips]
+            vectors = [self.vision.pooled(normalize_pixels(x.to(self.lm.new.rows.device))).mean(dim=0)
+                       for x in images]                               # (F, 3, H, W) -> (D,)
+            return F.normalize(torch.stack(vectors), dim=-1)
+        keys = features([record["turns"][0]["images"][0] for record in support])
+        best = (features(queries) @ keys.T).topk(min(count, len(support)), dim=1).indices
+        return [[support[i] for i in row[::-1]] for row in best.tolist()]
 
 
 # ------------------------------------------------------------------ pages and prompts

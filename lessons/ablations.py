@@ -25,7 +25,8 @@ import common                                             # noqa: E402,F401  bef
 import clip                                               # noqa: E402
 from common.training import checkpoint, options as cli
 from common.evaluation import retrieval as metrics  # noqa: E402
-from common.data.batches import Batches, ImageTextBatch, EvalData              # noqa: E402
+from common.data.batches import Batches, EvalData
+from common.data.collators import ImageTextBatch
 from common.training.devices import autocast, half_precision       # noqa: E402
 from common.data.images import normalize_pixels                       # noqa: E402
 from common.data.shapes.scene import STYLES                    # noqa: E402

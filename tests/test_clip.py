@@ -11,7 +11,8 @@ from torch import nn
 
 import train
 from clip import CLIP, PRESETS, CLIPConfig, Trained
-from common.data.batches import ImageTextBatch, EvalData, world_tokenizer
+from common.data.batches import EvalData, world_tokenizer
+from common.data.collators import ImageTextBatch
 from common.data.shapes.world import Shapes
 
 EOS = 5                                     # not the largest id: pooling must go by id

@@ -8,8 +8,9 @@ import torch
 from PIL import Image
 
 from common.training import options as cli
-from common.data.batches import (STAND_INS, Batches, Drawn, Mixture, ImageTextBatch, PackedTexts, EvalData, draw_rng,
-                         open_world, world_tokenizer)
+from common.data.batches import (STAND_INS, Batches, Drawn, Mixture, EvalData, draw_rng,
+                                 open_world, world_tokenizer)
+from common.data.collators import ImageTextBatch, PackedTexts
 from common.data.files import Files
 from common.data.tokenizer import BOS, EOS, PAD, Tokenizer
 from common.data.emoji.world import Emoji

@@ -4,7 +4,9 @@ import torch
 from PIL import Image
 
 from common.evaluation.writing import retrieval
-from common.evaluation.writing import Pool, captions, retrieval_sheet, zero_shot
+from common.evaluation.questions import captions
+from common.evaluation.retrieval import Pool, zero_shot
+from common.evaluation.writing import retrieval_sheet
 
 
 class Letters:

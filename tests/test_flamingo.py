@@ -28,7 +28,8 @@ from common.generation import generate, score_candidates
 from common.data.images import normalize_pixels
 from common.language import LanguageConfig
 from common.training.lm import Pretraining
-from common.data.interleaved import InterleavedCollator, segments
+from common.data.collators import InterleavedCollator
+from common.data.interleaved import segments
 from common.data.tokenizer import BOS, EOC, EOS, IMAGE, Tokenizer
 from common.cache import KVCache
 from flamingo import PRESETS, TRAINS, Flamingo, FlamingoConfig, Pupil, add_frames, prompt, rices

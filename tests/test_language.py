@@ -11,13 +11,13 @@ from torch import nn
 from common.training import lm as lm_stage
 from common import language, losses
 from common.prompts import collate
-from common.language import (PRESETS, TRAINS, LanguageConfig, LanguageModel, NewTokens, perplexity,
-                             unpadded)
+from common.language import PRESETS, TRAINS, LanguageConfig, LanguageModel, NewTokens, unpadded
+from common.training.lm import perplexity
 from common.training.lm import Pretraining
 from common.data.tokenizer import Tokenizer
 from common.cache import KVCache
 from common.transformer import RMSNorm
-from train import freeze, parameter_groups
+from common.training.optimizer import freeze, parameter_groups
 
 V, T, PAST = 31, 11, 7
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from common import masks
 from common.prompts import ANSWER, OUTPUT
-from common.data.interleaved import InterleavedCollator
+from common.data.collators import InterleavedCollator
 from common.data.tokenizer import BOS, EOC, EOS, IMAGE
 
 

@@ -8,13 +8,16 @@ import pytest
 
 from common.prompts import OUTPUT
 from common.data.shapes import interleaved as readings
-from common.data.shapes.interleaved import (ASKED, ENDS, FORMS, KINDS, LISTED, READ, SHOTS, interleaved,
-                                    labelled, labels_in_words, reading)
-from common.data.shapes.scene import COLOURS, HELD_OUT, SHAPES, is_true, phrase
+from common.data.shapes.interleaved import (ASKED, ENDS, FORMS, KINDS, SHOTS, interleaved,
+                                            labels_in_words, reading)
+from common.data.shapes.texts import LISTED, READ, labelled
+from common.data.shapes.scene import COLOURS, HELD_OUT, SHAPES
+from common.data.shapes.words import is_true, phrase
 from common.data.shapes.world import Shapes
-from common.data.shapes.stories import LABELS
+from common.data.shapes.interleaved import LABELS
 from common.data.shapes.questions import FORMS as QUESTIONS
-from common.data.shapes.questions import candidates, names_held_out
+from common.data.shapes.questions import candidates
+from common.data.shapes.words import names_held_out
 
 QUESTION = re.compile(r"question: (.+\?) answer:")
 

@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 
 from common.data.shapes import scene as scenes
-from common.data.shapes.scene import (BACKGROUNDS, COLOURS, HELD_OUT, MARGIN, OPENINGS, PAIRS, SHAPES,
-                                 SIZES, STYLES, Item, Scene, describe, draw, is_true, listed,
-                                 matching, names_an_object, parse_phrase, phrase, relations,
-                                 restyled, sample, statements, where)
+from common.data.shapes.scene import (BACKGROUNDS, COLOURS, HELD_OUT, PAIRS, SHAPES, SIZES, STYLES,
+                                      Item, Scene, describe, draw, listed, restyled, sample)
+from common.data.shapes.words import (MARGIN, OPENINGS, is_true, matching, names_an_object,
+                                      parse_phrase, phrase, relations, statements, where)
 from common.data.shapes.world import Shapes
 
 RED = Item("red", "circle", "large", 0.25, 0.3)

@@ -19,8 +19,9 @@ import pytest
 
 from common.data.shapes import scene as scenes
 from common.data.shapes import stories, questions as tasks
-from common.data.shapes.scene import (BACKGROUNDS, COLOURS, HELD_OUT, NUMBERS, PAIRS, SHAPES, SIZES,
-                                 Item, Scene, draw, is_true, sample)
+from common.data.shapes.scene import (BACKGROUNDS, COLOURS, HELD_OUT, PAIRS, SHAPES, SIZES, Item,
+                                      Scene, draw, sample)
+from common.data.shapes.words import NUMBERS, is_true
 
 KINDS = ("colour", "shape", "count", "relation", "existence", "comparison", "size")
 NOUNS = {**{s: s for s in SHAPES}, **{s + "s": s for s in SHAPES}, "crosses": "cross",

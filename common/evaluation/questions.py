@@ -93,8 +93,8 @@ def retrieved_shots(writer, world, count, select_shots, shots=4):
     support = draw_tasks(world, "question", 2 * count, "train", asks=1)
     rng = random.Random(0)
     chosen = {"random": [rng.sample(support, shots) for _ in queries],
-              "retrieved": [select_shots(q["turns"][0]["images"][0], support, shots)
-                            for q in queries]}
+              "retrieved": select_shots([q["turns"][0]["images"][0] for q in queries], support,
+                                        shots)}
     figures = {}
     for name, examples in chosen.items():
         records = [{"turns": [e["turns"][0] for e in own] + q["turns"]}

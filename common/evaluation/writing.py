@@ -89,6 +89,9 @@ def samples(writer, data, count=6):
 
 # ------------------------------------------------------------------ commands
 
+SHOT = ("PICTURE", "QUESTION", "ANSWER")             # the values of a --shot
+
+
 def read_support(path):
     """A file of shots, a JSON object in each line: {"image", "question", "answer"} -> records.
 
@@ -111,7 +114,7 @@ def main(description, from_pretrained):
         record = {"images": open_frames(picture), "texts": [""]}
         print(from_pretrained(run).generate([record], num_beams=3)[0])
 
-    def answer(run, picture, question, *, shot: ("PICTURE", "QUESTION", "ANSWER") = (),
+    def answer(run, picture, question, *, shot: SHOT = (),
                support=None, shots=4):
         """answer a question about a picture or clip, after examples: --shot for each of them, or
         --support FILE, JSON lines with image, question and answer, of which the --shots most
@@ -120,8 +123,8 @@ def main(description, from_pretrained):
         turns = [{"images": [open_frames(path)], "prompt": text, "answer": said}
                  for path, text, said in shot]
         if support:
-            turns += [record["turns"][0] for record in
-                      writer.model.select_shots(frames, read_support(support), shots)]
+            chosen, = writer.model.select_shots([frames], read_support(support), shots)
+            turns += [record["turns"][0] for record in chosen]
         turns.append({"images": [frames], "prompt": question, "answer": ""})
         print(writer.generate([{"turns": turns}], num_beams=3)[0])
 

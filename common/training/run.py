@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
+from common.data.batches import Batches
 from common.data.files import Refusals
 from common.data.safe_read import printable
 from common.training import checkpoint, distributed
@@ -73,6 +74,7 @@ class Run:
     began: float
     step: int = 0
     seconds: float = 0.0                 # of earlier sittings
+    saved: int | None = None             # the step of the last checkpoint
     loss: float = math.nan
     refused: Refusals | None = None      # records of the user's own that could not be read
     stopped: int | None = None           # the signal that stops the run
@@ -137,13 +139,17 @@ def restore(run):
     if state is not None:
         folder.check_same(describe(run), without="recipe" if options.eval_only else None)
         checkpoint.load_weights(run.model, state["model"], folder.path)
-        with checkpoint.clear_errors(folder.path):
+        try:
             run.optimizer.load_state_dict(state["optimizer"])
             torch.set_rng_state(state["rng"])
-            run.step, run.seconds = state["step"], state["schedule"]["seconds"]
+            run.step = run.saved = state["step"]
+            run.seconds = state["schedule"]["seconds"]
             run.loss = state["schedule"]["loss"]
             if run.refused:
                 run.refused.count = state["data"]["refused"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{folder.path}: a checkpoint that cannot be resumed ({error})") \
+                from None
         if distributed.rank() == 0:
             print(f"resumed from step {run.step}")
     elif options.init:
@@ -157,6 +163,7 @@ def restore(run):
 
 def save(run):
     """Write a checkpoint. There is no more state: every random draw follows from seed and step."""
+    run.saved = run.step
     run.folder.save({
         "model": run.model.state_dict(), "optimizer": run.optimizer.state_dict(), "step": run.step,
         "schedule": {"seconds": run.elapsed(), "loss": run.loss}, "rng": torch.get_rng_state(),
@@ -176,9 +183,8 @@ def check(run, losses, refused):
                 tqdm.write(f"refused: {printable(reason)}")
         run.refused.check(run.step * run.recipe.batch_size + run.refused.count)
     if not math.isfinite(run.loss):
-        saved = run.step // run.options.save_every * run.options.save_every
-        kept = f"the checkpoint before it stays in {run.folder.path}" if saved and \
-            checkpoint.exists(run.folder.path) else "there is no checkpoint yet"
+        kept = "there is no checkpoint yet" if run.saved is None else \
+            f"the checkpoint of step {run.saved} stays in {run.folder.path}"
         raise ValueError(f"the loss or its gradient is {run.loss} at step {run.step}; {kept}; try a "
                          "smaller --lr")
 

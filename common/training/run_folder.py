@@ -42,11 +42,11 @@ class RunFolder:
 
         Raises ValueError when a run is in the folder and neither resume nor overwrite is set.
         """
-        if (self.path / "config.json").exists() or checkpoint.exists(self.path):
-            if not resume and not overwrite:
-                done = (self.path / "result.json").exists()
-                raise ValueError(f"{self.path}: holds {'a finished' if done else 'an unfinished'} "
-                                 "run; --resume continues it, --overwrite deletes it")
+        there = any((self.path / name).exists() for name in ("config.json", *checkpoint.NAMES))
+        if there and not resume and not overwrite:
+            done = (self.path / "result.json").exists()
+            raise ValueError(f"{self.path}: holds {'a finished' if done else 'an unfinished'} run; "
+                             "--resume continues it, --overwrite deletes it")
         return checkpoint.newest(self.path) if resume else None
 
     def described(self):
