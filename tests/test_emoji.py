@@ -4,8 +4,6 @@ import io
 import json
 import pickle
 import random
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
@@ -230,6 +228,7 @@ def test_corpus(world):
 def test_classes(world):
     assert len(world.classes) == world.size("test")
     assert all("{}" in template for template in world.templates)
+    assert (world.tasks, world.vocab_size) == ((), 2048)
     for index in (0, 211, 399):
         source = world.record("test", index)["source"]
         assert world.label(source) == index
@@ -271,15 +270,6 @@ def test_extract(tmp_path):
     with Image.open(folder / "grinning-cat.png") as picture:
         assert picture.size == (64, 64) and picture.mode == "RGB"
         assert picture.getpixel((0, 0)) == (255, 255, 255)
-
-
-def test_command_line_says_in_one_line_what_is_wrong(tmp_path):
-    (tmp_path / "file").write_text("")
-    for arguments in ([], ["a", "b"], [str(tmp_path / "file")]):
-        done = subprocess.run([sys.executable, "-m", "common.data.emoji.world", *arguments],
-                              capture_output=True, text=True, cwd=WORLDS.parents[1])
-        assert done.returncode == 1 and done.stdout == ""
-        assert len(done.stderr.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize("name, phrase, base, tones", [
