@@ -548,7 +548,7 @@ def train(name, options, settings=(), began=None):
             print(f"{name}: {run.recipe.steps} steps of {run.recipe.batch_size} on {run.device} "
                   f"in {'bf16' if run.half else 'fp32'}, in {run.folder.path}\n{run.table}")
             if run.refused and run.world.refused.count:
-                print(f"{run.world.name}: {run.world.refused.told(run.world.tried)}")
+                print(f"{run.world.name}: {run.world.refused.summary(run.world.tried)}")
         if not options.eval_only:
             run.fit()
         if run.stopped is None:

@@ -254,7 +254,7 @@ class EvalData:
 def world_tokenizer(world):
     """The world's own vocabulary, the same in every run. Raises ValueError when it has no words."""
     try:
-        return Tokenizer.train(world.corpus(), world.vocabulary)
+        return Tokenizer.train(world.corpus(), world.vocab_size)
     except RuntimeError as error:
         raise ValueError(f"{world.name}: no vocabulary can be made of its texts ({printable(error)})") \
             from None

@@ -31,7 +31,7 @@ class Emoji:
     image_size: pixels of a side; pictures are resampled once, from the archive straight to it.
     """
     name = "emoji"
-    vocabulary = 2048                     # pieces of the tokenizer
+    vocab_size = 2048                     # pieces of the tokenizer
     zero_shot = "test"                    # the split that classes are told apart on
     templates = ("{}", "the {} emoji", "a picture of the {} emoji", "an emoji: {}",
                  "{}, drawn as an emoji", "a small drawing: {}")

@@ -33,7 +33,7 @@ class Shapes:
     ValueError for more objects than fit.
     """
     name = "shapes"
-    vocabulary = 1024                     # pieces of the tokenizer
+    vocab_size = 1024                     # pieces of the tokenizer
     zero_shot = "single"                  # the split that classes are told apart on
     splits = {"train": 65536, "test": 1000, "single": 1008, "composition": 300, "shifted": 1008}
     templates = ("a picture of {}", "a photo of {}", "there is {}", "an image with {}", "{}")
