@@ -13,7 +13,7 @@ import clip
 import train
 from common.training import checkpoint, distributed
 from common.data.batches import open_world
-from tests.test_formats import listed, names
+from tests.test_files import listed, names
 from tests.test_train import (STEPS, TOY, Command, assert_same_run, at_step, fork, log, own,
                               refusals, weights)
 

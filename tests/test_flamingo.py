@@ -34,7 +34,7 @@ from common.data.tokenizer import BOS, EOC, EOS, IMAGE, Tokenizer
 from common.cache import KVCache
 from flamingo import PRESETS, TRAINS, Flamingo, FlamingoConfig, Pupil, add_frames, prompt, rices
 from tests.test_distributed import pair
-from tests.test_formats import listed, names
+from tests.test_files import listed, names
 from tests.test_pages import (A, ASK, CAT, DOCUMENT, DOG, IS, MARK, OUT, RED, TELL, THIS, WHAT,
                               Words, drawing, pages)
 from tests.test_train import Toy, weights

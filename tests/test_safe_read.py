@@ -36,22 +36,25 @@ class TestOpenRegular:
 class TestReadBytes:
     def test_up_to_the_limit(self, tmp_path):
         (tmp_path / "a").write_bytes(b"12345")
-        assert read_bytes(tmp_path / "a", 5) == b"12345"
+        assert read_bytes(tmp_path / "a", most=5) == b"12345"
+        assert read_bytes(tmp_path / "a", 1, 3, most=3) == b"234"
+        with one_line("a: larger than 2 bytes"):
+            read_bytes(tmp_path / "a", 1, 3, most=2)
         with one_line("a: larger than 4 bytes"):
-            read_bytes(tmp_path / "a", 4)
+            read_bytes(tmp_path / "a", most=4)
 
     def test_a_compressed_file_is_unpacked_no_further(self, tmp_path):
         (tmp_path / "a.gz").write_bytes(gzip.compress(bytes(10_000_000)))
         with one_line("larger than 1,000 bytes"):
-            read_bytes(tmp_path / "a.gz", 1000, gzip.open)
+            read_bytes(tmp_path / "a.gz", most=1000, open=gzip.open)
         (tmp_path / "b.gz").write_bytes(gzip.compress(b"12345"))
-        assert read_bytes(tmp_path / "b.gz", 1000, gzip.open) == b"12345"
+        assert read_bytes(tmp_path / "b.gz", most=1000, open=gzip.open) == b"12345"
         for damaged in (b"not gzip", gzip.compress(b"12345")[:-9], b"\x1f\x8b\x08\0" + b"x" * 99):
             (tmp_path / "a.gz").write_bytes(damaged)
             with one_line("a.gz: not readable"):
-                read_bytes(tmp_path / "a.gz", 1000, gzip.open)
+                read_bytes(tmp_path / "a.gz", most=1000, open=gzip.open)
         with one_line("none.gz: no such file"):
-            read_bytes(tmp_path / "none.gz", 1000, gzip.open)
+            read_bytes(tmp_path / "none.gz", most=1000, open=gzip.open)
 
 
 class TestJson:

@@ -85,7 +85,7 @@ class TestText:
 
     def test_words_of_the_world_are_single_pieces(self):
         world = world_tokenizer(Shapes())
-        assert len(world) == Shapes.vocabulary
+        assert len(world) == Shapes.vocab_size
         for word in ("red", "circle", "triangle", "purple"):
             assert len(world.encode(word)) == 1, word
 

@@ -24,7 +24,7 @@ import train
 from common.training import checkpoint, options as cli
 from common.data import batches as data
 from common.data.shapes.world import Shapes
-from tests.test_formats import listed, names, shards
+from tests.test_files import listed, names, shards
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -1,7 +1,9 @@
 """Reading what nobody checked: every problem is one ValueError of one line that names the file."""
+import io
 import json
 import os
 import stat
+import tarfile
 import zlib
 
 MOST_BYTES = 100_000_000                 # of a JSON file
@@ -33,14 +35,24 @@ def open_regular(path, kind="file"):
         raise ValueError(f"{printable(path)}: {why}") from None
 
 
-def read_bytes(path, most=MOST_BYTES, open=open_regular):
-    """All bytes of a file. Raises ValueError: missing, unreadable, or more than `most` bytes.
+def open_text(path):
+    """The UTF-8 file at a path, open for reading lines; see `open_regular`.
 
-    open: gzip.open for a compressed file, which is unpacked no further than `most` bytes.
+    Bytes in another coding become lone surrogates, on which str.encode raises UnicodeError.
+    """
+    return io.TextIOWrapper(open_regular(path), "utf-8-sig", errors="surrogateescape")
+
+
+def read_bytes(path, start=0, size=None, *, most=MOST_BYTES, open=open_regular):
+    """All bytes of a file, or `size` of them from `start` on.
+
+    Raises ValueError: missing, unreadable, or more than `most` bytes. open: gzip.open for a
+    compressed file, which is unpacked no further than `most` bytes.
     """
     try:
         with open(path) as file:
-            data = file.read(most + 1)
+            file.seek(start)
+            data = file.read(most + 1 if size is None else min(size, most + 1))
     except FileNotFoundError:
         raise ValueError(f"{printable(path)}: no such file") from None
     except (OSError, EOFError, zlib.error) as error:
@@ -48,6 +60,32 @@ def read_bytes(path, most=MOST_BYTES, open=open_regular):
     if len(data) > most:
         raise ValueError(f"{printable(path)}: larger than {most:,} bytes")
     return data
+
+
+def tar_members(path, refuse):
+    """(name, place) of the plain files in a tar; read_bytes(*place) reads one.
+
+    Reads the headers alone. refuse(reason) is called for a link, for a device, and for damage: of a
+    damaged tar what precedes the damage is kept. Names are not checked.
+    """
+    end = 0
+    try:
+        with open_regular(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
+            size = os.fstat(file.fileno()).st_size
+            for member in archive:
+                # A negative size would lead tarfile back to the same header for ever.
+                if not 0 <= member.size <= size - member.offset_data:
+                    raise tarfile.ReadError(f"{member.name} is cut off")
+                end = member.offset_data + member.size
+                if member.isreg():
+                    yield member.name, (path, member.offset_data, member.size)
+                elif not member.isdir():
+                    refuse(f"{path}: {member.name}: a link or a device")
+            file.seek(archive.offset)    # tarfile takes a damaged header for the tar's end
+            if file.read(512).strip(b"\0"):
+                raise tarfile.ReadError("no header")
+    except Exception as error:           # tarfile raises many kinds on hostile input
+        refuse(f"{path}: not a tar file, damaged or compressed, from byte {end:,} on ({error})")
 
 
 def parse_json(data, where="", kind=object):
@@ -70,4 +108,4 @@ def parse_json(data, where="", kind=object):
 
 def read_json(path, kind=object, most=MOST_BYTES):
     """The value in a JSON file, see `parse_json`. Raises ValueError also as `read_bytes`."""
-    return parse_json(read_bytes(path, most), path, kind)
+    return parse_json(read_bytes(path, most=most), path, kind)
