@@ -43,24 +43,24 @@ class FlamingoConfig:
     """The two frozen models' own configs, and the sizes of what is learned."""
     vision: dict = field(default_factory=lambda: dataclasses.asdict(clip.PRESETS["tiny"]))
     language: dict = field(default_factory=lambda: dataclasses.asdict(language.PRESETS["tiny"]))
-    skip: int = 0                        # last blocks of the vision tower that are left out
-    class_token: bool = True             # read it beside the patches; OpenFlamingo does not
+    vision_skip_blocks: int = 0          # last blocks of the vision tower that are left out
+    use_class_token: bool = True         # read it beside the patches; OpenFlamingo does not
     resampler: str = "perceiver"         # or mlp, the paper's ablation: every token, each alone
-    latents: int = 8                     # visual tokens of a picture or clip
+    num_latents: int = 8                 # visual tokens of a picture or clip
     resampler_layers: int = 2
     resampler_heads: int = 4
     resampler_head_width: int = 32
-    frames: int = 8                      # of a clip in training; 0: no frame embeddings
-    every: int = 1                       # a gated block before every so many blocks
-    placement: str = "paper"             # block 0 first; openflamingo: block every - 1 first
+    max_frames: int = 8                  # of a clip in training; 0: no frame embeddings
+    cross_attn_every: int = 1            # a gated block before every so many blocks
+    placement: str = "paper"             # block 0 first; openflamingo: block cross_attn_every - 1 first
     heads: int = 4                       # of a gated block
     head_width: int = 32
     act: str = "squared_relu"            # OpenFlamingo has gelu
-    gate: float = 0.0                    # what both gates start at, before their tanh
-    attn_init_scale: float = 10.0                   # times the usual size an attention's output starts at
-    only_latest_image: bool = True                  # text attends to the latest picture alone, not to all
-    next_image: float = 0.5              # share of training's pages whose text sees the next one
-    pages: bool = True                   # train on interleaved pages and episodes too
+    gate_init: float = 0.0               # what both gates start at, before their tanh
+    attn_init_scale: float = 10.0        # times the usual size an attention's output starts at
+    only_latest_image: bool = True       # text attends to the latest picture alone, not to all
+    p_next_image: float = 0.5            # share of training's pages whose text sees the next one
+    interleaved: bool = True             # train on interleaved pages and episodes too
 
     def __post_init__(self):
         for name, kinds in (("resampler", RESAMPLERS), ("placement", PLACEMENTS),
@@ -68,11 +68,11 @@ class FlamingoConfig:
             if getattr(self, name) not in kinds:
                 raise ValueError(f"{name}={getattr(self, name)} is not one of {', '.join(kinds)}")
         for name, value in vars(self).items():
-            least = 0 if name in ("frames", "skip") else 1
+            least = 0 if name in ("max_frames", "vision_skip_blocks") else 1
             if type(value) is int and value < least:
                 raise ValueError(f"{name}={value}: must be at least {least}")
-        if not 0 <= self.next_image <= 1:
-            raise ValueError(f"next_image={self.next_image}: a probability is in [0, 1]")
+        if not 0 <= self.p_next_image <= 1:
+            raise ValueError(f"p_next_image={self.p_next_image}: a probability is in [0, 1]")
         for name, kind in (("vision", clip.CLIPConfig), ("language", LanguageConfig)):
             checkpoint.config_of(kind, getattr(self, name), name)
 
@@ -98,8 +98,8 @@ def paper(layers, width, every):
     words = LanguageConfig(kind="gpt2", vocab_size=32000, context_length=2048, width=width, layers=layers,
                            heads=width // 128, kv_heads=width // 128, hidden=4 * width)
     return FlamingoConfig(
-        vision=vision, language=dataclasses.asdict(words), class_token=False, latents=64,
-        resampler_layers=6, resampler_heads=16, resampler_head_width=96, every=every,
+        vision=vision, language=dataclasses.asdict(words), use_class_token=False, num_latents=64,
+        resampler_layers=6, resampler_heads=16, resampler_head_width=96, cross_attn_every=every,
         heads=width // 128, head_width=128)
 
 
@@ -107,8 +107,8 @@ PRESETS = {
     "tiny": FlamingoConfig(),
     "small": FlamingoConfig(
         vision=dataclasses.asdict(clip.PRESETS["small"]),
-        language=dataclasses.asdict(language.PRESETS["small"]), latents=32, resampler_layers=4,
-        resampler_heads=6, resampler_head_width=64, every=2, heads=8, head_width=64),
+        language=dataclasses.asdict(language.PRESETS["small"]), num_latents=32, resampler_layers=4,
+        resampler_heads=6, resampler_head_width=64, cross_attn_every=2, heads=8, head_width=64),
     "3B": paper(24, 2048, every=1),
     "9B": paper(40, 4096, every=4),
     "80B": paper(80, 8192, every=7),
@@ -197,8 +197,8 @@ class GatedBlock(nn.Module):
     """Cross-attention to the pictures and an MLP, each behind its own tanh gate (paper, Figure 4).
 
     At a gate of 0 the block is the identity, so that training starts from the language model as it
-    is; its own weights get their first gradient when the gates have moved. loud: how much larger
-    than usual the attention's output starts, to be heard beside what it is added to.
+    is; its own weights get their first gradient when the gates have moved. attn_init_scale: how
+    much larger than usual the output of the attention starts, beside what it is added to.
     """
 
     def __init__(self, *, width, context_width, heads, head_width, act, gate, attn_init_scale):
@@ -231,27 +231,27 @@ class Flamingo(nn.Module):
         super().__init__()
         self.config, c, act = config, config, ACTIVATIONS[config.act]
         blocks = 1 if c.vision["stages"] else c.vision["vision_layers"]       # of a ResNet all
-        if c.skip >= blocks:
-            raise ValueError(f"skip={c.skip} leaves nothing of a vision tower of {blocks} blocks")
+        if c.vision_skip_blocks >= blocks:
+            raise ValueError(f"vision_skip_blocks={c.vision_skip_blocks} leaves nothing of a vision tower of {blocks} blocks")
         self.vision = clip.image_tower(clip.CLIPConfig(**c.vision))
         self.lm = LanguageModel(LanguageConfig(**c.language))
         self.lm.add_tokens((IMAGE, EOC))
         width = self.vision.width
         if c.resampler == "mlp":
-            self.resampler = MLPResampler(width=width, frames=c.frames, act=act)
+            self.resampler = MLPResampler(width=width, frames=c.max_frames, act=act)
         else:
             self.resampler = Resampler(
-                width=width, latents=c.latents, layers=c.resampler_layers, frames=c.frames,
+                width=width, latents=c.num_latents, layers=c.resampler_layers, frames=c.max_frames,
                 heads=c.resampler_heads, head_width=c.resampler_head_width, act=act)
         # Behind a language model's first block its stream is many times longer than the embeddings
         # before it (tiny: about 20 and 1), so there one must speak louder to be heard.
         self.gated = nn.ModuleDict({
             str(i): GatedBlock(width=self.lm.config.width, context_width=width, heads=c.heads,
-                               head_width=c.head_width, act=act, gate=c.gate,
+                               head_width=c.head_width, act=act, gate=c.gate_init,
                                attn_init_scale=c.attn_init_scale if i else 1.0)
-            for i in range(len(self.lm.blocks)) if PLACEMENTS[c.placement](i, c.every)})
+            for i in range(len(self.lm.blocks)) if PLACEMENTS[c.placement](i, c.cross_attn_every)})
         if not self.gated:
-            raise ValueError(f"every={c.every}: no gated block among {len(self.lm.blocks)} blocks")
+            raise ValueError(f"cross_attn_every={c.cross_attn_every}: no gated block among {len(self.lm.blocks)} blocks")
 
     def look(self, images):
         """Pictures uint8 (B, N, F, 3, H, W), clips of F frames or F = 1 -> tokens (B, N, Q, D).
@@ -261,8 +261,8 @@ class Flamingo(nn.Module):
         learns = any(p.requires_grad for p in self.vision.parameters())
         with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
             x = normalize_pixels(images.flatten(0, 2))
-            tokens = self.vision.hidden if self.config.class_token else self.vision.grid
-            x = tokens(x, self.config.skip)                           # (B*N*F, S, D)
+            tokens = self.vision.hidden if self.config.use_class_token else self.vision.grid
+            x = tokens(x, self.config.vision_skip_blocks)                           # (B*N*F, S, D)
         return self.resampler(x.unflatten(0, images.shape[:3]))
 
     def read(self, ids, mask=None, cache=None, last=False, *, visual, following=None):
@@ -383,10 +383,10 @@ def feeds(world, tokenizer, config):
     if not hasattr(world, "interleaved"):
         return [(world, InterleavedCollator(tokenizer, config), 1)]
 
-    nexts = {"pages": config.next_image}                 # of web pages alone (paper, A.3.2)
+    nexts = {"pages": config.p_next_image}                 # of web pages alone (paper, A.3.2)
     found = []
     for name, (parts, weight, kinds) in DATASETS.items():
-        if config.pages or name not in INTERLEAVED:
+        if config.interleaved or name not in INTERLEAVED:
             found.append((Drawn(world, partial(one_of, world, kinds)), InterleavedCollator(
                 tokenizer, config, len(found), weight, nexts.get(name, 0.0)), parts))
     return found

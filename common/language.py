@@ -63,10 +63,10 @@ class LanguageConfig:
     heads: int = 4
     kv_heads: int = 4                    # fewer than heads: queries share keys (llama alone)
     hidden: int = 352                    # of the MLP
-    tied: bool = True                    # the head is the table of embeddings
+    tie_embeddings: bool = True          # the head is the table of embeddings
     eps: float = 1e-5                    # of the norms
-    theta: float = 10000.0               # the rotary base
-    stretch: float = 1.0                 # rotary positions are divided by it (linear scaling)
+    rope_theta: float = 10000.0          # the rotary base
+    rope_scale: float = 1.0              # rotary positions are divided by it (linear scaling)
     eos_id: int = 2
     pad_id: int = 0
 
@@ -76,8 +76,8 @@ class LanguageConfig:
         for name in ("vocab_size", "context_length", "width", "layers", "heads", "kv_heads", "hidden"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
-        if not (self.eps > 0 and self.theta > 0 and self.stretch > 0):
-            raise ValueError(f"eps={self.eps}, theta={self.theta}, stretch={self.stretch}: "
+        if not (self.eps > 0 and self.rope_theta > 0 and self.rope_scale > 0):
+            raise ValueError(f"eps={self.eps}, rope_theta={self.rope_theta}, rope_scale={self.rope_scale}: "
                              "must be more than 0")
         if self.kind != "llama" and self.kv_heads != self.heads:
             raise ValueError(f"kv_heads={self.kv_heads}: {self.kind} has as many as its "
@@ -102,7 +102,7 @@ def opt_size(layers, width, heads):
 def llama_size(layers, width, heads, hidden):
     """One of LLaMA's sizes (its Table 2)."""
     return LanguageConfig(vocab_size=32000, context_length=2048, width=width, layers=layers, heads=heads,
-                          kv_heads=heads, hidden=hidden, tied=False, eps=1e-6)
+                          kv_heads=heads, hidden=hidden, tie_embeddings=False, eps=1e-6)
 
 
 PRESETS = {
@@ -182,7 +182,7 @@ class LanguageModel(nn.Module):
             count=c.context_length, width=c.width, offset=offset)
         self.blocks = nn.ModuleList(block(c) for _ in range(c.layers))
         self.norm = norm(c.width, c.eps)
-        self.output = None if c.tied else nn.Linear(c.width, c.vocab_size, bias=False)
+        self.output = None if c.tie_embeddings else nn.Linear(c.width, c.vocab_size, bias=False)
         self.new = None                  # NewTokens, for a model that needs tokens of its own
         self.init_weights()
 
@@ -239,7 +239,7 @@ class LanguageModel(nn.Module):
             own = self.pos_embed.first(T, past) if mask is None else self.pos_embed(positions)
             return x + own, {"mask": seen, "table": None, "cache": cache}
         c, count = self.config, 1 << max(8, (past + T - 1).bit_length())      # 256, 512, ...
-        table = cached_rope_table(count, c.width // c.heads, c.theta, c.stretch, x.device)
+        table = cached_rope_table(count, c.width // c.heads, c.rope_theta, c.rope_scale, x.device)
         table = [values[positions] if mask is None else values[positions][:, None]
                  for values in table]
         return x, {"mask": seen, "table": table, "cache": cache}

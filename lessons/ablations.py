@@ -219,12 +219,12 @@ FLAMINGO_FIGURES = {"captions": "caption_accuracy_single", "questions": "vqa_acc
                     "text": "perplexity_lm", "s a step": "step_seconds"}
 FLAMINGO = {
     "flamingo": [],
-    "gates open": ["--set", "gate=3"],
-    "all pictures": ["--set", "latest=false"],
+    "gates open": ["--set", "gate_init=3"],
+    "all pictures": ["--set", "only_latest_image=false"],
     "mlp resampler": ["--set", "resampler=mlp"],
-    "every 2nd": ["--set", "every=2"],
-    "every 4th": ["--set", "every=4"],
-    "no pages": ["--set", "pages=false"],
+    "every 2nd": ["--set", "cross_attn_every=2"],
+    "every 4th": ["--set", "cross_attn_every=4"],
+    "no pages": ["--set", "interleaved=false"],
     "lm unfrozen": ["--unfreeze", "lm.*"],
 }
 

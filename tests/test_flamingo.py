@@ -48,8 +48,8 @@ VISION = asdict(clip.CLIPConfig(
 LANGUAGE = asdict(LanguageConfig(
     vocab_size=43, context_length=37, width=20, layers=3, heads=2, kv_heads=2, hidden=26))
 CONFIG = FlamingoConfig(
-    vision=VISION, language=LANGUAGE, latents=7, resampler_layers=2, resampler_heads=5,
-    resampler_head_width=3, frames=4, heads=3, head_width=4)
+    vision=VISION, language=LANGUAGE, num_latents=7, resampler_layers=2, resampler_heads=5,
+    resampler_head_width=3, max_frames=4, heads=3, head_width=4)
 
 
 @pytest.fixture(autouse=True)
@@ -205,7 +205,7 @@ class TestResampler:
         resampler, features = make().resampler, torch.randn(2, 1, 4, 9, 22).double()
         close(resampler(features[:, :, :, torch.randperm(9)]), resampler(features))
         assert not torch.allclose(resampler(features.flip(2)), resampler(features))
-        without = make(frames=0).resampler
+        without = make(max_frames=0).resampler
         assert without.frames is None
         close(without(features.flip(2)), without(features))
 
@@ -320,7 +320,7 @@ class TestGates:
         assert sorted(gates) == [f"gated.{i}.{part}_gate" for i in range(3)
                                  for part in ("attn", "mlp")]
         assert all(p.shape == (1,) and p == 0 for p in gates.values())
-        started = Flamingo(replace(CONFIG, gate=0.5)).gated["1"]
+        started = Flamingo(replace(CONFIG, gate_init=0.5)).gated["1"]
         assert started.attn_gate == started.mlp_gate == 0.5
 
     def test_attention_behind_the_first_block_starts_loud_and_all_else_as_usual(self):
@@ -436,12 +436,12 @@ class TestPlacement:
         for placement, want in (("paper", paper), ("openflamingo", openflamingo)):
             language = LANGUAGE | {"layers": layers}
             with torch.device("meta"):
-                model = Flamingo(replace(CONFIG, language=language, every=every,
+                model = Flamingo(replace(CONFIG, language=language, cross_attn_every=every,
                                          placement=placement))
             assert list(map(int, model.gated)) == want
 
     def test_a_gated_block_runs_before_its_frozen_block(self):
-        model, order = make(every=2), []
+        model, order = make(cross_attn_every=2), []
         for i, block in enumerate(model.lm.blocks):
             block.register_forward_pre_hook(lambda m, x, i=i: order.append(f"frozen {i}"))
         for i, block in model.gated.items():
@@ -453,11 +453,11 @@ class TestPlacement:
         ({"placement": "after"}, "placement=after is not one of paper, openflamingo"),
         ({"resampler": "cnn"}, "resampler=cnn is not one of perceiver, mlp"),
         ({"act": "relu"}, "act=relu is not one of squared_relu, gelu"),
-        ({"latents": 0}, "latents=0: must be at least 1"), ({"every": 0}, "every=0: must be"),
-        ({"frames": -1}, "frames=-1: must be at least 0"),
-        ({"next_image": 1.5}, r"next_image=1.5: a probability is in \[0, 1\]"),
-        ({"skip": 3}, "skip=3 leaves nothing of a vision tower of 3 blocks"),
-        ({"placement": "openflamingo", "every": 4}, "every=4: no gated block among 3 blocks")])
+        ({"num_latents": 0}, "num_latents=0: must be at least 1"), ({"cross_attn_every": 0}, "cross_attn_every=0: must be"),
+        ({"max_frames": -1}, "max_frames=-1: must be at least 0"),
+        ({"p_next_image": 1.5}, r"p_next_image=1.5: a probability is in \[0, 1\]"),
+        ({"vision_skip_blocks": 3}, "vision_skip_blocks=3 leaves nothing of a vision tower of 3 blocks"),
+        ({"placement": "openflamingo", "cross_attn_every": 4}, "cross_attn_every=4: no gated block among 3 blocks")])
     def test_what_cannot_be_is_told(self, changes, words):
         with pytest.raises(ValueError, match=words):
             Flamingo(replace(CONFIG, **changes))
@@ -485,8 +485,8 @@ class TestSizes:
     def test_the_papers_heads_are_96_and_128_wide(self):
         for name in ("3B", "9B", "80B"):
             c = PRESETS[name]
-            assert (c.resampler_heads * c.resampler_head_width, c.latents) == (1536, 64)
-            assert c.head_width == 128 and c.frames == 8 and c.act == "squared_relu"
+            assert (c.resampler_heads * c.resampler_head_width, c.num_latents) == (1536, 64)
+            assert c.head_width == 128 and c.max_frames == 8 and c.act == "squared_relu"
 
     @pytest.mark.parametrize("name, D, layers, C, Q", [("tiny", 128, 4, 128, 8),
                                                        ("small", 512, 8, 384, 32)])
@@ -495,7 +495,7 @@ class TestSizes:
         with torch.device("meta"):
             model = Flamingo(c)
         inner, read = c.heads * c.head_width, c.resampler_heads * c.resampler_head_width
-        assert parameters(model.gated) == layers // c.every * (
+        assert parameters(model.gated) == layers // c.cross_attn_every * (
             2 * D * inner + 2 * C * inner + 8 * D * D + 4 * D + 2)
         assert parameters(model.resampler) == c.resampler_layers * (
             4 * C * read + 8 * C * C + 6 * C) + Q * C + 8 * C + 2 * C
@@ -564,7 +564,7 @@ class TestFreezing:
     @pytest.mark.parametrize("skip", [0, 1])
     @pytest.mark.parametrize("class_token", [False, True])
     def test_features_are_the_tokens_before_the_last_norm(self, skip, class_token):
-        model, features = make(skip=skip, class_token=class_token), []
+        model, features = make(vision_skip_blocks=skip, use_class_token=class_token), []
         images = pictures(2, 3, 4)
         model.resampler.register_forward_hook(lambda m, given, out: features.append(given[0]))
         model.look(images)
@@ -582,8 +582,8 @@ class TestFreezing:
         model.resampler.register_forward_hook(lambda m, given, out: features.append(given[0]))
         assert model.look(images).shape == (2, 1, 7, 64)
         close(features[0][:, 0, 0], model.vision.grid(normalize_pixels(images[:, 0, 0]).double()))
-        with pytest.raises(ValueError, match="skip=1 leaves nothing of a vision tower of 1 blocks"):
-            Flamingo(replace(model.config, skip=1))
+        with pytest.raises(ValueError, match="vision_skip_blocks=1 leaves nothing of a vision tower of 1 blocks"):
+            Flamingo(replace(model.config, vision_skip_blocks=1))
 
     def test_a_rows_pictures_are_its_own_and_in_their_order(self):
         model, images = make(), pictures()
@@ -782,7 +782,7 @@ class TestFeeds:
             assert found[kind] / 300 == pytest.approx(weight / sum(kinds.values()), abs=0.1)
 
     def test_the_pages_can_be_left_out(self):
-        feeds = flamingo.feeds(Toy(image_size=15), Words(), replace(CONFIG, pages=False))
+        feeds = flamingo.feeds(Toy(image_size=15), Words(), replace(CONFIG, interleaved=False))
         assert [share for _, _, share in feeds] == [9, 1]
         assert [c.number for _, c, _ in feeds] == [0, 1]
         for (source, _, _), name in zip(feeds, ("pictures", "clips"), strict=True):
@@ -1149,8 +1149,8 @@ SETTINGS = {
     "clip": ["vision_width=22", "vision_layers=2", "vision_heads=2", "text_width=6",
              "text_layers=1", "text_heads=1", "embed_dim=3", "context_length=9"],
     "lm": ["width=20", "layers=3", "heads=2", "kv_heads=2", "hidden=26"],
-    "flamingo": ["latents=7", "resampler_layers=1", "resampler_heads=5", "resampler_head_width=3",
-                 "every=2", "heads=3", "head_width=4", "frames=4", "gate=0.5"]}
+    "flamingo": ["num_latents=7", "resampler_layers=1", "resampler_heads=5", "resampler_head_width=3",
+                 "cross_attn_every=2", "heads=3", "head_width=4", "max_frames=4", "gate_init=0.5"]}
 
 
 def options(**more):

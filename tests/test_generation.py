@@ -22,7 +22,7 @@ def model(kind="gpt2", vocab_size=V):
     torch.manual_seed(3)
     lm = LanguageModel(LanguageConfig(
         kind=kind, vocab_size=vocab_size, context_length=23, width=24, layers=2, heads=3, hidden=37,
-        kv_heads=1 if kind == "llama" else 3, tied=False)).double().eval()
+        kv_heads=1 if kind == "llama" else 3, tie_embeddings=False)).double().eval()
     for parameter in lm.parameters():
         nn.init.normal_(parameter, std=0.5)
     if kind != "llama":                     # else one token is the likeliest after every text

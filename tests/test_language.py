@@ -26,7 +26,7 @@ KINDS = {
     "opt": LanguageConfig(kind="opt", vocab_size=V, context_length=19, width=24, layers=2, heads=3,
                           kv_heads=3, hidden=37),
     "llama": LanguageConfig(vocab_size=V, context_length=19, width=24, layers=2, heads=3, kv_heads=1,
-                            hidden=37, tied=False),
+                            hidden=37, tie_embeddings=False),
 }
 
 
@@ -65,7 +65,7 @@ class TestSizes:
         assert sum(p.numel() for p in lm.parameters()) == count
 
     def test_a_tied_head_is_the_table_and_an_untied_one_is_not(self):
-        tied, untied = model(tied=True), model(tied=False)
+        tied, untied = model(tie_embeddings=True), model(tie_embeddings=False)
         assert sum(p.numel() for p in untied.parameters()) == V * 24 + sum(
             p.numel() for p in tied.parameters())
         tied(random_ids(1, 5)).square().sum().backward()
@@ -81,7 +81,7 @@ class TestSizes:
         ({"layers": 0}, "layers=0: must be at least 1"),
         ({"kind": "opt", "heads": 4, "kv_heads": 2}, "kv_heads=2: opt has as many as its 4 heads"),
         ({"width": 21, "heads": 3, "kv_heads": 3}, "is odd"),
-        ({"stretch": 0.0}, "must be more than 0")])
+        ({"rope_scale": 0.0}, "must be more than 0")])
     def test_an_impossible_config_is_told(self, change, message):
         with pytest.raises(ValueError, match=message):
             LanguageConfig(**change)
@@ -164,7 +164,7 @@ class TestForward:
 
     def test_stretched_rotary_positions_lie_closer(self):
         # Every second token of a text at half the distances is the text at whole distances.
-        lm, slow = model(layers=1), model(layers=1, stretch=2.0)
+        lm, slow = model(layers=1), model(layers=1, rope_scale=2.0)
         ids = random_ids(2, 5)
         doubled = ids.repeat_interleave(2, dim=1)
         mask = torch.tensor([True, False] * 5).expand(2, 10)
@@ -174,14 +174,14 @@ class TestForward:
         assert (slow(ids) - lm(ids)).abs().max() > 1e-3
 
     def test_a_model_can_be_trained_after_it_has_written(self):
-        lm, ids = model(theta=1234.5), random_ids(2, 5)     # a base whose angles nobody has made yet
+        lm, ids = model(rope_theta=1234.5), random_ids(2, 5)     # a base whose angles nobody has made yet
         language.cached_rope_table.cache_clear()
         lm.generate(ids, max_new_tokens=2)
         lm(ids).square().mean().backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in lm.parameters())
 
     def test_a_larger_base_turns_slower(self):
-        assert (model(theta=5e5)(random_ids(1, T)) - model()(random_ids(1, T))).abs().max() > 1e-3
+        assert (model(rope_theta=5e5)(random_ids(1, T)) - model()(random_ids(1, T))).abs().max() > 1e-3
 
     def test_the_gate_and_the_norm_are_where_llama_has_them(self):
         # One token, one layer: attention is its own value, so all of it fits in six lines.
@@ -334,7 +334,7 @@ class TestNewTokens:
 
     @pytest.mark.parametrize("tied", [True, False])
     def test_only_the_new_rows_learn_and_the_frozen_table_stays_to_the_bit(self, tied):
-        old, lm = self.added("llama", (4, V), tied=tied)
+        old, lm = self.added("llama", (4, V), tie_embeddings=tied)
         freeze(lm, ("new.*",))
         optimizer = torch.optim.AdamW(parameter_groups(lm, decay=0.5), lr=0.1)
         start = [p.clone() for p in lm.new.parameters()]
@@ -487,7 +487,7 @@ class TestPerplexity:
         assert perplexity(lm, batch["ids"], batch["labels"], batch["mask"]) == want
 
     def test_beyond_all_numbers_it_is_infinite(self):
-        lm = model("gpt2", tied=False)
+        lm = model("gpt2", tie_embeddings=False)
         for parameter, value in ((lm.norm.weight, 0.0), (lm.norm.bias, 1.0),
                                  (lm.output.weight, 0.0)):
             nn.init.constant_(parameter, value)

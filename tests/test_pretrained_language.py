@@ -174,7 +174,7 @@ class TestConfigs:
             hidden=3072, eos_id=50256, pad_id=50256)
         llama = config_fields({"model_type": "llama", "rms_norm_eps": 1e-5,
                                "num_key_value_heads": None}, "F")
-        assert llama["kv_heads"] == 32 and llama["eps"] == 1e-5 and not llama["tied"]
+        assert llama["kv_heads"] == 32 and llama["eps"] == 1e-5 and not llama["tie_embeddings"]
 
     @pytest.mark.parametrize("said, theta, stretch", [
         ({}, 10000.0, 1.0), ({"rope_theta": 5e5}, 5e5, 1.0),
@@ -184,7 +184,7 @@ class TestConfigs:
         ({"rope_theta": 7.0, "rope_parameters": {"rope_theta": 9.0}}, 9.0, 1.0)])
     def test_rotary_positions_in_all_their_forms(self, said, theta, stretch):
         found = fields("llama", **said)
-        assert (found["theta"], found["stretch"]) == (theta, stretch)
+        assert (found["rope_theta"], found["rope_scale"]) == (theta, stretch)
 
     @pytest.mark.parametrize("kind, change, message", [
         ("llama", {"model_type": "mamba"}, "type 'mamba', not of gpt2, opt, llama"),

@@ -1,12 +1,12 @@
 """OpenFlamingo's checkpoints: what it learned between its two frozen models, and nothing of those.
 
-    config = FlamingoConfig(vision=..., language=..., every=4, **OPENFLAMINGO)
+    config = FlamingoConfig(vision=..., language=..., cross_attn_every=4, **OPENFLAMINGO)
     model = Flamingo(config)
     load_openflamingo(model, "checkpoint.pt", tokens=(32001, 32000))
 
 The table is data: their names left, ours right. Where their code differs from the paper's text it
 is by the fields of OPENFLAMINGO: gelu, no embeddings of frames, heads of 64 everywhere, the first
-gated block before block every - 1.
+gated block before block cross_attn_every - 1.
 """
 import re
 
@@ -15,11 +15,11 @@ from common.pretrained import files
 from common.pretrained.names import Table, listed, needs, translate, under
 from common.pretrained.strict_json import printable
 
-OPENFLAMINGO = {"resampler": "perceiver", "latents": 64, "resampler_layers": 6,
-                "resampler_heads": 8, "resampler_head_width": 64, "frames": 0, "heads": 8,
-                "head_width": 64, "placement": "openflamingo", "act": "gelu", "skip": 0,
-                "class_token": False, "only_latest_image": True}
-TOLD_BY_SHAPES = ("latents", "resampler_layers")
+OPENFLAMINGO = {"resampler": "perceiver", "num_latents": 64, "resampler_layers": 6,
+                "resampler_heads": 8, "resampler_head_width": 64, "max_frames": 0, "heads": 8,
+                "head_width": 64, "placement": "openflamingo", "act": "gelu", "vision_skip_blocks": 0,
+                "use_class_token": False, "only_latest_image": True}
+TOLD_BY_SHAPES = ("num_latents", "resampler_layers")
 
 
 def halves(weight):

@@ -132,7 +132,7 @@ def config_fields(said, where):
         raise ValueError(f"{where}: tie_word_embeddings is {printable(tied)}, eos_token_id "
                          f"{printable(eos)}")
     return fields | more(said, fields, where) | {
-        "kind": kind, "tied": tied, "eos_id": eos, "pad_id": eos if kind == "gpt2" else pad}
+        "kind": kind, "tie_embeddings": tied, "eos_id": eos, "pad_id": eos if kind == "gpt2" else pad}
 
 
 def gpt2_fields(said, fields, where):
@@ -164,7 +164,7 @@ def llama_fields(said, fields, where):
         raise ValueError(f"{where}: head_dim is {printable(head_width)}, ours width / heads, "
                          f"{fields['width'] // fields['heads']}")
     theta, stretch = rotary(said, where)
-    return {"kv_heads": groups, "theta": theta, "stretch": stretch,
+    return {"kv_heads": groups, "rope_theta": theta, "rope_scale": stretch,
             "eps": positive(given(said, "rms_norm_eps", 1e-6), f"{where}: rms_norm_eps")}
 
 
@@ -195,7 +195,7 @@ def translated(weights, fields, path):
     kind, prefix = fields["kind"], PREFIXES[fields["kind"]]
     weights = {name.removeprefix(prefix): weight for name, weight in weights.items()}
     table = TABLES[kind]
-    if not fields["tied"]:
+    if not fields["tie_embeddings"]:
         table = Table(table.rows + (HEAD,), table.ignored)
     elif HEAD[0] in weights:
         table = Table(table.rows, table.ignored + HEAD[:1])

@@ -57,7 +57,7 @@ def reference_model(c):
     return LlamaForCausalLM(LlamaConfig(
         vocab_size=c.vocab_size, max_position_embeddings=c.context_length, hidden_size=c.width,
         num_hidden_layers=c.layers, num_attention_heads=c.heads, num_key_value_heads=c.kv_heads,
-        intermediate_size=c.hidden, rms_norm_eps=c.eps, tie_word_embeddings=c.tied))
+        intermediate_size=c.hidden, rms_norm_eps=c.eps, tie_word_embeddings=c.tie_embeddings))
 
 
 def compare(options, device):
