@@ -155,40 +155,53 @@ class TestNames:
             translated(theirs, fields("gpt2"), "F")
 
     @pytest.mark.parametrize("break_, message", [
-        (lambda w: w.pop("model.layers.1.mlp.up_proj.weight"), "missing layers.1.mlp.up_proj"),
+        (lambda w: w.pop("model.layers.1.mlp.up_proj.weight"), "missing blocks.1.mlp.up_proj"),
         (lambda w: w.update({"model.layers.1.self_attn.q_proj.bias": torch.ones(WIDTH)}),
          "unexpected layers.1.self_attn.q_proj.bias"),
-        (lambda w: w.pop("lm_head.weight"), "missing lm_head.weight"),
+        (lambda w: w.pop("lm_head.weight"), "missing output.weight"),
+        (lambda w: w.update({"model.layers.1.self_attn.k_proj.weight": torch.ones(24, WIDTH)}),
+         r"blocks.1.attn.k_proj.weight is \(24, 24\), the model's \(8, 24\)"),
         (lambda w: w.update({"model.embed_tokens.weight": torch.ones(7, WIDTH)}),
-         r"token_embed.weight \(our name\) is \(7, 24\), config.json says \(259, 24\)")])
-    def test_missing_extra_and_other_weights_are_told(self, break_, message):
+         r"token_embed.weight is \(7, 24\), the model's \(259, 24\)")])
+    def test_missing_extra_and_other_weights_are_told(self, break_, message, tmp_path):
         theirs = weights_of("llama")
         break_(theirs)
+        lm = LanguageModel(LanguageConfig(**fields("llama")))
         with pytest.raises(ValueError, match="F: .*" + message):
-            translated(theirs, fields("llama"), "F")
+            checkpoint.load_weights(lm, translated(theirs, fields("llama"), "F"), "F")
 
 
 class TestConfigs:
     def test_the_usual_configs_are_read(self):
         assert LanguageConfig(**config_fields({"model_type": "gpt2"}, "F")) == LanguageConfig(
             kind="gpt2", vocab_size=50257, context_length=1024, width=768, layers=12, heads=12, kv_heads=12,
-            hidden=3072, eos_id=50256, pad_id=50256)
+            hidden=3072)
         llama = config_fields({"model_type": "llama", "rms_norm_eps": 1e-5,
                                "num_key_value_heads": None}, "F")
         assert llama["kv_heads"] == 32 and llama["eps"] == 1e-5 and not llama["tie_embeddings"]
 
-    @pytest.mark.parametrize("said, theta, stretch", [
+    @pytest.mark.parametrize("config, theta, scale", [
         ({}, 10000.0, 1.0), ({"rope_theta": 5e5}, 5e5, 1.0),
         ({"rope_scaling": {"type": "linear", "factor": 4.0}}, 10000.0, 4.0),
         ({"rope_scaling": None, "rope_theta": 7}, 7.0, 1.0),
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 9.0, "factor": 2}}, 9.0, 2.0),
         ({"rope_theta": 7.0, "rope_parameters": {"rope_theta": 9.0}}, 9.0, 1.0)])
+<<<<<<< HEAD
     def test_rotary_positions_in_all_their_forms(self, said, theta, stretch):
         found = fields("llama", **said)
         assert (found["rope_theta"], found["rope_scale"]) == (theta, stretch)
+=======
+    def test_rotary_positions_in_all_their_forms(self, config, theta, scale):
+        found = fields("llama", **config)
+        assert (found["rope_theta"], found["rope_scale"]) == (theta, scale)
+
+    def test_swish_is_another_name_of_silu(self):
+        assert fields("llama", hidden_act="swish") == fields("llama", hidden_act="silu")
+>>>>>>> pretrained
 
     @pytest.mark.parametrize("kind, change, message", [
         ("llama", {"model_type": "mamba"}, "type 'mamba', not of gpt2, opt, llama"),
+        ("llama", {"model_type": []}, r"type \[\], not of gpt2, opt, llama"),
         ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
          "rotary positions scaled by 'llama3'; ours are plain or linear"),
         ("llama", {"rope_scaling": {"type": "linear"}}, "factor of rope_scaling is None"),
@@ -197,27 +210,39 @@ class TestConfigs:
         ("llama", {"attention_bias": True}, "attention_bias is True, ours is False"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act is 'gelu', ours is silu"),
         ("llama", {"head_dim": 16}, "head_dim is 16, ours width / heads, 8"),
-        ("llama", {"num_key_value_heads": 2}, "3 heads do not divide into 2 key-value heads"),
-        ("llama", {"hidden_size": 25}, "no model has 2 layers and 3 heads at width 25"),
-        ("llama", {"num_hidden_layers": 10 ** 9}, "no model has 1000000000 layers"),
         ("llama", {"vocab_size": -1}, "vocab_size is -1, not a whole number"),
         ("llama", {"vocab_size": "many"}, "vocab_size is 'many'"),
         ("llama", {"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'"),
-        ("llama", {"eos_token_id": []}, "eos_token_id"),
         ("gpt2", {"activation_function": "gelu"}, "_function is 'gelu', ours is gelu_new"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "ours is False"),
         ("gpt2", {"layer_norm_epsilon": 0}, "layer_norm_epsilon is 0"),
-        ("opt", {"word_embed_proj_dim": 512}, "OPT-350m is built differently"),
         ("opt", {"do_layer_norm_before": False}, "do_layer_norm_before is False, ours is True")])
     def test_what_ours_cannot_be_is_refused_in_one_line(self, kind, change, message):
         with pytest.raises(ValueError, match=message) as error:
             fields(kind, **change)
         assert "\n" not in str(error.value) and str(error.value).startswith("F: config.json")
 
-    def test_a_config_of_other_sizes_than_the_weights_makes_no_model(self, kind):
-        name = {"gpt2": "vocab_size", "opt": "ffn_dim", "llama": "intermediate_size"}[kind]
-        with pytest.raises(ValueError, match="config.json says"):
-            translated(weights_of(kind), fields(kind, **{name: 10 ** 12}), "F")
+    @pytest.mark.parametrize("kind, name, size", [
+        ("gpt2", "vocab_size", 10 ** 12), ("opt", "ffn_dim", 10 ** 12),
+        ("llama", "intermediate_size", 10 ** 12), ("llama", "hidden_size", 3 * 10 ** 9),
+        ("opt", "max_position_embeddings", 10 ** 12), ("gpt2", "n_layer", 10 ** 9)])
+    def test_a_config_of_far_larger_sizes_than_the_weights_makes_no_model(self, kind, name, size):
+        with pytest.raises(ValueError, match="F: its sizes ask for at least [0-9,]{13,} parameters, "
+                                             "but the weights have 1?[0-9]{1,2},[0-9]{3}$"):
+            translated(weights_of(kind), fields(kind, **{name: size}), "F")
+
+    @pytest.mark.parametrize("kind, change, message", [
+        ("llama", {"num_key_value_heads": 2}, "3 heads do not divide into 2 key-value heads"),
+        ("llama", {"hidden_size": 25}, "width 25 does not divide into 3 heads"),
+        ("opt", {"vocab_size": VOCAB + 1}, "token_embed.weight is .259, 24., the model's .260, 24."),
+        ("gpt2", {"n_positions": 20}, "pos_embed.weight is .19, 24., the model's .20, 24."),
+        ("llama", {"num_hidden_layers": 3}, "missing blocks.2.attn.q_proj.weight"),
+        ("llama", {"num_hidden_layers": 1}, "unexpected layers.1.self_attn.q_proj.weight")])
+    def test_a_config_of_other_sizes_is_told_when_the_model_is_made(self, kind, change, message):
+        with pytest.raises(ValueError, match=message):
+            lm = LanguageModel(LanguageConfig(**fields(kind, **change)))
+            weights = translated(weights_of(kind), fields(kind, **change), "F")
+            checkpoint.load_weights(lm, weights, "F")
 
 
 class TestFolders:

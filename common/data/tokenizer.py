@@ -5,10 +5,11 @@
     tokenizer.batch(["a red circle"], 16)       # int64 (1, T): <bos> ... <eos>, then <pad>
 """
 import io
-from pathlib import Path
 
 import sentencepiece
 import torch
+
+from common.data.safe_read import read_bytes
 
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>", "<image>", "<eoc>", "<cls>", "<enc>", "<dec>",
            "<sep>", "<system>", "<user>", "<assistant>", "<spare0>", "<spare1>", "<spare2>")
@@ -32,6 +33,10 @@ class Tokenizer:
             self.pieces.LoadFromSerializedProto(model)
         except Exception:                # its parser's own words help nobody
             raise ValueError("not a SentencePiece model, or cut off") from None
+        self._check()
+
+    def _check(self):
+        """Raise ValueError unless the special tokens are ours."""
         found = tuple(self.pieces.id_to_piece(i) for i in range(min(16, len(self))))
         if found != SPECIAL:
             raise ValueError(f"a vocabulary of another project: its first pieces are {found[:4]}")
@@ -60,10 +65,11 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path):
-        """Read a tokenizer.model file. Raises ValueError when it is not one of ours."""
+        """Read a tokenizer.model file. Raises ValueError when it is missing or another file."""
+        model = read_bytes(path)
         try:
-            return cls(Path(path).read_bytes())
-        except (OSError, ValueError) as error:
+            return cls(model)
+        except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
 
     def __len__(self):
@@ -75,15 +81,16 @@ class Tokenizer:
 
     def decode(self, ids):
         """Ids -> text; special tokens leave no trace."""
-        return self.pieces.decode([int(i) for i in ids if i != UNK])
+        return self.pieces.decode([int(i) for i in ids if i != self.pieces.unk_id()])
 
     def batch(self, texts, context_length):
         """<bos> ids <eos> of each text, padded right with <pad>: int64 (B, T), T <= context.
 
         A longer text is cut so that its last id is still <eos>.
         """
-        rows = [[BOS, *self.encode(text)[:context_length - 2], EOS] for text in texts]
-        out = torch.full((len(rows), max(map(len, rows))), PAD)
+        rows = [[self.bos_id, *self.encode(text)[:context_length - 2], self.eos_id]
+                for text in texts]
+        out = torch.full((len(rows), max(map(len, rows))), self.pad_id)
         for row, ids in zip(out, rows):
             row[:len(ids)] = torch.tensor(ids)
         return out

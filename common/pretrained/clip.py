@@ -1,19 +1,19 @@
 """CLIP's published weights: Hugging Face's folders, OpenAI's .pt files, open_clip's.
 
-The tables are data: their names left, ours right. What the files do not say is said here: heads are
-64 wide (80 in a vision tower of width 1280), and OpenAI's weights need quick_gelu. open_clip's own
+The tables have their names on the left and ours on the right. What OpenAI's files leave out: heads
+are 64 wide (80 in a vision tower of width 1280), and the activation is quick_gelu. open_clip's own
 weights need gelu except where the model's name ends in -quickgelu; see `read`.
 """
 import math
 import sys
 from pathlib import Path
 
-from common.pretrained.bpe import BPE, CLIP
 from common.data.images import MEAN, STD
-from common.pretrained import files, strict_json
+from common.data.safe_read import read_json
+from common.pretrained.bpe import BPE, CLIP
+from common.pretrained.files import check_size, given, is_script, read_weights, whole
 from common.pretrained.names import (Table, count, flatten_patches, thirds, translate, transpose,
                                      under)
-from common.pretrained.strict_json import printable
 
 HF_BLOCK = (
     (".self_attn.{q,k,v,out}_proj.{weight,bias}", ".attn.{q,k,v,out}_proj.{weight,bias}"),
@@ -26,7 +26,7 @@ HUGGING_FACE = Table((
     ("vision_model.embeddings.position_embedding.weight", "vision.pos_embed"),
     ("vision_model.embeddings.patch_embedding.weight", "vision.patch_embed.weight",
      flatten_patches),
-    ("vision_model.{pre_layrnorm,post_layernorm}.{weight,bias}",      # layrnorm: it is their word
+    ("vision_model.{pre_layrnorm,post_layernorm}.{weight,bias}",      # layrnorm: their spelling
      "vision.ln_{pre,post}.{weight,bias}"),
     *under("vision_model.encoder.layers.{vision}", "vision.transformer.blocks.{vision}", HF_BLOCK),
     ("visual_projection.weight", "image_projection.weight"),
@@ -83,227 +83,171 @@ NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask")
 OPENAI = {"vit": Table(OPENAI_TEXT + OPENAI_VIT, NO_WEIGHTS),
           "resnet": Table(OPENAI_TEXT + OPENAI_RESNET, NO_WEIGHTS)}
 
-# What Hugging Face leaves out of a config.json: (ours, theirs, their default).
-HF_TEXT = (("text_width", "hidden_size", 512), ("text_layers", "num_hidden_layers", 12),
-           ("text_heads", "num_attention_heads", 8), ("context_length", "max_position_embeddings", 77),
-           ("vocab_size", "vocab_size", 49408))
-HF_VISION = (("vision_width", "hidden_size", 768), ("vision_layers", "num_hidden_layers", 12),
-             ("vision_heads", "num_attention_heads", 12), ("image_size", "image_size", 224),
-             ("patch_size", "patch_size", 32))
-MOST_LAYERS = 1000
+# Sizes in a config.json: (ours, theirs, the default where it is left out).
+HF_SIZES = {
+    "text": (("text_width", "hidden_size", 512), ("text_layers", "num_hidden_layers", 12),
+             ("text_heads", "num_attention_heads", 8),
+             ("context_length", "max_position_embeddings", 77),
+             ("vocab_size", "vocab_size", 49408)),
+    "vision": (("vision_width", "hidden_size", 768), ("vision_layers", "num_hidden_layers", 12),
+               ("vision_heads", "num_attention_heads", 12), ("image_size", "image_size", 224),
+               ("patch_size", "patch_size", 32)),
+}
 
 
 def read(path, act=None):
     """A published CLIP -> (fields of its config, weights under our names, its tokenizer).
 
     path: a Hugging Face folder, or a file of OpenAI's or open_clip's with its vocabulary beside it.
-    act: "gelu" or "quick_gelu", for files that cannot say it; without it an open_clip_config.json
-    beside the file decides, and where there is none it is quick_gelu, OpenAI's; that is said on
-    stderr when the file is no TorchScript archive as OpenAI's are.
+    act: "gelu" or "quick_gelu", for files that do not say which. Without it an
+    open_clip_config.json beside the file decides; where there is none it is quick_gelu, OpenAI's,
+    with a warning on stderr unless the file is a TorchScript archive as OpenAI's are.
     Raises ValueError in one line for whatever is missing, damaged or of another model.
     """
     path = Path(path)
     folder = path if path.is_dir() else path.parent
-    said = hugging_face_config(folder) if path.is_dir() else None
-    tokenizer = BPE.load(folder, CLIP)
-    weights = files.read_weights(path)
-    if said is None and any(name.startswith("vision_model.") for name in weights):
-        said = hugging_face_config(folder)
-    if said is None:
+    weights = read_weights(path)
+    if path.is_dir() or any(name.startswith("vision_model.") for name in weights):
+        fields, weights = hugging_face(weights, folder / "config.json")
+    else:
         fields, weights = openai(weights, path)
         fields["act"] = act or open_clip_act(folder, path)
-    else:
-        fields, weights = hugging_face(weights, said, path)
-        fields["act"] = act or fields["act"]
+    tokenizer = BPE.load(folder, CLIP)
     if len(tokenizer) > fields["vocab_size"]:
         raise ValueError(f"{folder}: a vocabulary of {len(tokenizer)} pieces, but the weights have "
                          f"rows for {fields['vocab_size']}")
-    check_end(said, tokenizer.eos_id, folder)
-    check_pictures(folder, fields["image_size"])
-    return fields | {"eos_id": tokenizer.eos_id}, weights, tokenizer
+    if fields.get("eos_id", 2) not in (2, tokenizer.eos_id):           # 2: many old files, wrongly
+        raise ValueError(f"{folder}: eos_token_id is {fields['eos_id']!r:.80} in config.json, but "
+                         f"{tokenizer.eos_id} in the vocabulary")
+    check_preprocessing(folder / "preprocessor_config.json", fields["image_size"])
+    return fields | {"act": act or fields["act"], "eos_id": tokenizer.eos_id}, weights, tokenizer
 
 
-def hugging_face(weights, said, path):
-    """Weights under Hugging Face's names, and their config.json -> (fields, weights of ours)."""
-    where = f"{path}: config.json"
-    fields = {}
-    for part, names in (("text", HF_TEXT), ("vision", HF_VISION)):
-        fields |= {ours: number(said[part].get(theirs, default), f"{where}: {part} {theirs}")
-                   for ours, theirs, default in names}
-    fields["embed_dim"] = number(said.get("projection_dim", 512), f"{where}: projection_dim")
-    for part in ("text", "vision"):
-        if fields[f"{part}_layers"] > MOST_LAYERS or fields[f"{part}_width"] % fields[
-                f"{part}_heads"]:
-            raise ValueError(f"{where}: no {part} tower has {fields[f'{part}_layers']} layers and "
-                             f"{fields[f'{part}_heads']} heads at width {fields[f'{part}_width']}")
+# ------------------------------------------------------------------ Hugging Face
+
+def hugging_face(weights, path):
+    """Weights under Hugging Face's names and their config.json -> (fields, weights of ours)."""
+    config = read_json(path, dict)
+    if config.get("model_type") != "clip":
+        raise ValueError(f"{path} is of a model of type {config.get('model_type')!r:.80}, "
+                         "not of 'clip'")
+    towers = {part: tower_config(config, part, path) for part in HF_SIZES}
+    fields = {ours: whole(given(towers[part], theirs, default), f"{path}: {part} {theirs}")
+              for part, sizes in HF_SIZES.items() for ours, theirs, default in sizes}
+    fields["embed_dim"] = whole(given(config, "projection_dim", 512), f"{path}: projection_dim")
+    acts = [given(tower, "hidden_act", "quick_gelu") for tower in towers.values()]
+    if acts[0] != acts[1] or acts[0] not in ("gelu", "quick_gelu"):
+        raise ValueError(f"{path}: hidden_act is {acts[0]!r:.80} for texts and {acts[1]!r:.80} for "
+                         "images; ours is gelu or quick_gelu for both")
+    fields |= {"act": acts[0], "eos_id": given(towers["text"], "eos_token_id", 2)}
+    check_parameters(fields, weights, path)
     counts = {"text": fields["text_layers"], "vision": fields["vision_layers"]}
-    weights = translate(weights, HUGGING_FACE, counts, path)
-    for name, size in (text_sizes(weights, path) | vit_sizes(weights, path)).items():
-        if fields[name] != size:
-            raise ValueError(f"{where}: {name} would be {fields[name]}, the weights say {size}")
-    return fields | {"act": hugging_face_act(said, where)}, weights
+    return fields, translate(weights, HUGGING_FACE, counts, path)
 
 
-def hugging_face_config(folder):
-    """config.json of a CLIP with the parts "text" and "vision" as dicts. Raises ValueError."""
-    said = files.read_config(folder)
-    if said.get("model_type") != "clip":
-        raise ValueError(f"{folder}: config.json is of a model of type "
-                         f"{printable(said.get('model_type'))}, not of 'clip'")
-    for part in ("text", "vision"):
-        said[part] = {}
-        for key in (f"{part}_config", f"{part}_config_dict"):         # old files have both
-            value = said.get(key)
-            if value is not None and not isinstance(value, dict):
-                raise ValueError(f"{folder}: config.json: {key} is no JSON object")
-            said[part] |= value or {}
-    return said
+def tower_config(config, part, path):
+    """The config of the "text" or "vision" tower as a dict, or ValueError."""
+    tower = {}
+    for name in (f"{part}_config", f"{part}_config_dict"):             # old files have both
+        value = given(config, name, {})
+        if not isinstance(value, dict):
+            raise ValueError(f"{path}: {name} is {value!r:.80}, not an object")
+        tower |= value
+    eps = given(tower, "layer_norm_eps", 1e-5)
+    if eps != 1e-5:
+        raise ValueError(f"{path}: {part} layer_norm_eps is {eps!r:.80}, ours 1e-05")
+    return tower
 
 
-def hugging_face_act(said, where):
-    """The activation of both towers, "gelu" or "quick_gelu"; ValueError if it is none of ours."""
-    acts = {part: said[part].get("hidden_act", "quick_gelu") for part in ("text", "vision")}
-    if acts["text"] != acts["vision"] or acts["text"] not in ("gelu", "quick_gelu"):
-        raise ValueError(f"{where}: hidden_act is {printable(acts['text'])} for texts and "
-                         f"{printable(acts['vision'])} for pictures; gelu or quick_gelu for both is "
-                         "what we have")
-    for part in ("text", "vision"):
-        eps = said[part].get("layer_norm_eps", 1e-5)
-        if eps != 1e-5:
-            raise ValueError(f"{where}: {part} layer_norm_eps is {printable(eps)}, ours 1e-05")
-    return acts["text"]
+def check_parameters(fields, weights, path):
+    """`check_size` of a CLIP of these fields."""
+    text, vision, patch = fields["text_width"], fields["vision_width"], fields.get("patch_size", 32)
+    layers = fields.get("vision_layers", 256)          # a ResNet's pool has 3 * (32 * width) ** 2
+    rows = fields["vocab_size"] + fields["context_length"] + fields["embed_dim"]
+    inputs = (fields["image_size"] // patch) ** 2 + 3 * patch ** 2
+    check_size(text * (rows + 12 * text * fields["text_layers"])
+               + vision * (inputs + 12 * vision * layers), weights, path)
 
 
-def check_end(said, eos, folder):
-    """The config's end-of-text id must be the vocabulary's; 2, in many old files, is a mistake."""
-    given = (said or {}).get("text", {}).get("eos_token_id", 2)
-    if given not in (2, eos):
-        raise ValueError(f"{folder}: config.json: eos_token_id is {printable(given)}, but the "
-                         f"vocabulary's {CLIP.eos} is {eos}")
+def check_preprocessing(path, image_size):
+    """A preprocessor_config.json, if there is one, must describe our preprocessing, or ValueError.
 
+    That is: the shorter side to image_size, bicubic, center crop, CLIP's mean and deviation.
+    """
+    if not path.is_file():
+        return
+    config = read_json(path, dict)
+    for name, ours in (("image_mean", MEAN), ("image_std", STD)):
+        theirs = given(config, name, list(ours))
+        if not isinstance(theirs, list) or len(theirs) != 3 or not all(
+                type(a) in (int, float) and abs(a - b) < 1e-4 for a, b in zip(theirs, ours)):
+            raise ValueError(f"{path}: {name} is {theirs!r:.80}, ours {list(ours)}")
+    for name in ("size", "crop_size"):
+        size = given(config, name, image_size)
+        sides = list(size.values()) if isinstance(size, dict) else [size]
+        if sides != [image_size] * len(sides):
+            raise ValueError(f"{path}: {name} is {size!r:.80}, the weights' {image_size}")
+    if given(config, "resample", 3) != 3:
+        raise ValueError(f"{path}: resample is {config['resample']!r:.80}, ours 3 (bicubic)")
+
+
+# ------------------------------------------------------------------ OpenAI and open_clip
 
 def openai(weights, path):
     """Weights under OpenAI's or open_clip's names -> (fields of a config, weights under ours).
 
-    All sizes are read off the shapes, as OpenAI's build_model does; heads follow from the widths.
+    All sizes are read off the shapes, as in OpenAI's build_model; heads follow from the widths.
     """
     weights = {name.removeprefix("text."): weight for name, weight in weights.items()}
-    tower = "vit" if "visual.proj" in weights else "resnet"
     counts = {"text": count(weights, r"transformer\.resblocks\.(\d+)\."),
               "vision": count(weights, r"visual\.transformer\.resblocks\.(\d+)\.")}
     counts |= {stage: count(weights, rf"visual\.{stage}\.(\d+)\.") for stage in STAGES}
-    weights = translate(weights, OPENAI[tower], counts, path)
-    fields = text_sizes(weights, path) | {"text_layers": counts["text"]}
-    if tower == "vit":
-        fields |= vit_sizes(weights, path) | {"vision_layers": counts["vision"]}
-        fields["vision_heads"] = heads(fields["vision_width"], path, {1280: 80})
+    is_vit = "visual.proj" in weights
+    weights = translate(weights, OPENAI["vit" if is_vit else "resnet"], counts, path)
+
+    def shape(name):
+        if name not in weights or weights[name].ndim != 2:
+            raise ValueError(f"{path}: not the weights of a CLIP (no matrix {name}, our name)")
+        return tuple(weights[name].shape)
+
+    vocab_size, text_width = shape("text.token_embed.weight")
+    fields = {"vocab_size": vocab_size, "text_width": text_width, "text_layers": counts["text"],
+              "text_heads": heads(text_width, path), "context_length": shape("text.pos_embed")[0],
+              "embed_dim": shape("text_projection.weight")[0]}
+    # A size that is no whole number is rounded here: `checkpoint.load_weights` then refuses it.
+    if is_vit:
+        vision_width, inputs = shape("vision.patch_embed.weight")                # inputs: 3 * P * P
+        patch_size = max(1, math.isqrt(inputs // 3))
+        grid_size = math.isqrt(max(0, shape("vision.pos_embed")[0] - 1))
+        head_width = 80 if vision_width == 1280 else 64                      # 80: open_clip's H/14
+        fields |= {"vision_width": vision_width, "vision_layers": counts["vision"],
+                   "vision_heads": heads(vision_width, path, head_width), "patch_size": patch_size,
+                   "image_size": patch_size * grid_size}
     else:
-        fields |= resnet_sizes(weights, path) | {"stages": tuple(counts[s] for s in STAGES)}
-        fields["vision_heads"] = heads(32 * fields["vision_width"], path)
-    return fields | {"text_heads": heads(fields["text_width"], path)}, weights
+        cells, pool_width = shape("vision.pool.pos_embed")
+        fields |= {"vision_width": pool_width // 32, "vision_heads": heads(pool_width, path),
+                   "stages": tuple(counts[stage] for stage in STAGES),
+                   "image_size": 32 * math.isqrt(max(0, cells - 1))}
+    check_parameters(fields, weights, path)
+    return fields, weights
+
+
+def heads(width, path, head_width=64):
+    """How many heads a tower has. All of OpenAI's are 64 wide, which no shape says."""
+    if width % head_width:
+        raise ValueError(f"{path}: a tower of width {width}, but published heads are 64 wide")
+    return width // head_width
 
 
 def open_clip_act(folder, weights):
     """The activation that an open_clip_config.json names, else quick_gelu."""
     path = folder / "open_clip_config.json"
     if not path.is_file():
-        if not files.is_script(weights):
+        if not is_script(weights):
             print(f"{weights}: taken for weights with quick_gelu; for open_clip's own put their "
                   "open_clip_config.json beside it, or say act=\"gelu\"", file=sys.stderr)
         return "quick_gelu"
-    said = strict_json.read_object(path).get("model_cfg")
-    if not isinstance(said, dict):
+    config = read_json(path, dict).get("model_cfg")
+    if not isinstance(config, dict):
         raise ValueError(f"{path}: no model_cfg in it")
-    return "quick_gelu" if said.get("quick_gelu") is True else "gelu"
-
-
-def heads(width, path, exceptions={}):
-    """Heads are 64 wide in all that OpenAI published; no shape says it."""
-    if width % 64:
-        raise ValueError(f"{path}: a tower of width {width}, but published heads are 64 wide")
-    return width // exceptions.get(width, 64)
-
-
-def text_sizes(weights, path):
-    """What the shapes of the text tower say, and the width of the joint space."""
-    vocab, width = matrix(weights, "text.token_embed.weight", path)
-    sizes = {"vocab_size": vocab, "text_width": width,
-             "context_length": matrix(weights, "text.pos_embed", path)[0],
-             "embed_dim": matrix(weights, "text_projection.weight", path)[0]}
-    check_hidden(weights, "text", width, path)
-    return sizes
-
-
-def vit_sizes(weights, path):
-    """What the shapes of a ViT say."""
-    width, inputs = matrix(weights, "vision.patch_embed.weight", path)
-    patch_size = root(inputs // 3, "pixels of a patch", path)
-    cells = matrix(weights, "vision.pos_embed", path)[0] - 1
-    check_hidden(weights, "vision", width, path)
-    return {"vision_width": width, "patch_size": patch_size,
-            "image_size": patch_size * root(cells, "patches of a picture", path)}
-
-
-def resnet_sizes(weights, path):
-    """What the shapes of a ResNet say."""
-    cells, width = matrix(weights, "vision.pool.pos_embed", path)
-    if width % 32 or matrix(weights, "vision.pool.q_proj.weight", path) != (width, width):
-        raise ValueError(f"{path}: a pool of width {width}, but positions and projections of a "
-                         "ResNet's pool have 32 times the width of its stem")
-    return {"vision_width": width // 32,
-            "image_size": 32 * root(cells - 1, "cells of a picture", path)}
-
-
-def check_hidden(weights, tower, width, path):
-    """The MLPs of our CLIP are 4 times as wide as their tower; larger ones were published too."""
-    shape = matrix(weights, f"{tower}.transformer.blocks.0.mlp.fc1.weight", path)
-    if shape != (4 * width, width):
-        raise ValueError(f"{path}: an MLP of {shape} in a {tower} tower of width {width}; ours is "
-                         f"{(4 * width, width)}")
-
-
-def matrix(weights, name, path):
-    """The two sides of a matrix, or ValueError."""
-    if name not in weights:
-        raise ValueError(f"{path}: no layers in it ({name}, our name, is missing)")
-    if weights[name].ndim != 2 or 0 in weights[name].shape:
-        raise ValueError(f"{path}: {name} (our name) is {tuple(weights[name].shape)}, no matrix")
-    return tuple(weights[name].shape)
-
-
-def root(number, what, path):
-    """The side of a square, or ValueError."""
-    side = math.isqrt(max(number, 0))
-    if side < 1 or side * side != number:
-        raise ValueError(f"{path}: {number} {what} are no square")
-    return side
-
-
-def number(value, where):
-    """A whole number of at least 1, or ValueError."""
-    if type(value) is not int or value < 1:
-        raise ValueError(f"{where} is {printable(value)}, not a whole number")
-    return value
-
-
-def check_pictures(folder, image_size):
-    """preprocessor_config.json, where there is one, must ask for what our pictures get.
-
-    That is: the shorter side to image_size, bicubic, the middle, CLIP's mean and deviation.
-    """
-    path = folder / "preprocessor_config.json"
-    if not path.is_file():
-        return
-    said = strict_json.read_object(path)
-    for key, ours in (("image_mean", MEAN), ("image_std", STD)):
-        theirs = said.get(key, list(ours))
-        if not isinstance(theirs, list) or len(theirs) != 3 or not all(
-                type(a) in (int, float) and abs(a - b) < 1e-4 for a, b in zip(theirs, ours)):
-            raise ValueError(f"{path}: {key} is {printable(theirs)}, ours {list(ours)}")
-    for key in ("size", "crop_size"):
-        sides = said.get(key, image_size)
-        for side in sides.values() if isinstance(sides, dict) else [sides]:
-            if side != image_size:
-                raise ValueError(f"{path}: {key} is {printable(sides)}, the weights' {image_size}")
-    if said.get("resample", 3) != 3:
-        raise ValueError(f"{path}: resample is {printable(said['resample'])}, ours 3 (bicubic)")
+    return "quick_gelu" if config.get("quick_gelu") is True else "gelu"

@@ -1,13 +1,14 @@
-"""What lies in a folder of published weights: configs, and tensors in any of the usual files."""
+"""The files in a folder of published weights: configs, and tensors in any of the usual formats."""
+import math
 import warnings
 import zipfile
 from pathlib import Path
 
 import torch
 
+from common.data.safe_read import read_json
+from common.pretrained import safetensors
 from common.training import checkpoint
-from common.pretrained import safetensors, strict_json
-from common.pretrained.strict_json import printable
 
 # Training checkpoints keep the weights under one of these.
 WRAPPERS = ("state_dict", "model_state_dict", "model")
@@ -18,14 +19,45 @@ def is_published(path):
     if Path(path).is_file():
         return True
     config = Path(path) / "config.json"
-    value = strict_json.read(config) if config.is_file() else None
+    value = read_json(config) if config.is_file() else None
     return isinstance(value, dict) and "model_type" in value
 
 
-def read_config(folder):
-    """config.json of a folder as a dict. Raises ValueError when it is missing or no JSON object."""
-    return strict_json.read_object(Path(folder) / "config.json")
+# ------------------------------------------------------------------ fields of a config.json
 
+def given(config, name, default):
+    """The value of a field, its default where it is absent or null."""
+    value = config.get(name)
+    return default if value is None else value
+
+
+def whole(value, where):
+    """A whole number of at least 1, or ValueError."""
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{where} is {value!r:.80}, not a whole number")
+    return value
+
+
+def positive(value, where):
+    """A finite number above 0, or ValueError."""
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise ValueError(f"{where} is {value!r:.80}, not a number above 0")
+    return float(value)
+
+
+def check_size(needed, weights, where):
+    """Raise ValueError when a model is far larger than its weights, before it takes the memory.
+
+    needed: how many parameters it has at least. The factor leaves smaller differences to
+    `checkpoint.load_weights`, which names the tensors.
+    """
+    found = sum(weight.numel() for weight in weights.values())
+    if needed > 2 * found:
+        raise ValueError(f"{where}: its sizes ask for at least {needed:,} parameters, but the "
+                         f"weights have {found:,}")
+
+
+# ------------------------------------------------------------------ tensors
 
 def read_weights(path):
     """The tensors of a folder or a file -> {name: tensor} on the CPU, in the file's dtypes.
@@ -40,40 +72,23 @@ def read_weights(path):
             if (path / name).is_file():
                 return reader(path / name)
         raise ValueError(f"{path}: no weights here; looked for {', '.join(IN_A_FOLDER)}")
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file or folder")
     if path.suffix == ".safetensors":
         return safetensors.read(path)
     return read_script(path) if is_script(path) else read_pickle(path)
 
 
 def read_shards(index):
-    """All tensors of the shards that an index file names, and each where it says it is."""
-    where = strict_json.read_object(index).get("weight_map")
-    if not isinstance(where, dict) or not all(isinstance(s, str) for s in where.values()):
+    """All tensors of the shards that an index file names."""
+    shards = read_json(index, dict).get("weight_map")
+    if not isinstance(shards, dict) or not all(isinstance(s, str) for s in shards.values()):
         raise ValueError(f"{index}: no weight_map from names to files")
     out = {}
-    for shard in sorted(set(where.values())):
-        if not is_plain(shard):
-            raise ValueError(f"{index}: {printable(shard)} is no plain file name, refused "
-                             "(shards lie in the folder of their index)")
+    for shard in sorted(set(shards.values())):
+        if Path(shard).name != shard or shard in ("", "..") or not shard.isprintable():
+            raise ValueError(f"{index}: {shard!r:.80} is not in the folder of its index, refused")
         reader = safetensors.read if shard.endswith(".safetensors") else read_pickle
-        found = reader(index.parent / shard)
-        wrong = [name for name in found if where.get(name) != shard]
-        if wrong:
-            place = f"in {where[wrong[0]]!r}" if wrong[0] in where else "nowhere"
-            raise ValueError(f"{index}: {shard} holds {printable(wrong[0])}, which the index puts "
-                             + place)
-        out |= found
-    absent = [name for name in where if name not in out]
-    if absent:
-        raise ValueError(f"{index}: {printable(absent[0])} is not in {where[absent[0]]}")
+        out |= reader(index.parent / shard)
     return out
-
-
-def is_plain(name):
-    """Whether it is the name of a file and no path: no separator, no drive, not "..", printable."""
-    return name.isprintable() and not set(name) & set("/\\:") and name not in ("", ".", "..")
 
 
 def read_pickle(path):
@@ -101,7 +116,7 @@ def read_script(path):
     """The tensors of a TorchScript archive -> {name: tensor}. Its forward is never called."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")               # torch would rather have its successor
+            warnings.simplefilter("ignore")                       # torch.jit.load is deprecated
             state = torch.jit.load(str(path), map_location="cpu").state_dict()
     except Exception:
         raise ValueError(f"{path}: not a TorchScript archive that can be read") from None
@@ -114,11 +129,11 @@ def tensors(state, path):
         raise ValueError(f"{path}: no tensors in it")
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
-            raise ValueError(f"{path}: {printable(name)} is a {type(value).__name__}, not a tensor")
+            raise ValueError(f"{path}: {name!r:.80} is a {type(value).__name__}, not a tensor")
         # A stride of 0 makes a tensor of any size from one number.
         if (value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized
                 or value.numel() * value.element_size() > value.untyped_storage().nbytes()):
-            raise ValueError(f"{path}: {printable(name)} is not a plain tensor with all its numbers")
+            raise ValueError(f"{path}: {name!r:.80} is not a plain tensor with all its numbers")
     if all(name.startswith("module.") for name in state):
         state = {name.removeprefix("module."): value for name, value in state.items()}
     return {name: value.detach() for name, value in state.items()}

@@ -1,16 +1,25 @@
-"""OpenFlamingo's checkpoints: what it learned between its two frozen models, and nothing of those.
+"""OpenFlamingo's checkpoints: the weights that it trained between its two frozen models.
 
     config = FlamingoConfig(vision=..., language=..., cross_attn_every=4, **OPENFLAMINGO)
     model = Flamingo(config)
     load_openflamingo(model, "checkpoint.pt", tokens=(32001, 32000))
 
+<<<<<<< HEAD
 The table is data: their names left, ours right. Where their code differs from the paper's text it
 is by the fields of OPENFLAMINGO: gelu, no embeddings of frames, heads of 64 everywhere, the first
 gated block before block cross_attn_every - 1.
+=======
+The tables have their names on the left and ours on the right. OPENFLAMINGO has the fields in which
+their code differs from the paper's text: gelu, no embeddings of frames, heads of 64 everywhere, the
+first gated block before block cross_attn_every - 1.
+>>>>>>> pretrained
 """
 import re
 
+from common.pretrained.files import read_weights
+from common.pretrained.names import Table, halves, translate, under
 from common.training import checkpoint
+<<<<<<< HEAD
 from common.pretrained import files
 from common.pretrained.names import Table, listed, needs, translate, under
 from common.pretrained.strict_json import printable
@@ -25,7 +34,14 @@ TOLD_BY_SHAPES = ("num_latents", "resampler_layers")
 def halves(weight):
     """Rows of k, v on top of each other (2 * D, C) -> two of (D, C)."""
     return needs(weight, weight.ndim == 2 and len(weight) % 2 == 0, "two equal parts").chunk(2)
+=======
+>>>>>>> pretrained
 
+SIZES = {"num_latents": 64, "resampler_layers": 6}       # the file's shapes and names say these
+OPENFLAMINGO = SIZES | {
+    "resampler": "perceiver", "resampler_heads": 8, "resampler_head_width": 64, "max_frames": 0,
+    "heads": 8, "head_width": 64, "placement": "openflamingo", "act": "gelu",
+    "vision_skip_blocks": 0, "use_class_token": False, "only_latest_image": True}
 
 PROJECTIONS = (
     (".to_q.weight", ".q_proj.weight"),
@@ -50,61 +66,52 @@ GATED = (
     *under(".ff", "", FEED_FORWARD),
     ("{.attn,.ff}_gate", "{.attn,.mlp}_gate"),
 )
-LAYER = r"(lang_encoder\.[\w.]+?)\.[0-9]+\.gated_cross_attn_layer\."
-TABLES = ("embed_tokens.weight", "wte.weight", "embed_in.weight")     # OPT and LLaMA, MPT, NeoX
+# A gated block's first words; what comes between differs with the language model.
+GATED_BLOCK = r"lang_encoder\.[\w.]+?\.(\d+)\.gated_cross_attn_layer\."
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight")   # OPT and LLaMA, MPT, NeoX
 HEADS = ("lm_head.weight", "embed_out.weight")
 
 
 def load_openflamingo(model, path, tokens=None):
     """Fill a Flamingo's resampler and gated blocks, in place, from a checkpoint file.
 
-    The frozen models are loaded from files of their own; what the checkpoint holds of them, and
-    its second names of the same tensors, is passed over. tokens: the ids of <image> and of
-    <|endofchunk|> in its table of embeddings, whose rows become the model's own (OpenFlamingo adds
-    <|endofchunk|> first); None: those stay. Raises ValueError in one line: a config other than
-    OPENFLAMINGO, names missing or unexpected, other shapes, no such rows. Then nothing is changed.
+    The frozen models are loaded from files of their own: what the checkpoint holds of them is
+    ignored, and so are its second names of the same tensors. tokens: the ids of <image> and of
+    <|endofchunk|> in its embeddings, whose rows become the model's own (OpenFlamingo adds
+    <|endofchunk|> first); None: the model's rows stay. Raises ValueError in one line, and changes
+    nothing, for a config other than OPENFLAMINGO, names missing or unexpected, other shapes, or no
+    such rows.
     """
     wrong = [f"{name}={getattr(model.config, name)}, not {value}"
              for name, value in OPENFLAMINGO.items()
-             if name not in TOLD_BY_SHAPES and getattr(model.config, name) != value]
+             if name not in SIZES and getattr(model.config, name) != value]
     if wrong:
         raise ValueError(f"{path}: OpenFlamingo's weights need another config: "
                          + "; ".join(wrong))
-    weights = files.read_weights(path)
-    learned = {name: weight for name, weight in weights.items() if not is_frozen(name)}
-    blocks = {match.group(1) for match in (re.match(LAYER, name) for name in learned) if match}
-    if len(blocks) != 1:
-        raise ValueError(f"{path}: no checkpoint of OpenFlamingo: gated blocks in "
-                         + (listed(sorted(blocks)) or "no layers of a lang_encoder"))
-    rows = [row for i in model.gated
-            for row in under(f"{min(blocks)}.{i}.gated_cross_attn_layer", f"gated.{i}", GATED)]
-    out = translate(learned, Table((*RESAMPLER, *rows)),
-                    {"layers": model.config.resampler_layers}, path)
+    weights = read_weights(path)
+    trained = {re.sub(GATED_BLOCK, r"gated.\1.", name): weight for name, weight in weights.items()}
+    trained = {name: weight for name, weight in trained.items()
+               if not name.startswith(("lang_encoder.", "vision_encoder."))}
+    rows = [row for i in model.gated for row in under(f"gated.{i}", f"gated.{i}", GATED)]
+    ours = translate(trained, Table((*RESAMPLER, *rows)),
+                     {"layers": model.config.resampler_layers}, path)
     if tokens is not None:
-        out |= new_rows(model.lm.new, weights, tokens, path)
-    checkpoint.load_weights(model, model.state_dict() | out, path)
-
-
-def is_frozen(name):
-    """Whether a tensor is of the frozen models, or a second name of one that is not."""
-    return name.startswith(("lang_encoder.", "vision_encoder.")) \
-        and ".gated_cross_attn_layer." not in name
+        ours |= new_rows(model.lm.new, weights, tokens, path)
+    frozen = {name: weight for name, weight in model.state_dict().items()
+              if name.startswith(("vision.", "lm."))}
+    checkpoint.load_weights(model, frozen | ours, path)
 
 
 def new_rows(new, weights, tokens, path):
-    """The rows of the new tokens in the resized table, and in its head if both have one."""
-    def find(ends):
-        return next((name for name in weights
+    """The rows of the new tokens in the embeddings, and in the head where the model has one."""
+    found = {}
+    for ours, ends in (("rows", EMBEDDINGS), ("output", HEADS)):
+        name = next((name for name in weights
                      if name.startswith("lang_encoder.") and name.endswith(ends)), None)
-    name, head = find(TABLES), find(HEADS)
-    if name is None:
-        raise ValueError(f"{path}: no table of embeddings with rows {list(tokens)}")
-    if len(tokens) != len(new.ids):
-        raise ValueError(f"{path}: tokens={list(tokens)}: the ids of <image> and <|endofchunk|>")
-    found = {"lm.new.rows": name} | (
-        {"lm.new.output": head} if head and new.output is not None else {})
-    for ours, theirs in found.items():
-        if weights[theirs].ndim != 2 or not all(0 <= i < len(weights[theirs]) for i in tokens):
-            raise ValueError(f"{path}: {printable(theirs)} is {tuple(weights[theirs].shape)}, without "
-                             f"rows {list(tokens)}")
-    return {ours: weights[theirs][list(tokens)] for ours, theirs in found.items()}
+        if getattr(new, ours) is None or name is None and ours == "output":
+            continue
+        try:
+            found[f"lm.new.{ours}"] = weights[name][list(tokens)]
+        except (KeyError, IndexError):
+            raise ValueError(f"{path}: no embeddings with rows {list(tokens)}") from None
+    return found

@@ -1,18 +1,17 @@
 """Published language models in Hugging Face's folders: GPT-2, OPT, LLaMA and Vicuna.
 
-The tables are data: their names left, ours right. What a config.json asks for and our decoder does
-not have is refused in one line: another activation, biases, a scaling of positions not ours.
+The tables have their names on the left and ours on the right. What a config.json asks for and our
+decoder lacks is refused in one line: another activation, biases, another scaling of positions.
 """
-import math
 from pathlib import Path
 
-import sentencepiece
 import torch
 
+from common.data.safe_read import read_json
+from common.data.tokenizer import Tokenizer
 from common.pretrained.bpe import BPE, GPT2, OPT
-from common.pretrained import files, strict_json
+from common.pretrained.files import check_size, given, positive, read_weights, whole
 from common.pretrained.names import Table, thirds, transpose, transposed_thirds, translate
-from common.pretrained.strict_json import printable
 
 TABLES = {
     "gpt2": Table((
@@ -33,7 +32,7 @@ TABLES = {
         ("decoder.embed_positions.weight", "pos_embed.weight"),
         ("decoder.layers.{layers}.self_attn.{q,k,v,out}_proj.{weight,bias}",
          "blocks.{layers}.attn.{q,k,v,out}_proj.{weight,bias}"),
-        # A layer's "final" norm is the one before its MLP.
+        # The "final" norm of a layer is the one before its MLP.
         ("decoder.layers.{layers}.{self_attn,final}_layer_norm.{weight,bias}",
          "blocks.{layers}.{attn,mlp}_norm.{weight,bias}"),
         ("decoder.layers.{layers}.{fc1,fc2}.{weight,bias}",
@@ -44,7 +43,7 @@ TABLES = {
         ("embed_tokens.weight", "token_embed.weight"),
         ("layers.{layers}.self_attn.{q,k,v,o}_proj.weight",
          "blocks.{layers}.attn.{q,k,v,out}_proj.weight"),
-        # What is "post" attention is the norm before the MLP.
+        # The norm "post" attention is the one before the MLP.
         ("layers.{layers}.{input,post_attention}_layernorm.weight",
          "blocks.{layers}.{attn,mlp}_norm.weight"),
         ("layers.{layers}.mlp.{gate,up,down}_proj.weight",
@@ -53,31 +52,32 @@ TABLES = {
     ), ignored=("*.rotary_emb.inv_freq",)),
 }
 PREFIXES = {"gpt2": "transformer.", "opt": "model.", "llama": "model."}
-HEAD = ("lm_head.weight", "output.weight")
+HEAD = ("lm_head.weight", "output.weight")               # where it is not the embedding table
 
-# What a config.json says: (ours, theirs, their default; None: it must be there).
+# Sizes in a config.json: (ours, theirs, their default).
 SIZES = {
     "gpt2": (("vocab_size", "vocab_size", 50257), ("context_length", "n_positions", 1024),
              ("width", "n_embd", 768), ("layers", "n_layer", 12), ("heads", "n_head", 12)),
-    "opt": (("vocab_size", "vocab_size", 50272), ("context_length", "max_position_embeddings", 2048),
-            ("width", "hidden_size", 768), ("layers", "num_hidden_layers", 12),
-            ("heads", "num_attention_heads", 12), ("hidden", "ffn_dim", 3072)),
-    "llama": (("vocab_size", "vocab_size", 32000), ("context_length", "max_position_embeddings", 2048),
-              ("width", "hidden_size", 4096), ("layers", "num_hidden_layers", 32),
-              ("heads", "num_attention_heads", 32), ("hidden", "intermediate_size", 11008)),
+    "opt": (("vocab_size", "vocab_size", 50272),
+            ("context_length", "max_position_embeddings", 2048), ("width", "hidden_size", 768),
+            ("layers", "num_hidden_layers", 12), ("heads", "num_attention_heads", 12),
+            ("hidden", "ffn_dim", 3072)),
+    "llama": (("vocab_size", "vocab_size", 32000),
+              ("context_length", "max_position_embeddings", 2048), ("width", "hidden_size", 4096),
+              ("layers", "num_hidden_layers", 32), ("heads", "num_attention_heads", 32),
+              ("hidden", "intermediate_size", 11008)),
 }
-# Fields that must have these values, the first being their default: ours has no others.
+# Fields that must have one of these values, the first being their default: ours has no others.
 REQUIRED = {
     "gpt2": {"activation_function": ("gelu_new", "gelu_pytorch_tanh"),
              "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,),
-             "add_cross_attention": (False,)},
-    "opt": {"activation_function": ("relu",), "do_layer_norm_before": (True,),
+             "add_cross_attention": (False,), "tie_word_embeddings": (True, False)},
+    "opt": {"activation_function": ("relu",), "do_layer_norm_before": (True,),    # 350m: False
             "enable_bias": (True,), "layer_norm_elementwise_affine": (True,),
-            "_remove_final_layer_norm": (False,)},
-    "llama": {"hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,)},
+            "_remove_final_layer_norm": (False,), "tie_word_embeddings": (True, False)},
+    "llama": {"hidden_act": ("silu", "swish"), "attention_bias": (False,), "mlp_bias": (False,),
+              "tie_word_embeddings": (False, True)},
 }
-ENDS = {"gpt2": (50256, 50256), "opt": (2, 1), "llama": (2, 0)}       # eos and padding
-MOST_LAYERS = 1000
 
 
 def read(folder):
@@ -85,9 +85,11 @@ def read(folder):
 
     Raises ValueError in one line for whatever is missing, damaged or of another model.
     """
-    folder = Path(folder)
     fields, weights = read_model(folder)
-    tokenizer = read_tokenizer(folder, fields["kind"])
+    if fields["kind"] == "llama":
+        tokenizer = Pieces.load(Path(folder) / "tokenizer.model")
+    else:
+        tokenizer = BPE.load(folder, GPT2 if fields["kind"] == "gpt2" else OPT)
     if len(tokenizer) > fields["vocab_size"]:
         raise ValueError(f"{folder}: a vocabulary of {len(tokenizer)} pieces, but the weights have "
                          f"rows for {fields['vocab_size']}")
@@ -95,11 +97,9 @@ def read(folder):
 
 
 def read_model(folder):
-    """config.json and weights of a folder -> (fields of a LanguageConfig, weights of ours)."""
-    said = files.read_config(folder)
-    fields = config_fields(said, f"{folder}: config.json")
-    return fields, translated(files.read_weights(folder), fields, folder)
+    """config.json and weights of a folder -> (fields of a LanguageConfig, weights of ours).
 
+<<<<<<< HEAD
 
 def read_tokenizer(folder, kind):
     """The vocabulary of a folder: byte-level BPE, or LLaMA's SentencePiece model."""
@@ -172,25 +172,65 @@ def rotary(said, where):
     """(base, stretch) of the rotary positions, in either of the forms configs have had.
 
     Raises ValueError for a scaling other than "linear": ours would read long texts wrongly.
+=======
+    Without eos_id and pad_id, which the tokenizer knows.
+>>>>>>> pretrained
     """
-    scaling = {}
-    for name in ("rope_scaling", "rope_parameters"):
-        value = given(said, name, {})
+    path = Path(folder) / "config.json"
+    fields = config_fields(read_json(path, dict), path)
+    return fields, translated(read_weights(folder), fields, folder)
+
+
+def config_fields(config, where):
+    """A config.json's dict -> fields of a LanguageConfig; ValueError for what ours cannot be."""
+    kind = config.get("model_type")
+    if kind not in [*TABLES]:            # not a dict's "in": the file may hold a list
+        raise ValueError(f"{where} is of a model of type {kind!r:.80}, not of {', '.join(TABLES)}")
+    for name, allowed in REQUIRED[kind].items():
+        if given(config, name, allowed[0]) not in allowed:
+            raise ValueError(f"{where}: {name} is {config[name]!r:.80}, ours is {allowed[0]}")
+    fields = {ours: whole(given(config, theirs, default), f"{where}: {theirs}")
+              for ours, theirs, default in SIZES[kind]}
+    fields |= {"kind": kind, "kv_heads": fields["heads"],
+               "tie_embeddings": given(config, "tie_word_embeddings", kind != "llama")}
+    if kind == "gpt2":
+        fields["hidden"] = whole(given(config, "n_inner", 4 * fields["width"]), f"{where}: n_inner")
+        fields["eps"] = positive(given(config, "layer_norm_epsilon", 1e-5),
+                                 f"{where}: layer_norm_epsilon")
+    return fields | (llama_fields(config, fields, where) if kind == "llama" else {})
+
+
+def llama_fields(config, fields, where):
+    """The fields of LLaMA alone: grouped queries, eps, rotary base and scaling.
+
+    Raises ValueError for another width of a head, and for rotary positions that are scaled other
+    than linearly: the weights would load, and be wrong.
+    """
+    groups = whole(given(config, "num_key_value_heads", fields["heads"]),
+                   f"{where}: num_key_value_heads")
+    head_width = given(config, "head_dim", fields["width"] // fields["heads"])
+    if head_width != fields["width"] // fields["heads"]:
+        raise ValueError(f"{where}: head_dim is {head_width!r:.80}, ours width / heads, "
+                         f"{fields['width'] // fields['heads']}")
+    rope = {"rope_theta": given(config, "rope_theta", 10000.0)}
+    for name in ("rope_scaling", "rope_parameters"):          # its older and its newer name
+        value = given(config, name, {})
         if not isinstance(value, dict):
-            raise ValueError(f"{where}: {name} is {printable(value)}, not an object")
-        scaling |= value
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    theta = positive(given(scaling, "rope_theta", given(said, "rope_theta", 10000.0)),
-                     f"{where}: rope_theta")
-    if kind == "default":
-        return theta, 1.0
-    if kind != "linear":
-        raise ValueError(f"{where}: rotary positions scaled by {printable(kind)}; ours are plain or "
+            raise ValueError(f"{where}: {name} is {value!r:.80}, not an object")
+        rope |= value
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "linear"):
+        raise ValueError(f"{where}: rotary positions scaled by {kind!r:.80}; ours are plain or "
                          "linear")
-    return theta, positive(scaling.get("factor"), f"{where}: the factor of rope_scaling")
+    scale = rope.get("factor") if kind == "linear" else 1.0
+    return {"kv_heads": groups,
+            "eps": positive(given(config, "rms_norm_eps", 1e-6), f"{where}: rms_norm_eps"),
+            "rope_theta": positive(rope["rope_theta"], f"{where}: rope_theta"),
+            "rope_scale": positive(scale, f"{where}: the factor of rope_scaling")}
 
 
 def translated(weights, fields, path):
+<<<<<<< HEAD
     """Weights under their names -> under ours, every shape as the fields say."""
     kind, prefix = fields["kind"], PREFIXES[fields["kind"]]
     weights = {name.removeprefix(prefix): weight for name, weight in weights.items()}
@@ -203,80 +243,34 @@ def translated(weights, fields, path):
         if own is not None and not torch.equal(own, weights[HEAD[0]]):
             raise ValueError(f"{path}: config.json ties the head to the embeddings, but "
                              f"{HEAD[0]} differs from {table.rows[0][0]}")
+=======
+    """Weights under their names -> under ours; ValueError where the fields ask for far more."""
+    kind, width = fields["kind"], fields["width"]
+    rows = fields["vocab_size"] + (0 if kind == "llama" else fields["context_length"])
+    check_size(width * (rows + 2 * fields["layers"] * (width + fields["hidden"])), weights, path)
+    weights = {name.removeprefix(PREFIXES[kind]): weight for name, weight in weights.items()}
+    table = Table((*TABLES[kind].rows, HEAD), TABLES[kind].ignored)
+>>>>>>> pretrained
     out = translate(weights, table, {"layers": fields["layers"]}, path)
-    width, first = fields["width"], "blocks.0."
-    shapes = {"token_embed.weight": (fields["vocab_size"], width),
-              first + ("mlp.up_proj.weight" if kind == "llama" else "mlp.fc1.weight"):
-              (fields["hidden"], width),
-              first + "attn.k_proj.weight": (width // fields["heads"] * fields["kv_heads"], width)}
-    if kind != "llama":
-        shapes["pos_embed.weight"] = (fields["context_length"] + (2 if kind == "opt" else 0), width)
-    for name, shape in shapes.items():   # before a model of these sizes is made
-        if tuple(out[name].shape) != shape:
-            raise ValueError(f"{path}: {name} (our name) is {tuple(out[name].shape)}, config.json "
-                             f"says {shape}")
+    head, embed = (out.get(name) for name in ("output.weight", "token_embed.weight"))
+    if fields["tie_embeddings"] and head is not None and embed is not None:
+        if not torch.equal(head, embed):
+            raise ValueError(f"{path}: config.json ties the head to the embeddings, but "
+                             f"{HEAD[0]} differs from them")
+        del out["output.weight"]
     return out
 
 
-def given(said, name, default):
-    """The value of a field, its default where it is absent or null."""
-    value = said.get(name)
-    return default if value is None else value
+class Pieces(Tokenizer):
+    """LLaMA's SentencePiece vocabulary. It has no piece for padding: <unk> stands for it."""
 
-
-def whole(value, where):
-    """A whole number of at least 1, or ValueError."""
-    if type(value) is not int or value < 1:
-        raise ValueError(f"{where} is {printable(value)}, not a whole number")
-    return value
-
-
-def positive(value, where):
-    """A finite number above 0, or ValueError."""
-    if type(value) not in (int, float) or not 0 < value < math.inf:
-        raise ValueError(f"{where} is {printable(value)}, not a number above 0")
-    return float(value)
-
-
-class Pieces:
-    """LLaMA's SentencePiece vocabulary; interface and batches as of tokenizers.Tokenizer.
-
-    A text that spells <s> gets ordinary pieces. bos, eos, pad: ids; padding is <unk>.
-    """
-
-    def __init__(self, model):
-        """model: the bytes of a SentencePiece model. Raises ValueError for any other bytes."""
-        try:
-            self.pieces = sentencepiece.SentencePieceProcessor()
-            self.pieces.LoadFromSerializedProto(model)
-        except Exception:                # its parser's own words help nobody
-            raise ValueError("not a SentencePiece model, or cut off") from None
-        self.bos_id, self.eos_id, self.pad_id = (self.pieces.bos_id(), self.pieces.eos_id(),
-                                        self.pieces.unk_id())
+    def _check(self):
+        """Set the ids of the special tokens; ValueError for a vocabulary without them."""
+        self.bos_id, self.eos_id = self.pieces.bos_id(), self.pieces.eos_id()
+        self.pad_id = self.pieces.unk_id()
         if min(self.bos_id, self.eos_id, self.pad_id) < 0:
             raise ValueError("a vocabulary without <s>, </s> or <unk>")
 
-    @classmethod
-    def load(cls, path):
-        """Read a tokenizer.model file. Raises ValueError when it is missing or none."""
-        model = strict_json.read_bytes(path, 64_000_000)
-        try:
-            return cls(model)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
-
-    def __len__(self):
-        return self.pieces.get_piece_size()
-
-    def encode(self, text):
-        """Text -> ids (list of int), without special tokens."""
-        return self.pieces.encode(text)
-
     def decode(self, ids):
-        """Ids -> text; special tokens and ids without a piece leave no trace."""
-        return self.pieces.decode([int(i) for i in ids if i != self.pad_id and i < len(self)])
-
-    def batch(self, texts, context_length):
-        """<s> ids </s> of each text, padded right: int64 (B, T), T <= context; cut before </s>."""
-        rows = [torch.tensor([self.bos_id, *self.encode(t)[:context_length - 2], self.eos_id]) for t in texts]
-        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=self.pad_id)
+        """Ids -> text, without special tokens and without ids that have no piece."""
+        return super().decode([i for i in ids if i < len(self)])

@@ -1,8 +1,9 @@
-"""Their names of weights to ours, by a table.
+"""Weights under the names of another project -> under the names of this one, by a table.
 
 A row is (theirs, ours) or (theirs, ours, change). Both are templates: "{q,k,v}" stands for each of
-the words, "{layers}" for 0 .. counts["layers"] - 1, and the two sides are expanded in parallel, the
-last braces fastest. A row with several of ours for each of theirs cuts one tensor into several:
+these words, "{layers}" for 0 .. counts["layers"] - 1. Both sides are expanded in the same order,
+the last braces fastest. Where a row has several of our names for each of theirs, its change splits
+one tensor into several:
 
     ("h.{layers}.ln_{1,2}.{weight,bias}", "blocks.{layers}.{attn,mlp}_norm.{weight,bias}"),
     ("h.{layers}.attn.c_attn.bias", "blocks.{layers}.attn.{q,k,v}_proj.bias", thirds),
@@ -12,39 +13,37 @@ import re
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from common.pretrained.strict_json import printable
+from common.data.safe_read import printable
 
 
 def same(weight):
-    """The change of a row that names none."""
-    return weight
+    """The change of a row that has none."""
+    return weight,
 
 
 def transpose(weight):
-    """(A, B) -> (B, A): a matrix that is multiplied from the right, as GPT-2's and x @ proj."""
-    return needs(weight, weight.ndim == 2, "a matrix").T
+    """(A, B) -> (B, A): a matrix multiplied from the right, as in GPT-2 and in x @ proj."""
+    return weight.mT,
 
 
 def flatten_patches(weight):
-    """A strided convolution (D, C, P, P) -> the Linear over flattened patches (D, C * P * P)."""
-    return needs(weight, weight.ndim == 4, "a convolution (D, C, P, P)").flatten(1)
+    """The kernel of a strided convolution (D, C, P, P) -> of a Linear on patches (D, C * P * P)."""
+    return weight.flatten(1, 3),
+
+
+def halves(weight):
+    """k and v on top of each other (2 * D, C) -> two of (D, C)."""
+    return weight.chunk(2)
 
 
 def thirds(weight):
-    """Rows of q, k, v on top of each other (3 * D, ...) -> three of (D, ...)."""
-    return needs(weight, weight.ndim and len(weight) % 3 == 0, "three equal parts").chunk(3)
+    """q, k and v on top of each other (3 * D, ...) -> three of (D, ...)."""
+    return weight.chunk(3)
 
 
 def transposed_thirds(weight):
-    """GPT-2's fused (D, 3 * D) -> q, k, v, each (D, D) as a Linear keeps it."""
-    return thirds(transpose(weight))
-
-
-def needs(weight, condition, what):
-    """The weight itself; ValueError with its shape when the condition does not hold."""
-    if not condition:
-        raise ValueError(f"{what} was expected, not a tensor of {tuple(weight.shape)}")
-    return weight
+    """GPT-2's fused (D, 3 * D) -> q, k, v, each (D, D) as in a Linear."""
+    return weight.mT.chunk(3)
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ class Table:
 
 
 def under(theirs, ours, rows):
-    """The rows with both sides put under a prefix: one block's rows for each tower."""
+    """The rows with a prefix before each side: the rows of one block, used in every tower."""
     return tuple((theirs + a, ours + b, *change) for a, b, *change in rows)
 
 
@@ -82,35 +81,24 @@ def plan(table, counts):
 def translate(weights, table, counts, where):
     """{their name: tensor} -> {our name: tensor}, in the dtypes of the file.
 
-    Raises ValueError in one line that begins `where` and lists what is missing and what unexpected
-    (up to 8 names each), or names a tensor whose shape does not suit its row.
+    A name without a row stays as it is: `checkpoint.load_weights` then lists it as unexpected, and
+    lists the missing ones and wrong shapes. Raises ValueError, which begins with `where`, for a
+    tensor that a change cannot split or transpose.
     """
-    planned = plan(table, counts)
-    missing = [name for name in planned if name not in weights]
-    unexpected = [name for name in weights if name not in planned
-                  and not any(fnmatchcase(name, pattern) for pattern in table.ignored)]
-    if missing or unexpected:
-        raise ValueError(f"{where}: not the names of this model: " + "; ".join(
-            f"{kind} {listed(found)}" for kind, found in
-            (("missing", missing), ("unexpected", unexpected)) if found))
-    out = {}
-    for name, (targets, change) in planned.items():
+    planned, out = plan(table, counts), {}
+    for name, weight in weights.items():
+        if any(fnmatchcase(name, pattern) for pattern in table.ignored):
+            continue
+        targets, change = planned.get(name, ([printable(name)], same))
         try:
-            parts = change(weights[name])
-        except ValueError as error:
-            raise ValueError(f"{where}: {name}: {error}") from None
-        out.update(zip(targets, parts if isinstance(parts, tuple) else (parts,), strict=True))
+            out |= zip(targets, change(weight))
+        except (RuntimeError, IndexError):     # what torch says of too few dimensions
+            raise ValueError(f"{where}: {name} has the shape {tuple(weight.shape)}, which its "
+                             "layout cannot have") from None
     return out
 
 
-def listed(names, most=8):
-    """The first names, and how many more there are."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(name if name.isprintable() and len(name) < 120 else printable(name)
-                     for name in names[:most]) + more
-
-
 def count(weights, pattern):
-    """How many different numbers the pattern's group takes in the names: the layers of a file."""
+    """How many different values the pattern's group takes in the names: the layers of a file."""
     found = (re.match(pattern, name) for name in weights)
     return len({match.group(1) for match in found if match})
