@@ -1,12 +1,21 @@
-"""The KV cache: keys and values that are already computed."""
+"""The KV cache: keys and values that attention layers have already computed.
+
+Without it each new token would compute the keys and values of the whole text again:
+
+    cache = KVCache()
+    logits = model(prompt, cache=cache)          # stores the prompt's keys and values
+    logits = model(next_token, cache=cache)      # adds one key and one value in each layer
+"""
 import torch
 
 
-def extended(past, new, buffer):
-    """past (B, H, P, K) and new (B, H, T, K) in a row, and the buffer they stand in or None.
+def extend(past, new, buffer):
+    """past (B, H, P, K) followed by new (B, H, T, K): (B, H, P + T, K), and the buffer it views.
 
-    To copy all of the past for each new token takes a quarter of a tiny model's step, so the new is
-    written behind it where there is room for it. With gradients on it is copied: they need the past.
+    torch.cat copies the whole past for each new token, which took a quarter of a tiny model's
+    step. A buffer is longer than what it holds, so new tokens are written behind the past, and the
+    result is a view. With gradients on we copy: backward needs the past as it was. Then the buffer
+    is None.
     """
     if torch.is_grad_enabled():
         return torch.cat([past, new], dim=2), None
@@ -19,59 +28,58 @@ def extended(past, new, buffer):
 
 
 class KVCache:
-    """Keys and values already computed by each attention layer of one model, for one batch.
+    """Keys and values of each attention layer of one model, for one batch of texts.
 
-    Pass the same object to every call of a model; a new prompt takes a new object. Self-attention
-    appends to its entry; cross-attention fills its entry once and reads it from then on.
+    Pass the same object to every call of the model; a new prompt takes a new object.
+    Self-attention appends to its entry; cross-attention computes its entry once.
     """
 
     def __init__(self):
-        self.entries = {}                # attention module -> (k, v), each (B, H, S, K)
-        self.buffers = {}                  # the same with room behind, where they are written
-        self.length = 0                  # positions seen so far; masks and positions start here
+        self.length = 0                  # tokens stored so far: the next token's position
         self.state = {}                  # name -> tensor (B, ...): what else a model remembers
+        self.entries = {}                # attention layer -> (k, v), each (B, H, S, K)
+        self.buffers = {}                # attention layer -> (k's buffer, v's), longer, or None
 
     def append(self, layer, k, v):
-        """Add k, v (B, H, T, K) to the layer's entry; returns all of it, (B, H, S, K)."""
+        """Add k and v (B, H, T, K) to the layer's entry; returns the whole entry, (B, H, S, K)."""
         if layer in self.entries:
-            buffers = self.buffers.get(layer, (None, None))
-            (k, v), self.buffers[layer] = zip(*map(extended, self.entries[layer], (k, v), buffers))
+            past_k, past_v = self.entries[layer]
+            k_buffer, v_buffer = self.buffers.get(layer, (None, None))
+            k, k_buffer = extend(past_k, k, k_buffer)
+            v, v_buffer = extend(past_v, v, v_buffer)
+            self.buffers[layer] = k_buffer, v_buffer
         self.entries[layer] = k, v
         self.length = k.shape[2]
         return k, v
 
     def get_or_compute(self, layer, length, compute):
-        """The layer's entry; compute() -> (k, v) makes it, and anew for another number of keys."""
+        """The layer's entry; compute() -> (k, v) makes it unless there is one of `length` keys."""
         if layer not in self.entries or self.entries[layer][0].shape[2] != length:
             self.entries[layer] = compute()
         return self.entries[layer]
 
     def invalidate(self, layer):
-        """Drop the layer's entry: what it reads has changed."""
+        """Drop the layer's entry, because its context has changed."""
         self.entries.pop(layer, None)
 
     def reorder(self, rows, since=0):
-        """Keep these batch rows in this order: rows (B',) int64, as beam search chooses them.
+        """Replace the batch by its rows `rows`, int64 (B',), which may repeat or leave out some.
 
-        since: the rows are alike before this position, as the beams of one prompt are; without
-        gradients only what came later is moved. Then B' = B.
+        since > 0 promises that B' = B and that each row equals the row it replaces before this
+        position and in cross-attention, as the beams of one prompt do. Then, without gradients,
+        only what came later is moved, in place.
         """
         self.state = {name: value[rows] for name, value in self.state.items()}
         if since and not torch.is_grad_enabled():
-            for buffer in (b for pair in self.buffers.values() for b in pair if b is not None):
+            for buffer in sum(self.buffers.values(), ()):
                 buffer[:, :, since:self.length] = buffer[rows, :, since:self.length]
-            return
-        for layer, entry in self.entries.items():
-            buffers = [None if buffer is None else buffer[rows]
-                       for buffer in self.buffers.get(layer, (None, None))]
-            self.entries[layer] = tuple(x[rows] if buffer is None else buffer[:, :, :x.shape[2]]
-                                        for x, buffer in zip(entry, buffers))
-            self.buffers[layer] = buffers
+        else:
+            self.entries = {layer: (k[rows], v[rows]) for layer, (k, v) in self.entries.items()}
+            self.buffers = {}            # the next append makes new ones
 
     def select(self, rows):
-        """A new cache of these batch rows in this order; rows (B',) int64 may repeat."""
+        """A new cache with the rows `rows`, int64 (B',); this one stays as it is."""
         new = KVCache()
-        new.entries, new.buffers = dict(self.entries), dict(self.buffers)
-        new.length, new.state = self.length, self.state
+        new.length, new.state, new.entries = self.length, self.state, self.entries
         new.reorder(rows)
         return new

@@ -1,19 +1,24 @@
 """Every attention mask, side by side: boolean, True = may attend, broadcastable to (B, H, T, S).
 
-Masks are built by the caller and combined with `&`. `draw` prints one:
+The caller builds masks and combines them with `&`. A row is a query, a column is a key, and `draw`
+prints '#' where the query may attend to the key:
 
     >>> print(draw(causal(3)))
     #..
     ##.
     ###
+    >>> print(draw(causal(3) & padding(torch.tensor([[True, True, False]]))))
+    #..
+    ##.
+    ##.
 """
 import torch
 
 
 def causal(T, past=0, device=None):
-    """Each position sees itself and what came before. Returns bool (T, past + T).
+    """Each token attends to itself and to the tokens before it -> bool (T, past + T).
 
-    past: keys that a cache already holds; query i stands at position past + i.
+    past: how many keys a cache already holds; query i is at position past + i.
 
     >>> print(draw(causal(2, past=3)))
     ####.
@@ -24,7 +29,7 @@ def causal(T, past=0, device=None):
 
 
 def padding(token_mask):
-    """Nobody sees padding. token_mask: bool (B, S), True at real tokens. Returns bool (B, 1, 1, S).
+    """No token attends to padding -> bool (B, 1, 1, S). token_mask bool (B, S): True = real token.
 
     >>> print(draw(padding(torch.tensor([[True, True, False]]))))
     ##.
@@ -33,9 +38,9 @@ def padding(token_mask):
 
 
 def prefix(T, length, past=0, device=None):
-    """The first `length` positions see each other, the rest is causal. Returns bool (T, past + T).
+    """The first `length` tokens attend to each other, the others causally -> bool (T, past + T).
 
-    length may be an int or an int64 tensor (B,), one for each row; then bool (B, 1, T, past + T).
+    length: int, or int64 (B,) with one for each row; then the mask is bool (B, 1, T, past + T).
 
     >>> print(draw(prefix(4, 2)))
     ##..
@@ -45,54 +50,58 @@ def prefix(T, length, past=0, device=None):
     """
     keys = torch.arange(past + T, device=device)
     if isinstance(length, torch.Tensor):
-        return causal(T, past, device) | (keys < length[:, None, None, None])
+        length = length[:, None, None, None]
     return causal(T, past, device) | (keys < length)
 
 
 def image_index(is_image, before=0, attend_next=None):
-    """The picture that each token belongs to: 1, 2, ... in the order of their tags, 0 for none.
+    """Which image each token belongs to: 1, 2, ... in the order of the text; 0 for none.
 
-    is_image bool (B, T), True where a picture's tag stands. before: the tags that a cache already
-    holds, an int or int64 (B, 1). attend_next: bool (B, 1); where True a token belongs to the tag at
-    it or next after it, elsewhere to the tag at it or last before it. Returns int64 (B, T).
+    is_image bool (B, T), True at <image> tokens. A token belongs to the latest image: the <image>
+    token at its own position or the last one before it. In rows where attend_next, bool (B, 1), is
+    True it belongs to the next image instead: the <image> token at its position or the first one
+    after it (Flamingo, A.3.2). before: int or int64 (B, 1), the <image> tokens of the text that a
+    cache already holds. Returns int64 (B, T).
 
     >>> is_image = torch.tensor([[False, True, False, True, False]])
-    >>> image_index(is_image).tolist(), image_index(is_image, attend_next=torch.tensor([[True]])).tolist()
-    ([[0, 1, 1, 2, 2]], [[1, 1, 2, 2, 0]])
+    >>> image_index(is_image).tolist()
+    [[0, 1, 1, 2, 2]]
+    >>> image_index(is_image, attend_next=torch.tensor([[True]])).tolist()
+    [[1, 1, 2, 2, 0]]
     """
-    passed = before + is_image.cumsum(dim=1)
+    latest = before + is_image.cumsum(dim=1)
     if attend_next is None:
-        return passed
-    ahead = passed - is_image.long() + 1
-    return torch.where(attend_next, ahead * (ahead <= passed[:, -1:]), passed)
+        return latest
+    upcoming = latest + 1 - is_image.long()            # an <image> token belongs to its own image
+    return torch.where(attend_next, upcoming * (upcoming <= latest[:, -1:]), latest)
 
 
 def media(image_index, N, Q, only_latest_image=True):
-    """Text sees its own picture's Q tokens; only_latest_image False: those of every picture up to its own.
+    """Text attends to the Q visual tokens of its image -> bool (B, 1, T, N * Q) (Flamingo, 2.3).
 
-    image_index int64 (B, T), of the function of that name. Returns bool (B, 1, T, N * Q); a token that belongs to
-    no picture sees nothing (Flamingo, 2.3).
+    image_index int64 (B, T): each token's image, as `image_index` gives it. only_latest_image
+    False: a token attends to the images up to its own. A token of no image attends to nothing.
 
-    >>> print(draw(media(torch.tensor([[1, 1, 2, 2, 0]]), 2, 3)))
+    >>> belongs = torch.tensor([[1, 1, 2, 2, 0]])
+    >>> print(draw(media(belongs, N=2, Q=3)))
     ###...
     ###...
     ...###
     ...###
     ......
-    >>> print(draw(media(torch.tensor([[1, 2, 0]]), 2, 3, only_latest_image=False)))
+    >>> print(draw(media(belongs, N=2, Q=3, only_latest_image=False)))
     ###...
+    ###...
+    ######
     ######
     ......
     """
-    number = torch.arange(1, N + 1, device=image_index.device).repeat_interleave(Q)
-    own = image_index[:, None, :, None]
-    return number == own if only_latest_image else number <= own
+    of_key = torch.arange(1, N + 1, device=image_index.device).repeat_interleave(Q)   # (N * Q,)
+    of_query = image_index[:, None, :, None]                                          # (B, 1, T, 1)
+    return of_key == of_query if only_latest_image else of_key <= of_query
 
 
 def draw(mask):
-    """A mask as text: a row a query, '#' where it may attend, '.' where not.
-
-    Leading axes of size 1 are dropped; larger ones are drawn one below the other.
-    """
+    """A mask bool (..., T, S) as text, '#' for True; several masks stand below each other."""
     grids = mask.reshape(-1, *mask.shape[-2:]).tolist()
     return "\n\n".join("\n".join("".join(".#"[v] for v in row) for row in grid) for grid in grids)

@@ -1,49 +1,14 @@
-"""generate, beam search and rank against slow loops, on toy models whose answers are known."""
-import itertools
-import math
+"""generate and score_candidates against slow loops, on toy models whose answers are known."""
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from common import generation
-from common.beam_search import Beams
-from common.generation import (DecodingState, generate, keep_top_k, keep_top_p, pad_left, penalize,
-                               score_candidates, sample)
-from common.language import LanguageConfig, LanguageModel
-from common.cache import KVCache
-
-V, PAD, STOP = 13, 0, 2
-
-
-def model(kind="gpt2", vocab_size=V):
-    """A small random model in float64, so that no two texts tie."""
-    torch.manual_seed(3)
-    lm = LanguageModel(LanguageConfig(
-        kind=kind, vocab_size=vocab_size, context_length=23, width=24, layers=2, heads=3, hidden=37,
-        kv_heads=1 if kind == "llama" else 3, tie_embeddings=False)).double().eval()
-    for parameter in lm.parameters():
-        nn.init.normal_(parameter, std=0.5)
-    if kind != "llama":                     # else one token is the likeliest after every text
-        nn.init.zeros_(lm.norm.bias)
-    return lm
-
-
-def prompts(*lengths, side="left", seed=1):
-    """Ragged prompts -> (ids, mask) padded on one side, and the prompts alone (1, T)."""
-    draw = torch.Generator().manual_seed(seed)
-    texts = [torch.randint(3, V, (1, n), generator=draw) for n in lengths]
-    pads = [(max(lengths) - n, 0) if side == "left" else (0, max(lengths) - n) for n in lengths]
-    ids = torch.cat([F.pad(text, pad_id, value=PAD) for text, pad_id in zip(texts, pads)])
-    mask = torch.cat([F.pad(torch.ones_like(text), pad_id) for text, pad_id in zip(texts, pads)]).bool()
-    return ids, mask, texts
-
-
-def alone(lm, texts, tokens, **options):
-    """Each prompt continued by itself, the rest filled with PAD: (B, longest)."""
-    rows = [generate(lm, text, max_new_tokens=tokens, pad_id=PAD, **options)[0] for text in texts]
-    return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
+from common.generation import (DecodingState, generate, keep_top_k, keep_top_p, pad_left, sample,
+                               score_candidates)
+from tests.helpers import PAD, STOP, Table, V, chain, prompts, toy_lm
 
 
 def slow_greedy(lm, text, tokens, stop):
@@ -53,25 +18,6 @@ def slow_greedy(lm, text, tokens, stop):
         if text[0, -1] in stop:
             break
     return text
-
-
-class Table:
-    """A model that knows one step: logits of the next token given the last, (V, V)."""
-
-    def __init__(self, logits):
-        self.logits, self.calls = logits, []
-
-    def __call__(self, x, mask=None, cache=None, last=False):
-        self.calls.append(tuple(x.shape))
-        return self.logits[x[:, -1:] if last else x]
-
-
-def chain(*follows, vocab_size=V):
-    """A Table in which token a is followed by b for each (a, b), and STOP by itself."""
-    logits = torch.zeros(vocab_size, vocab_size)
-    for a, b in follows:
-        logits[a, b] = 9.0
-    return Table(logits)
 
 
 class TestChoosing:
@@ -112,16 +58,19 @@ class TestChoosing:
         assert torch.equal(sample(logits, 0), logits.argmax(dim=1))
 
     def test_the_penalty_makes_what_occurred_less_likely(self):
+        prompt = torch.tensor([[0, 1]])
+        decoding = DecodingState(Table(torch.zeros(4, 4)), prompt, None, 5, {}, 2.0)
         scores = torch.tensor([[2.0, -2.0, 2.0, -2.0]])
-        seen = torch.tensor([[True, True, False, False]])
-        assert penalize(scores, seen, 2.0).tolist() == [[1.0, -4.0, 2.0, -2.0]]
+        assert decoding.penalize(scores).tolist() == [[1.0, -4.0, 2.0, -2.0]]
+        decoding.feed(torch.tensor([[3]]))
+        assert decoding.penalize(scores).tolist() == [[1.0, -4.0, 2.0, -4.0]]
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "opt", "llama"])
 class TestGreedy:
     @pytest.mark.parametrize("side", ["left", "right"])
     def test_a_ragged_batch_writes_what_a_slow_loop_writes(self, kind, side):
-        lm = model(kind)
+        lm = toy_lm(kind)
         ids, mask, texts = prompts(5, 1, 3, 7, side=side)
         new, lengths = generate(lm, ids, mask, max_new_tokens=11, stop=(STOP, 3, 7, 9), pad_id=PAD), set()
         for row, text in zip(new, texts):
@@ -132,12 +81,12 @@ class TestGreedy:
         assert new.dtype == torch.int64 and len(lengths) > 1          # rows end at different steps
 
     def test_it_goes_on_from_embeddings(self, kind):
-        lm, (ids, mask, _) = model(kind), prompts(5, 1, 3)
+        lm, (ids, mask, _) = toy_lm(kind), prompts(5, 1, 3)
         assert torch.equal(generate(lm, lm.embed(ids), mask, max_new_tokens=7),
                            generate(lm, ids, mask, max_new_tokens=7))
 
     def test_each_token_is_fed_once(self, kind):
-        lm, calls = model(kind), []
+        lm, calls = toy_lm(kind), []
 
         def counted(x, **arguments):
             calls.append(x.shape[1])
@@ -147,12 +96,12 @@ class TestGreedy:
         assert calls == [5, 1, 1, 1, 1, 1]      # the last token is never fed
 
     def test_a_model_in_training_mode_writes_the_same(self, kind):
-        lm, (ids, mask, _) = model(kind), prompts(5, 1, 3)
+        lm, (ids, mask, _) = toy_lm(kind), prompts(5, 1, 3)
         want = generate(lm, ids, mask, max_new_tokens=7)
         assert torch.equal(generate(lm.train(), ids, mask, max_new_tokens=7), want) and lm.training
 
     def test_a_second_prompt_knows_nothing_of_the_first(self, kind):
-        lm, (ids, _, _), (other, _, _) = model(kind), prompts(5, seed=1), prompts(4, seed=2)
+        lm, (ids, _, _), (other, _, _) = toy_lm(kind), prompts(5, seed=1), prompts(4, seed=2)
         want = generate(lm, other, max_new_tokens=6)
         generate(lm, ids, max_new_tokens=6)
         assert torch.equal(generate(lm, other, max_new_tokens=6), want)
@@ -208,13 +157,13 @@ class TestStopping:
 
 class TestSampling:
     def test_the_generator_decides(self):
-        lm, (ids, mask, _) = model(), prompts(5, 1, 3)
+        lm, (ids, mask, _) = toy_lm(), prompts(5, 1, 3)
         draws = [generate(lm, ids, mask, max_new_tokens=9, temperature=1.3,
                           generator=torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
         assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
 
     def test_with_a_generator_each_a_row_is_what_it_is_alone(self):
-        lm, (ids, mask, texts) = model(), prompts(5, 1, 3)
+        lm, (ids, mask, texts) = toy_lm(), prompts(5, 1, 3)
 
         def draw(row):
             return torch.Generator().manual_seed(40 + row)
@@ -246,7 +195,7 @@ class TestSampling:
                         repetition_penalty=9.0) == 0
 
     def test_after_embeddings_only_what_was_written_is_penalised(self):
-        lm, (ids, _, _) = model(), prompts(4)
+        lm, (ids, _, _) = toy_lm(), prompts(4)
         new = generate(lm, lm.embed(ids), max_new_tokens=9, repetition_penalty=50.0, pad_id=PAD)
         text, seen = ids, set()
         for _ in range(9):                      # a slow loop
@@ -260,7 +209,7 @@ class TestSampling:
 
 class TestWhatIsReturned:
     def test_it_may_be_changed_and_trained_on(self):
-        lm, (ids, _, _) = model(), prompts(4)
+        lm, (ids, _, _) = toy_lm(), prompts(4)
         for options in ({}, {"num_beams": 2}):
             new = generate(lm, ids, max_new_tokens=5, **options)
             new[new == 3] = -100
@@ -286,10 +235,10 @@ class TestClearErrors:
         ({"top_p": 1.5}, "top_p=1.5"), ({"max_new_tokens": 0}, "max_new_tokens=0: must be at least 1"),
         ({"num_beams": 0}, "num_beams=0"), ({"num_beams": 2, "temperature": 1.0}, "choose one"),
         ({"stop_strings": ("x",)}, "stop_strings need decode"),
-        ({"repetition_penalty": -1.0}, "repetition_penalty=-1.0: must be more than 0"),
+        ({"repetition_penalty": -1.0}, "repetition_penalty=-1.0: must be above 0"),
         ({"repetition_penalty": 0.0}, "repetition_penalty=0.0"), ({"pad_id": -1}, "pad_id=-1"),
-        ({"top_k": 5}, "top_k=5, top_p=1.0: they are of draws; at temperature=0 nothing is drawn"),
-        ({"top_p": 0.9}, "top_p=0.9: they are of draws"),
+        ({"top_k": 5}, "top_k=5, top_p=1.0: sampling needs a temperature above 0"),
+        ({"top_p": 0.9}, "top_p=0.9: sampling needs"),
         ({"temperature": 1.0, "generator": [torch.Generator()] * 3},
          "3 generators for 1 rows"),
         ({"num_beams": 2, "early_stopping": "never"}, "early_stopping=never: must be True or False"),
@@ -297,10 +246,10 @@ class TestClearErrors:
          "prompt of 5 tokens and 5 new ones are 10, but the context is 9")])
     def test_what_cannot_be_is_told(self, options, message):
         with pytest.raises(ValueError, match=message):
-            generate(model(), prompts(5)[0], **options)
+            generate(toy_lm(), prompts(5)[0], **options)
 
     def test_padding_does_not_count_towards_the_context(self):
-        lm, (ids, mask, _) = model(), prompts(5, 3)
+        lm, (ids, mask, _) = toy_lm(), prompts(5, 3)
         ids, mask = F.pad(ids, (4, 0)), F.pad(mask, (4, 0))
         assert generate(lm, ids, mask, max_new_tokens=18, context_length=23).shape[0] == 2
         with pytest.raises(ValueError, match="prompt of 5 tokens and 19 new ones are 24"):
@@ -308,33 +257,33 @@ class TestClearErrors:
 
     def test_an_empty_prompt_is_told(self):
         with pytest.raises(ValueError, match="an empty prompt"):
-            generate(model(), torch.zeros(2, 0, dtype=torch.int64))
-        with pytest.raises(ValueError, match="without a real token"):
-            generate(model(), *prompts(3, 2)[:1], torch.tensor([[True] * 3, [False] * 3]))
+            generate(toy_lm(), torch.zeros(2, 0, dtype=torch.int64))
+        with pytest.raises(ValueError, match="an empty prompt"):
+            generate(toy_lm(), *prompts(3, 2)[:1], torch.tensor([[True] * 3, [False] * 3]))
 
     @pytest.mark.parametrize("shape", [(3, 4), (1, 5), (3,), (3, 5, 2)])
     def test_a_mask_of_another_shape_or_of_numbers_is_told(self, shape):
         ids, candidates = prompts(5, 5, 5)[0], torch.tensor([[3]])
         for mask in (torch.ones(shape).bool(), torch.ones(3, 5)):
-            for work in (lambda: generate(model(), ids, mask),
-                         lambda: score_candidates(model(), ids, candidates, mask)):
+            for work in (lambda: generate(toy_lm(), ids, mask),
+                         lambda: score_candidates(toy_lm(), ids, candidates, mask)):
                 with pytest.raises(ValueError, match=r"for a prompt of \(3, 5\): it must be bool"):
                     work()
 
     @pytest.mark.parametrize("prompt", [torch.tensor([3, 4]), torch.zeros(2, 3)])
     def test_a_prompt_without_rows_is_told(self, prompt):
         with pytest.raises(ValueError, match=r"ids are \(B, T\), embeddings \(B, T, D\)"):
-            generate(model(), prompt)
+            generate(toy_lm(), prompt)
 
     def test_the_models_own_method_knows_its_context_end_and_padding(self):
-        lm = model()
-        lm.config.pad_id = 11
+        lm = toy_lm()
+        lm.config = replace(lm.config, pad_id=11)
         with pytest.raises(ValueError, match="but the context is 23"):
             lm.generate(prompts(5)[0], max_new_tokens=30)
         ids, mask, texts = prompts(5, 1, 3, 7)
         said = lm.generate(texts[2], max_new_tokens=9, stop=())[0].tolist()
         at = next(i for i, token in enumerate(said) if token not in said[:i] + [11] and i)
-        lm.config.eos_id = said[at]
+        lm.config = replace(lm.config, eos_id=said[at])
         new = lm.generate(ids, mask, max_new_tokens=11)
         assert torch.equal(new, generate(lm, ids, mask, max_new_tokens=11, stop=(said[at],), pad_id=11))
         assert new[2].tolist() == said[:at + 1] + [11] * (new.shape[1] - at - 1)
@@ -350,171 +299,6 @@ def test_padding_moves_left_and_the_order_stays():
     embeddings, _ = pad_left(ids[..., None] * torch.ones(5), mask)
     assert torch.equal(embeddings[..., 4], left.float())
     assert pad_left(ids, torch.ones_like(mask))[1] is None
-
-
-def every_text(lm, text, tokens, stop):
-    """(log p, new ids) of every text of at most `tokens` tokens that ends with stop or is full."""
-    found = []
-    for length in range(1, tokens + 1):
-        middle = [i for i in range(lm.config.vocab_size) if i != stop]
-        last = range(lm.config.vocab_size) if length == tokens else [stop]
-        for ids in itertools.product(*[middle] * (length - 1), last):
-            found.append(ids)
-    scores = []
-    for length in range(1, tokens + 1):
-        group = [ids for ids in found if len(ids) == length]
-        new = torch.tensor(group)
-        logs = lm(torch.cat([text.expand(len(new), -1), new], dim=1)).log_softmax(dim=-1)
-        logs = logs[:, text.shape[1] - 1:-1].gather(2, new[..., None])[..., 0].sum(dim=1)
-        scores += [(log, ids) for log, ids in zip(logs.tolist(), group)]
-    return scores
-
-
-class TestBeams:
-    @pytest.mark.parametrize("length_penalty", [-1.0, 0.0, 1.0, 2.0])
-    def test_wide_enough_it_finds_the_best_of_all_texts(self, length_penalty):
-        lm, texts = model(vocab_size=5), [torch.tensor([[3, 4]]), torch.tensor([[4]])]
-        ids, mask = torch.tensor([[3, 4], [0, 4]]), torch.tensor([[True, True], [False, True]])
-        new = generate(lm, ids, mask, max_new_tokens=4, stop=(STOP,), num_beams=70, pad_id=PAD,
-                       length_penalty=length_penalty)
-        found = [max((log / len(ids) ** length_penalty, ids)
-                     for log, ids in every_text(lm, text, 4, STOP))[1] for text in texts]
-        assert new.shape[1] == max(map(len, found))            # not as long as what was worse
-        for row, best in zip(new, found):
-            assert row.tolist() == list(best) + [PAD] * (new.shape[1] - len(best))
-
-    @pytest.mark.parametrize("early_stopping", [True, False])
-    @pytest.mark.parametrize("kind", ["gpt2", "llama"])
-    def test_a_ragged_batch_is_its_rows_alone(self, kind, early_stopping):
-        lm, (ids, mask, texts) = model(kind), prompts(5, 1, 3, 7)
-        options = {"num_beams": 3, "stop": (STOP, 7), "early_stopping": early_stopping}
-        new = generate(lm, ids, mask, max_new_tokens=8, pad_id=PAD, **options)
-        assert torch.equal(new, alone(lm, texts, 8, **options))
-        greedy = generate(lm, ids, mask, max_new_tokens=8, pad_id=PAD, stop=(STOP, 7))
-        assert not torch.equal(new, greedy)
-
-    @pytest.mark.parametrize("penalty", [1.5, 4.0])
-    def test_with_a_repetition_penalty_it_finds_the_best_of_all_texts(self, penalty):
-        # The penalty is on log p, and every beam knows its own tokens (transformers' rule).
-        lm, texts = model(vocab_size=5), [torch.tensor([[3, 4]]), torch.tensor([[4, 4]])]
-        new = generate(lm, torch.cat(texts), max_new_tokens=4, stop=(STOP,), num_beams=70, pad_id=PAD,
-                       repetition_penalty=penalty)
-        plain = generate(lm, torch.cat(texts), max_new_tokens=4, stop=(STOP,), num_beams=70,
-                         pad_id=PAD)
-        assert not torch.equal(new, plain)
-        for row, text in zip(new, texts):
-            best, score = None, -math.inf
-            for ids in every_text(lm, text, 4, STOP):
-                ids, total, seen = list(ids[1]), 0.0, set(text[0].tolist())
-                logs = lm(torch.cat([text, torch.tensor([ids])], dim=1))[0].log_softmax(dim=-1)
-                for t, token in enumerate(ids):
-                    log = logs[text.shape[1] - 1 + t, token].item()
-                    total += log * penalty if token in seen else log
-                    seen.add(token)
-                if total / len(ids) > score:
-                    best, score = ids, total / len(ids)
-            assert row.tolist() == best + [PAD] * (new.shape[1] - len(best))
-
-    def test_as_many_beginnings_as_beams_go_on_when_the_likeliest_tokens_all_end(self):
-        stops, logs = torch.tensor([4, 5, 6]), torch.full((2, 7), -9.0)
-        logs[:, 4:] = -1.0
-        beams = Beams(DecodingState(Table(torch.zeros(7, 7)), torch.tensor([[3]]), None, 5, {}), 2, 5,
-                      stops, PAD, 1.0, False)
-        beams.scores = torch.zeros(1, 2)
-        beams.step(logs[None], 0)
-        assert beams.scores.tolist() == [[-9.0, -9.0]]
-
-    def test_one_beam_is_greedy(self):
-        lm, (ids, mask, _) = model(), prompts(5, 1, 3, 7)
-        beams = Beams(DecodingState(lm, *pad_left(ids, mask), 9, {}), 1, 9, torch.tensor([STOP]), PAD,
-                      1.0, False)
-        with torch.no_grad():
-            greedy = generate(lm, ids, mask, max_new_tokens=9, stop=(STOP,), pad_id=PAD)
-            assert torch.equal(beams.search(), greedy)
-
-    @pytest.mark.parametrize("length_penalty, best", [(0.0, [8, STOP]), (1.0, [9, 10, STOP])])
-    def test_above_zero_the_length_penalty_favours_longer_texts(self, length_penalty, best):
-        # 8 STOP has log p -2.0 in two tokens; 9 10 STOP has -2.7 in three: -1.00 against -0.90.
-        logits = torch.full((V, V), -50.0)
-        for a, b, log in ((3, 8, -1.0), (3, 9, -0.9), (8, STOP, -1.0), (9, 10, -0.9),
-                          (10, STOP, -0.9)):
-            logits[a, b] = log
-        for a in (3, 8, 9, 10):                 # the rest of each row's probability
-            left = 1 - logits[a].exp().sum()
-            logits[a, 11] = left.log()
-        logits[11] = torch.full((V,), -math.log(V))
-        new = generate(Table(logits), torch.tensor([[3]]), max_new_tokens=4, stop=(STOP,), num_beams=4, pad_id=PAD,
-                       length_penalty=length_penalty)
-        assert [i for i in new[0].tolist() if i != PAD] == best
-
-    def test_beams_are_different_texts(self):
-        lm = model()
-        with torch.no_grad():
-            beams = Beams(DecodingState(lm, prompts(4)[0], None, 5, {}), 3, 5, torch.tensor([]), PAD, 1.0,
-                          False)
-            for n in range(4):
-                logs = beams.decoding.logits.log_softmax(dim=-1).unflatten(0, (-1, 3))
-                rows, token = beams.step(logs, n)
-                beams.decoding.cache.reorder(rows)
-                beams.decoding.feed(token)
-                texts = {tuple(text) for text in beams.ids[0, :, :n + 1].tolist()}
-                assert len(texts) == 3
-
-    @pytest.mark.parametrize("early_stopping, calls", [(True, 2), (False, 3)])
-    def test_early_stopping_ends_with_as_many_texts_as_beams(self, early_stopping, calls):
-        # STOP and 5 STOP are finished after two tokens. 5 5 is likelier than the worse of them, so
-        # only early stopping ends here; 5 5 5 is not.
-        probabilities = torch.full((V, V), 0.35 / (V - 2))
-        probabilities[:, 5], probabilities[:, STOP] = 0.35, 0.3
-        table = Table(probabilities.log())
-        generate(table, torch.tensor([[3]]), max_new_tokens=20, stop=(STOP,), num_beams=2, length_penalty=0.0,
-                 early_stopping=early_stopping)
-        assert len(table.calls) == calls
-
-    def test_a_row_ends_when_its_best_beginning_is_worse_at_its_present_length(self):
-        # After 5 STOP nothing is likely at the present length; divided by 20 it might be.
-        probabilities = torch.full((V, V), 1 / V)
-        probabilities[3], probabilities[5] = 0.05 / (V - 2), 0.1 / (V - 1)
-        probabilities[3, 5], probabilities[3, STOP], probabilities[5, STOP] = 0.5, 0.45, 0.9
-        probabilities[7:] = 1e-9
-        probabilities[6], probabilities[4] = 1e-9, 1e-9
-        probabilities[[4, 6, *range(7, V)], 4] = 1.0
-        table = Table(probabilities.log())
-        generate(table, torch.tensor([[3]]), max_new_tokens=20, stop=(STOP,), num_beams=2)
-        assert len(table.calls) == 2
-
-    def test_state_and_cache_follow_the_beams(self):
-        # The model's choice depends on a state of each row and on what the cache remembers.
-        lm = model()
-
-        def stateful(x, mask=None, cache=None, last=False, tint=None):
-            before = cache.state.get("sum", torch.zeros(len(x), dtype=torch.float64))
-            cache.state["sum"] = before + x.sum(dim=1)
-            shift = torch.sin(cache.state["sum"][:, None] * torch.arange(1, V + 1)) + tint
-            return lm(x, mask=mask, cache=cache, last=last) + shift[:, None]
-        ids = torch.tensor([[3, 4], [5, 6], [7, 8]])
-        tint = torch.randn(3, V, dtype=torch.float64)
-        options = {"max_new_tokens": 6, "num_beams": 3, "stop": (STOP,), "pad_id": PAD}
-        new = generate(stateful, ids, state={"tint": tint}, **options)
-        rows = [generate(stateful, ids[r:r + 1], state={"tint": tint[r:r + 1]}, **options)[0]
-                for r in range(3)]
-        assert torch.equal(new, nn.utils.rnn.pad_sequence(rows, batch_first=True))
-        # A reorder forgotten gives worse texts than greedy writes; their scores by themselves:
-        greedy = generate(stateful, ids, state={"tint": tint}, **options | {"num_beams": 1})
-        for r in range(3):
-            found, likeliest = (self.score(stateful, ids[r], rows[r], tint[r])
-                                for rows in (new.tolist(), greedy.tolist()))
-            assert found >= likeliest
-
-    def score(self, model_, prompt, text, tint):
-        """The mean log p of a text up to its STOP, fed token by token without beams."""
-        cache, total, x = KVCache(), 0.0, prompt[None]
-        for n, token in enumerate(text):
-            logs = model_(x, cache=cache, last=True, tint=tint[None])[0, -1].log_softmax(dim=-1)
-            total, x = total + logs[token].item(), torch.tensor([[token]])
-            if token == STOP:
-                break
-        return total / (n + 1)
 
 
 class TestRankOfToys:
@@ -538,7 +322,7 @@ class TestRankOfToys:
         (torch.tensor([[4, -100, 5]]), "padding before a token")])
     def test_candidates_of_another_shape_or_padded_left_are_told(self, candidates, message):
         with pytest.raises(ValueError, match=message):
-            score_candidates(model(), prompts(3)[0], candidates)
+            score_candidates(toy_lm(), prompts(3)[0], candidates)
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "opt", "llama"])
@@ -554,14 +338,14 @@ class TestRank:
     @pytest.mark.parametrize("mean", [False, True])
     @pytest.mark.parametrize("rows", [256, 4])
     def test_it_is_the_likelihood_of_each_candidate_after_each_prompt(self, kind, mean, rows):
-        lm, (ids, mask, texts) = model(kind), prompts(5, 1, 3)
+        lm, (ids, mask, texts) = toy_lm(kind), prompts(5, 1, 3)
         scores = score_candidates(lm, ids, self.candidates, mask, mean=mean, rows=rows)
         for row, text in zip(scores, texts):
             want = [self.slow(lm, text, c, mean) for c in self.candidates]
             assert row.tolist() == pytest.approx(want, abs=1e-5)
 
     def test_prompts_may_have_candidates_of_their_own(self, kind):
-        lm, (ids, mask, texts) = model(kind), prompts(5, 1)
+        lm, (ids, mask, texts) = toy_lm(kind), prompts(5, 1)
         own = torch.stack([self.candidates[:2], self.candidates[2:4]])
         scores = score_candidates(lm, ids, own, mask)
         for row, text, candidates in zip(scores, texts, own):
@@ -569,7 +353,7 @@ class TestRank:
             assert row.tolist() == pytest.approx(want, abs=1e-5)
 
     def test_the_prompt_is_read_once(self, kind):
-        lm, calls = model(kind), []
+        lm, calls = toy_lm(kind), []
 
         def counted(x, **arguments):
             calls.append(tuple(x.shape))
@@ -581,7 +365,7 @@ class TestRank:
         assert calls == [(2, 5)]                # candidates of one token need no more
 
     def test_padding_of_a_prompt_does_not_count_towards_the_context(self, kind):
-        lm, (ids, mask, _) = model(kind), prompts(7, 5)
+        lm, (ids, mask, _) = toy_lm(kind), prompts(7, 5)
         ids, mask = F.pad(ids, (4, 0)), F.pad(mask, (4, 0))
         assert score_candidates(lm, ids, self.candidates, mask, context_length=10).shape == (2, 5)
         with pytest.raises(ValueError, match="7 tokens and 3 of a candidate are 10"):
@@ -589,6 +373,6 @@ class TestRank:
 
     def test_what_cannot_be_ranked_is_told(self, kind):
         with pytest.raises(ValueError, match="a candidate without a token"):
-            score_candidates(model(kind), prompts(3)[0], torch.tensor([[3], [-100]]))
+            score_candidates(toy_lm(kind), prompts(3)[0], torch.tensor([[3], [-100]]))
         with pytest.raises(ValueError, match="prompt of 7 tokens and 3 of a candidate are 10"):
-            score_candidates(model(kind), prompts(7)[0], self.candidates, context_length=9)
+            score_candidates(toy_lm(kind), prompts(7)[0], self.candidates, context_length=9)

@@ -9,12 +9,12 @@ from torch import nn
 
 from common import transformer
 from common.masks import causal, draw, padding
-from common.cache import KVCache
 from common.transformer import (MLP, Attention, Block, GatedMLP, LayerNorm, LearnedPositions,
                                 RelativeBias, Transformer, attention, fused_attention, gelu,
-                                RMSNorm, gelu_tanh, gpt2_block, llama_block, opt_block,
+                                RMSNorm, bert_block, gelu_tanh, gpt2_block, llama_block, opt_block,
                                 quick_gelu, rope_half, rope_interleaved, rope_table, squared_relu,
-                                vit_block)
+                                t5_block, vit_block)
+from tests.helpers import randomize
 
 B, H, T, S, K, V = 2, 3, 5, 7, 11, 13       # distinct primes: a transposed axis cannot pass
 
@@ -22,13 +22,6 @@ B, H, T, S, K, V = 2, 3, 5, 7, 11, 13       # distinct primes: a transposed axis
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
-
-
-def randomize(module):
-    """Every parameter random, so that no norm or bias hides at its starting value."""
-    for parameter in module.parameters():
-        nn.init.normal_(parameter, std=0.5)
-    return module
 
 
 def qkv(dtype=torch.float64):
@@ -295,56 +288,6 @@ class TestPositions:
         torch.testing.assert_close(bias(S, S)[:, :, S - T:], bias(T, S))
 
 
-def step_by_step(block, x, chunks, **arguments):
-    cache, outs, start = KVCache(), [], 0
-    for size in chunks:
-        part, past = x[:, start:start + size], start
-        table = rope_table(torch.arange(past, past + size), block.attn.head_width)
-        outs.append(block(part, mask=causal(size, past), rope=table, cache=cache, **arguments))
-        start += size
-        assert cache.length == start
-    return torch.cat(outs, dim=1), cache
-
-
-class TestCache:
-    @pytest.mark.parametrize("chunks", [[7], [1] * 7, [4, 1, 2], [1, 6], [6, 1]])
-    def test_every_chunking_equals_one_full_forward(self, chunks):
-        block = randomize(llama_block(width=12, heads=6, kv_heads=2, hidden=17).double())
-        x = torch.randn(B, 7, 12).double()
-        full = block(x, mask=causal(7), rope=rope_table(torch.arange(7), 2))
-        torch.testing.assert_close(step_by_step(block, x, chunks)[0], full)
-
-    def test_cross_attention_is_filled_once(self):
-        cross = Attention(width=12, heads=3, context_width=5)
-        block = randomize(Block(Attention(width=12, heads=3), MLP(width=12), partial(LayerNorm, 12), cross))
-        x, context = torch.randn(B, 7, 12), torch.randn(B, S, 5)
-        full = block(x, context, mask=causal(7), rope=rope_table(torch.arange(7), 4))
-        cached, cache = step_by_step(block, x, [3, 1, 3], context=context)
-        torch.testing.assert_close(cached, full)
-        assert cache.entries[cross][0].shape[2] == S
-        assert cache.entries[block.attn][0].shape[2] == 7
-
-    def test_left_padding_changes_nothing(self):
-        block = randomize(llama_block(width=12, heads=3, hidden=17).double())
-        x = torch.randn(1, 4, 12).double()
-        padded = torch.cat([torch.randn(1, 3, 12).double(), x], dim=1)
-        real = torch.tensor([[False] * 3 + [True] * 4])
-        positions = (real.cumsum(1) - 1).clamp(min=0)
-        want = block(x, mask=causal(4), rope=rope_table(torch.arange(4), 4))
-        got = block(padded, mask=causal(7) & padding(real), rope=rope_table(positions, 4))
-        torch.testing.assert_close(got[:, 3:], want)
-        assert got.isfinite().all()
-
-    def test_reordering_follows_the_beams(self):
-        block = randomize(vit_block(width=12, heads=3))
-        x, cache, rows = torch.randn(3, 4, 12), KVCache(), torch.tensor([2, 0, 0])
-        block(x[:, :3], mask=causal(3), cache=cache)
-        cache.reorder(rows)
-        got = block(x[:, 3:], mask=causal(1, 3), cache=cache)
-        again = torch.cat([x[rows, :3], x[:, 3:]], dim=1)
-        torch.testing.assert_close(got, block(again, mask=causal(4))[:, 3:])
-
-
 class TestBlocks:
     """Each paper's block from parts, against torch's own layer of it."""
 
@@ -364,18 +307,18 @@ class TestBlocks:
     @pytest.mark.parametrize("make, activation, norm_first", [
         (vit_block, F.gelu, True), (partial(vit_block, act=quick_gelu), quick_gelu, True),
         (gpt2_block, gelu_tanh, True), (opt_block, F.relu, True),
-        (transformer.bert_block, F.gelu, False)])
+        (bert_block, F.gelu, False)])
     def test_a_block_equals_torch_with_the_same_weights(self, make, activation, norm_first):
         block = randomize(make(width=12, heads=3, hidden=17).double())
         theirs = self.torch_layer(block, 12, 3, 17, activation, norm_first)
         x, mask = torch.randn(B, T, 12).double(), causal(T)
         torch.testing.assert_close(block(x, mask=mask), theirs(x, src_mask=~mask))
 
-    @pytest.mark.parametrize("make", [vit_block, transformer.bert_block])
+    @pytest.mark.parametrize("make", [vit_block, bert_block])
     @pytest.mark.parametrize("mask", [None, causal(T)])
     def test_reading_one_position_gives_what_forward_gives_there(self, make, mask):
         blocks = [randomize(make(width=12, heads=3, hidden=17).double()) for _ in range(2)]
-        stack = transformer.Transformer(blocks, randomize(LayerNorm(12).double()))
+        stack = Transformer(blocks, randomize(LayerNorm(12).double()))
         x, rows = torch.randn(B, T, 12).double(), torch.tensor([1, T - 2])
         torch.testing.assert_close(stack.forward_at(x, rows, mask), stack(x, mask=mask)[range(B), rows])
 
@@ -400,8 +343,8 @@ class TestBlocks:
             block(x, context, mask=causal(T), context_mask=padding(seen)), want)
 
     def test_cross_attention_rests_without_a_context(self):
-        block = randomize(transformer.bert_block(width=12, heads=3, context_width=5))
-        plain = transformer.bert_block(width=12, heads=3)
+        block = randomize(bert_block(width=12, heads=3, context_width=5))
+        plain = bert_block(width=12, heads=3)
         plain.load_state_dict({k: v for k, v in block.state_dict().items() if "cross" not in k})
         x = torch.randn(B, T, 12)
         assert torch.equal(block(x), plain(x))
@@ -411,3 +354,38 @@ class TestBlocks:
         norm, x = randomize(LayerNorm(12)), torch.randn(B, T, 12)
         torch.testing.assert_close(Transformer(blocks, norm)(x), norm(blocks[1](blocks[0](x))))
         torch.testing.assert_close(Transformer(blocks)(x), blocks[1](blocks[0](x)))
+
+
+def stacks():
+    """name -> (a stack of two blocks, what its forward gets besides x) for each kind of block."""
+    rope, context = rope_table(torch.arange(T), 2), torch.randn(B, S, 12)
+    kinds = {"vit": (vit_block(width=12, heads=3), {}),
+             "bert": (bert_block(width=12, heads=3, context_width=12), {"context": context}),
+             "llama": (llama_block(width=12, heads=6, kv_heads=2, hidden=17), {"rope": rope}),
+             "t5": (t5_block(width=12, heads=3, head_width=5, mlp=MLP(width=12)),
+                    {"bias": torch.randn(1, 3, T, T)})}
+    return {name: (Transformer([block, block], LayerNorm(12)), inputs)
+            for name, (block, inputs) in kinds.items()}
+
+
+@pytest.mark.parametrize("name", stacks())
+class TestDevices:
+    def test_compiling_finds_no_graph_break(self, name):
+        stack, inputs = stacks()[name]
+        x = torch.randn(B, T, 12)
+        found = [torch._dynamo.explain(stack)(x, mask=causal(T), **inputs)]
+        if name in ("vit", "bert"):
+            index = torch.tensor([1, T - 2])
+            found.append(torch._dynamo.explain(stack.forward_at)(x, index, causal(T)))
+        for report in found:
+            assert (report.graph_count, report.graph_break_count) == (1, 0), report.break_reasons
+
+    def test_it_runs_on_the_meta_device(self, name):
+        stack, inputs = stacks()[name]
+        stack, x = stack.to("meta"), torch.empty(B, T, 12, device="meta")
+        inputs = {key: tuple(t.to("meta") for t in value) if key == "rope" else value.to("meta")
+                  for key, value in inputs.items()}
+        assert stack(x, mask=causal(T, device="meta"), **inputs).shape == (B, T, 12)
+        index = torch.zeros(B, dtype=torch.int64, device="meta")
+        assert stack.forward_at(x, index, causal(T, device="meta")).shape == (B, 12)
+        assert RelativeBias(heads=3).to("meta")(T, S).shape == (1, 3, T, S)

@@ -1,0 +1,56 @@
+"""What several tests share: random parameters, toy language models, ragged prompts."""
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common.language import LanguageConfig, LanguageModel
+
+V, PAD, STOP = 13, 0, 2
+
+
+def randomize(module, std=0.5):
+    """Every parameter random, so that no norm, bias or gate hides at its starting value."""
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=std)
+    return module
+
+
+def toy_lm(kind="gpt2", vocab_size=V):
+    """A small random model in float64, so that no two texts tie."""
+    torch.manual_seed(3)
+    lm = LanguageModel(LanguageConfig(
+        kind=kind, vocab_size=vocab_size, context_length=23, width=24, layers=2, heads=3, hidden=37,
+        kv_heads=1 if kind == "llama" else 3, tie_embeddings=False)).double().eval()
+    randomize(lm)
+    if kind != "llama":                     # else one token is the likeliest after every text
+        nn.init.zeros_(lm.norm.bias)
+    return lm
+
+
+def prompts(*lengths, side="left", seed=1):
+    """Ragged prompts -> (ids, mask) padded on one side, and the prompts alone (1, T)."""
+    draw = torch.Generator().manual_seed(seed)
+    texts = [torch.randint(3, V, (1, n), generator=draw) for n in lengths]
+    pads = [(max(lengths) - n, 0) if side == "left" else (0, max(lengths) - n) for n in lengths]
+    ids = torch.cat([F.pad(text, pad_id, value=PAD) for text, pad_id in zip(texts, pads)])
+    mask = torch.cat([F.pad(torch.ones_like(text), pad_id) for text, pad_id in zip(texts, pads)]).bool()
+    return ids, mask, texts
+
+
+class Table:
+    """A model that knows one step: logits of the next token given the last, (V, V)."""
+
+    def __init__(self, logits):
+        self.logits, self.calls = logits, []
+
+    def __call__(self, x, mask=None, cache=None, last=False):
+        self.calls.append(tuple(x.shape))
+        return self.logits[x[:, -1:] if last else x]
+
+
+def chain(*follows, vocab_size=V):
+    """A Table in which token a is followed by b for each (a, b), and STOP by itself."""
+    logits = torch.zeros(vocab_size, vocab_size)
+    for a, b in follows:
+        logits[a, b] = 9.0
+    return Table(logits)
