@@ -582,11 +582,7 @@ class TestFreezing:
         images = torch.randint(256, (2, 1, 1, 3, 64, 64), dtype=torch.uint8)
         model.resampler.register_forward_hook(lambda m, given, out: features.append(given[0]))
         assert model.look(images).shape == (2, 1, 7, 64)
-<<<<<<< HEAD
         close(features[0][:, 0, 0], model.vision.patches(normalize_pixels(images[:, 0, 0]).double()))
-=======
-        close(features[0][:, 0, 0], model.vision.grid(normalize_pixels(images[:, 0, 0]).double()))
->>>>>>> pretrained
         with pytest.raises(ValueError, match="vision_skip_blocks=1 leaves nothing of a vision tower of 1 blocks"):
             Flamingo(replace(model.config, vision_skip_blocks=1))
 

@@ -6,19 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-<<<<<<< HEAD
-from common.data.shapes import scene as scenes
-from common.data.shapes.scene import (BACKGROUNDS, COLOURS, HELD_OUT, PAIRS, SHAPES, SIZES, STYLES,
-                                      Item, Scene, describe, draw, listed, restyled, sample)
-from common.data.shapes.words import (MARGIN, OPENINGS, is_true, matching, names_an_object,
-                                      parse_phrase, phrase, relations, statements, where)
-from common.data.shapes.world import Shapes
-=======
 from common.data.shapes.scene import (BACKGROUNDS, COLOURS, HELD_OUT, PAIRS, SHAPES, SIZES, STYLES,
                                       Item, Scene, draw, restyled, sample, sample_centres)
 from common.data.shapes.words import describe, is_true
 from tests.shapes_judge import many
->>>>>>> worlds
 
 RED = Item("red", "circle", "large", 0.25, 0.3)
 BLUE = Item("blue", "square", "small", 0.75, 0.5)

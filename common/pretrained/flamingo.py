@@ -4,38 +4,15 @@
     model = Flamingo(config)
     load_openflamingo(model, "checkpoint.pt", tokens=(32001, 32000))
 
-<<<<<<< HEAD
-The table is data: their names left, ours right. Where their code differs from the paper's text it
-is by the fields of OPENFLAMINGO: gelu, no embeddings of frames, heads of 64 everywhere, the first
-gated block before block cross_attn_every - 1.
-=======
 The tables have their names on the left and ours on the right. OPENFLAMINGO has the fields in which
 their code differs from the paper's text: gelu, no embeddings of frames, heads of 64 everywhere, the
 first gated block before block cross_attn_every - 1.
->>>>>>> pretrained
 """
 import re
 
 from common.pretrained.files import read_weights
 from common.pretrained.names import Table, halves, translate, under
 from common.training import checkpoint
-<<<<<<< HEAD
-from common.pretrained import files
-from common.pretrained.names import Table, listed, needs, translate, under
-from common.pretrained.strict_json import printable
-
-OPENFLAMINGO = {"resampler": "perceiver", "num_latents": 64, "resampler_layers": 6,
-                "resampler_heads": 8, "resampler_head_width": 64, "max_frames": 0, "heads": 8,
-                "head_width": 64, "placement": "openflamingo", "act": "gelu", "vision_skip_blocks": 0,
-                "use_class_token": False, "only_latest_image": True}
-TOLD_BY_SHAPES = ("num_latents", "resampler_layers")
-
-
-def halves(weight):
-    """Rows of k, v on top of each other (2 * D, C) -> two of (D, C)."""
-    return needs(weight, weight.ndim == 2 and len(weight) % 2 == 0, "two equal parts").chunk(2)
-=======
->>>>>>> pretrained
 
 SIZES = {"num_latents": 64, "resampler_layers": 6}       # the file's shapes and names say these
 OPENFLAMINGO = SIZES | {

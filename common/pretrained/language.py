@@ -99,82 +99,7 @@ def read(folder):
 def read_model(folder):
     """config.json and weights of a folder -> (fields of a LanguageConfig, weights of ours).
 
-<<<<<<< HEAD
-
-def read_tokenizer(folder, kind):
-    """The vocabulary of a folder: byte-level BPE, or LLaMA's SentencePiece model."""
-    if kind == "llama":
-        return Pieces.load(Path(folder) / "tokenizer.model")
-    return BPE.load(folder, GPT2 if kind == "gpt2" else OPT)
-
-
-def config_fields(said, where):
-    """A config.json's dict -> fields of a LanguageConfig; ValueError for what ours cannot be."""
-    kind = said.get("model_type")
-    if kind not in TABLES:
-        raise ValueError(f"{where} is of a model of type {printable(kind)}, not of "
-                         + ", ".join(TABLES))
-    fields = {ours: whole(given(said, theirs, default), f"{where}: {theirs}")
-              for ours, theirs, default in SIZES[kind]}
-    for name, allowed in REQUIRED[kind].items():
-        if given(said, name, allowed[0]) not in allowed:
-            raise ValueError(f"{where}: {name} is {printable(said[name])}, ours is {allowed[0]}")
-    if fields["layers"] > MOST_LAYERS or fields["width"] % fields["heads"]:
-        raise ValueError(f"{where}: no model has {fields['layers']} layers and {fields['heads']} "
-                         f"heads at width {fields['width']}")
-    fields["kv_heads"] = fields["heads"]
-    more = {"gpt2": gpt2_fields, "opt": opt_fields, "llama": llama_fields}[kind]
-    eos, pad = ENDS[kind]
-    ends = given(said, "eos_token_id", eos)
-    eos = ends[0] if isinstance(ends, list) and ends else ends
-    tied = given(said, "tie_word_embeddings", kind != "llama")
-    if type(tied) is not bool or type(eos) is not int:
-        raise ValueError(f"{where}: tie_word_embeddings is {printable(tied)}, eos_token_id "
-                         f"{printable(eos)}")
-    return fields | more(said, fields, where) | {
-        "kind": kind, "tie_embeddings": tied, "eos_id": eos, "pad_id": eos if kind == "gpt2" else pad}
-
-
-def gpt2_fields(said, fields, where):
-    """What GPT-2 alone says."""
-    hidden = given(said, "n_inner", 4 * fields["width"])
-    eps = given(said, "layer_norm_epsilon", 1e-5)
-    return {"hidden": whole(hidden, f"{where}: n_inner"),
-            "eps": positive(eps, f"{where}: layer_norm_epsilon")}
-
-
-def opt_fields(said, fields, where):
-    """What OPT alone says; OPT-350m alone has narrower embeddings, and norms after the residual."""
-    narrow = given(said, "word_embed_proj_dim", fields["width"])
-    if narrow != fields["width"]:
-        raise ValueError(f"{where}: word_embed_proj_dim is {printable(narrow)}, not the width "
-                         f"{fields['width']} (OPT-350m is built differently from all others)")
-    return {"eps": 1e-5}
-
-
-def llama_fields(said, fields, where):
-    """What LLaMA alone says: grouped queries, rotary base and scaling, eps."""
-    groups = whole(given(said, "num_key_value_heads", fields["heads"]),
-                   f"{where}: num_key_value_heads")
-    if fields["heads"] % groups:
-        raise ValueError(f"{where}: {fields['heads']} heads do not divide into {groups} "
-                         "key-value heads")
-    head_width = given(said, "head_dim", fields["width"] // fields["heads"])
-    if head_width != fields["width"] // fields["heads"]:
-        raise ValueError(f"{where}: head_dim is {printable(head_width)}, ours width / heads, "
-                         f"{fields['width'] // fields['heads']}")
-    theta, stretch = rotary(said, where)
-    return {"kv_heads": groups, "rope_theta": theta, "rope_scale": stretch,
-            "eps": positive(given(said, "rms_norm_eps", 1e-6), f"{where}: rms_norm_eps")}
-
-
-def rotary(said, where):
-    """(base, stretch) of the rotary positions, in either of the forms configs have had.
-
-    Raises ValueError for a scaling other than "linear": ours would read long texts wrongly.
-=======
     Without eos_id and pad_id, which the tokenizer knows.
->>>>>>> pretrained
     """
     path = Path(folder) / "config.json"
     fields = config_fields(read_json(path, dict), path)
@@ -230,27 +155,12 @@ def llama_fields(config, fields, where):
 
 
 def translated(weights, fields, path):
-<<<<<<< HEAD
-    """Weights under their names -> under ours, every shape as the fields say."""
-    kind, prefix = fields["kind"], PREFIXES[fields["kind"]]
-    weights = {name.removeprefix(prefix): weight for name, weight in weights.items()}
-    table = TABLES[kind]
-    if not fields["tie_embeddings"]:
-        table = Table(table.rows + (HEAD,), table.ignored)
-    elif HEAD[0] in weights:
-        table = Table(table.rows, table.ignored + HEAD[:1])
-        own = weights.get(table.rows[0][0])
-        if own is not None and not torch.equal(own, weights[HEAD[0]]):
-            raise ValueError(f"{path}: config.json ties the head to the embeddings, but "
-                             f"{HEAD[0]} differs from {table.rows[0][0]}")
-=======
     """Weights under their names -> under ours; ValueError where the fields ask for far more."""
     kind, width = fields["kind"], fields["width"]
     rows = fields["vocab_size"] + (0 if kind == "llama" else fields["context_length"])
     check_size(width * (rows + 2 * fields["layers"] * (width + fields["hidden"])), weights, path)
     weights = {name.removeprefix(PREFIXES[kind]): weight for name, weight in weights.items()}
     table = Table((*TABLES[kind].rows, HEAD), TABLES[kind].ignored)
->>>>>>> pretrained
     out = translate(weights, table, {"layers": fields["layers"]}, path)
     head, embed = (out.get(name) for name in ("output.weight", "token_embed.weight"))
     if fields["tie_embeddings"] and head is not None and embed is not None:

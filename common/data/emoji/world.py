@@ -28,14 +28,9 @@ class Emoji:
     image_size: pixels of a side; pictures are resampled once, from the archive's size.
     """
     name = "emoji"
-<<<<<<< HEAD
     vocab_size = 2048                     # of the tokenizer
     zero_shot = "test"                    # the split for zero-shot classification
     tasks = ()
-=======
-    vocab_size = 2048                     # pieces of the tokenizer
-    zero_shot = "test"                    # the split that classes are told apart on
->>>>>>> plumbing
     templates = ("{}", "the {} emoji", "a picture of the {} emoji", "an emoji: {}",
                  "{}, drawn as an emoji", "a small drawing: {}")
 

@@ -27,13 +27,8 @@ class Shapes:
     rendering of every split. Raises ValueError for more objects than fit.
     """
     name = "shapes"
-<<<<<<< HEAD
     vocab_size = 1024                     # of the tokenizer
     zero_shot = "single"                  # the split for zero-shot classification
-=======
-    vocab_size = 1024                     # pieces of the tokenizer
-    zero_shot = "single"                  # the split that classes are told apart on
->>>>>>> plumbing
     splits = {"train": 65536, "test": 1000, "single": 1008, "composition": 300, "shifted": 1008}
     templates = ("a picture of {}", "a photo of {}", "there is {}", "an image with {}", "{}")
     tasks = tuple(TASKS)
