@@ -30,7 +30,7 @@ LISTED = (LABELS, (*LABELS, *COLOURS), (*LABELS, *SHAPES))
 def descriptions(kind, record, rng):
     """One description of each turn's picture: "a red circle and a blue star", "" without one."""
     if kind == "clip":                    # no short sentence describes a clip: give its answer
-        return [f"the answer is {record['turns'][0]['answer']}."]
+        return [f"the answer is {record['turns'][0]['answer']}"]
     found = [listed([phrase(item) for item in rng.sample(scene.items, len(scene.items))])
              for scene in record["source"]]
     return found + [""] * (len(record["turns"]) - len(found))
