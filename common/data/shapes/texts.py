@@ -1,8 +1,8 @@
 """What a language model reads of the shapes world, and the texts for its tokenizer.
 
 A language model reads the records of `interleaved.py` with every picture described in words, so it
-knows how such a page continues before it sees one; and lists of names said three times, from which
-it learns to recall.
+knows how such a page continues before it sees one. It learns to recall from lists of names that are
+repeated three times.
 """
 import math
 import random
