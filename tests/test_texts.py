@@ -34,7 +34,7 @@ def test_every_picture_of_a_page_is_described():
             record = TASKS[kind](random.Random(i), side=None)
             found = descriptions(kind, record, random.Random(i))
             if kind == "clip":
-                assert found == [f"the answer is {record['turns'][0]['answer']}."]
+                assert found == [f"the answer is {record['turns'][0]['answer']}"]
                 continue
             assert len(found) == len(record["turns"])
             assert not any(found[len(record["source"]):])     # a picture is described once
@@ -56,6 +56,7 @@ def test_a_text_is_plain_or_a_page_in_words():
         described = [bool(turn["description"]) for turn in record["turns"]]
         for turn in record["turns"]:
             assert set(turn) == {"images", "description", "prompt", "answer"}
+            assert not turn["description"].endswith(".")       # the model's wording ends it
             assert turn["images"] == [] and re.fullmatch(r"[^.?:]+", turn["answer"])
             assert re.fullmatch(r"[^?:]+\?|", turn["prompt"])
         # only further questions on the same picture have no description

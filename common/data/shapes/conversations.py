@@ -89,10 +89,10 @@ def detail(context, rng):
 def reasoning(context, rng):
     """One question that takes two steps, and an answer that gives its reason."""
     items = items_from_boxes(context)
+    before, after = number_of_objects(len(items)), number_of_objects(len(items) - 1)
     gone = phrase(rng.choice(items), article="the")
     pairs = [(f"if {gone} were taken away, how many objects would be left?",
-              f"{there_are(items)} {number_of_objects(len(items))}. without {gone}, "
-              f"{number_of_objects(len(items) - 1)} would be left.")]
+              f"{there_are(items)} {before}. without {gone}, {after} would be left.")]
     for one in items if len(items) > 1 else ():
         name, others = phrase(one, article="the"), [i for i in items if i is not one]
         for relation, way in (("left of", "from left to right"), ("above", "from top to bottom")):
@@ -154,11 +154,11 @@ def multiple_choice(scene, rng, side=32):
 
 # ------------------------------------------------------------------ dialogues, two pictures
 
-def dialogue(scene, rng, rounds=4, shown=6, split="train", side=32):
+def dialogue(scene, rng, rounds=4, choices=6, split="train", side=32):
     """A caption, questions and answers, and for the last question candidates (VisDial).
 
     In half of the dialogues the second question has an "it": the object of the first one.
-    {"turns": as many as rounds, "caption", "candidates": as many answers as shown, of one word}
+    {"turns": `rounds` of them, "caption", "candidates": `choices` answers of one word}
     """
     options = {kind: decidable(scene, kind) for kind in KINDS["train"]}
     alone = [i for i in scene.items if len(matching(scene, shape=i.shape)) == 1]
@@ -184,9 +184,9 @@ def dialogue(scene, rng, rounds=4, shown=6, split="train", side=32):
     rest = [w for w in (*YES_NO, *COLOURS, *SHAPES, *COUNTS) if w not in likely]
     wrong = [w for w in likely if w != answer]
     wrong = rng.sample(wrong, len(wrong)) + rng.sample(rest, len(rest))
+    candidates = rng.sample([answer] + wrong[:choices - 1], choices)
     return {"turns": dialogue_turns([pair[:2] for pair in asked], scene, side),
-            "caption": vague(scene), "candidates": rng.sample([answer] + wrong[:shown - 1], shown),
-            "source": scene}
+            "caption": vague(scene), "candidates": candidates, "source": scene}
 
 
 def statements_on_two(left, right):

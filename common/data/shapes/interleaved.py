@@ -43,7 +43,7 @@ def album(rng, split="train", side=32, images=None, **dial):
 def names(rng, split="train", side=32, images=None, by=None):
     """Single objects, each with the name of its colour, or each with that of its shape (by).
 
-    The first name tells which of the two it is. Nothing before it does, so it is not learned.
+    The first name is not learned: nothing before it decides between colour and shape.
     """
     by = by or rng.choice(("colour", "shape"))
     scenes = [sample(rng, 1, pairs=(rng.choice(PAIRS),))
@@ -98,9 +98,9 @@ def episode(rng, split="train", side=32, shots=None, classes=2, by=None, shuffle
     """Few-shot learning: labelled pictures, the shots, and one more whose label is asked.
 
     The classes are colours or shapes (by). The labels are nonsense words, drawn anew for each
-    episode, so only the shots tell them; nothing else differs between the classes. shots: of all
-    classes together, equally many of each. shuffled: the shots' labels are permuted at random, so
-    that accuracy must fall to chance, 1 / classes. "candidates": the labels.
+    episode, so only the shots give them; nothing else differs between the classes. shots: of all
+    classes together, equally many of each. shuffled: the shots' labels are permuted at random;
+    then accuracy must fall to chance, 1 / classes. "candidates": the labels.
     """
     shots = rng.choice(SHOTS) if shots is None else shots
     if shots % classes:
@@ -118,7 +118,7 @@ def episode(rng, split="train", side=32, shots=None, classes=2, by=None, shuffle
 
 
 def class_names(record):
-    """The colour or shape of each picture of an episode, whichever tells its class."""
+    """The colours of an episode's pictures if these are its classes, else the shapes."""
     return [getattr(scene.items[0], record["by"]) for scene in record["source"]]
 
 
@@ -130,9 +130,9 @@ def glossary(rng, split="train", side=32, classes=None, shots=None):
     """
     classes = classes or rng.randint(2, 4)
     record = episode(rng, split, None, shots or classes, classes=classes)
-    *shown, last = record["turns"]
-    words = [turn("", f"{name} {t['answer']}") | {"learn": False}
-             for name, t in zip(class_names(record), shown)]
+    *shots, last = record["turns"]
+    words = [turn("", f"{name} {shot['answer']}") | {"learn": False}
+             for name, shot in zip(class_names(record), shots)]
     scenes = record["source"][-1:]
     return record | {"turns": [*words, turn("", last["answer"], scenes, side)], "source": scenes}
 

@@ -1,8 +1,8 @@
 """What a language model reads of the shapes world, and the texts for its tokenizer.
 
 A language model reads the records of `interleaved.py` with every picture described in words, so it
-knows how such a page continues before it sees one; and lists of names said three times, from which
-it learns to recall.
+knows how such a page continues before it sees one. It learns to recall from lists of names that are
+repeated three times.
 """
 import math
 import random
@@ -30,7 +30,7 @@ LISTED = (LABELS, (*LABELS, *COLOURS), (*LABELS, *SHAPES))
 def descriptions(kind, record, rng):
     """One description of each turn's picture: "a red circle and a blue star", "" without one."""
     if kind == "clip":                    # no short sentence describes a clip: give its answer
-        return [f"the answer is {record['turns'][0]['answer']}."]
+        return [f"the answer is {record['turns'][0]['answer']}"]
     found = [listed([phrase(item) for item in rng.sample(scene.items, len(scene.items))])
              for scene in record["source"]]
     return found + [""] * (len(record["turns"]) - len(found))
