@@ -2,6 +2,7 @@
 import contextlib
 import json
 import random
+import signal
 
 import pytest
 
@@ -59,3 +60,17 @@ def one_line(message=None, maybe=False):
         yield
     except ValueError as error:
         assert type(error) is ValueError and "\n" not in str(error) and str(error)
+
+
+@contextlib.contextmanager
+def limit(seconds):
+    """A test that takes longer fails; it must not hang the suite."""
+    def late(number, frame):
+        pytest.fail(f"no end after {seconds} s")         # not an Exception: no code catches it
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

@@ -2,7 +2,6 @@
 
 No traceback, no hang, and nothing written but what a run writes into its own folder.
 """
-import contextlib
 import csv
 import functools
 import gzip
@@ -11,7 +10,6 @@ import json
 import os
 import random
 import re
-import signal
 import subprocess
 import sys
 import tarfile
@@ -24,6 +22,7 @@ from PIL import Image
 import train
 from common.data.batches import Batches, open_world, world_tokenizer
 from common.data.images import open_image
+from tests.fuzz import limit
 from tests.test_train import SIZES, Command
 
 WORDS = "a red green blue large small dog cat runs sits on the grass hill".split()
@@ -31,20 +30,6 @@ NASTY = [None, True, -1, 1.5, 2 ** 63, 10 ** 30, "", " \t\n", "x", "../x.png", "
          "a\nb\x1b[2J", "a\0b", "\ud800", "\u200b", "\ufeff", "n" * 5000, "w " * 9000, [], {}, [[]],
          [1, "x"], float("nan"), float("inf"), [["a.png"]], "a.png/", "C:\\x.png", "猫" * 30]
 RECORDS = 40
-
-
-@contextlib.contextmanager
-def limit(seconds):
-    """A test that takes longer fails; it must not hang the suite."""
-    def late(number, frame):
-        raise AssertionError(f"no end after {seconds} s")
-    before = signal.signal(signal.SIGALRM, late)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
 
 
 def outcome(function):
