@@ -17,7 +17,8 @@ VISION = asdict(clip.CLIPConfig(
     image_size=15, patch_size=5, vision_width=22, vision_layers=2, vision_heads=2, text_width=6,
     text_layers=1, text_heads=1, context_length=5, vocab_size=17, embed_dim=2))
 LANGUAGE = asdict(LanguageConfig(
-    vocab_size=43, context_length=37, width=20, layers=5, heads=2, kv_heads=2, hidden=26, tie_embeddings=False))
+    vocab_size=43, context_length=37, width=20, layers=5, heads=2, kv_heads=2, hidden=26,
+    tie_embeddings=False))
 CONFIG = FlamingoConfig(vision=VISION, language=LANGUAGE, cross_attn_every=2,
                         **(OPENFLAMINGO | {"num_latents": 7, "resampler_layers": 3}))
 TAGS = (45, 44)                             # <image>, <|endofchunk|>: added behind a table of 44
@@ -246,11 +247,13 @@ def test_what_does_not_fit_is_told_and_changes_nothing(both, change, words):
 
 
 @pytest.mark.parametrize("changes, words", [
-    ({"act": "squared_relu"}, "act=squared_relu, not gelu"), ({"max_frames": 4}, "max_frames=4, not 0"),
+    ({"act": "squared_relu"}, "act=squared_relu, not gelu"),
+    ({"max_frames": 4}, "max_frames=4, not 0"),
     ({"placement": "paper"}, "placement=paper, not openflamingo"),
     ({"heads": 4, "head_width": 128}, "heads=4, not 8; head_width=128, not 64"),
     ({"resampler_heads": 16, "resampler_head_width": 32}, "resampler_heads=16, not 8"),
-    ({"vision_skip_blocks": 1}, "vision_skip_blocks=1, not 0"), ({"only_latest_image": False}, "only_latest_image=False, not True"),
+    ({"vision_skip_blocks": 1}, "vision_skip_blocks=1, not 0"),
+    ({"only_latest_image": False}, "only_latest_image=False, not True"),
     ({"use_class_token": True}, "use_class_token=True, not False")])
 def test_another_config_is_told(both, changes, words):
     _, theirs, path = both
@@ -268,11 +271,13 @@ def test_two_ids_are_asked_for(both):
 
 def test_the_published_shapes_are_those_of_the_specification():
     """9B: LLaMA's width 4096, a gated block before every fourth of 32, CLIP's 1024."""
-    language = asdict(LanguageConfig(vocab_size=32000, context_length=2048, width=4096, layers=32, heads=32,
-                                     kv_heads=32, hidden=11008, tie_embeddings=False))
+    language = asdict(LanguageConfig(
+        vocab_size=32000, context_length=2048, width=4096, layers=32, heads=32, kv_heads=32,
+        hidden=11008, tie_embeddings=False))
     vision = asdict(clip.PRESETS["ViT-L/14"])
     with torch.device("meta"):
-        model = Flamingo(FlamingoConfig(vision=vision, language=language, cross_attn_every=4, **OPENFLAMINGO))
+        model = Flamingo(FlamingoConfig(vision=vision, language=language, cross_attn_every=4,
+                                        **OPENFLAMINGO))
     shapes = {name: tuple(w.shape) for name, w in model.state_dict().items()}
     rows = [row for i in model.gated for row in layout.under(f"g.{i}", f"gated.{i}", layout.GATED)]
     found = {theirs: [shapes[name] for name in ours] for theirs, (ours, _) in plan(

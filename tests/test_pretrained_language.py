@@ -173,8 +173,8 @@ class TestNames:
 class TestConfigs:
     def test_the_usual_configs_are_read(self):
         assert LanguageConfig(**config_fields({"model_type": "gpt2"}, "F")) == LanguageConfig(
-            kind="gpt2", vocab_size=50257, context_length=1024, width=768, layers=12, heads=12, kv_heads=12,
-            hidden=3072)
+            kind="gpt2", vocab_size=50257, context_length=1024, width=768, layers=12, heads=12,
+            kv_heads=12, hidden=3072)
         llama = config_fields({"model_type": "llama", "rms_norm_eps": 1e-5,
                                "num_key_value_heads": None}, "F")
         assert llama["kv_heads"] == 32 and llama["eps"] == 1e-5 and not llama["tie_embeddings"]
@@ -220,14 +220,14 @@ class TestConfigs:
         ("llama", "intermediate_size", 10 ** 12), ("llama", "hidden_size", 3 * 10 ** 9),
         ("opt", "max_position_embeddings", 10 ** 12), ("gpt2", "n_layer", 10 ** 9)])
     def test_a_config_of_far_larger_sizes_than_the_weights_makes_no_model(self, kind, name, size):
-        with pytest.raises(ValueError, match="F: its sizes ask for at least [0-9,]{13,} parameters, "
-                                             "but the weights have 1?[0-9]{1,2},[0-9]{3}$"):
+        with pytest.raises(ValueError, match="F: its sizes ask for at least [0-9,]{13,} param"
+                                             "eters, but the weights have [0-9]{2},[0-9]{3}$"):
             translated(weights_of(kind), fields(kind, **{name: size}), "F")
 
     @pytest.mark.parametrize("kind, change, message", [
         ("llama", {"num_key_value_heads": 2}, "3 heads do not divide into 2 key-value heads"),
         ("llama", {"hidden_size": 25}, "width 25 does not divide into 3 heads"),
-        ("opt", {"vocab_size": VOCAB + 1}, "token_embed.weight is .259, 24., the model's .260, 24."),
+        ("opt", {"vocab_size": VOCAB + 1}, "embed.weight is .259, 24., the model's .260, 24."),
         ("gpt2", {"n_positions": 20}, "pos_embed.weight is .19, 24., the model's .20, 24."),
         ("llama", {"num_hidden_layers": 3}, "missing blocks.2.attn.q_proj.weight"),
         ("llama", {"num_hidden_layers": 1}, "unexpected layers.1.self_attn.q_proj.weight")])
@@ -245,7 +245,8 @@ class TestFolders:
         config = trained.lm.config
         assert (config.eos_id, config.pad_id) == ((0, 0) if kind == "gpt2" else (2, 1))
         texts = ["abcdefg", "a", "xy"]
-        assert trained.write(texts, max_new_tokens=5) == [trained.write([t], max_new_tokens=5)[0] for t in texts]
+        assert trained.write(texts, max_new_tokens=5) == [
+            trained.write([text], max_new_tokens=5)[0] for text in texts]
         ids, weights = torch.tensor([[7, 9, 11]]), weights_of(kind)
         lm = LanguageModel(LanguageConfig(**fields(kind)))
         lm.load_state_dict(translated(weights, fields(kind), "F"))
@@ -255,11 +256,12 @@ class TestFolders:
     def test_what_comes_after_the_end_is_not_written(self, kind, tmp_path):
         trained = from_pretrained(write_folder(tmp_path, kind))
         said = trained.write(["abc"], max_new_tokens=6, stop=())[0]
-        ids = trained.lm.generate(torch.tensor([trained.begun("abc")]), max_new_tokens=6, stop=())[0]
+        prompt = torch.tensor([trained.begun("abc")])
+        ids = trained.lm.generate(prompt, max_new_tokens=6, stop=())[0]
         trained.lm.config.eos_id = ids[3].item()
         short = trained.tokenizer.decode(ids[:ids.tolist().index(ids[3])].tolist())
         assert trained.write(["abc"], max_new_tokens=6) == [short] and len(short) < len(said)
-        assert trained.write(["abc"], max_new_tokens=6, stop=()) == [short]      # written, but cut off
+        assert trained.write(["abc"], max_new_tokens=6, stop=()) == [short]  # written, but cut off
 
     @pytest.mark.parametrize("kind", ["gpt2", "opt"])
     def test_perplexity_counts_every_token_and_one_end_of_each_text(self, kind, tmp_path):
@@ -326,8 +328,8 @@ class TestFolders:
 
     def test_a_run_of_ours_is_read_too(self, tmp_path):
         tokenizer = Tokenizer.train(["a red circle", "a blue star"], 400)
-        config = LanguageConfig(vocab_size=len(tokenizer), context_length=CONTEXT, width=WIDTH, layers=1,
-                                heads=3, kv_heads=3, hidden=HIDDEN)
+        config = LanguageConfig(vocab_size=len(tokenizer), context_length=CONTEXT, width=WIDTH,
+                                layers=1, heads=3, kv_heads=3, hidden=HIDDEN)
         pre = Pretraining(config)
         checkpoint.write_json(tmp_path / "config.json",
                               {"model": "common.training.lm", "config": vars(config)})

@@ -1,8 +1,8 @@
-"""Reading published weights: files of tensors, tables of names, one module for each paper.
+"""Published weights and vocabularies: the file formats, tables of names, one module for each paper.
 
-    safetensors.py   the format, bounds-checked          names.py   their names to ours
-    files.py         what lies in a folder               clip.py    CLIP's tables and configs
+    files.py  safetensors.py   the files in a folder        clip.py flamingo.py language.py
+    names.py                   their names to ours               tables and configs
+    bpe.py                     byte-level vocabularies
 
-Nothing here imports a model. Nothing that is read is trusted: what is wrong with a file is one
-ValueError of one line.
+Nothing here imports a model. Whatever is wrong with a file is one ValueError of one line.
 """

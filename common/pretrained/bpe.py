@@ -22,7 +22,6 @@ from typing import Callable
 from common.data.safe_read import read_bytes, read_json
 from common.data.tokenizer import Tokenizer
 
-MOST_CACHED = 100_000                    # words whose ids are remembered
 CLIP_FILE, CLIP_MERGES = "bpe_simple_vocab_16e6.txt.gz", 49152 - 256 - 2
 # White space of Unicode. Python's own \s has four control characters more.
 SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
@@ -102,7 +101,7 @@ class BPE:
     """
 
     def __init__(self, vocab, merges, style):
-        self.vocab, self.style, self.cache = vocab, style, {}
+        self.vocab, self.style = vocab, style
         special = {style.bos, style.eos} | ({style.pad} if style.pad_id is None else set())
         needed = [*special, *(c + end for c in BYTES.values() for end in ("", style.end)),
                   *(piece for a, b in merges for piece in (a, b, a + b))]
@@ -146,16 +145,12 @@ class BPE:
         words = compiled(self.style.words).findall(self.style.clean(text))
         return [i for word in words for i in self.encode_word(word)]
 
+    @functools.lru_cache(100_000)        # most words come again
     def encode_word(self, word):
-        """The ids of one word, remembered."""
-        if word not in self.cache:
-            symbols = [BYTES[byte] for byte in word.encode("utf-8", "replace")]
-            symbols[-1] += self.style.end
-            ids = [self.vocab[piece] for piece in self.join(symbols)]
-            if len(self.cache) == MOST_CACHED:
-                self.cache.clear()
-            self.cache[word] = ids
-        return self.cache[word]
+        """The ids of one word."""
+        symbols = [BYTES[byte] for byte in word.encode("utf-8", "replace")]
+        symbols[-1] += self.style.end
+        return [self.vocab[piece] for piece in self.join(symbols)]
 
     def join(self, symbols):
         """Find the pair of neighbours with the lowest rank, join it everywhere, repeat.

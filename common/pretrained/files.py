@@ -10,9 +10,6 @@ from common.data.safe_read import read_json
 from common.pretrained import safetensors
 from common.training import checkpoint
 
-# Training checkpoints keep the weights under one of these.
-WRAPPERS = ("state_dict", "model_state_dict", "model")
-
 
 def is_published(path):
     """Whether the path is a file, or a folder whose config.json names a Hugging Face model."""
@@ -22,8 +19,6 @@ def is_published(path):
     value = read_json(config) if config.is_file() else None
     return isinstance(value, dict) and "model_type" in value
 
-
-# ------------------------------------------------------------------ fields of a config.json
 
 def given(config, name, default):
     """The value of a field, its default where it is absent or null."""
@@ -56,8 +51,6 @@ def check_size(needed, weights, where):
         raise ValueError(f"{where}: its sizes ask for at least {needed:,} parameters, but the "
                          f"weights have {found:,}")
 
-
-# ------------------------------------------------------------------ tensors
 
 def read_weights(path):
     """The tensors of a folder or a file -> {name: tensor} on the CPU, in the file's dtypes.
@@ -92,12 +85,12 @@ def read_shards(index):
 
 
 def read_pickle(path):
-    """The tensors that torch.save wrote, plain or under "state_dict" -> {name: tensor}.
+    """The tensors that torch.save wrote, plain or in a training checkpoint -> {name: tensor}.
 
     Only tensors and numbers are unpickled. A "module." before every name is dropped.
     """
     state = checkpoint.unpickle(path, "file of tensors", mmap=zipfile.is_zipfile(path))
-    for key in WRAPPERS:
+    for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
             state = state[key]
     return tensors(state, path)
@@ -108,7 +101,7 @@ def is_script(path):
     try:
         with zipfile.ZipFile(path) as archive:
             return any(name.endswith("/constants.pkl") for name in archive.namelist())
-    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):   # no zip, or damaged
         return False
 
 
