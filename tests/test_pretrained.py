@@ -315,7 +315,8 @@ class TestNames:
         ("h.1.attn.c_attn.bias", (2,))])
     def test_parts_that_are_not_equal_have_another_shape_or_are_missing(self, name, shape):
         whole = translate(self.weights(), self.gpt2, {"layers": 2}, "here")
-        ours = translate(self.weights() | {name: torch.zeros(shape)}, self.gpt2, {"layers": 2}, "here")
+        ours = translate(self.weights() | {name: torch.zeros(shape)}, self.gpt2, {"layers": 2},
+                         "here")
         assert any(n not in ours or ours[n].shape != w.shape for n, w in whole.items())
 
     def test_layers_are_counted_from_the_names(self):
@@ -343,8 +344,8 @@ def config(**changes):
 
 
 OURS = CLIPConfig(image_size=15, patch_size=5, vision_width=24, vision_layers=2, vision_heads=3,
-                  text_width=28, text_layers=3, text_heads=2, context_length=11, vocab_size=523, eos_id=522,
-                  embed_dim=17, act="quick_gelu")
+                  text_width=28, text_layers=3, text_heads=2, context_length=11, vocab_size=523,
+                  eos_id=522, embed_dim=17, act="quick_gelu")
 
 
 def text_config(**changes):
@@ -456,7 +457,7 @@ class TestHuggingFace:
 
     @pytest.mark.parametrize("said, message", [
         ({"image_mean": [0.5, 0.5, 0.5]}, "image_mean is"), ({"image_std": 1}, "image_std is"),
-        ({"size": 224}, "size is 224, the weights' 15"), ({"resample": 2}, "resample is 2"),
+        ({"size": 224}, "size is 224, ours 15"), ({"resample": 2}, "resample is 2"),
         ({"size": {"shortest_edge": 224}}, "size is {'shortest_edge': 224}"),
         ({"crop_size": {"height": 15, "width": 16}}, "crop_size is")])
     def test_other_pictures_than_ours_are_refused(self, tmp_path, said, message):
@@ -517,8 +518,9 @@ def ids():
 
 class TestOpenAI:
     @pytest.mark.parametrize("make, changes", [
-        (openai_layout.vit, {}), (openai_layout.resnet, {}), (openai_layout.vit, {"embed_dim": 192}),
-        (openai_layout.vit, {"embed_dim": 128}), (openai_layout.resnet, {"embed_dim": 192})],
+        (openai_layout.vit, {}), (openai_layout.resnet, {}),
+        (openai_layout.vit, {"embed_dim": 192}), (openai_layout.vit, {"embed_dim": 128}),
+        (openai_layout.resnet, {"embed_dim": 192})],
         ids=["vit", "resnet", "square text", "square vision", "resnet, square text"])
     def test_features_equal_those_of_the_file(self, tmp_path, make, changes):
         path, model = published(tmp_path, make, **changes)
@@ -537,8 +539,8 @@ class TestOpenAI:
         found = clip.from_pretrained(published(tmp_path)[0]).model.config
         assert found == CLIPConfig(
             image_size=28, patch_size=7, vision_width=128, vision_layers=2, vision_heads=2,
-            text_width=192, text_layers=3, text_heads=3, context_length=11, vocab_size=523, eos_id=522, embed_dim=67,
-            act="quick_gelu")
+            text_width=192, text_layers=3, text_heads=3, context_length=11, vocab_size=523,
+            eos_id=522, embed_dim=67, act="quick_gelu")
 
     def test_a_resnet_has_stages_and_heads_of_its_pool(self, tmp_path):
         found = clip.from_pretrained(published(tmp_path, openai_layout.resnet)[0]).model.config
@@ -598,9 +600,10 @@ class TestOpenAI:
         (lambda s: s.update({"visual.positional_embedding": torch.ones(0, 128)}), "image_size=0"),
         (lambda s: s.update({"visual.conv1.weight": torch.ones(128, 3)}),
          r"visual.conv1.weight has the shape \(128, 3\), which its layout cannot have"),
-        (lambda s: s.update({"visual.conv1.weight": torch.ones(128, 1, 1, 1)}), "patch_embed.weight"),
+        (lambda s: s.update({"visual.conv1.weight": torch.ones(128, 1, 1, 1)}),
+         "vision.patch_embed.weight is"),
         (lambda s: s.update({"token_embedding.weight": torch.ones(523, 100)}), "of width 100, but"),
-        (lambda s: s.update({"token_embedding.weight": torch.ones(1, 6400000)}), "its sizes ask for"),
+        (lambda s: s.update({"token_embedding.weight": torch.ones(1, 640000)}), "its sizes ask fo"),
         (lambda s: s.update({"transformer.resblocks.0.mlp.c_fc.weight": torch.ones(769, 192)}),
          r"mlp.fc1.weight is \(769, 192\), the model's \(768, 192\)"),
         (lambda s: s.update({"ln_final.weight": torch.ones(191)}), "norm.weight is .191"),

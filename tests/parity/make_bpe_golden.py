@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
-from common.pretrained.bpe import BPE, BYTES, CLIP, compiled           # noqa: E402  the path comes first
+from common.pretrained.bpe import BPE, BYTES, CLIP, compiled   # noqa: E402  the path comes first
 
 TEXTS = ("a diagram", "a dog", "A Photo  of 2024 CATS!", "it's &amp;amp; café",
          "a photo of car with wet look", "<|endoftext|>", "ÜBER  \t naïve 東京 ½ 🙂 don't")

@@ -137,8 +137,8 @@ class OpenAI(nn.Module):
         self.ln_final = nn.LayerNorm(width)
         self.text_projection = nn.Parameter(torch.empty(width, embed_dim))
         self.logit_scale = nn.Parameter(torch.tensor(1.7))
-        for name, value in (("input_resolution", visual.image_size), ("context_length", context_length),
-                            ("vocab_size", vocab_size)):
+        for name, value in (("input_resolution", visual.image_size),
+                            ("context_length", context_length), ("vocab_size", vocab_size)):
             self.register_buffer(name, torch.tensor(value))
 
     def forward(self, images, ids):
@@ -151,7 +151,7 @@ class OpenAI(nn.Module):
         return F.normalize(self.visual(images), dim=-1), F.normalize(text, dim=-1)
 
 
-def randomized(model):
+def randomised(model):
     """Every number of it random, norms and running statistics included; in eval mode."""
     for name, value in model.state_dict().items():
         if name.endswith("running_var"):
@@ -161,18 +161,21 @@ def randomized(model):
     return model.eval()
 
 
+SIZES = {"vocab_size": 523, "context_length": 11, "width": 192, "layers": 3, "eos_id": 522}
+
+
 def vit(seed=0, embed_dim=67, **changes):
     """A small ViT CLIP; widths are multiples of 64, as heads are 64 wide."""
     torch.manual_seed(seed)
-    sizes = dict(vocab_size=523, context_length=11, width=192, layers=3, embed_dim=embed_dim, eos_id=522) | changes
-    return randomized(OpenAI(Vit(28, 7, 128, 2, embed_dim), **sizes))
+    sizes = SIZES | {"embed_dim": embed_dim} | changes
+    return randomised(OpenAI(Vit(28, 7, 128, 2, embed_dim), **sizes))
 
 
 def resnet(seed=0, embed_dim=67, **changes):
     """A small ResNet CLIP."""
     torch.manual_seed(seed)
-    sizes = dict(vocab_size=523, context_length=11, width=192, layers=3, embed_dim=embed_dim, eos_id=522) | changes
-    return randomized(OpenAI(ResNet(64, (1, 2, 1, 3), 4, embed_dim), **sizes))
+    sizes = SIZES | {"embed_dim": embed_dim} | changes
+    return randomised(OpenAI(ResNet(64, (1, 2, 1, 3), 4, embed_dim), **sizes))
 
 
 def save_script(model, path, half=True):

@@ -92,8 +92,9 @@ def test_openais_layout_of_the_same_weights_gives_the_same_features(tmp_path, em
     vocab = vocabulary(tmp_path, CLIP)
     model = reference(vocab, 0, 128, 192, embed_dim, heads=(2, 3))
     model.logit_scale.data.fill_(1.7)
-    theirs = openai_layout.OpenAI(openai_layout.Vit(15, 5, 128, 2, embed_dim), vocab_size=vocab, context_length=11,
-                                  width=192, layers=3, embed_dim=embed_dim, eos_id=vocab - 1)
+    theirs = openai_layout.OpenAI(
+        openai_layout.Vit(15, 5, 128, 2, embed_dim), vocab_size=vocab, context_length=11,
+        width=192, layers=3, embed_dim=embed_dim, eos_id=vocab - 1)
     state = {}
     for name, value in theirs.state_dict().items():
         state[name] = fused(name, model.state_dict()) if value.ndim or name == "logit_scale" \
