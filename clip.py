@@ -75,13 +75,8 @@ class CLIPConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "stages", tuple(self.stages))        # JSON has no tuples
-        for name, choices in (("loss", LOSSES), ("act", ACTIVATIONS)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)} is not one of {', '.join(choices)}")
-        for name, value in vars(self).items():
-            least = {"context_length": 3, "eos_id": 0}.get(name, 1)   # 3: <bos>, a word, <eos>
-            if isinstance(value, int) and value < least:
-                raise ValueError(f"{name}={value}: must be at least {least}")
+        options.check_fields(self, {"loss": LOSSES, "act": ACTIVATIONS},
+                             {"context_length": 3, "eos_id": 0})      # 3: <bos>, a word, <eos>
 
 
 # ------------------------------------------------------------------ the two encoders

@@ -78,16 +78,11 @@ class FlamingoConfig:
             if isinstance(getattr(self, name), dict):                 # as JSON has it
                 part = checkpoint.config_of(kind, getattr(self, name), name)
                 object.__setattr__(self, name, part)
-        for name, choices in (("resampler", RESAMPLERS), ("placement", PLACEMENTS),
-                              ("act", ACTIVATIONS)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name}={getattr(self, name)} is not one of {', '.join(choices)}")
-        for name, value in vars(self).items():
-            least = 0 if name in ("max_frames", "vision_skip_blocks") else 1
-            if type(value) is int and value < least:
-                raise ValueError(f"{name}={value}: must be at least {least}")
-        if not 0 <= self.p_next_image <= 1:
-            raise ValueError(f"p_next_image={self.p_next_image}: a probability is in [0, 1]")
+        options.check_fields(
+            self, {"resampler": RESAMPLERS, "placement": PLACEMENTS, "act": ACTIVATIONS},
+            {"max_frames": 0, "vision_skip_blocks": 0, "p_next_image": 0})
+        if self.p_next_image > 1:
+            raise ValueError(f"p_next_image={self.p_next_image}: a probability is at most 1")
         blocks = 1 if self.vision.stages else self.vision.vision_layers
         if self.vision_skip_blocks >= blocks:
             raise ValueError(f"vision_skip_blocks={self.vision_skip_blocks} leaves nothing of a "

@@ -23,7 +23,7 @@ from common.generation import generate
 from common.masks import causal, padding
 from common.pretrained import language as pretrained
 from common.pretrained.files import is_published
-from common.training import checkpoint
+from common.training import checkpoint, options
 from common.transformer import (LayerNorm, LearnedPositions, RMSNorm, gpt2_block, llama_block,
                                 opt_block, rope_table)
 
@@ -49,13 +49,8 @@ class LanguageConfig:
     pad_id: int = 0
 
     def __post_init__(self):
-        if self.kind not in KINDS:
-            raise ValueError(f"kind={self.kind} is not one of {', '.join(KINDS)}")
-        for name in ("vocab_size", "context_length", "width", "layers", "heads", "kv_heads",
-                     "hidden", "eps", "rope_theta", "rope_scale"):
-            value, least = getattr(self, name), 1 if isinstance(getattr(self, name), int) else 1e-9
-            if value < least:
-                raise ValueError(f"{name}={value}: must be at least {least}")
+        options.check_fields(self, {"kind": KINDS}, {
+            "eps": 1e-12, "rope_theta": 1e-9, "rope_scale": 1e-9, "eos_id": 0, "pad_id": 0})
         if self.kind != "llama" and self.kv_heads != self.heads:
             raise ValueError(f"kv_heads={self.kv_heads}: {self.kind} has as many as its "
                              f"{self.heads} heads")

@@ -2,6 +2,7 @@
 import argparse
 import dataclasses
 import inspect
+import math
 import sys
 import typing
 
@@ -63,6 +64,20 @@ def with_settings(config, settings):
             words = kind.__name__ if kind in (bool, int, float, str) else "numbers like 1,2,3"
             raise ValueError(f"--set {setting}: {key} takes {words}, not {text!r}") from None
     return dataclasses.replace(config, **values)
+
+
+def check_fields(config, choices=None, least=None):
+    """Raise ValueError for a field of a config dataclass that no model can have.
+
+    choices: {name: allowed values}. least: {name: minimum} of numbers; of other integers it is 1.
+    """
+    for name, allowed in (choices or {}).items():
+        if getattr(config, name) not in allowed:
+            raise ValueError(f"{name}={getattr(config, name)} is not one of {', '.join(allowed)}")
+    for name, value in vars(config).items():
+        minimum = (least or {}).get(name, 1 if type(value) is int else -math.inf)
+        if type(value) in (int, float) and not value >= minimum:
+            raise ValueError(f"{name}={value}: must be at least {minimum}")
 
 
 def run_command(description, *functions):
