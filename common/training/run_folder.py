@@ -3,7 +3,7 @@ import json
 from pathlib import Path
 
 from common.training import checkpoint, distributed
-from common.data.safe_read import printable
+from common.data.safe_read import printable, read_json
 from common.data.tokenizer import Tokenizer
 
 FILES = ("config.json", "tokenizer.model", "log.jsonl", "refused.jsonl", *checkpoint.NAMES,
@@ -32,7 +32,7 @@ class RunFolder:
     def described(self):
         """config.json of the run in the folder; None when there is none."""
         path = self.path / "config.json"
-        return checkpoint.read_json(path) if path.exists() else None
+        return read_json(path) if path.exists() else None
 
     def tokenizer(self):
         """The run's vocabulary."""
@@ -40,7 +40,7 @@ class RunFolder:
 
     def agree(self, described, parts):
         """Raise ValueError when the run in the folder differs in a part of config.json."""
-        before = checkpoint.read_json(self.path / "config.json")
+        before = read_json(self.path / "config.json")
         for part in parts:
             if before.get(part) != described[part]:
                 differs = differing(before.get(part), described[part])
