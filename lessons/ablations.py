@@ -29,6 +29,7 @@ from common.data.batches import Batches, EvalData
 from common.data.collators import ImageTextBatch
 from common.training.devices import autocast, half_precision       # noqa: E402
 from common.data.images import normalize_pixels                       # noqa: E402
+from common.data.safe_read import read_json                           # noqa: E402
 from common.data.shapes.scene import STYLES                    # noqa: E402
 from common.data.shapes.world import Shapes                   # noqa: E402
 
@@ -133,7 +134,7 @@ def probe(options):
 def shift(options):
     """The same vision tower trained with labels on as many pictures, against zero-shot."""
     bench = Bench(options.run)
-    recipe = checkpoint.read_json(Path(options.run) / "config.json")["recipe"]
+    recipe = read_json(Path(options.run) / "config.json")["recipe"]
     steps = options.steps or recipe["steps"]
     torch.manual_seed(0)
     tower = clip.CLIP(bench.model.config)
@@ -172,7 +173,7 @@ def trained(options, stage, name, *flags):
                         "--runs", options.runs, "--resume", *flags], check=True)
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     times = [(b["seconds"] - a["seconds"]) / (b["step"] - a["step"]) for a, b in pairwise(log)]
-    return checkpoint.read_json(out / "result.json") | {"step_seconds": statistics.median(times)}
+    return read_json(out / "result.json") | {"step_seconds": statistics.median(times)}
 
 
 CLIP_FIGURES = {"zero-shot": "zero_shot_accuracy", "image to text": "image_to_text_recall@1",

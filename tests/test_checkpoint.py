@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from common.training import checkpoint
+from common.data.safe_read import read_json
 from common.data.tokenizer import Tokenizer
+from common.training import checkpoint
 
 
 class Stop(BaseException):
@@ -63,17 +64,7 @@ class TestWrite:
     def test_json_comes_back(self, tmp_path):
         value = {"a": [1, 2.5, None], "é": True}
         checkpoint.write_json(tmp_path / "a.json", value)
-        assert checkpoint.read_json(tmp_path / "a.json") == value
-
-    @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b'{"a": 1'])
-    def test_damaged_json_is_refused_by_name(self, tmp_path, content):
-        (tmp_path / "a.json").write_bytes(content)
-        with pytest.raises(ValueError, match="a.json: not readable JSON"):
-            checkpoint.read_json(tmp_path / "a.json")
-
-    def test_missing_json_is_refused_by_name(self, tmp_path):
-        with pytest.raises(ValueError, match="a.json: no such file"):
-            checkpoint.read_json(tmp_path / "a.json")
+        assert read_json(tmp_path / "a.json") == value
 
 
 class TestSave:
@@ -214,11 +205,11 @@ class TestLoadWeights:
     def test_what_does_not_fit_is_listed_and_nothing_is_copied(self):
         module = nn.Linear(3, 5)
         before = module.weight.clone()
-        others = {"weight": torch.zeros(5, 7), "other": torch.zeros(2)}
+        others = {"weight": torch.zeros(5, 7), "other\nname": torch.zeros(2)}
         with pytest.raises(ValueError) as caught:
             checkpoint.load_weights(module, others, "there")
         assert torch.equal(module.weight, before)
-        for words in ("there: ", "missing bias", "unexpected other",
+        for words in ("there: ", "missing bias", "unexpected other?name",
                       "weight is (5, 7), the model's (5, 3)"):
             assert words in str(caught.value)
 
@@ -246,7 +237,7 @@ class TestOpenRun:
         (lambda run: (run / "config.json").write_text("{"), "config.json: not readable JSON"),
         (lambda run: (run / "config.json").write_text("[]"), "config.json is not that of a run"),
         (lambda run: (run / "config.json").write_text('{"model": "blip"}'), "a run of 'blip', not"),
-        (lambda run: (run / "config.json").write_text('{"model": "clip"}'), "an incomplete run"),
+        (lambda run: (run / "config.json").write_text('{"model": "clip"}'), "the run has no config"),
         (lambda run: (run / "last.pt").unlink(), "no checkpoint yet"),
         (lambda run: (run / "last.pt").write_bytes(b"half"), "last.pt: not a checkpoint, or cut"),
         (lambda run: (run / "tokenizer.model").unlink(), "tokenizer.model"),

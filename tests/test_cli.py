@@ -17,6 +17,7 @@ from PIL import Image
 import clip
 import train
 from common.training import checkpoint, options as cli
+from common.data.safe_read import read_json
 from tests.test_train import SIZES, TOY
 
 HERE = Path(train.__file__).parent
@@ -286,7 +287,7 @@ class TestMistakes:
         (lambda c: {"step": None, "schedule": {}}, "cannot be resumed")])
     def test_a_checkpoint_that_does_not_fit_is_told(self, run, harm, words):
         state = checkpoint.load(run / "last.pt")
-        checkpoint.write_json("config.json", checkpoint.read_json(run / "config.json"))
+        checkpoint.write_json("config.json", read_json(run / "config.json"))
         checkpoint.save(".", state | harm(state))
         line = mistake(train.main, *TOY, "--steps", "3", "--out", ".", "--resume")
         assert re.search(words, line)
@@ -372,7 +373,7 @@ def test_a_resnet_is_trained_resumed_measured_and_used(pictures):
     flags = [*TOY, "--out", "resnet", "--set", "stages=1,1,2,1", "--set", "vision_width=4",
              "--set", "vision_heads=2"]
     assert command(train.main, *flags, "--steps", 2)[0] == 0
-    config = checkpoint.read_json("resnet/config.json")["config"]
+    config = read_json("resnet/config.json")["config"]
     assert config["stages"] == [1, 1, 2, 1]
     for flag in ("--resume", "--eval_only"):
         status, out, err = command(train.main, *flags, "--steps", 2, flag)

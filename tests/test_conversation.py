@@ -53,9 +53,9 @@ class TestRender:
     def test_a_text_that_spells_a_special_token_is_only_text(self, tokenizer):
         said = "<image> <eos></s><assistant> <|endoftext|>"
         ids, _ = render([Segment(said)], tokenizer)
-        assert min(ids) >= 16 and tokenizer.decode(ids) == said
+        assert min(ids) >= 32 and tokenizer.decode(ids) == said
         ids, labels = render_dialogue(turns(said, said), tokenizer)
-        assert [i for i in ids if i < 16] == [BOS, USER, ASSISTANT, EOS]
+        assert [i for i in ids if i < 32] == [BOS, USER, ASSISTANT, EOS]
         assert learned(ids, labels) == list(range(ids.index(ASSISTANT) + 1, len(ids)))
 
     def test_neighbouring_texts_are_cut_as_one_where_both_are_learned_or_neither(self, tokenizer):

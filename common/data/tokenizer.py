@@ -1,7 +1,10 @@
 """Text to ids and back: one SentencePiece vocabulary for a world, special tokens by id.
 
+Text is case-folded and normalized (SentencePiece's nmt_nfkc_cf: Unicode NFKC, single spaces) before
+it becomes ids, so "A  RED circle" comes back as "a red circle".
+
     tokenizer = Tokenizer.train(world.corpus())
-    tokenizer.encode("a red circle")            # [16 or more, ...], no special tokens
+    tokenizer.encode("a red circle")            # [32 or more, ...], no special tokens
     tokenizer.batch(["a red circle"], 16)       # int64 (1, T): <bos> ... <eos>, then <pad>
 """
 import io
@@ -9,16 +12,19 @@ import io
 import sentencepiece
 import torch
 
-from common.data.safe_read import read_bytes
+from common.data.safe_read import printable, read_bytes
 
+CONTROL_IDS = 32                         # ids 0 .. 31 mean the same in every vocabulary
 SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>", "<image>", "<eoc>", "<cls>", "<enc>", "<dec>",
-           "<sep>", "<system>", "<user>", "<assistant>", "<spare0>", "<spare1>", "<spare2>")
+           "<sep>", "<system>", "<user>", "<assistant>", "<img>", "</img>", "<ref>", "</ref>",
+           "<box>", "</box>", *(f"<spare{i}>" for i in range(CONTROL_IDS - 19)))
+(PAD, BOS, EOS, UNK, IMAGE, EOC, CLS, ENC, DEC, SEP, SYSTEM, USER, ASSISTANT, IMG, IMG_END, REF,
+ REF_END, BOX, BOX_END) = range(19)
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,:;?!'\"-()"      # never fall back to bytes
-PAD, BOS, EOS, UNK, IMAGE, EOC, CLS, ENC, DEC, SEP, SYSTEM, USER, ASSISTANT = range(13)
 
 
 class Tokenizer:
-    """A SentencePiece model whose ids 0 .. 15 are SPECIAL, the same in every vocabulary.
+    """A SentencePiece model whose ids 0 .. 31 are SPECIAL, the same in every vocabulary.
 
     Special tokens are control symbols: no user's text can spell one; code inserts them by id.
     """
@@ -37,9 +43,11 @@ class Tokenizer:
 
     def _check(self):
         """Raise ValueError unless the special tokens are ours."""
-        found = tuple(self.pieces.id_to_piece(i) for i in range(min(16, len(self))))
-        if found != SPECIAL:
-            raise ValueError(f"a vocabulary of another project: its first pieces are {found[:4]}")
+        for i, name in enumerate(SPECIAL):
+            piece = self.pieces.id_to_piece(i) if i < len(self) else None
+            if piece != name:
+                raise ValueError(f"a vocabulary of another project or version: piece {i} is "
+                                 f"{printable(piece)}, not {name}")
 
     def __getstate__(self):
         return self.model
@@ -51,7 +59,7 @@ class Tokenizer:
     def train(cls, sentences, size=512):
         """A vocabulary of at most `size` pieces, a function of the sentences alone.
 
-        Bytes are pieces too, so that text of any language has ids and comes back unchanged.
+        Bytes are pieces too, so that normalized text of any language has ids and comes back.
         """
         out = io.BytesIO()
         sentencepiece.SentencePieceTrainer.train(
@@ -84,7 +92,7 @@ class Tokenizer:
         return self.pieces.decode([int(i) for i in ids if i != self.pieces.unk_id()])
 
     def batch(self, texts, context_length):
-        """<bos> ids <eos> of each text, padded right with <pad>: int64 (B, T), T <= context.
+        """<bos> ids <eos> of each text, padded right with <pad>: int64 (B, T), T <= context_length.
 
         A longer text is cut so that its last id is still <eos>.
         """

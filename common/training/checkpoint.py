@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from common.data.safe_read import printable, read_json
 from common.data.tokenizer import Tokenizer
 
 NAMES = ("last.pt", "previous.pt")
@@ -19,8 +20,7 @@ def write(path, save):
 
     save(temporary_path) does the writing.
     """
-    path = Path(path)
-    half = path.with_name(path.name + ".part")
+    half = Path(f"{path}.part")
     save(half)
     with open(half, "rb+") as file:      # on the disk before the name points at it
         os.fsync(file.fileno())
@@ -29,29 +29,17 @@ def write(path, save):
 
 def write_json(path, value):
     """`write` of a JSON file."""
-    text = json.dumps(value, indent=2) + "\n"
-    write(path, lambda half: half.write_text(text, encoding="utf-8"))
-
-
-def read_json(path):
-    """The value in a JSON file. Raises ValueError with one line that names the file."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: not readable JSON ({error})") from None
+    write(path, lambda half: half.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8"))
 
 
 def save(folder, state):
     """Make `state` the folder's last.pt; the one before stays as previous.pt.
 
-    At every moment one of the two names is a whole checkpoint. A last.pt that was cut off is not
-    kept: it would push a whole previous.pt out.
+    At every moment one of the two is a whole checkpoint.
     """
     last, previous = (Path(folder) / name for name in NAMES)
-    if zipfile.is_zipfile(last):
-        spare = previous.with_name(previous.name + ".part")
+    if zipfile.is_zipfile(last):         # one that was cut off must not replace a whole previous.pt
+        spare = Path(f"{previous}.part")
         spare.unlink(missing_ok=True)
         try:
             os.link(last, spare)         # a second name: last.pt never goes missing meanwhile
@@ -62,28 +50,26 @@ def save(folder, state):
 
 
 def unpickle(path, what, mmap=False):
-    """What torch.save wrote to a file, on the CPU; tensors and numbers alone, no code is run.
+    """What torch.save wrote to a file, on the CPU. It runs no code from the file.
 
-    what: it should be, for the ValueError, one line, of a file that is not there or is not that.
+    Raises ValueError in one line for a missing file, for one that is no `what`, and for one that
+    holds anything but tensors and plain values.
     """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except FileNotFoundError:
-        raise ValueError(f"{path}: no such file") from None
+        why = "no such file"
     except Exception as error:           # a hostile file can make the unpickler raise anything
+        why = f"not a {what}, or cut off"
         if isinstance(error, pickle.UnpicklingError) and "global" in str(error).lower():
-            raise ValueError(f"{path}: holds more than tensors and numbers, refused "
-                             "(it could run code)") from None
-        raise ValueError(f"{path}: not a {what}, or cut off") from None
+            why = "holds more than tensors and numbers, refused (it could run code)"
+    raise ValueError(f"{path}: {why}")
 
 
 def load(path):
-    """The dict in one checkpoint file, on the CPU; runs no code from it.
-
-    Raises ValueError in one line: no such file, cut off, or with anything but tensors and numbers.
-    """
+    """The dict of one checkpoint file, on the CPU. Raises ValueError as `unpickle`."""
     state = unpickle(path, "checkpoint")
     if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
         raise ValueError(f"{path}: a file of tensors, but not a checkpoint of this project")
@@ -93,17 +79,18 @@ def load(path):
 def newest(folder):
     """The run's last whole checkpoint, or None when it has none yet.
 
-    A damaged last.pt is told and the one before is taken; two damaged ones are a ValueError.
+    When last.pt is damaged, a line is printed and previous.pt is loaded. Raises ValueError when
+    both are damaged.
     """
-    there = [Path(folder) / name for name in NAMES if (Path(folder) / name).exists()]
-    for position, path in enumerate(there):
+    last, previous = (Path(folder) / name for name in NAMES)
+    if last.exists():
         try:
-            return load(path)
+            return load(last)
         except ValueError as error:
-            if position == len(there) - 1:
+            if not previous.exists():
                 raise
-            print(f"{error}; taking {there[position + 1].name}")
-    return None
+            print(f"{error}; taking {previous.name}")
+    return load(previous) if previous.exists() else None
 
 
 def load_weights(module, weights, where):
@@ -113,13 +100,12 @@ def load_weights(module, weights, where):
     """
     own = module.state_dict()
     wrong = [f"missing {name}" for name in own if name not in weights]
-    wrong += [f"unexpected {name}" for name in weights if name not in own]
+    wrong += [f"unexpected {printable(name)}" for name in weights if name not in own]
     wrong += [f"{name} is {tuple(weights[name].shape)}, the model's {tuple(own[name].shape)}"
               for name in own if name in weights and weights[name].shape != own[name].shape]
     if wrong:
-        more = f" and {len(wrong) - 8} more" if len(wrong) > 8 else ""
-        raise ValueError(f"{where}: weights of another model or config: "
-                         + "; ".join(wrong[:8]) + more)
+        wrong[8:] = [f"and {len(wrong) - 8} more"] if len(wrong) > 8 else []
+        raise ValueError(f"{where}: weights of another model or config: {'; '.join(wrong)}")
     module.load_state_dict(weights)
 
 
@@ -135,7 +121,7 @@ def load_part(model, name, weights, where):
 
 
 def config_of(kind, fields, where):
-    """The dataclass `kind` with the fields of a config.json; ValueError for fields not its own."""
+    """The dataclass `kind` with the fields of a config.json; ValueError for unknown fields."""
     try:
         return kind(**fields)
     except TypeError as error:
@@ -143,32 +129,29 @@ def config_of(kind, fields, where):
 
 
 def of_model(described, model, folder):
-    """What a run's config.json says, when it is one of `model`'s; else ValueError."""
+    """Return the value of a run's config.json. Raises ValueError unless it is a run of `model`."""
     found = described.get("model") if isinstance(described, dict) else None
     if found is None:
         raise ValueError(f"{folder}: its config.json is not that of a run of train.py")
     if found != model:
-        raise ValueError(f"{folder}: a run of {found!r}, not of {model!r}")
+        raise ValueError(f"{folder}: a run of {printable(found)!r}, not of {model!r}")
     return described
 
 
 def open_run(folder, model, flag="", command=None):
     """A finished or unfinished run of `model` -> (config dict, Tokenizer, weights).
 
-    flag: what named the folder. command: what makes such a run (default: the stage called as the
-    model is). Raises ValueError in one line: no such folder, no run in it, a run of another model,
-    no checkpoint yet, a damaged one.
+    flag: the option that named the folder. command: what makes such a run, for the message
+    (default: the stage named as the model). Raises ValueError in one line: no such folder, no run
+    in it, a run of another model, no checkpoint yet, a damaged one.
     """
     folder = Path(folder)
     if not (folder / "config.json").exists():
         command = command or f"python train.py {model} --out {folder}"
         raise ValueError(f"{flag} {folder}: no run here (no config.json); ".lstrip()
                          + f"{command} makes one")
-    described = of_model(read_json(folder / "config.json"), model, folder)
-    state = newest(folder)
-    if state is None:
-        raise ValueError(f"{folder}: the run has no checkpoint yet")
-    try:
-        return described["config"], Tokenizer.load(folder / "tokenizer.model"), state["model"]
-    except (KeyError, OSError) as error:
-        raise ValueError(f"{folder}: an incomplete run ({error})") from None
+    described, state = of_model(read_json(folder / "config.json"), model, folder), newest(folder)
+    if state is None or "config" not in described:
+        what = "checkpoint yet" if state is None else "config"
+        raise ValueError(f"{folder}: the run has no {what}")
+    return described["config"], Tokenizer.load(folder / "tokenizer.model"), state["model"]

@@ -1,15 +1,19 @@
 """The vocabulary: fixed special ids, text that can say anything but them, batches."""
+import io
 import pickle
 import random
 import unicodedata
 
 import pytest
+import sentencepiece
 import torch
 
 from common.data.batches import world_tokenizer
-from common.data.tokenizer import (ASSISTANT, BOS, CHARACTERS, CLS, DEC, ENC, EOC, EOS, IMAGE, PAD, SEP,
-                               SPECIAL, SYSTEM, UNK, USER, Tokenizer)
 from common.data.shapes.world import Shapes
+from common.data.tokenizer import (ASSISTANT, BOS, BOX, BOX_END, CHARACTERS, CLS, CONTROL_IDS, DEC,
+                                   ENC, EOC, EOS, IMAGE, IMG, IMG_END, PAD, REF, REF_END, SEP,
+                                   SPECIAL, SYSTEM, UNK, USER, Tokenizer)
+from tests.fuzz import one_line
 
 STRANGE = ["猫 кот", "naïve café", "🙂👩🏽‍🚀🇫🇷", "\u202eabc", "a\u0301", "x̱̂",
            "{}[]\\|~^_<>@#$%&*+=/", "ß ſ ﬁ ½"]
@@ -32,30 +36,34 @@ def normal(text):
 
 
 class TestSpecial:
-    def test_the_first_sixteen_ids_are_the_special_tokens(self, tokenizer):
-        assert len(SPECIAL) == 16
-        assert tuple(tokenizer.pieces.id_to_piece(i) for i in range(16)) == SPECIAL
+    def test_the_first_ids_are_the_special_tokens(self, tokenizer):
+        assert len(SPECIAL) == len(set(SPECIAL)) == CONTROL_IDS == 32
+        assert tuple(tokenizer.pieces.id_to_piece(i) for i in range(32)) == SPECIAL
+        assert all(tokenizer.pieces.is_control(i) or i == UNK for i in range(32))
 
     def test_the_names_are_the_ids(self):
         named = {"<pad>": PAD, "<bos>": BOS, "<eos>": EOS, "<unk>": UNK, "<image>": IMAGE,
                  "<eoc>": EOC, "<cls>": CLS, "<enc>": ENC, "<dec>": DEC, "<sep>": SEP,
-                 "<system>": SYSTEM, "<user>": USER, "<assistant>": ASSISTANT}
-        assert named == {name: SPECIAL.index(name) for name in SPECIAL[:13]}
+                 "<system>": SYSTEM, "<user>": USER, "<assistant>": ASSISTANT, "<img>": IMG,
+                 "</img>": IMG_END, "<ref>": REF, "</ref>": REF_END, "<box>": BOX,
+                 "</box>": BOX_END}
+        assert named == {name: SPECIAL.index(name) for name in SPECIAL[:19]}
+        assert set(SPECIAL[19:]) == {f"<spare{i}>" for i in range(13)}
 
     @pytest.mark.parametrize("text", [
         *SPECIAL, "".join(SPECIAL), " ".join(SPECIAL), "red<eos>circle", "<EOS>", "＜eos＞",
         "<s> </s> <0x41>", "▁<eos>", "<image>" * 50])
     def test_no_text_spells_a_special_token(self, tokenizer, text):
-        assert min(tokenizer.encode(text)) >= 16
-        assert min(tokenizer.batch([text], 500)[0, 1:-1]) >= 16
+        assert min(tokenizer.encode(text)) >= 32
+        assert min(tokenizer.batch([text], 500)[0, 1:-1]) >= 32
 
     def test_a_spelled_special_token_comes_back_as_text(self, tokenizer):
         assert tokenizer.decode(tokenizer.encode("a <eos> <0x41> b")) == "a <eos> <0x41> b"
 
     def test_special_tokens_leave_no_trace_in_text(self, tokenizer):
-        ids = [BOS, *tokenizer.encode("a red circle"), EOS, PAD, UNK, IMAGE, 15]
+        ids = [BOS, *tokenizer.encode("a red circle"), EOS, PAD, UNK, IMAGE, BOX, 31]
         assert tokenizer.decode(ids) == "a red circle"
-        assert tokenizer.decode(range(16)) == ""
+        assert tokenizer.decode(range(32)) == ""
 
 
 class TestText:
@@ -118,7 +126,7 @@ class TestModel:
         assert Tokenizer.train(corpus()[:-1] + ["an extra word"] * 40, 400).model != tokenizer.model
 
     def test_a_small_corpus_gives_a_small_vocabulary(self):
-        assert 16 + 256 < len(Tokenizer.train(["a red circle"], 512)) < 512
+        assert 32 + 256 < len(Tokenizer.train(["a red circle"], 512)) < 512
 
     def test_it_survives_pickling_and_the_disk(self, tokenizer, tmp_path):
         (tmp_path / "tokenizer.model").write_bytes(tokenizer.model)
@@ -127,10 +135,22 @@ class TestModel:
             assert again.encode("a red circle") == tokenizer.encode("a red circle")
             assert len(again) == len(tokenizer)
 
+    def test_a_vocabulary_of_sixteen_control_ids_is_refused(self):
+        out = io.BytesIO()
+        older = [*SPECIAL[4:13], "<spare0>", "<spare1>", "<spare2>"]
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(corpus()), model_writer=out, vocab_size=400, model_type="bpe",
+            byte_fallback=True, minloglevel=2, pad_id=PAD, bos_id=BOS, eos_id=EOS, unk_id=UNK,
+            pad_piece="<pad>", bos_piece="<bos>", eos_piece="<eos>", unk_piece="<unk>",
+            control_symbols=older)
+        with one_line("another project or version: piece 13 is <spare0>, not <img>$"):
+            Tokenizer(out.getvalue())
+
     @pytest.mark.parametrize("damage", [
         lambda model: b"", lambda model: b"garbage", lambda model: b"\0" * 100,
         lambda model: model[:1000], lambda model: model[:-1],
-        lambda model: model.replace(b"<image>", b"<other>")])
+        lambda model: model.replace(b"<image>", b"<other>"),
+        lambda model: model.replace(b"<spare12>", b"<spare13>")])
     def test_other_bytes_are_refused_in_one_line(self, tokenizer, damage, tmp_path, capfd):
         with pytest.raises(ValueError, match="not a SentencePiece model|another project") as caught:
             Tokenizer(damage(tokenizer.model))
