@@ -1,4 +1,4 @@
-"""What a run computes on: the device, its precision, its memory."""
+"""The device of a run, its precision and its memory."""
 import contextlib
 import os
 import sys
@@ -13,7 +13,7 @@ except ImportError:                      # Windows
 
 
 def find_device(name):
-    """The torch device that --device names. Raises ValueError when this machine has none."""
+    """The torch device of --device. Raises ValueError when this machine has no such device."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -41,16 +41,16 @@ def half_precision(precision, device):
 
 
 def autocast(device, half):
-    """A context: bf16 for what is safe in it, when half; the weights stay float32."""
+    """A context: bf16 autocast when half, else nothing; weights stay float32."""
     return torch.autocast(device.type, torch.bfloat16) if half else contextlib.nullcontext()
 
 
 def peak_memory(device):
-    """Megabytes at the highest: of the GPU, else of the process (0 where it has no count)."""
+    """Peak megabytes of the GPU, else of the process (0 where the system does not count)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2 ** 20
     status = Path("/proc/self/status")
-    if status.exists():                  # Linux's rusage begins with what a parent process had
+    if status.exists():                  # on Linux rusage starts with the parent's peak
         line = next(x for x in status.read_text().splitlines() if x.startswith("VmHWM"))
         return int(line.split()[1]) / 2 ** 10
     if resource is None:

@@ -1,4 +1,4 @@
-"""One process or many: the few calls that differ, each harmless when there is only one."""
+"""One process or many: the calls that differ. With one process each does nothing."""
 import os
 
 import torch
@@ -8,10 +8,10 @@ from common.losses import no_gather
 
 
 def start(device):
-    """Join the process group that torchrun announces, if it does. Returns this process's device.
+    """Join torchrun's process group, if there is one; returns the device of this process.
 
-    NCCL for CUDA devices, gloo for the CPU. One group serves all stages of a list: a group that was
-    left cannot be joined again.
+    NCCL for CUDA devices, gloo for the CPU. All stages of a list share one group: a group cannot be
+    joined again after it was left.
     """
     if "RANK" not in os.environ:
         return torch.device(device)
@@ -41,13 +41,13 @@ def world_size():
 
 
 def barrier():
-    """Go on when every process is here."""
+    """Wait until every process has come here."""
     if dist.is_initialized():
         dist.barrier()
 
 
 class _Gather(torch.autograd.Function):
-    """All processes' rows; the gradient of a row is summed over all who used it."""
+    """The rows of all processes; the gradient of a row is the sum over the processes."""
 
     @staticmethod
     def forward(ctx, x):
@@ -57,17 +57,17 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        """grad (B * world, D), of what this process made of all rows -> (B, D), of its own."""
-        grad = grad.clone(memory_format=torch.contiguous_format)     # another may read it still
+        """grad (B * world, D), this process's loss by all rows -> (B, D), all losses by its rows."""
+        grad = grad.clone(memory_format=torch.contiguous_format)     # autograd may still read it
         dist.all_reduce(grad)
         return grad.chunk(dist.get_world_size())[dist.get_rank()]
 
 
 def gather(x):
-    """x (B, D) -> (all processes' rows (B * world, D), the row where this process's begin).
+    """x (B, D) -> (the rows of all processes (B * world, D), the first row of this process).
 
-    Differentiable: with the losses averaged over the processes, as DDP averages their gradients,
-    the result is exactly the gradient of one process with the whole batch.
+    Differentiable: with losses averaged over the processes, as DDP averages gradients, the result
+    is exactly the gradient of one process with the whole batch.
     """
     if world_size() == 1:
         return no_gather(x)
@@ -75,7 +75,7 @@ def gather(x):
 
 
 def any_rank(flag, device):
-    """True on every process as soon as it is True on one."""
+    """True on every process when it is True on one."""
     if world_size() == 1:
         return flag
     shared = torch.tensor(int(flag), device=device)
@@ -93,7 +93,7 @@ def mean(values, device):
 
 
 def all_gather_objects(items):
-    """The lists of all processes as one, in their order, on every process."""
+    """The lists of all processes joined in the order of their ranks, on every process."""
     if world_size() == 1:
         return items
     lists = [None] * world_size()
