@@ -164,7 +164,8 @@ class Attention(nn.Module):
         if context is None:
             k, v = self.keys_values(x, rope)                          # (B, kv_heads, S, K)
             if cache is not None:
-                # Rotated before it is stored: a later call has no angles but its own tokens'.
+                # A key is rotated before it is stored: its position never changes, and a later
+                # call has the angles of its own tokens only.
                 k, v = cache.append(self, k, v)
         elif cache is None:
             k, v = self.keys_values(context)

@@ -112,6 +112,18 @@ def test_by_hand_and_fused_agree_in_values_and_gradients(kind):
         torch.testing.assert_close(hand, fused)
 
 
+def test_the_kernel_is_never_given_an_empty_row(monkeypatch):
+    given, kernel = [], F.scaled_dot_product_attention
+
+    def spy(*args, attn_mask=None, **kwargs):
+        given.append(attn_mask)
+        return kernel(*args, attn_mask=attn_mask, **kwargs)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    for bias in (None, torch.randn(1, H, T, S, dtype=torch.float64)):
+        fused_attention(*qkv(), masks()["some"], bias)
+    assert given[0].any(dim=-1).all() and given[1].isfinite().any(dim=-1).all()
+
+
 def test_the_switch_chooses_the_implementation(monkeypatch):
     called = []
     monkeypatch.setattr(transformer, "attention", lambda *a: called.append("hand"))
