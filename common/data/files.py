@@ -213,7 +213,7 @@ class Files:
     Raises ValueError in one line for a file that cannot be read, for too many refused records, and
     for fewer than 20 usable ones.
     """
-    zero_shot, classes, all_classes, templates = None, (), (), ()      # captions name no classes
+    zero_shot, classes, all_classes, templates, tasks = None, (), (), (), ()     # captions alone
 
     def __init__(self, kind, where, *, image_size, images=None, skip=0.05, shuffle=10_000):
         if not 0 <= skip < 1:
