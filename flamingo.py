@@ -22,7 +22,8 @@ Differs from the paper
 - Text attends to the next image in half of the pages (paper, A.3.2). The paper draws which image
   each text attends to; we put the <image> token behind its text, which is the same mask.
 - Text before the first image is not learned (OpenFlamingo's rule).
-- The loss of a data set is the mean over its tokens (paper, 2.4: a sum over tokens).
+- The loss of a data set is the mean over its tokens (paper, 2.4: a sum), and the learning rate falls
+  in a cosine (paper: constant). Images are not augmented.
 """
 from dataclasses import dataclass, replace
 
@@ -228,10 +229,8 @@ class Flamingo(nn.Module):
         self.lm = LanguageModel(c.language)
         self.lm.add_tokens((IMAGE, EOC))             # learned rows over the frozen table
         width = self.vision.width
-        if c.resampler == "mlp":
-            self.resampler = MLPResampler(width=width, max_frames=c.max_frames, act=act)
-        else:
-            self.resampler = Resampler(
+        self.resampler = MLPResampler(width=width, max_frames=c.max_frames, act=act) \
+            if c.resampler == "mlp" else Resampler(
                 width=width, num_latents=c.num_latents, layers=c.resampler_layers, act=act,
                 max_frames=c.max_frames, heads=c.resampler_heads, head_width=c.resampler_head_width)
         self.gated = nn.ModuleList(                  # one for each block of the LM, or None
@@ -376,14 +375,13 @@ def data_sources(world, tokenizer, config):
     """
     if not world.tasks:                  # captions are all there is
         return [DataSource(world, InterleavedCollator(tokenizer, config, render_page))]
-    pages = [("pages", 2, 1.0, {"document": 3, "album": 1}),
-             ("labels", 3, 2.0, {"names": 2, "episode": 1}),
-             ("glossaries", 5, 1.0, {"glossary": 1})]
-    pairs = [("pictures", 9, 2.5, {"caption": 1, "question": 2}), ("clips", 1, 1.0, {"clip": 1})]
-    return [DataSource(world, InterleavedCollator(
-                tokenizer, config, render_page, config.p_next_image if name == "pages" else 0.0),
-                share, weight, kinds)
-            for name, share, weight, kinds in (pages if config.interleaved else []) + pairs]
+    def source(share, weight, kinds, p_next_image=0.0):
+        collate = InterleavedCollator(tokenizer, config, render_page, p_next_image)
+        return DataSource(world, collate, share, weight, kinds)
+    pages = [source(2, 1.0, {"document": 3, "album": 1}, config.p_next_image),
+             source(3, 2.0, {"names": 2, "episode": 1}), source(5, 1.0, {"glossary": 1})]
+    return (pages if config.interleaved else []) + [
+        source(9, 2.5, {"caption": 1, "question": 2}), source(1, 1.0, {"clip": 1})]
 
 
 # ------------------------------------------------------------------ presets and recipes
