@@ -6,7 +6,6 @@ Every model here is composed of these pieces; `vit_block`, `gpt2_block`, `opt_bl
 Letters: B batch, T query length, S key length, D width, H heads, K head width.
 Masks are boolean, True = may attend, broadcastable to (B, H, T, S).
 """
-import math
 from functools import partial
 
 import torch
@@ -88,37 +87,6 @@ def rope_interleaved(x, rope):
     (cos, _), (_, sin) = (half.chunk(2, dim=-1) for half in rope)     # each (..., T, K/2)
     a, b = to_float32(x)[..., 0::2], to_float32(x)[..., 1::2]
     return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).to(x.dtype)
-
-
-class RelativeBias(nn.Module):
-    """T5's relative position bias: one learned number per head for each bucket of distances.
-
-    bidirectional: half the buckets are for keys after the query (encoders); else none (decoders).
-    """
-
-    def __init__(self, *, heads, buckets=32, max_distance=128, bidirectional=True):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(buckets, heads).normal_(std=0.02))
-        self.buckets, self.max_distance, self.bidirectional = buckets, max_distance, bidirectional
-
-    def bucket(self, distance):
-        """distance int64 = key position - query position -> bucket numbers of the same shape."""
-        buckets, side = self.buckets, torch.zeros_like(distance)
-        if self.bidirectional:
-            buckets //= 2
-            side, distance = (distance > 0) * buckets, distance.abs()
-        else:
-            distance = (-distance).clamp(min=0)
-        exact = buckets // 2             # one bucket per distance below this, then log-spaced ones
-        far = exact + (torch.log(distance.clamp(min=1).float() / exact)
-                       / math.log(self.max_distance / exact) * (buckets - exact)).long()
-        return side + torch.where(distance < exact, distance, far.clamp(max=buckets - 1))
-
-    def forward(self, T, S):
-        """The bias (1, H, T, S) of S keys and of queries at the last T of their positions."""
-        positions = torch.arange(S, device=self.weight.device)
-        distance = positions[None, :] - positions[S - T:, None]       # (T, S)
-        return self.weight[self.bucket(distance)].permute(2, 0, 1)[None]
 
 
 # ------------------------------------------------------------------ the attention layer

@@ -8,7 +8,8 @@ import torch
 
 from common.training import checkpoint
 from common.pretrained.bpe import BYTES
-from common.language import LanguageConfig, LanguageModel, from_pretrained, perplexity
+from common.language import LanguageConfig, LanguageModel, from_pretrained
+from common.training.lm import perplexity
 from common.training.lm import Pretraining
 from common.pretrained.language import Pieces, config_fields, read, read_model, translated
 from common.data.tokenizer import Tokenizer

@@ -9,11 +9,12 @@ from torch import nn
 
 from common import transformer
 from common.masks import causal, draw, padding
+from common.t5 import RelativeBias
 from common.transformer import (MLP, Attention, Block, GatedMLP, LayerNorm, LearnedPositions,
-                                RelativeBias, Transformer, attention, fused_attention, gelu,
-                                RMSNorm, bert_block, gelu_tanh, gpt2_block, llama_block, opt_block,
-                                quick_gelu, rope_half, rope_interleaved, rope_table, squared_relu,
-                                t5_block, vit_block)
+                                Transformer, attention, fused_attention, gelu, RMSNorm, bert_block,
+                                gelu_tanh, gpt2_block, llama_block, opt_block, quick_gelu,
+                                rope_half, rope_interleaved, rope_table, squared_relu, t5_block,
+                                vit_block)
 from tests.helpers import randomize
 
 B, H, T, S, K, V = 2, 3, 5, 7, 11, 13       # distinct primes: a transposed axis cannot pass

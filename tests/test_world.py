@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from common.data.shapes import Shapes, texts
+from common.data.shapes import texts
+from common.data.shapes.world import Shapes
 from common.data.shapes.interleaved import TASKS
 from common.data.shapes.scene import HELD_OUT, STYLES, restyled
 from common.data.shapes.words import phrase

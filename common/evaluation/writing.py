@@ -32,7 +32,7 @@ class Writer:
         logits[..., list(self.model.banned_ids)] = -torch.inf
         return logits
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def generate(self, records, max_new_tokens=24, batch_size=256, **options):
         """Write the last answer of each record -> a list of texts.
 
@@ -47,7 +47,7 @@ class Writer:
             texts += [self.tokenizer.decode(row).strip() for row in ids.tolist()]
         return texts
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def score_candidates(self, records, candidates, batch_size=256):
         """log p(candidate and its end | prompt), in nats -> a list of float tensors (C,).
 

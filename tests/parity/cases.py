@@ -12,8 +12,9 @@ from clip import CLIP, CLIPConfig
 from common.language import LanguageConfig, LanguageModel
 from common.masks import causal, padding
 from common.pretrained.language import config_fields, translated
-from common.transformer import (GatedMLP, MLP, RelativeBias, bert_block, gelu_tanh, gpt2_block,
-                                llama_block, opt_block, rope_table, t5_block)
+from common.t5 import RelativeBias
+from common.transformer import (GatedMLP, MLP, bert_block, gelu_tanh, gpt2_block, llama_block,
+                                opt_block, rope_table, t5_block)
 
 B, T, S = 3, 5, 7
 REAL = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]]).bool()       # padded right
