@@ -73,6 +73,9 @@ class TestSheet:
         assert (many[:, :3 * CELL] == few[:, :3 * CELL]).all()
         assert (many == (1, 99, 2)).all(-1).sum() == 4 * CELL ** 2
         alone = page([("asked", None, [(cell, name, None)])])
+        short = page([("asked", None, [(cell, "two words of three", None)])])
+        assert len(wrap(name, CELL)) > len(wrap("two words of three", CELL)) >= 2
+        assert len(alone) == len(short)                  # two lines below a picture, no more
         assert (alone[:, second] == 255).all() and (alone[-6:] == 255).all()
 
     def test_letters_of_other_scripts_do_not_break_it(self):

@@ -400,7 +400,7 @@ class TestOwnData:
         folder, _, missing = patchy
         said, lines = (folder / "reference.txt").read_text(), refusals(folder / "reference")
         assert [line["step"] for line in lines[:2]] == [0, 0] and len(lines) == 4
-        assert "line 41: not JSON" in lines[0]["reason"] and "empty caption" in lines[1]["reason"]
+        assert "line 41: not readable JSON" in lines[0]["reason"] and "empty caption" in lines[1]["reason"]
         assert {line["reason"].split("/")[-1] for line in lines[2:]} \
             == {f"{name}: no such picture" for name in missing}
         assert all(0 < line["step"] <= STEPS for line in lines[2:])

@@ -48,10 +48,10 @@ def open_image(source, name=None):
 
 def to_rgb(picture):
     """Any Pillow picture as RGB: upright, transparency over white, 16 bits scaled to 8."""
-    picture.load()                       # here, so that the next lines alone meet broken EXIF data
+    picture.load()                       # raises for a cut picture, before errors are ignored below
     try:
         picture = ImageOps.exif_transpose(picture)
-    except Exception:                    # the picture itself is whole
+    except Exception:                    # broken EXIF data around a whole picture
         pass
     if picture.mode.startswith("I;16") or picture.mode in ("I", "F"):
         values = np.nan_to_num(np.asarray(picture, dtype=np.float32))
