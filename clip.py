@@ -14,8 +14,8 @@ SigLIP's sigmoid loss as an option (Zhai et al., 2023).
 In place of runs/clip: a Hugging Face folder, or OpenAI's .pt file with its vocabulary beside it.
 
 Differs from the paper
-- Data: the shapes and emoji worlds or your files, not 400 million pairs. The presets tiny, small and
-  RN-tiny, their steps, learning rates and gradient clipping are ours.
+- Data: the shapes and emoji worlds or your files, not 400 million pairs. The presets tiny, small
+  and RN-tiny, their steps, learning rates and gradient clipping are ours.
 - Crops: a square of 0.9 to 1 of the largest square's area, from anywhere (paper: a random square of
   the resized image). The worlds' own pictures are not cropped.
 - The EOS token is found by its id, not as the largest id; published vocabularies give the same.
@@ -82,7 +82,7 @@ class CLIPConfig:
 # ------------------------------------------------------------------ the two encoders
 
 class TextTower(nn.Module):
-    """A causal transformer; the text feature is its output at the end-of-text token (paper, 2.4)."""
+    """A causal transformer; the text feature is its output at the EOS token (paper, 2.4)."""
 
     def __init__(self, *, vocab_size, context_length, width, blocks, eos_id):
         super().__init__()
@@ -332,7 +332,7 @@ def data_sources(world, tokenizer, config):
 # ------------------------------------------------------------------ using a trained model
 
 def from_pretrained(path, act=None):
-    """A retrieval.Retriever of a run folder, a Hugging Face folder, or OpenAI's or open_clip's file.
+    """A Retriever of a run folder, a Hugging Face folder, or OpenAI's or open_clip's file.
 
     act: "gelu" or "quick_gelu", for an open_clip file that does not say which. Raises ValueError in
     one line when it is none of them, damaged, or of another model.

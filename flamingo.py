@@ -22,8 +22,8 @@ Differs from the paper
 - Text attends to the next image in half of the pages (paper, A.3.2). The paper draws which image
   each text attends to; we put the <image> token behind its text, which is the same mask.
 - Text before the first image is not learned (OpenFlamingo's rule).
-- The loss of a data set is the mean over its tokens (paper, 2.4: a sum), and the learning rate falls
-  in a cosine (paper: constant). Images are not augmented.
+- The loss of a data set is the mean over its tokens (paper, 2.4: a sum), and the learning rate
+  falls in a cosine (paper: constant). Images are not augmented.
 """
 from dataclasses import dataclass, replace
 
@@ -71,7 +71,7 @@ class FlamingoConfig:
     gate_init: float = 0.0               # both gates at the start, before tanh
     attn_init_scale: float = 10.0        # of the cross-attention's output at the start
     only_latest_image: bool = True       # text attends to the latest image alone, not to all before
-    p_next_image: float = 0.5            # share of training pages whose text attends to the next one
+    p_next_image: float = 0.5            # share of training pages whose text attends to the next
     interleaved: bool = True             # train on pages with several images, too
 
     def __post_init__(self):
@@ -173,7 +173,7 @@ def add_frame_embed(features, frame_embed):
     """Add to every feature of frame t the learned vector t; within a frame there is no position.
 
     features (B, N, F, S, D), frame_embed (max_frames, D) or None. For a clip of another length the
-    table is interpolated linearly from its first to its last row (paper, B.1.2). An image is frame 0.
+    table is interpolated linearly from its first to its last row (B.1.2). An image is frame 0.
     """
     if frame_embed is None:
         return features
@@ -320,7 +320,7 @@ class Flamingo(nn.Module):
         """RICES (paper, A.2): for each query the records of support with the most similar images.
 
         queries: images or clips, lists of frames. Similarity: the cosine of the frozen encoder's
-        pooled features, of a clip their mean. The most similar record comes last, next to the query.
+        pooled features, of a clip their mean. The most similar record comes last.
         """
         collator = InterleavedCollator(None, self.config, render_page)
 

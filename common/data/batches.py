@@ -48,7 +48,7 @@ def open_world(spec, image_size, images=None, skip=0.05, shuffle=10_000):
 
 
 def read_dials(name, text):
-    """"objects=3,noise=0.1" -> {"objects": 3, "noise": 0.1}, by the types of the world's defaults."""
+    """"objects=3,noise=0.1" -> {"objects": 3, "noise": 0.1}, typed as the world's defaults."""
     signature = inspect.signature(WORLDS[name]).parameters
     kinds = {key: type(p.default) for key, p in signature.items() if key != "image_size"}
     values = {}
@@ -104,8 +104,8 @@ class Batches(torch.utils.data.Dataset):
     def __init__(self, sources, *, batch_size, seed=0, rank=0, world_size=1, accumulate=1):
         shares = sum(source.share for source in sources)
         if batch_size % (shares * world_size * accumulate):
-            raise ValueError(f"batch_size {batch_size} does not divide into {shares} shares of data "
-                             f"sets x {world_size} processes x {accumulate} micro-batches")
+            raise ValueError(f"batch_size {batch_size} does not divide into {shares} shares of "
+                             f"data sets x {world_size} processes x {accumulate} micro-batches")
         self.sources, self.seed, self.rank, self.world_size = sources, seed, rank, world_size
         self.accumulate, self.part = accumulate, batch_size // shares
         for source in sources:
@@ -170,7 +170,7 @@ class Batches(torch.utils.data.Dataset):
 
 
 def start_worker(worker):
-    """One thread; signals from the terminal go to the training process alone, which ends its workers.
+    """One thread; only the training process gets the terminal's signals and ends its workers.
 
     A worker is a copy of that process: with its signal handler it would outlive terminate().
     """

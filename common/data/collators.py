@@ -79,7 +79,7 @@ class InterleavedCollator:
         self.context_length, self.image_size = config.context_length, config.image_size
 
     def images(self, pages):
-        """pages: lists of turns -> uint8 (B, N, F, 3, H, W), N the most images of a page, at least 1.
+        """Lists of turns -> uint8 (B, N, F, 3, H, W), N the most images of a page, at least 1.
 
         Pages with fewer images are padded with black ones. Raises ValueError for images and clips
         of different numbers of frames.

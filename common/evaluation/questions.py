@@ -88,7 +88,7 @@ def visual_questions(writer, world, count):
 
 
 def retrieved_shots(writer, world, count, select_shots, shots=4):
-    """Questions after shots that are drawn at random, and after those that select_shots retrieves."""
+    """Questions after shots drawn at random, and after those that select_shots retrieves."""
     queries = draw_tasks(world, "question", count)
     support = draw_tasks(world, "question", 2 * count, "train", asks=1)
     rng = random.Random(0)
@@ -105,7 +105,7 @@ def retrieved_shots(writer, world, count, select_shots, shots=4):
 
 
 def clips(writer, world, count):
-    """Questions that the order of a clip's frames decides; with shuffled frames it must be chance."""
+    """Questions about the order of a clip's frames; with shuffled frames it must be chance."""
     def shuffled(number, record):
         turn = record["turns"][0]
         frames = random.Random(number).sample(turn["images"][0], len(turn["images"][0]))

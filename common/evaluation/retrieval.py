@@ -35,7 +35,7 @@ def zero_shot_classifier(model, ids, names, templates, chunk=256):
 # ------------------------------------------------------------------ figures
 
 def accuracy(scores, labels):
-    """The fraction of rows whose largest score is at the label: scores (N, C), labels int64 (N,)."""
+    """The fraction of rows with the largest score at the label: (N, C), labels int64 (N,)."""
     return (scores.argmax(dim=1) == labels).float().mean().item()
 
 
@@ -66,7 +66,7 @@ class Pool:
 
     def figures(self, draws=20000):
         """Recall at 1, 5, 10 in both directions; beside recall@1 that of a random guess."""
-        found = {"image_to_text": recalls(self.scores, lambda image, text: self.is_true(text, image)),
+        found = {"image_to_text": recalls(self.scores, lambda i, t: self.is_true(t, i)),
                  "text_to_image": recalls(self.scores.T, self.is_true)}
         figures = {f"{name}_recall@{k}": v for name, by_k in found.items() for k, v in by_k.items()}
         pairs = torch.randint(len(self.records), (draws, 2),
@@ -84,8 +84,8 @@ class Pool:
         rows += [("", images[i], [(None, self.texts[t], self.is_true(t, i))
                                   for t in self.scores[i].topk(answers).indices.tolist()])
                  for i in range(count, 2 * count)]
-        return sheet(f"Unseen {self.world.name}: a sentence, then the pictures found for it; below, "
-                     "a picture, then the sentences found for it.", rows)
+        return sheet(f"Unseen {self.world.name}: a sentence, then the pictures found for it; "
+                     "below, a picture, then the sentences found for it.", rows)
 
 
 def make_pool(model, data):
@@ -169,7 +169,7 @@ def main(description, from_pretrained):
         for index, cosine in best:
             print(f"{cosine:6.3f}  {paths[index]}")
         cells = [(pictures[i], f"{cosine:.2f} {paths[i].stem}", None) for i, cosine in best]
-        is_run = (Path(run) / "last.pt").exists()        # nothing is written beside published weights
+        is_run = (Path(run) / "last.pt").exists()    # nothing is written beside published ones
         out = Path(run if is_run else ".") / "search.png"
         sheet(f"the best of {len(paths)} pictures for: {text}",
               [("", None, cells[k:k + 6]) for k in range(0, len(cells), 6)]).save(out)

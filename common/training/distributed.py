@@ -57,7 +57,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        """grad (B * world, D), this process's loss by all rows -> (B, D), all losses by its rows."""
+        """grad (B * world, D) of this process's loss -> (B, D), its rows, of all losses."""
         grad = grad.clone(memory_format=torch.contiguous_format)     # autograd may still read it
         dist.all_reduce(grad)
         return grad.chunk(dist.get_world_size())[dist.get_rank()]

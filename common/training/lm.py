@@ -41,7 +41,7 @@ def perplexity(lm, ids, labels=None, rows=64):
 
 
 def unigram_perplexity(train_ids, ids, config):
-    """Perplexity of ids (N, T) under the token frequencies of train_ids, with one count added each."""
+    """Perplexity of ids (N, T) under the token frequencies of train_ids, plus one each."""
     counts = torch.ones(config.vocab_size, device=train_ids.device)
     labels = labels_of(train_ids, config)[:, 1:]
     counts += torch.bincount(labels[labels != -100], minlength=config.vocab_size)
@@ -50,14 +50,14 @@ def unigram_perplexity(train_ids, ids, config):
 
 
 class Pretraining(nn.Module):
-    """A language model in training. Its weights are named lm.*, as in every model that freezes one."""
+    """A language model in training; its weights are lm.*, as in models that freeze one."""
 
     def __init__(self, config):
         super().__init__()
         self.config, self.lm = config, LanguageModel(config)
 
     def forward(self, batch, gather=no_gather):
-        """{"ids", "labels": int64 (B, T), "label_count"} -> {"lm": mean of -log p(token | past)}."""
+        """{"ids", "labels": int64 (B, T), "label_count"} -> {"lm": mean -log p(token | past)}."""
         return {"lm": next_token_loss(self.lm(batch["ids"]), batch["labels"],
                                       batch.get("label_count"))}
 
@@ -96,7 +96,8 @@ class Pretraining(nn.Module):
     def samples(self, data, count=6, words=3):
         """An image for people: how the model continues the first tokens of unseen texts."""
         ids = self.texts(data)[:count, :1 + words]
-        new = self.lm.generate(ids, max_new_tokens=min(32, self.config.context_length - len(ids[0])))
+        room = self.config.context_length - ids.shape[1]
+        new = self.lm.generate(ids, max_new_tokens=min(32, room))
         decode = data.tokenizer.decode
         return sheet("Unseen texts: the first words, then what the model writes.",
                      [(decode(row.tolist()), None, [(None, decode(both.tolist()), None)])

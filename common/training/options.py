@@ -107,9 +107,12 @@ def run_command(description, *functions):
     values = vars(main.parse_args())
     function = values.pop("function")
     given = inspect.signature(function).parameters
-    positional = [values.pop(name) for name, p in given.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
-    several = [values.pop(name) for name, p in given.items() if p.kind is p.VAR_POSITIONAL]
-    return function(*positional, *sum(several, []), **values)
+    positional = []
+    for name, p in given.items():
+        if p.kind is not p.KEYWORD_ONLY:
+            value = values.pop(name)
+            positional += value if p.kind is p.VAR_POSITIONAL else [value]
+    return function(*positional, **values)
 
 
 def run_main(main):

@@ -185,8 +185,8 @@ def check(run, losses, refused):
     if not math.isfinite(run.loss):
         kept = "there is no checkpoint yet" if run.saved is None else \
             f"the checkpoint of step {run.saved} stays in {run.folder.path}"
-        raise ValueError(f"the loss or its gradient is {run.loss} at step {run.step}; {kept}; try a "
-                         "smaller --lr")
+        raise ValueError(f"the loss or its gradient is {run.loss} at step {run.step}; {kept}; try "
+                         "a smaller --lr")
 
 
 @contextlib.contextmanager
