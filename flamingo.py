@@ -129,6 +129,28 @@ class ResamplerLayer(nn.Module):
         return latents + self.mlp(self.mlp_norm(latents))
 
 
+class FrameEmbed(nn.Module):
+    """Adds to every feature of frame t the learned vector t; within a frame there is no position.
+
+    For a clip of another length the table is interpolated linearly from its first row to its last
+    (paper, B.1.2). An image is frame 0. max_frames=0: adds nothing.
+    """
+
+    def __init__(self, max_frames, width):
+        super().__init__()
+        self.weight = nn.Parameter(0.3 * torch.randn(max_frames, width)) if max_frames else None
+
+    def forward(self, features):
+        """features (B, N, F, S, D) -> (B, N, F, S, D)."""
+        table, frames = self.weight, features.shape[2]
+        if table is None:
+            return features
+        if frames > 1 and frames != len(table):
+            table = F.interpolate(table.T[None], size=frames, mode="linear", align_corners=True)
+            table = table[0].T                                        # (F, D)
+        return features + table[:frames, None].to(features.dtype)     # (F, 1, D)
+
+
 class Resampler(nn.Module):
     """The features of an image or clip, however many -> Q visual tokens (paper, 2.1 and A.1.1)."""
 
@@ -137,7 +159,7 @@ class Resampler(nn.Module):
         # std 0.02: with latents as large as the features, the outputs for different images are
         # almost equal at the start and stay so for long.
         self.latents = nn.Parameter(0.02 * torch.randn(num_latents, width))
-        self.frame_embed = nn.Parameter(0.3 * torch.randn(max_frames, width)) if max_frames else None
+        self.frames = FrameEmbed(max_frames, width)
         self.layers = nn.ModuleList(
             ResamplerLayer(width=width, heads=heads, head_width=head_width, act=act)
             for _ in range(layers))
@@ -146,8 +168,7 @@ class Resampler(nn.Module):
     def forward(self, features):
         """features float (B, N, F, S, D): N images or clips of F frames -> (B, N, Q, D)."""
         B, N = features.shape[:2]
-        media = add_frame_embed(features, self.frame_embed)
-        media = media.flatten(2, 3).flatten(0, 1)                     # (B*N, F*S, D)
+        media = self.frames(features).flatten(2, 3).flatten(0, 1)     # (B*N, F*S, D)
         latents = self.latents.to(media.dtype).expand(B * N, -1, -1)  # (B*N, Q, D)
         for layer in self.layers:
             latents = layer(latents, media)
@@ -159,29 +180,14 @@ class MLPResampler(nn.Module):
 
     def __init__(self, *, width, max_frames, act):
         super().__init__()
-        self.frame_embed = nn.Parameter(0.3 * torch.randn(max_frames, width)) if max_frames else None
+        self.frames = FrameEmbed(max_frames, width)
         self.mlp_norm, self.mlp = LayerNorm(width), MLP(width=width, act=act, bias=False)
         self.norm = LayerNorm(width)
 
     def forward(self, features):
         """features float (B, N, F, S, D) -> (B, N, F*S, D)."""
-        x = add_frame_embed(features, self.frame_embed).flatten(2, 3)
+        x = self.frames(features).flatten(2, 3)                       # (B, N, F*S, D)
         return self.norm(x + self.mlp(self.mlp_norm(x)))
-
-
-def add_frame_embed(features, frame_embed):
-    """Add to every feature of frame t the learned vector t; within a frame there is no position.
-
-    features (B, N, F, S, D), frame_embed (max_frames, D) or None. For a clip of another length the
-    table is interpolated linearly from its first to its last row (B.1.2). An image is frame 0.
-    """
-    if frame_embed is None:
-        return features
-    frames = features.shape[2]
-    if frames > 1 and frames != len(frame_embed):
-        frame_embed = F.interpolate(frame_embed.T[None], size=frames, mode="linear",
-                                    align_corners=True)[0].T          # (F, D)
-    return features + frame_embed[:frames, None].to(features.dtype)   # (F, 1, D)
 
 
 # ------------------------------------------------------------------ the gated block
@@ -326,8 +332,8 @@ class Flamingo(nn.Module):
 
         def features(clips):
             images = [collator.images([[{"images": [frames]}]])[0, 0] for frames in clips]
-            vectors = [self.vision.pooled(normalize_pixels(x.to(self.lm.new.rows.device))).mean(dim=0)
-                       for x in images]                               # (F, 3, H, W) -> (D,)
+            images = [normalize_pixels(x.to(self.lm.new.rows.device)) for x in images]
+            vectors = [self.vision.pooled(x).mean(dim=0) for x in images]        # (D,)
             return F.normalize(torch.stack(vectors), dim=-1)
         keys = features([record["turns"][0]["images"][0] for record in support])
         best = (features(queries) @ keys.T).topk(min(count, len(support)), dim=1).indices

@@ -61,8 +61,9 @@ def next_token_loss(logits, labels, label_count=None, label_smoothing=0.0):
     if label_count is None:
         label_count = (labels != -100).sum().clamp(min=1)
     with float32(logits):
-        return F.cross_entropy(to_float32(logits).flatten(0, 1), labels.flatten(),
-                               ignore_index=-100, label_smoothing=label_smoothing, reduction="sum") / label_count
+        loss = F.cross_entropy(to_float32(logits).flatten(0, 1), labels.flatten(),
+                               ignore_index=-100, label_smoothing=label_smoothing, reduction="sum")
+        return loss / label_count
 
 
 def count_labels(labels, gather=no_gather):
