@@ -11,16 +11,20 @@ import socket
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch._dynamo                      # noqa: F401  AdamW imports it; once for all forks
+from torch import nn
 
 import clip
 import train
 from common.data import batches
 from common.data.shapes.world import Shapes
+from common.losses import next_token_loss
 from common.training import checkpoint, options
+from common.training.optimizer import Recipe
 
 SIZES = ["vision_width=12", "vision_layers=1", "vision_heads=3", "text_width=10", "text_layers=1",
          "text_heads=2", "embed_dim=7"]
@@ -214,3 +218,49 @@ def assert_same_run(folder, reference):
     assert [(line["step"], line["loss"], line["lr"]) for line in log(folder)] \
         == [(line["step"], line["loss"], line["lr"]) for line in log(reference)]
     assert not list(folder.glob("*.part"))
+
+
+# The loop's own step, without a folder
+
+class Watch:
+    """An optimizer that keeps the gradients and changes nothing."""
+    param_groups = ()
+
+    def __init__(self, model):
+        self.model = model
+
+    def step(self):
+        self.seen = {name: p.grad.clone() for name, p in self.model.named_parameters()
+                     if p.grad is not None}
+
+    def zero_grad(self, set_to_none):
+        self.model.zero_grad(set_to_none)
+
+
+def step_gradients(model, batches, forward=None):
+    """{name: gradient, "loss": the loss} of one `train.update` over micro-batches."""
+    run = SimpleNamespace(model=model, optimizer=Watch(model), device=torch.device("cpu"),
+                          half=False, step=0,
+                          recipe=Recipe(steps=9, batch_size=1, lr=0.0, grad_clip=None))
+    loss = train.update(run, forward or model, [{"source": 0, "weight": 1.0} | b for b in batches])
+    return run.optimizer.seen | {"loss": loss}
+
+
+class Bigram(nn.Module):
+    """A toy that predicts each token from the last one; it keeps the batches that it is given."""
+
+    def __init__(self, vocab_size=7):
+        super().__init__()
+        self.table, self.seen = nn.Embedding(vocab_size, vocab_size), []
+
+    def forward(self, batch, gather):
+        self.seen.append(batch)
+        return {"lm": next_token_loss(self.table(batch["ids"]), batch["labels"],
+                                      batch.get("label_count"))}
+
+
+def ragged_rows(rows=6, length=5, vocab_size=7):
+    """ids int64 (rows, length); row i has labels for its first i + 1 tokens alone."""
+    ids = torch.randint(vocab_size, (rows, length), generator=torch.Generator().manual_seed(2))
+    counted = torch.arange(length) <= torch.arange(rows)[:, None]
+    return {"ids": ids, "labels": ids.where(counted, -100)}
