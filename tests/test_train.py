@@ -174,7 +174,7 @@ class TestStops:
     @pytest.mark.parametrize("number, flags, group", [
         (signal.SIGINT, [], False), (signal.SIGTERM, [], False),
         (signal.SIGINT, ["--workers", "1"], True), (signal.SIGTERM, ["--workers", "1"], True)])
-    def test_a_signal_saves_and_resume_goes_on_to_the_same_end(
+    def test_a_signal_saves_and_resume_ends_the_same(
             self, toy, reference, number, flags, group):
         name, trap = f"{number.name}{len(flags)}", functools.partial(at_step, 7, number, group)
         text = toy(name, *flags, trap=trap).end(128 + number)
