@@ -167,7 +167,8 @@ class TestCheckFields:
         self.check(width=1, share=0.25, kind="two", on=True)
 
     @pytest.mark.parametrize("changes, words", [
-        ({"width": 0}, "width=0: must be at least 1"), ({"skip": -1}, "skip=-1: must be at least 0"),
+        ({"width": 0}, "width=0: must be at least 1"),
+        ({"skip": -1}, "skip=-1: must be at least 0"),
         ({"share": 0.2}, "share=0.2: must be at least 0.25"), ({"share": math.nan}, "share=nan"),
         ({"kind": "three"}, "kind=three is not one of one, two")])
     def test_others_are_refused(self, changes, words):
@@ -207,7 +208,8 @@ class TestRunCommand:
         assert self.call(*argv.split()) == want
 
     @pytest.mark.parametrize("argv", ["runs/x one a.png", "runs/x two", "runs/x two w --count many",
-                                      "runs/x three --shot a", "runs/x two w --picture x", "runs/x four"])
+                                      "runs/x three --shot a", "runs/x two w --picture x",
+                                      "runs/x four"])
     def test_another_one_is_refused(self, argv):
         status, text = self.call(*argv.split())
         assert status == 2 and "error: " in text
@@ -350,7 +352,8 @@ class TestMistakes:
          "error: --from vision=x: x: no run here (no config.json); "
          "python train.py clip --data emoji --preset small --out x makes one"),
         (["--from", "nose=x"], "error: --from nose=x: write PART=RUN with one of vision, language"),
-        (["--from", "vision"], "error: --from vision=: write PART=RUN with one of vision, language"),
+        (["--from", "vision"],
+         "error: --from vision=: write PART=RUN with one of vision, language"),
         (["--set", "vision=x"], "error: --set vision=x: vision is the config of another run; "
                                 "--from vision=RUN names it")])
     def test_of_parts_are_told_before_anything_is_written(self, flags, words):
@@ -358,7 +361,8 @@ class TestMistakes:
         assert os.listdir() == []
 
     def test_a_part_of_another_model_is_told(self, run):
-        line = mistake(train.main, "flamingo", "--from", f"vision={run}", "--from", f"language={run}")
+        parts = ["--from", f"vision={run}", "--from", f"language={run}"]
+        line = mistake(train.main, "flamingo", *parts)
         assert line == f"error: {run}: a run of 'clip', not of 'common.training.lm'"
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has what is asked for")
