@@ -91,6 +91,9 @@ def build(name, options, settings, began):
                        options.skip, options.shuffle)
     tokenizer = tokenizer or world_tokenizer(world)
     ids = {"vocab_size": len(tokenizer), "eos_id": EOS, "pad_id": PAD}
+    for setting in settings:
+        if setting.partition("=")[0] in ids:
+            raise ValueError(f"--set {setting}: it belongs to the world's tokenizer")
     config = dataclasses.replace(config, **{k: v for k, v in ids.items() if hasattr(config, k)})
     recipe = find_recipe(stage.file.RECIPES, options.preset, options.data.partition(":")[0],
                          {key: getattr(options, key) for key in ("steps", "batch_size", "lr")})

@@ -1,6 +1,12 @@
-"""What several tests share: random parameters, toy language models, ragged prompts."""
+"""What several tests share: random parameters, toy language models, ragged prompts, own data."""
+import io
+import itertools
+import json
+import tarfile
+
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
 from common.language import LanguageConfig, LanguageModel
@@ -54,3 +60,59 @@ def chain(*follows, vocab_size=V):
     for a, b in follows:
         logits[a, b] = 9.0
     return Table(logits)
+
+
+# The user's own data
+
+def colour(number):
+    """The colour of picture number so and so."""
+    return (5 * number % 256, 90, 200 - number % 190)
+
+
+def picture(number):
+    """The bytes of a PNG."""
+    out = io.BytesIO()
+    Image.new("RGB", (9, 11), colour(number)).save(out, "PNG")
+    return out.getvalue()
+
+
+def shard(path, members, form=tarfile.PAX_FORMAT):
+    """A tar of (name, bytes or a type of member)."""
+    with tarfile.open(path, "w", format=form) as archive:
+        for name, data in members:
+            member = tarfile.TarInfo(name)
+            if isinstance(data, bytes) and len(data) > 1:
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+            else:
+                member.type, member.linkname = data, "/etc/passwd"
+                archive.addfile(member)
+
+
+def shards(folder, sizes, start=0):
+    """Shards of records numbered through from `start`, named 00.tar, 01.tar."""
+    folder.mkdir(exist_ok=True)
+    numbers = itertools.count(start)
+    for place, size in enumerate(sizes):
+        members = [(f"{number:05d}.{suffix}", data) for number in itertools.islice(numbers, size)
+                   for suffix, data in (("jpg", picture(number)),
+                                        ("txt", f"number {number}".encode()))]
+        shard(folder / f"{place:02d}.tar", members)
+    return f"tar:{folder}/*.tar"
+
+
+def listed(folder, count, bad=()):
+    """A JSON lines file of `count` pictures in a folder, of which some are missing."""
+    folder.mkdir(exist_ok=True)
+    lines = []
+    for number in range(count):
+        if number not in bad:
+            (folder / f"{number}.png").write_bytes(picture(number))
+        lines.append(json.dumps({"image": f"{number}.png", "text": f"number {number}"}))
+    (folder / "data.jsonl").write_text("\n".join(lines) + "\n")
+    return f"jsonl:{folder}/data.jsonl"
+
+
+def names(world, split):
+    """The names of the pictures of a split of `Files`."""
+    return [world.blank(split, index)["source"]["source"] for index in range(world.size(split))]

@@ -2,22 +2,25 @@
 import copy
 import json
 import math
-from dataclasses import asdict, replace
+from dataclasses import FrozenInstanceError, asdict, replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-import train
-from clip import CLIP, PRESETS, CLIPConfig, Trained
+from clip import CLIP, PRESETS, RECIPES, CLIPConfig
 from common.data.batches import EvalData, world_tokenizer
 from common.data.collators import ImageTextBatch
+from common.data.images import normalize_pixels
 from common.data.shapes.world import Shapes
+from common.evaluation.retrieval import Retriever, zero_shot_classifier
+from common.training.optimizer import find_recipe, freeze
 
 EOS = 5                                     # not the largest id: pooling must go by id
 CONFIG = CLIPConfig(image_size=15, patch_size=5, vision_width=12, vision_layers=2, vision_heads=3,
-                    text_width=14, text_layers=3, text_heads=2, context_length=11, vocab_size=29, eos_id=EOS, embed_dim=7)
+                    text_width=14, text_layers=3, text_heads=2, context_length=11, vocab_size=29,
+                    eos_id=EOS, embed_dim=7)
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +53,20 @@ def pictures(rows=3):
     return torch.randn(rows, 3, 15, 15).double()
 
 
+def features(model, batch):
+    return model.encode_image(normalize_pixels(batch["images"])), model.encode_text(batch["ids"])
+
+
+def parts_of(whole, sizes):
+    return [{k: v.split(sizes)[i] for k, v in whole.items()} for i in range(len(sizes))]
+
+
+def accumulated(model, parts):
+    """The losses of micro-batches, as train.update computes them."""
+    return [model({**part, "feature_gradients": share})["contrastive"]
+            for part, share in zip(parts, model.cache_features(parts))]
+
+
 class TestSizes:
     @pytest.mark.parametrize("name, count", [
         ("ViT-B/32", 151_277_313), ("ViT-B/16", 149_620_737), ("ViT-L/14", 427_616_513),
@@ -72,13 +89,18 @@ class TestSizes:
                 assert c.text_width == 64 * c.text_heads
             else:
                 continue
-            assert (c.act, c.context_length, c.vocab_size, c.eos_id) == ("quick_gelu", 77, 49408, 49407)
+            assert (c.act, c.context_length, c.vocab_size, c.eos_id) \
+                == ("quick_gelu", 77, 49408, 49407)
 
     def test_an_unknown_loss_or_activation_is_told(self):
         with pytest.raises(ValueError, match="loss=cosine is not one of softmax, sigmoid"):
             CLIPConfig(loss="cosine")
         with pytest.raises(ValueError, match="act=tanh is not one of"):
             CLIPConfig(act="tanh")
+
+    def test_presets_cannot_be_changed(self):
+        with pytest.raises(FrozenInstanceError):
+            PRESETS["tiny"].embed_dim = 3
 
 
 class TestTowers:
@@ -129,7 +151,8 @@ class TestTextTower:
         model, ids = make(), texts(1)
         assert ids.max() > EOS
         state = model.text.transformer(
-            model.text.token_embed(ids) + model.text.pos_embed[:6], mask=torch.ones(6, 6).tril().bool())
+            model.text.token_embed(ids) + model.text.pos_embed[:6],
+            mask=torch.ones(6, 6).tril().bool())
         torch.testing.assert_close(model.text(ids), state[:, -1])
 
     def test_rows_end_where_each_of_them_ends(self):
@@ -148,9 +171,7 @@ class TestTextTower:
         same = (states[0] == states[1]).all(-1)[0]
         assert same.tolist() == [True] * 4 + [False] * 4
 
-    def test_a_text_without_end_and_one_too_long_are_told(self):
-        with pytest.raises(ValueError, match="a text without the end-of-text id 5"):
-            make().text(torch.full((2, 4), 9))
+    def test_a_text_that_is_too_long_is_told(self):
         with pytest.raises(ValueError, match="12 tokens, but the context is 11"):
             make().text(texts(1, 12))
 
@@ -158,8 +179,7 @@ class TestTextTower:
         model, ids = make(), texts()
         hidden = []
         model.text.transformer.norm.register_forward_hook(lambda m, i, out: hidden.append(out))
-        want = F.normalize(model.encode_text(ids).new_tensor(0) + model.text(ids)
-                           @ model.text_projection.weight.T, dim=-1)
+        want = F.normalize(model.text(ids) @ model.text_projection.weight.T, dim=-1)
         torch.testing.assert_close(model.encode_text(ids), want)
         torch.testing.assert_close(model.text(ids), hidden[-1])
 
@@ -181,15 +201,17 @@ class TestScale:
         model.logit_scale.data.fill_(log_scale)
         image, text = F.normalize(torch.randn(2, 4, 7).double(), dim=-1)
         logits = multiplier * image @ text.T
-        want = (F.cross_entropy(logits, torch.arange(4)) + F.cross_entropy(logits.T, torch.arange(4))) / 2
-        torch.testing.assert_close(model.loss(image, text, model.scalars()), want, atol=1e-5, rtol=1e-5)
+        want = sum(F.cross_entropy(rows, torch.arange(4)) for rows in (logits, logits.T)) / 2
+        found = model.loss(image, text, model.scalars())
+        torch.testing.assert_close(found, want, atol=1e-5, rtol=1e-5)
 
-    def test_it_is_clamped_at_100_after_a_step(self):
-        model = make()
-        for value, want in ((9.0, math.log(100)), (4.0, 4.0)):
-            model.logit_scale.data.fill_(value)
-            model.after_step(0)
-            assert model.logit_scale.item() == pytest.approx(want)
+    @pytest.mark.parametrize("loss, value, want", [
+        ("softmax", 9.0, math.log(100)), ("softmax", 4.0, 4.0), ("sigmoid", 9.0, 9.0)])
+    def test_softmax_alone_clamps_it_at_100_after_a_step(self, loss, value, want):
+        model = make(loss=loss)
+        model.logit_scale.data.fill_(value)
+        model.after_step(0)
+        assert model.logit_scale.item() == pytest.approx(want)
 
     def test_the_first_loss_is_near_log_of_the_batch(self):
         model = CLIP(replace(PRESETS["tiny"], vocab_size=29, eos_id=EOS))
@@ -214,8 +236,10 @@ class TestInitialisation:
         for tensor, std in ((model.text.token_embed.weight, 0.02), (model.text.pos_embed, 0.01),
                             (model.text_projection.weight, 128 ** -0.5),
                             (model.image_projection.weight, 192 ** -0.5),
-                            (block.attn.q_proj.weight, 128 ** -0.5), (block.attn.v_proj.weight, 128 ** -0.5),
-                            (block.attn.out_proj.weight, residual), (block.mlp.fc1.weight, 256 ** -0.5),
+                            (block.attn.q_proj.weight, 128 ** -0.5),
+                            (block.attn.v_proj.weight, 128 ** -0.5),
+                            (block.attn.out_proj.weight, residual),
+                            (block.mlp.fc1.weight, 256 ** -0.5),
                             (block.mlp.fc2.weight, residual), (model.vision.pos_embed, 192 ** -0.5),
                             (eye.attn.k_proj.weight, (2 / (4 * 192)) ** 0.5),
                             (eye.attn.out_proj.weight, (3 * 192) ** -0.5),
@@ -234,17 +258,12 @@ def gradients(model, losses):
 
 
 @pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
-class TestAccumulation:
-    def parts(self, whole, sizes):
-        return [{k: v.split(sizes)[i] for k, v in whole.items()} for i in range(len(sizes))]
-
+class TestCacheFeatures:
     @pytest.mark.parametrize("sizes", [[2, 2, 3], [7], [1] * 7])
     def test_micro_batches_give_the_gradients_of_the_whole_batch(self, loss, sizes):
         model, whole = make(loss=loss), batch(7)
         want = gradients(model, [model(whole)["contrastive"]])
-        parts = self.parts(whole, sizes)
-        losses = [model(part, cached=cached)["contrastive"]
-                  for part, cached in zip(parts, model.accumulate(parts))]
+        losses = accumulated(model, parts_of(whole, sizes))
         got = gradients(model, losses)
         for name in want:                   # logit_scale and logit_bias among them
             torch.testing.assert_close(got[name], want[name], atol=1e-10, rtol=1e-8, msg=name)
@@ -253,13 +272,13 @@ class TestAccumulation:
     def test_averaging_micro_batch_losses_is_something_else(self, loss):
         model, whole = make(loss=loss), batch(6)
         want = gradients(model, [model(whole)["contrastive"]])
-        got = gradients(model, [model(p)["contrastive"] / 3 for p in self.parts(whole, [2, 2, 2])])
+        got = gradients(model, [model(p)["contrastive"] / 3 for p in parts_of(whole, [2, 2, 2])])
         name = "image_projection.weight"
         assert (got[name] - want[name]).norm() > 0.05 * want[name].norm()
 
     def test_no_graph_is_kept_between_the_passes(self, loss):
-        cached = make(loss=loss).accumulate(self.parts(batch(4), [2, 2]))[0]
-        assert not cached.whole.requires_grad and not cached.by_image.requires_grad
+        share = make(loss=loss).cache_features(parts_of(batch(4), [2, 2]))[0]
+        assert not share.whole_loss.requires_grad and not share.image.requires_grad
 
 
 class TestZeroShot:
@@ -278,16 +297,39 @@ class TestZeroShot:
     def test_each_name_gets_its_own_column(self):
         names, templates = ["ant", "bee"], ["{}", "a {}", "the {}"]
         toy, ids = self.toy(names, templates)
-        columns = toy.classifier(ids, names, templates)
+        columns = zero_shot_classifier(toy, ids, names, templates)
         assert columns.shape == (5, 2)
         assert (torch.eye(5)[:2] @ columns).argmax(1).tolist() == [0, 1]
 
     def test_templates_are_averaged_as_unit_vectors_and_normalised_again(self):
         names, templates = ["ant", "bee"], ["{}", "a {}", "the {}"]
         toy, ids = self.toy(names, templates)
-        want = [F.normalize(torch.stack([F.normalize(ids([t.format(n)])[0], dim=0) for t in templates])
-                            .mean(0), dim=0) for n in names]
-        torch.testing.assert_close(toy.classifier(ids, names, templates), torch.stack(want, dim=1))
+        rows = [[F.normalize(ids([t.format(n)])[0], dim=0) for t in templates] for n in names]
+        want = [F.normalize(torch.stack(row).mean(dim=0), dim=0) for row in rows]
+        found = zero_shot_classifier(toy, ids, names, templates)
+        torch.testing.assert_close(found, torch.stack(want, dim=1))
+
+    def test_chunks_change_nothing(self):
+        names, templates = ["ant", "bee", "cow"], ["{}", "a {}", "the {}", "my {}"]
+        toy, ids = self.toy(names, templates)
+        whole = zero_shot_classifier(toy, ids, names, templates)
+        for chunk in (1, 5, 12):                    # 5 of 12 texts end within a name
+            found = zero_shot_classifier(toy, ids, names, templates, chunk)
+            torch.testing.assert_close(found, whole)
+
+    def test_probabilities_are_a_softmax_over_the_classes(self):
+        model = make()
+        image, classifier = F.normalize(torch.randn(2, 7).double(), dim=-1), torch.eye(7).double()
+        want = (image * model.logit_scale.exp()).softmax(dim=1)
+        torch.testing.assert_close(model.class_probabilities(image, classifier), want)
+
+    def test_siglips_are_those_of_each_pair_with_the_bias(self):
+        model = make(loss="sigmoid")
+        image, classifier = F.normalize(torch.randn(2, 7).double(), dim=-1), torch.eye(7).double()
+        want = 1 / (1 + (1.5 - 10 * image).exp())   # the scale starts at 10, `make` sets the bias
+        found = model.class_probabilities(image, classifier)
+        torch.testing.assert_close(found, want, atol=1e-5, rtol=0)
+        assert not torch.allclose(found.sum(dim=1), torch.ones(2).double())
 
 
 RESNET = dict(image_size=64, stages=(1, 1, 2, 1), vision_width=4, vision_heads=2)
@@ -337,24 +379,23 @@ class TestResNet:
     @pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
     def test_accumulation_is_exact_for_pictures_normalised_in_micro_batches(self, loss):
         model, whole = make(loss=loss, **RESNET), squares(7)
-        parts = [{k: v.split([2, 3, 2])[i] for k, v in whole.items()} for i in range(3)]
-        image, text = (torch.cat(side) for side in zip(*map(model.features, parts)))
+        parts = parts_of(whole, [2, 3, 2])
+        image, text = (torch.cat(side) for side in zip(*(features(model, p) for p in parts)))
         want = gradients(model, [model.loss(image, text, model.scalars())])
-        got = gradients(model, [model(part, cached=cached)["contrastive"]
-                                for part, cached in zip(parts, model.accumulate(parts))])
+        got = gradients(model, accumulated(model, parts))
         for name in want:
             torch.testing.assert_close(got[name], want[name], atol=1e-9, rtol=1e-7, msg=name)
 
     def test_accumulation_moves_the_running_statistics_once(self):
         model, whole = make(**RESNET), squares(6)
-        parts = [{k: v.split(2)[i] for k, v in whole.items()} for i in range(3)]
+        parts = parts_of(whole, [2, 2, 2])
         before = statistics(model)
         once = copy.deepcopy(model)
-        cached = model.accumulate(parts)
+        model.cache_features(parts)
         assert all(torch.equal(b, before[name]) for name, b in statistics(model).items())
-        for part, share in zip(parts, cached):
-            model(part, cached=share)
-            once.features(part)
+        accumulated(model, parts)
+        for part in parts:
+            features(once, part)
         for name, buffer in statistics(once).items():
             torch.testing.assert_close(statistics(model)[name], buffer, msg=name)
             assert not torch.equal(buffer, before[name]), name
@@ -362,7 +403,7 @@ class TestResNet:
     def moved(self, *patterns):
         """The top of the names of statistics that a step moves when these patterns train."""
         model = make(**RESNET)
-        train.freeze(model, patterns)
+        freeze(model, patterns)
         before = statistics(model)
         model(squares())["contrastive"].backward()
         return {name.split(".")[1] for name, b in statistics(model).items()
@@ -374,20 +415,10 @@ class TestResNet:
         assert self.moved("vision.pool.*") == set()
         assert self.moved("vision.layer4.*", "vision.pool.*") == {"layer4"}
 
-    def test_batch_norms_gains_are_not_decayed_and_convolutions_are(self):
-        model = CLIP(replace(CONFIG, **RESNET))
-        decayed, plain = ({id(p) for p in group["params"]}
-                          for group in train.parameter_groups(model, 0.2))
-        norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-        convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
-        assert len(norms) == len(convolutions) == 3 + 5 * 3 + 4
-        assert {id(p) for m in norms for p in (m.weight, m.bias)} <= plain
-        assert {id(m.weight) for m in convolutions} <= decayed
-
     def test_under_bf16_features_are_unit_vectors_in_float32(self):
         model, given = CLIP(replace(CONFIG, **RESNET)), squares()
         with torch.autocast("cpu", torch.bfloat16):
-            image, text = model.features(given)
+            image, text = features(model, given)
             loss = model(given)["contrastive"]
         loss.backward()
         assert image.dtype == text.dtype == torch.float32
@@ -399,12 +430,25 @@ class TestResNet:
         again = CLIPConfig(**json.loads(json.dumps(asdict(config))))
         assert again == config and again.stages == (1, 1, 2, 1)
 
-    @pytest.mark.parametrize("name", ["RN50", "RN50x64", "RN-tiny"])
-    def test_it_is_optimised_with_the_papers_numbers_for_resnets(self, name):
-        recipes = train.STAGES["clip"].recipes
-        assert (recipes[name].betas, recipes[name].eps) == ((0.9, 0.999), 1e-8)
-        assert (recipes[""].betas, recipes[""].eps) == ((0.9, 0.98), 1e-6)
-        assert name == "RN-tiny" or recipes[name].steps == recipes[""].steps
+
+class TestRecipes:
+    @pytest.mark.parametrize("name, lr", [
+        ("ViT-B/32", 5e-4), ("ViT-B/16", 5e-4), ("ViT-L/14", 4e-4), ("ViT-L/14@336", 2e-5),
+        ("RN50", 5e-4), ("RN101", 5e-4), ("RN50x4", 5e-4), ("RN50x16", 4e-4), ("RN50x64", 3.6e-4)])
+    def test_the_papers_numbers(self, name, lr):
+        recipe = find_recipe(RECIPES, name, "shapes", {})
+        assert recipe.lr == lr and recipe.grad_clip is None
+        assert (recipe.batch_size, recipe.weight_decay, recipe.warmup) == (32768, 0.2, 2000)
+        assert (recipe.betas, recipe.eps) == (((0.9, 0.999), 1e-8) if name.startswith("RN")
+                                              else ((0.9, 0.98), 1e-6))
+        epochs = recipe.steps * recipe.batch_size / 400e6
+        assert epochs == pytest.approx(1 if name.endswith("@336") else 32, rel=0.01)
+
+    def test_our_own_presets_clip_the_gradient(self):
+        for name in ("tiny", "small", "RN-tiny"):
+            assert find_recipe(RECIPES, name, "shapes", {}).grad_clip == 1.0
+        assert (RECIPES["RN-tiny"].betas, RECIPES["RN-tiny"].eps) == ((0.9, 0.999), 1e-8)
+        assert find_recipe(RECIPES, "tiny", "emoji", {}).weight_decay == 2.0
 
 
 @pytest.fixture(scope="module")
@@ -413,7 +457,7 @@ def trained():
     world = Shapes(image_size=15)
     tokenizer = world_tokenizer(world)
     model = CLIP(replace(CONFIG, vocab_size=len(tokenizer), eos_id=2)).eval()
-    return world, Trained(model, tokenizer)
+    return world, Retriever(model, tokenizer)
 
 
 class TestUse:
@@ -441,7 +485,7 @@ class TestUse:
     def test_search_returns_the_highest_cosines_in_order(self, trained):
         world, use = trained
         found = [world.record("test", i)["images"][0] for i in range(9)]
-        cosines = use.images(found) @ use.model.encode_text(use.ids(["a red circle"]))[0]
+        cosines = use.encode_images(found) @ use.model.encode_text(use.ids(["a red circle"]))[0]
         best = use.search("a red circle", found, count=4)
         assert [i for i, _ in best] == cosines.argsort(descending=True)[:4].tolist()
         assert best[0][1] == pytest.approx(cosines.max().item())

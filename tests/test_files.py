@@ -1,6 +1,5 @@
 """The user's own data: each format by a tiny example, the splits, the order, what is refused."""
 import csv
-import io
 import itertools
 import json
 import os
@@ -16,6 +15,7 @@ from common.data.batches import Batches, open_world, world_tokenizer
 from common.data.files import shards as tar_files
 from common.data.files import FORMATS, Files, Refusals, all_records, make_splits, usable_text
 from tests.fuzz import limit, one_line
+from tests.helpers import colour, listed, names, picture, shard, shards
 
 SIDE = 7
 
@@ -24,57 +24,6 @@ def found(kind, path):
     """(records, refusals) of a generator."""
     refused = []
     return list(FORMATS[kind](str(path), refused.append)), refused
-
-
-def colour(number):
-    return (5 * number % 256, 90, 200 - number % 190)
-
-
-def picture(number):
-    out = io.BytesIO()
-    Image.new("RGB", (9, 11), colour(number)).save(out, "PNG")
-    return out.getvalue()
-
-
-def shard(path, members, form=tarfile.PAX_FORMAT):
-    """A tar of (name, bytes or a type of member)."""
-    with tarfile.open(path, "w", format=form) as archive:
-        for name, data in members:
-            member = tarfile.TarInfo(name)
-            if isinstance(data, bytes) and len(data) > 1:
-                member.size = len(data)
-                archive.addfile(member, io.BytesIO(data))
-            else:
-                member.type, member.linkname = data, "/etc/passwd"
-                archive.addfile(member)
-
-
-def shards(folder, sizes, start=0):
-    """Shards of records numbered through from `start`, named 00.tar, 01.tar."""
-    folder.mkdir(exist_ok=True)
-    numbers = itertools.count(start)
-    for place, size in enumerate(sizes):
-        members = [(f"{number:05d}.{suffix}", data) for number in itertools.islice(numbers, size)
-                   for suffix, data in (("jpg", picture(number)),
-                                        ("txt", f"number {number}".encode()))]
-        shard(folder / f"{place:02d}.tar", members)
-    return f"tar:{folder}/*.tar"
-
-
-def listed(folder, count, bad=()):
-    """A JSON lines file of `count` pictures in a folder, of which some are missing."""
-    folder.mkdir(exist_ok=True)
-    lines = []
-    for number in range(count):
-        if number not in bad:
-            (folder / f"{number}.png").write_bytes(picture(number))
-        lines.append(json.dumps({"image": f"{number}.png", "text": f"number {number}"}))
-    (folder / "data.jsonl").write_text("\n".join(lines) + "\n")
-    return f"jsonl:{folder}/data.jsonl"
-
-
-def names(world, split):
-    return [world.blank(split, index)["source"]["source"] for index in range(world.size(split))]
 
 
 class TestCoco:

@@ -23,7 +23,7 @@ import train
 from common.data.batches import Batches, open_world, world_tokenizer
 from common.data.images import open_image
 from tests.fuzz import limit
-from tests.test_train import SIZES, Command
+from tests.runs import SIZES, Command
 
 WORDS = "a red green blue large small dog cat runs sits on the grass hill".split()
 NASTY = [None, True, -1, 1.5, 2 ** 63, 10 ** 30, "", " \t\n", "x", "../x.png", "/etc/passwd",

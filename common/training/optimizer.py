@@ -62,7 +62,8 @@ def eval_frozen(model):
     for module in model.modules():
         parameters = list(module.parameters())
         if parameters and not any(p.requires_grad for p in parameters):
-            module.training = False
+            for part in module.modules():        # a dropout in it has no parameter of its own
+                part.training = False
     return model
 
 

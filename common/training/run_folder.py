@@ -60,7 +60,7 @@ class RunFolder:
 
     def check_same(self, described, without=None):
         """Raise ValueError when the run in the folder differs in a part of config.json."""
-        before = self.described() or {}
+        before = read_json(self.path / "config.json")
         for part, now in described.items():
             old = before.get(part)
             if part != without and old != now:

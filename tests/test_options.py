@@ -1,8 +1,9 @@
-"""The command lines: what they offer, what they do, and mistakes told in one line."""
+"""Command lines: what they offer, what they do, and mistakes in one line."""
 import contextlib
 import dataclasses
 import io
 import json
+import math
 import os
 import re
 import subprocess
@@ -16,9 +17,9 @@ from PIL import Image
 
 import clip
 import train
-from common.training import checkpoint, options as cli
 from common.data.safe_read import read_json
-from tests.test_train import SIZES, TOY
+from common.training import checkpoint, options
+from tests.runs import SIZES, TOY
 
 HERE = Path(train.__file__).parent
 
@@ -31,7 +32,7 @@ def command(main, *argv):
         patch.setenv("COLUMNS", "100")
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), \
                 pytest.raises(SystemExit) as caught:
-            cli.run(main)
+            options.run_main(main)
     return caught.value.code or 0, out.getvalue(), err.getvalue()
 
 
@@ -78,24 +79,30 @@ def pictures(tmp_path_factory):
 class TestOptions:
     @dataclass
     class Made:
-        words: str = cli.option("some", "words")
-        count: int | None = cli.option(None, "a number")
-        share: float = cli.option(0.5, "a share")
-        kind: str = cli.option("one", "a kind", choices=("one", "two"))
-        switch: bool = cli.option(False, "a switch")
+        words: str = options.option("some", "words")
+        count: int | None = options.option(None, "a number")
+        share: float = options.option(0.5, "a share")
+        kind: str = options.option("one", "a kind", choices=("one", "two"))
+        switch: bool = options.option(False, "a switch")
+        parts: tuple = options.option((), "parts", flag="from", append=True, metavar="PART=RUN")
 
     def parse(self, *argv):
-        parser = cli.parser("about")
-        cli.add_options(parser, self.Made)
+        parser = options.parser("about")
+        options.add_options(parser, self.Made)
         return vars(parser.parse_args(argv))
 
     def test_every_field_is_a_flag_of_its_own_type(self):
         assert self.parse() == {"words": "some", "count": None, "share": 0.5, "kind": "one",
-                                "switch": False}
+                                "switch": False, "parts": []}
         given = self.parse("--words", "7", "--count", "7", "--share", "7", "--kind", "two",
-                           "--switch")
-        assert given == {"words": "7", "count": 7, "share": 7.0, "kind": "two", "switch": True}
-        assert [type(v) for v in given.values()] == [str, int, float, str, bool]
+                           "--switch", "--from", "a=b")
+        assert given == {"words": "7", "count": 7, "share": 7.0, "kind": "two", "switch": True,
+                         "parts": ["a=b"]}
+        assert [type(v) for v in given.values()] == [str, int, float, str, bool, list]
+
+    def test_a_list_grows_and_no_call_leaves_anything_behind(self):
+        assert self.parse("--from", "a=1", "--from", "b=2")["parts"] == ["a=1", "b=2"]
+        assert self.parse()["parts"] == []
 
     def test_a_switch_takes_no_value_and_can_be_turned_off(self):
         assert self.parse("--switch", "--no-switch")["switch"] is False
@@ -110,7 +117,7 @@ class TestOptions:
             self.parse(*wrong)
 
 
-class TestChanged:
+class TestWithSettings:
     @dataclass
     class Config:
         width: int = 7
@@ -120,16 +127,16 @@ class TestChanged:
         stages: tuple[int, ...] = ()
 
     def test_values_are_read_as_the_fields_type(self):
-        made = cli.changed(self.Config(), ["width=11", "share=2", "name=a=b", "on=False"])
+        made = options.with_settings(self.Config(), ["width=11", "share=2", "name=a=b", "on=False"])
         assert dataclasses.astuple(made) == (11, 2.0, "a=b", False, ())
         assert type(made.share) is float and made.on is False
-        assert cli.changed(self.Config(), []) == self.Config()
-        assert cli.changed(self.Config(), ["width=2", "width=3"]).width == 3
+        assert options.with_settings(self.Config(), []) == self.Config()
+        assert options.with_settings(self.Config(), ["width=2", "width=3"]).width == 3
 
     @pytest.mark.parametrize("text, value", [("1,2,11,3", (1, 2, 11, 3)), ("7", (7,)), ("", ())])
     def test_a_row_of_numbers_is_written_with_commas(self, text, value):
-        assert cli.changed(self.Config(), [f"stages={text}"]).stages == value
-        assert cli.changed(self.Config(stages=(5, 5)), [f"stages={text}"]).stages == value
+        assert options.with_settings(self.Config(), [f"stages={text}"]).stages == value
+        assert options.with_settings(self.Config(stages=(5, 5)), [f"stages={text}"]).stages == value
 
     @pytest.mark.parametrize("setting, words", [
         ("width=wide", "width takes int, not 'wide'"), ("width=2.5", "width takes int"),
@@ -139,36 +146,118 @@ class TestChanged:
         ("width", "write key=value with one of width, share, name, on, stages")])
     def test_what_no_field_takes_is_refused(self, setting, words):
         with pytest.raises(ValueError, match=words):
-            cli.changed(self.Config(), [setting])
+            options.with_settings(self.Config(), [setting])
 
 
-class TestRun:
+class TestCheckFields:
+    @dataclass
+    class Config:
+        width: int = 7
+        skip: int = 0
+        share: float = 0.5
+        kind: str = "one"
+        on: bool = False
+
+    def check(self, **changes):
+        options.check_fields(self.Config(**changes), {"kind": ("one", "two")},
+                             {"skip": 0, "share": 0.25})
+
+    def test_fields_that_a_model_can_have_pass(self):
+        self.check()
+        self.check(width=1, share=0.25, kind="two", on=True)
+
+    @pytest.mark.parametrize("changes, words", [
+        ({"width": 0}, "width=0: must be at least 1"),
+        ({"skip": -1}, "skip=-1: must be at least 0"),
+        ({"share": 0.2}, "share=0.2: must be at least 0.25"), ({"share": math.nan}, "share=nan"),
+        ({"kind": "three"}, "kind=three is not one of one, two")])
+    def test_others_are_refused(self, changes, words):
+        with pytest.raises(ValueError, match=words):
+            self.check(**changes)
+
+
+class TestRunCommand:
+    def call(self, *argv):
+        """Be `python model.py ARGV` with three commands -> what was called."""
+        called = []
+
+        def one(run, picture, *names):
+            """about one"""
+            called.append(("one", run, picture, names))
+
+        def two(run, text, *, count=3, note=None):
+            """about two"""
+            called.append(("two", run, text, count, note))
+
+        def three(run, *, shot: ("PICTURE", "TEXT")):
+            """about three"""
+            called.append(("three", run, shot))
+
+        def main():
+            return options.run_command("about the model", one, two, three)
+        status, out, err = command(main, *argv)
+        return called[0] if called else (status, out + err)
+
+    @pytest.mark.parametrize("argv, want", [
+        ("runs/x one a.png red blue", ("one", "runs/x", "a.png", ("red", "blue"))),
+        ("runs/x two word", ("two", "runs/x", "word", 3, None)),
+        ("runs/x two word --count 5 --note 7", ("two", "runs/x", "word", 5, "7")),
+        ("runs/x three", ("three", "runs/x", [])),
+        ("runs/x three --shot a b --shot c d", ("three", "runs/x", [["a", "b"], ["c", "d"]]))])
+    def test_a_signature_is_a_command_line(self, argv, want):
+        assert self.call(*argv.split()) == want
+
+    @pytest.mark.parametrize("argv", ["runs/x one a.png", "runs/x two", "runs/x two w --count many",
+                                      "runs/x three --shot a", "runs/x two w --picture x",
+                                      "runs/x four"])
+    def test_another_one_is_refused(self, argv):
+        status, text = self.call(*argv.split())
+        assert status == 2 and "error: " in text
+
+    def test_docstrings_are_the_help(self):
+        status, text = self.call("--help")
+        assert status == 0
+        assert all(f"about {name}" in text for name in ("the model", "one", "two", "three"))
+        assert "about two" in self.call("x", "two", "--help")[1]
+
+
+class TestRunMain:
     @pytest.mark.parametrize("returned, status", [(0, 0), (None, 0), (130, 130), (143, 143)])
     def test_the_exit_status_is_mains(self, returned, status):
         with pytest.raises(SystemExit) as caught:
-            cli.run(lambda: returned)
+            options.run_main(lambda: returned)
         assert (caught.value.code or 0) == status
 
     @pytest.mark.parametrize("error, line", [
-        (ValueError("a mistake"), "error: a mistake\n"), (ValueError(), "error: ValueError()\n"),
+        (ValueError("a mistake"), "error: a mistake\n"),
+        (ValueError("Traceback of a worker\n  its lines\nValueError: a.png: no picture"),
+         "error: a.png: no picture\n"), (ValueError(), "error: ValueError()\n"),
         (FileNotFoundError(2, "No such file or directory", "x.txt"),
          "error: [Errno 2] No such file or directory: 'x.txt'\n")])
     def test_a_mistake_is_one_line_and_status_2(self, error, line, capsys):
         def main():
             raise error
         with pytest.raises(SystemExit, match="2"):
-            cli.run(main)
+            options.run_main(main)
         assert capsys.readouterr() == ("", line)
+
+    def test_a_reader_that_has_closed_the_pipe_is_no_mistake(self, monkeypatch):
+        def main():
+            raise BrokenPipeError
+        monkeypatch.setattr(sys, "stderr", io.StringIO())
+        with pytest.raises(SystemExit) as caught:
+            options.run_main(main)
+        assert not caught.value.code
 
     def test_other_errors_keep_their_traceback(self):
         with pytest.raises(ZeroDivisionError):
-            cli.run(lambda: 1 // 0)
+            options.run_main(lambda: 1 // 0)
 
     def test_ctrl_c_is_status_130(self):
         def main():
             raise KeyboardInterrupt
         with pytest.raises(SystemExit, match="130"):
-            cli.run(main)
+            options.run_main(main)
 
 
 class TestHelp:
@@ -179,7 +268,7 @@ class TestHelp:
             assert line in out
         words = " ".join(out.split())
         for field in dataclasses.fields(train.Options):
-            assert f"--{field.name}" in out
+            assert f"--{field.metadata.get('flag', field.name)} " in out
             assert len(field.metadata["help"]) > 10 and field.metadata["help"] in words
         assert "(default 200)" in out and "(default None)" not in out and "{auto,bf16,fp32}" in out
         assert max(map(len, out.splitlines())) <= 100
@@ -194,10 +283,10 @@ class TestHelp:
     def test_a_model_explains_its_commands(self):
         status, out, _ = command(clip.main, "--help")
         assert status == 0 and clip.__doc__.splitlines()[0] in out
-        for words in ("classify", "search", "Print how likely each text fits", "RUN"):
+        for words in ("classify", "search", "print the probability of each NAME", "RUN"):
             assert words in out
         _, out, _ = command(clip.main, "runs/clip", "classify", "--help")
-        assert "IMAGE TEXT [TEXT ...]" in out and "a picture" in out
+        assert "PICTURE NAME [NAME ...]" in out and "print the probability of each NAME" in out
 
     @pytest.mark.parametrize("argv", [[], ["runs/clip"], ["runs/clip", "sing"],
                                       ["runs/clip", "classify", "x.png"]])
@@ -212,7 +301,7 @@ class TestHelp:
 
 class TestMistakes:
     @pytest.mark.parametrize("flags, words", [
-        (["--steps", "0"], "--steps 0: must be at least 1"), (["--steps", "-3"], "--steps -3"),
+        (["--steps", "0"], "--steps 0: must be more than 0"), (["--steps", "-3"], "--steps -3"),
         (["--steps", "many"], "--steps: invalid int value: 'many'"),
         (["--lr", "-0.1"], "--lr -0.1: must be more than 0"), (["--lr", "0"], "--lr 0"),
         (["--lr", "nan"], "--lr nan"), (["--lr", "inf"], "--lr inf"),
@@ -220,7 +309,8 @@ class TestMistakes:
         (["--accumulate", "-1"], "--accumulate -1"), (["--save_every", "0"], "--save_every 0"),
         (["--workers", "-1"], "--workers -1: must be at least 0"),
         (["--batch_size", "62"], r"batch_size 62 is larger than the data \(61 records in toy\)"),
-        (["--accumulate", "4"], "batch_size 6 does not divide into 1 processes x 4 micro-batches"),
+        (["--accumulate", "4"],
+         "batch_size 6 does not divide into 1 shares of data sets x 1 processes x 4 micro-batches"),
         (["--preset", "huge"], "--preset huge: clip has tiny, small"),
         (["--data", "moon"], "--data moon: no world 'moon'; there are shapes, emoji"),
         (["--data", "toy:sides=3"], "toy has no dial 'sides'; it has objects"),
@@ -247,12 +337,33 @@ class TestMistakes:
         (["--attention", "flash"], "invalid choice: 'flash'"),
         (["--stepz", "3"], "unrecognized arguments: --stepz 3"),
         (["more"], "unrecognized arguments: more"),
-        (["--init", "nowhere"], "nowhere: no run here"),
+        (["--init", "nowhere"], "--init nowhere: no run here"),
+        (["--from", "vision=x"], "--from vision=x: write PART=RUN with one of no parts"),
         (["--eval_only"], "no checkpoint to measure"),
-        (["--overwrite", "--resume"], "--overwrite throws the run away")])
+        (["--overwrite", "--resume"], "--overwrite deletes the run")])
     def test_of_train_are_told_before_anything_is_written(self, flags, words):
         assert re.search(words, mistake(train.main, *TOY, *flags))
         assert os.listdir() == []
+
+    @pytest.mark.parametrize("flags, words", [
+        ([], "error: --from vision=runs/clip: runs/clip: no run here (no config.json); "
+             "python train.py clip --out runs/clip makes one"),
+        (["--from", "vision=x", "--preset", "small", "--data", "emoji"],
+         "error: --from vision=x: x: no run here (no config.json); "
+         "python train.py clip --data emoji --preset small --out x makes one"),
+        (["--from", "nose=x"], "error: --from nose=x: write PART=RUN with one of vision, language"),
+        (["--from", "vision"],
+         "error: --from vision=: write PART=RUN with one of vision, language"),
+        (["--set", "vision=x"], "error: --set vision=x: vision is the config of another run; "
+                                "--from vision=RUN names it")])
+    def test_of_parts_are_told_before_anything_is_written(self, flags, words):
+        assert mistake(train.main, "flamingo", *flags) == words
+        assert os.listdir() == []
+
+    def test_a_part_of_another_model_is_told(self, run):
+        parts = ["--from", f"vision={run}", "--from", f"language={run}"]
+        line = mistake(train.main, "flamingo", *parts)
+        assert line == f"error: {run}: a run of 'clip', not of 'common.training.lm'"
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has what is asked for")
     def test_a_missing_gpu_is_told_before_anything_is_written(self):
@@ -365,7 +476,7 @@ class TestProcess:
     def test_a_mistake_ends_with_status_2_and_one_line(self):
         done = self.python("train.py", "clip", "--steps", "0")
         assert (done.returncode, done.stdout) == (2, "")
-        assert done.stderr == "error: --steps 0: must be at least 1\n"
+        assert done.stderr == "error: --steps 0: must be more than 0\n"
         assert os.listdir() == []
 
 
@@ -399,7 +510,7 @@ class TestUse:
     def test_classify_agrees_with_the_model(self, run, pictures):
         trained = clip.from_pretrained(run)
         texts = ["a red circle", "a blue star"]
-        image = trained.images([Image.open(pictures / "red.png")])
+        image = trained.encode_images([Image.open(pictures / "red.png")])
         words = trained.model.encode_text(trained.ids(texts))
         logits = trained.model.logit_scale.exp() * image @ words.T
         want = dict(zip(texts, logits[0].softmax(0).tolist()))

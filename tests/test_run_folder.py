@@ -1,0 +1,113 @@
+"""The folder of a run: its name, whose it is, what is kept when it is taken up or overwritten."""
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from common.training import checkpoint
+from common.training.run import Options
+from common.training.run_folder import FILES, RunFolder, default_folder, missing_run
+
+VOCABULARY = SimpleNamespace(model=b"pieces")
+DESCRIBED = {"model": "clip", "stage": "clip", "options": {"seed": 0, "data": "toy"},
+             "config": {"embed_dim": 7}, "recipe": {"lr": 0.1, "steps": 9}}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A run that has just begun."""
+    folder = RunFolder(tmp_path / "runs/one")
+    folder.begin(DESCRIBED, VOCABULARY, 0, False)
+    return folder
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder.path / "log.jsonl").read_text().splitlines()]
+
+
+class TestDefaultFolder:
+    @pytest.mark.parametrize("options, name", [
+        ({}, "clip"), ({"data": "emoji"}, "clip-emoji"), ({"preset": "ViT-B/32"}, "clip-ViT-B-32"),
+        ({"data": "shapes:objects=3,noise=0.1", "preset": "small"},
+         "clip-shapes-objects=3-noise=0.1-small"),
+        ({"data": "coco:/a/long/path/captions_val2014.json"}, "clip-coco-captions-val2014"),
+        ({"data": "jsonl:my data.jsonl", "preset": "small"}, "clip-jsonl-my-data-small"),
+        ({"data": "tar:/sets/cc3m/{00000..00331}.tar"}, "clip-tar-cc3m")])
+    def test_it_hides_no_other_run(self, options, name):
+        assert default_folder("clip", Options(runs="some", **options)) == Path("some") / name
+
+    @pytest.mark.parametrize("options, command", [
+        ({}, "python train.py lm --out x"),
+        ({"data": "emoji", "preset": "small"}, "python train.py lm --data emoji --preset small --out x"),
+        ({"preset": "3B"}, "python train.py lm --out x")])
+    def test_the_command_that_makes_a_missing_run(self, options, command):
+        assert missing_run("lm", ("tiny", "small"), Options(**options), "x") == command
+
+
+class TestRunFolder:
+    def test_an_empty_folder_begins_at_0(self, tmp_path):
+        for path in (tmp_path, tmp_path / "none"):
+            for resume, overwrite in ((False, False), (True, False), (False, True)):
+                assert RunFolder(path).claim(resume, overwrite) is None
+        assert RunFolder(tmp_path).described() is None
+
+    def test_a_run_in_the_folder_is_refused_and_unchanged(self, folder):
+        for holds in ("an unfinished", "a finished"):
+            with pytest.raises(ValueError, match=f"one: holds {holds} run; --resume .*--overwrite"):
+                folder.claim(False, False)
+            (folder.path / "result.json").write_text("{}")
+        assert folder.claim(True, False) is None and folder.claim(False, True) is None
+        assert folder.described() == DESCRIBED
+
+    def test_a_checkpoint_without_a_config_is_a_run_too(self, tmp_path):
+        checkpoint.save(tmp_path, {"model": {}, "step": 4})
+        with pytest.raises(ValueError, match="holds an unfinished run"):
+            RunFolder(tmp_path).claim(False, False)
+        assert RunFolder(tmp_path).claim(True, False)["step"] == 4
+        assert RunFolder(tmp_path).claim(False, True) is None
+
+    @pytest.mark.parametrize("part, now, words", [
+        ("options", {"seed": 1, "data": "toy"}, r"began with options seed=0 \(now 1\);"),
+        ("config", {"embed_dim": 9, "more": 1}, r"embed_dim=7 \(now 9\), more=None \(now 1\);"),
+        ("stage", "lm", "began with stage clip, not lm; repeat its flags")])
+    def test_another_run_is_told_with_what_differs(self, folder, part, now, words):
+        folder.check_same(DESCRIBED)
+        with pytest.raises(ValueError, match=words):
+            folder.check_same(DESCRIBED | {part: now})
+        folder.check_same(DESCRIBED | {part: now}, without=part)
+
+    def test_a_lost_config_is_told(self, folder):
+        (folder.path / "config.json").unlink()
+        with pytest.raises(ValueError, match="config.json: no such file"):
+            folder.check_same(DESCRIBED)
+
+    def test_the_log_keeps_the_lines_of_the_checkpoint_alone(self, folder):
+        for step in (10, 20, 30):
+            folder.log({"step": step})
+        with open(folder.path / "log.jsonl", "a") as file:
+            file.write('{"step": 2')
+        folder.begin(DESCRIBED, VOCABULARY, 20, False)
+        assert lines(folder) == [{"step": 10}, {"step": 20}]
+        folder.log({"step": 21})
+        assert lines(folder)[-1] == {"step": 21}
+
+    def test_overwriting_deletes_a_runs_files_and_nothing_else(self, folder):
+        for name in ("result.json", "last.pt", "previous.pt", "last.pt.part", "samples.png"):
+            (folder.path / name).write_text("old")
+        folder.log({"step": 10})
+        (folder.path / "novel.txt").write_text("years of work")
+        folder.begin(DESCRIBED | {"stage": "new"}, VOCABULARY, 0, True)
+        assert sorted(p.name for p in folder.path.iterdir()) == [
+            "config.json", "log.jsonl", "novel.txt", "tokenizer.model"]
+        assert lines(folder) == [] and folder.described()["stage"] == "new"
+        assert (folder.path / "tokenizer.model").read_bytes() == b"pieces"
+        assert {"last.pt", "previous.pt"} < set(FILES)
+
+    def test_only_the_first_process_writes(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("common.training.distributed.rank", lambda: 1)
+        folder = RunFolder(tmp_path / "second")
+        folder.begin(DESCRIBED, VOCABULARY, 0, True)
+        folder.log({"step": 1}), folder.save({"model": {"w": torch.ones(1)}})
+        assert not folder.path.exists()
