@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 
+from common.data.tokenizer import BOS, EOC, EOS, IMAGE
 from common.language import LanguageConfig, LanguageModel
 
 V, PAD, STOP = 13, 0, 2
@@ -41,6 +42,33 @@ def prompts(*lengths, side="left", seed=1):
     ids = torch.cat([F.pad(text, pad_id, value=PAD) for text, pad_id in zip(texts, pads)])
     mask = torch.cat([F.pad(torch.ones_like(text), pad_id) for text, pad_id in zip(texts, pads)]).bool()
     return ids, mask, texts
+
+
+class Words:
+    """A vocabulary of whole words, with Flamingo's special tokens."""
+    words = "output: question: answer: a red blue cat dog what is this ?".split()
+    special = {BOS: "<bos>", EOS: "<eos>", IMAGE: "<image>", EOC: "<eoc>", PAD: "<pad>", -100: "-"}
+
+    def encode(self, text):
+        return [16 + self.words.index(word) for word in text.split()]
+
+    def decode(self, ids):
+        return " ".join(self.words[i - 16] for i in ids if 16 <= i < 16 + len(self.words))
+
+    def spell(self, ids):
+        """Ids or labels as text, special tokens included; "-" is an ignored label."""
+        return " ".join(self.special.get(i) or self.decode([i]) for i in ids)
+
+
+def drawing(*colours, size=15):
+    """A clip of frames in these colours; of one colour an image."""
+    return [Image.new("RGB", (size, size), colour) for colour in colours]
+
+
+def page(*turns):
+    """A record of (images, prompt, answer) each; images: names of colours."""
+    return {"turns": [{"images": [drawing(colour) for colour in images.split()], "prompt": prompt,
+                       "answer": answer} for images, prompt, answer in turns]}
 
 
 class Table:

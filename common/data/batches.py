@@ -156,6 +156,8 @@ class Batches(torch.utils.data.Dataset):
             try:
                 return source.record(place, rng), rng, refused
             except ValueError as error:
+                if not isinstance(source.world, Files):
+                    raise                # a mistake in a world
                 refused.append(str(error))
             rng = draw_rng(self.seed, epoch, f"{index}/{attempt}")
             place = rng.randrange(source.world.size("train"))

@@ -1,9 +1,12 @@
-"""Ids and labels of segments and dialogues: exactly what is learned, in every position."""
+"""Ids and labels of segments and dialogues: what the loss counts, in every position."""
 import pytest
 import torch
 
-from common.prompts import HOUSE, IMAGES, Segment, Template, collate, render, render_dialogue
-from common.data.tokenizer import (ASSISTANT, BOS, EOC, EOS, IMAGE, PAD, SYSTEM, USER, Tokenizer)
+from common.data.tokenizer import (ASSISTANT, BOS, EOC, EOS, IMAGE, PAD, SPECIAL, SYSTEM, USER,
+                                   Tokenizer)
+from common.language import LanguageConfig
+from common.prompts import (CAPTION_PROMPT, HOUSE, IMAGES, QUESTION_PROMPT, Segment, Template,
+                            collate, labels_of, render)
 
 WORDS = ["what colour is it?", "a red circle", "is there a star?", "yes", "be brief",
          "how many objects?", "two"]
@@ -14,8 +17,16 @@ def tokenizer():
     return Tokenizer.train(WORDS, 400)
 
 
-def turns(*texts):
-    return [{"role": ("user", "assistant")[i % 2], "text": t} for i, t in enumerate(texts)]
+def turns(*texts, images=0):
+    """(prompt, answer, prompt, answer, ...) as turns; the images belong to the first one."""
+    made = [{"prompt": a, "answer": b, "images": []} for a, b in zip(texts[::2], texts[1::2])]
+    made[0]["images"] = ["picture"] * images
+    return made
+
+
+def dialogue(tokenizer, *texts, images=0, template=HOUSE, **how):
+    """(ids, labels) of a dialogue."""
+    return render(template.segments(turns(*texts, images=images), **how), tokenizer)
 
 
 def learned(ids, labels):
@@ -51,11 +62,11 @@ class TestRender:
         assert labels == [-100] * (2 + len(a)) + [*b, EOC, EOS]
 
     def test_a_text_that_spells_a_special_token_is_only_text(self, tokenizer):
-        said = "<image> <eos></s><assistant> <|endoftext|>"
-        ids, _ = render([Segment(said)], tokenizer)
-        assert min(ids) >= 32 and tokenizer.decode(ids) == said
-        ids, labels = render_dialogue(turns(said, said), tokenizer)
-        assert [i for i in ids if i < 32] == [BOS, USER, ASSISTANT, EOS]
+        text = "<image> <eos></s><assistant> <|endoftext|>"
+        ids, _ = render([Segment(text)], tokenizer)
+        assert min(ids) >= len(SPECIAL) and tokenizer.decode(ids) == text
+        ids, labels = dialogue(tokenizer, text, text)
+        assert [i for i in ids if i < len(SPECIAL)] == [BOS, USER, ASSISTANT, EOS]
         assert learned(ids, labels) == list(range(ids.index(ASSISTANT) + 1, len(ids)))
 
     def test_neighbouring_texts_are_cut_as_one_where_both_are_learned_or_neither(self, tokenizer):
@@ -68,138 +79,134 @@ class TestRender:
     def test_too_long_a_text_loses_its_end_and_its_labels_with_it(self, tokenizer):
         segments = [Segment("what colour is it?"), Segment("a red circle", learn=True)]
         ids, labels = render(segments, tokenizer)
-        for context_length in range(len(tokenizer.encode(WORDS[0])) + 1, len(ids) + 3):
-            assert render(segments, tokenizer, context_length) == (ids[:context_length], labels[:context_length])
+        for length in range(len(tokenizer.encode(WORDS[0])) + 1, len(ids) + 3):
+            assert render(segments, tokenizer, length) == (ids[:length], labels[:length])
 
-    def test_a_row_of_which_nothing_is_left_to_learn_is_told(self, tokenizer):
+    def test_a_row_without_labels_is_refused_where_there_should_be_some(self, tokenizer):
         segments = [Segment(tuple(range(20, 27))), Segment((30, 31), learn=True)]
-        with pytest.raises(ValueError, match="a text of 9 tokens: what is to be learned begins at "
-                                             "token 8, behind the context of 7"):
+        with pytest.raises(ValueError, match="a text of 9 tokens: its first label is token 8, "
+                                             "beyond the context of 7"):
             render(segments, tokenizer, 7)
         assert learned(*render(segments, tokenizer, 8)) == [7]
         assert render(segments[:1], tokenizer, 5)[1] == [-100] * 5    # nothing was to be learned
 
+    def test_a_label_at_the_first_token_alone_is_refused(self, tokenizer):
+        with pytest.raises(ValueError, match="a text of 2 tokens has no label after its first"):
+            render([Segment((5,), learn=True), Segment((6,))], tokenizer)
 
-class TestDialogue:
+
+class TestTemplate:
     def test_every_answer_and_its_end_are_learned_and_nothing_else(self, tokenizer):
         q1, a1, q2, a2, q3, a3 = (tokenizer.encode(w) for w in
                                   (WORDS[0], WORDS[1], WORDS[2], WORDS[3], WORDS[5], WORDS[6]))
-        ids, labels = render_dialogue(
-            turns(WORDS[0], WORDS[1], WORDS[2], WORDS[3], WORDS[5], WORDS[6]), tokenizer, images=2)
+        ids, labels = dialogue(tokenizer, *WORDS[:4], *WORDS[5:], images=2)
         assert ids == [BOS, USER, IMAGE, IMAGE, *q1, ASSISTANT, *a1, EOS, USER, *q2, ASSISTANT, *a2,
                        EOS, USER, *q3, ASSISTANT, *a3, EOS]
         want = [-100] * (5 + len(q1)) + [*a1, EOS] + [-100] * (2 + len(q2)) + [*a2, EOS]
         assert labels == want + [-100] * (2 + len(q3)) + [*a3, EOS]
         assert labels.count(EOS) == 3           # the end of every turn, not of the last alone
 
-    def test_the_loss_does_not_change_with_the_question_of_another_length(self, tokenizer):
-        for question in ("yes", "how many objects?"):
-            ids, labels = render_dialogue(turns(question, "two"), tokenizer)
-            assert [i for i in labels if i != -100] == [*tokenizer.encode("two"), EOS]
+    def test_a_later_turn_may_have_images_too(self, tokenizer):
+        spoken = turns("a", "b", "a", "b")
+        spoken[1]["images"] = ["picture"] * 2
+        del spoken[0]["images"]                 # a text-only turn may leave them out
+        a, b = tokenizer.encode("a"), tokenizer.encode("b")
+        assert render(HOUSE.segments(spoken), tokenizer)[0] == [
+            BOS, USER, *a, ASSISTANT, *b, EOS, USER, IMAGE, IMAGE, *a, ASSISTANT, *b, EOS]
 
-    def test_a_system_turn_is_read_and_not_learned(self, tokenizer):
-        spoken = [{"role": "system", "text": "be brief"}, *turns(WORDS[0], "yes")]
-        ids, labels = render_dialogue(spoken, tokenizer)
+    @pytest.mark.parametrize("question", ["yes", "how many objects?"])
+    def test_the_labels_do_not_depend_on_the_length_of_the_question(self, tokenizer, question):
+        _, labels = dialogue(tokenizer, question, "two")
+        assert [i for i in labels if i != -100] == [*tokenizer.encode("two"), EOS]
+
+    def test_a_system_text_is_not_learned(self, tokenizer):
+        ids, labels = dialogue(tokenizer, WORDS[0], "yes", system="be brief")
         brief = tokenizer.encode("be brief")
         assert ids[:3 + len(brief)] == [BOS, SYSTEM, *brief, USER]
         assert learned(ids, labels) == list(range(ids.index(ASSISTANT) + 1, len(ids)))
-        assert len(spoken) == 3                 # the caller's list stays whole
 
-    def test_a_prompt_is_a_samples_beginning_and_ends_where_the_answer_begins(self, tokenizer):
-        whole, _ = render_dialogue(turns(WORDS[0], "yes", WORDS[2], "two"), tokenizer, images=1)
-        ids, labels = render_dialogue(turns(WORDS[0], "yes", WORDS[2]), tokenizer, images=1,
-                                      prompt=True)
+    def test_a_prompt_is_the_beginning_of_the_dialogue_and_ends_where_the_answer_begins(
+            self, tokenizer):
+        whole, _ = dialogue(tokenizer, WORDS[0], "yes", WORDS[2], "two", images=1)
+        ids, labels = dialogue(tokenizer, WORDS[0], "yes", WORDS[2], "", images=1, is_prompt=True)
         assert ids == whole[:len(ids)] and ids[-1] == ASSISTANT
         assert whole[len(ids):] == [*tokenizer.encode("two"), EOS]
-
-    def test_a_prompt_is_never_cut(self, tokenizer):
-        ids, _ = render_dialogue(turns(WORDS[0]), tokenizer, prompt=True)
-        assert render_dialogue(turns(WORDS[0]), tokenizer, len(ids), prompt=True)[0] == ids
-        with pytest.raises(ValueError, match=f"prompt of {len(ids)} tokens, but the context is 4"):
-            render_dialogue(turns(WORDS[0]), tokenizer, 4, prompt=True)
-
-    @pytest.mark.parametrize("roles, prompt", [
-        ("", False), ("u", False), ("ua", True), ("au", True), ("uu", False), ("uaa", True),
-        ("usa", False), ("ux", False)])
-    def test_turns_out_of_order_are_told(self, tokenizer, roles, prompt):
-        names = {"u": "user", "a": "assistant", "s": "system", "x": "robot"}
-        spoken = [{"role": names[role], "text": "yes"} for role in roles]
-        with pytest.raises(ValueError, match=f"the {'user' if prompt else 'assistant'} last"):
-            render_dialogue(spoken, tokenizer, prompt=prompt)
+        assert dialogue(tokenizer, WORDS[0], "yes", is_prompt=True)[0] == [
+            BOS, USER, *tokenizer.encode(WORDS[0]), ASSISTANT]
 
     def test_another_template_of_texts_and_of_ids(self):
         # LLaVA's second template: SYS USER: <image>\nQ1 ASSISTANT: A1 a1</s>USER: Q2 ...
         words = Words()
-        ids, labels = render_dialogue(turns("Q1", "A1 a1", "Q2", "A2"), words, images=1,
-                                      template=VICUNA)
+        ids, labels = dialogue(words, "Q1", "A1 a1", "Q2", "A2", images=1, template=VICUNA)
         names = {value: key for key, value in words.ids.items()}
         names |= {BOS: "BOS", EOS: "EOS", -200: "IMG"}
         assert [names[i] for i in ids] == [
             "BOS", "SYS", "USER:", "_", "IMG", "Q1", "ASSISTANT:", "A1", "a1", "EOS", "USER:", "Q2",
             "ASSISTANT:", "A2", "EOS"]
         assert learned(ids, labels) == [7, 8, 9, 13, 14]
+        assert "SYS" not in [names.get(i) for i in dialogue(
+            words, "Q1", "A1 a1", template=VICUNA, system="")[0]]
 
     def test_a_caption_alone_with_the_end_of_a_line_learned(self):
         plain = Template(user=(IMAGES,), assistant=(), end=(13,), default_system="")
-        ids, labels = render_dialogue(turns("describe it", "c1 c2"), Words(), images=1,
-                                      template=plain)
+        ids, labels = dialogue(Words(), "describe it", "c1 c2", images=1, template=plain)
         assert ids == [BOS, IMAGE, 10, 11, 13] and learned(ids, labels) == [2, 3, 4]
 
-    def test_braces_in_what_is_said_are_only_braces(self, tokenizer):
-        ids, _ = render_dialogue(turns("{} {0} {x}", "{}"), tokenizer)
+    def test_braces_in_a_turn_are_only_braces(self, tokenizer):
+        ids, _ = dialogue(tokenizer, "{} {0} {x}", "{}")
         assert tokenizer.decode(ids) == "{} {0} {x} {}"
-        ids, _ = render_dialogue(turns("a", "b"), tokenizer, template=Template(user=("{x} {} {0}",)))
+        ids, _ = dialogue(tokenizer, "a", "b", template=Template(user=("{x} {} {0}",)))
         assert tokenizer.decode(ids) == "{x} a {0} b"
 
-    @pytest.mark.parametrize("turn", [{}, {"role": "user"}, {"from": "human", "value": "hi"},
-                                      {"role": "user", "text": None}])
-    def test_a_turn_without_role_or_text_is_told(self, tokenizer, turn):
-        with pytest.raises(ValueError, match="turn 1: .*it needs a role and a text"):
-            render_dialogue([{"role": "user", "text": "a"}, turn], tokenizer)
+    def test_an_empty_answer_without_an_end_is_refused(self, tokenizer):
+        with pytest.raises(ValueError, match="has no label after its first token"):
+            dialogue(tokenizer, "a", "", template=Template(end=()))
 
-    def test_pictures_without_a_place_are_told(self, tokenizer):
-        plain = Template(user=(USER, "{}"))
-        with pytest.raises(ValueError, match="2 pictures, but the template's user has no place"):
-            render_dialogue(turns("a", "b"), tokenizer, images=2, template=plain)
-        assert render_dialogue(turns("a", "b"), tokenizer, template=plain)
-
-    def test_an_answer_of_nothing_is_told(self, tokenizer):
-        with pytest.raises(ValueError, match="nothing to be learned behind the first"):
-            render_dialogue(turns("a", ""), tokenizer, template=Template(end=()))
-        with pytest.raises(ValueError, match="a text of 2 tokens, and nothing to be learned"):
-            render([Segment((5,), learn=True), Segment((6,))], tokenizer)
+    def test_the_house_writes_roles_by_their_ids(self):
+        assert (HOUSE.begin, HOUSE.system, HOUSE.assistant) == (
+            (BOS,), (SYSTEM, "{}"), (ASSISTANT,))
 
 
 class TestCollate:
     rows = [([5, 6, 7], [-100, 6, 7]), ([8], [-100]), ([PAD, 9], [PAD, 9])]
 
-    def test_padding_is_never_learned_nor_seen(self):
+    def test_padding_has_no_label_and_is_masked(self):
         batch = collate(self.rows)
         assert batch["ids"].tolist() == [[5, 6, 7], [8, PAD, PAD], [PAD, 9, PAD]]
         assert batch["labels"].tolist() == [[-100, 6, 7], [-100] * 3, [PAD, 9, -100]]
         assert batch["mask"].tolist() == [[True] * 3, [True, False, False], [True, True, False]]
         assert batch["ids"].dtype == batch["labels"].dtype == torch.int64
 
-    def test_it_pads_left_for_writing(self):
+    def test_it_pads_left_for_generation(self):
         batch = collate(self.rows, pad_id=3, side="left")
         assert batch["ids"].tolist() == [[5, 6, 7], [3, 3, 8], [3, PAD, 9]]
-        # What stands behind padding is not learned: nothing real comes before it.
+        # The first token after padding has no label: padding would have to predict it.
         assert batch["labels"].tolist() == [[-100, 6, 7], [-100] * 3, [-100, -100, 9]]
         assert batch["mask"].tolist() == [[True] * 3, [False, False, True], [False, True, True]]
 
     @pytest.mark.parametrize("row", [([], []), ([5, 6], [5])])
-    def test_a_row_without_ids_or_with_labels_of_another_length_is_told(self, row):
+    def test_a_row_without_ids_or_with_labels_of_another_length_is_refused(self, row):
         with pytest.raises(ValueError, match="row 1: . ids and . labels"):
             collate([([5], [5]), row])
 
-    def test_no_rows_are_told(self):
+    def test_no_rows_are_refused(self):
         with pytest.raises(ValueError, match="no rows"):
             collate([])
 
-    def test_an_unknown_side_is_told(self):
-        with pytest.raises(ValueError, match="side=top: left or right"):
-            collate(self.rows, side="top")
+
+class TestLabelsOf:
+    def test_padding_is_no_label_but_the_same_id_within_a_text_is(self):
+        ids = torch.tensor([[1, 5, 0, 7, 0, 0], [1, 2, 3, 4, 5, 6]])
+        assert labels_of(ids, LanguageConfig()).tolist() == [
+            [1, 5, 0, 7, -100, -100], [1, 2, 3, 4, 5, 6]]
+
+    def test_where_the_end_pads_too_the_first_of_them_is_a_label(self):
+        ids = torch.tensor([[9, 5, 9, 7, 9, 9, 9], [9, 2, 3, 4, 5, 6, 9], [9, 2, 3, 4, 5, 6, 7]])
+        assert labels_of(ids, LanguageConfig(eos_id=9, pad_id=9)).tolist() == [
+            [9, 5, 9, 7, 9, -100, -100], *ids[1:].tolist()]
 
 
-def test_the_house_writes_roles_by_their_ids():
-    assert (HOUSE.begin, HOUSE.system, HOUSE.assistant) == ((BOS,), (SYSTEM, "{}"), (ASSISTANT,))
+def test_no_space_stands_at_the_end_of_flamingos_prompts():
+    # The answer begins with its space, as a vocabulary has it.
+    assert CAPTION_PROMPT == CAPTION_PROMPT.rstrip() == "output:"
+    assert QUESTION_PROMPT.format("what?") == "question: what? answer:"
