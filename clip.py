@@ -16,11 +16,12 @@ In place of runs/clip: a Hugging Face folder, or OpenAI's .pt file with its voca
 Differs from the paper
 - Data: the shapes and emoji worlds or your files, not 400 million pairs. The presets tiny, small
   and RN-tiny, their steps, learning rates and gradient clipping are ours.
-- Crops: a square of 0.9 to 1 of the largest square's area, from anywhere (paper: a random square of
+- Crops (files.Files.record): a square of 0.9 to 1 of the largest square's area, from anywhere (paper: a random square of
   the resized image). The worlds' own pictures are not cropped.
-- The EOS token is found by its id, not as the largest id; published vocabularies give the same.
-- The scale is clamped to 100 after each step, as the paper says; OpenAI's published code does not.
-- BatchNorm of a ResNet uses the statistics of each process's micro-batch.
+- Tokenizer: SentencePiece with 1,024 or 2,048 pieces (paper: byte pairs, 49,152).
+- Position tables decay as matrices do, the class token does not (paper: all but gains and biases).
+- BatchNorm of a ResNet uses the statistics of each process's micro-batch, so that accumulation is
+  exact for a ViT only.
 - loss=sigmoid is CLIP with SigLIP's loss (scale starts at 10, bias at -10, no clamp); SigLIP's own
   towers are not here.
 """
@@ -120,6 +121,22 @@ def image_tower(c):
 
 # ------------------------------------------------------------------ the model
 
+@dataclass
+class FeatureGradients:
+    """The gradients of a large batch's loss that one micro-batch needs; see CLIP.cache_features."""
+    image: torch.Tensor                  # (B, E), with respect to its image features
+    text: torch.Tensor                   # (B, E), with respect to its text features
+    scalars: tuple                       # with respect to `CLIP.scalars`
+    whole_loss: torch.Tensor
+    parts: int                           # micro-batches in the large batch
+
+    def loss(self, image, text, scalars):
+        """A surrogate: its value is whole_loss / parts, its gradients are the stored ones."""
+        share = (image * self.image).sum() + (text * self.text).sum()
+        share = share + sum((s * g).sum() for s, g in zip(scalars, self.scalars)) / self.parts
+        return share - share.detach() + self.whole_loss / self.parts
+
+
 class CLIP(nn.Module):
     """Two encoders, a projection each, and the learned scale of the cosines (paper, Figure 3)."""
 
@@ -136,7 +153,8 @@ class CLIP(nn.Module):
         self.image_projection = nn.Identity() if c.stages else \
             nn.Linear(c.vision_width, c.embed_dim, bias=False)
         self.text_projection = nn.Linear(c.text_width, c.embed_dim, bias=False)
-        # The temperature is learned as t, the scale is exp(t): 1 / 0.07 at the start, SigLIP's 10.
+        # logits = exp(t) * cosine; exp(t) = 1 / temperature starts at 1 / 0.07, in SigLIP at 10. A
+        # scalar never decays, see parameter_groups.
         sigmoid = c.loss == "sigmoid"
         self.logit_scale = nn.Parameter(torch.tensor(math.log(10 if sigmoid else 1 / 0.07)))
         self.logit_bias = nn.Parameter(torch.tensor(-10.0)) if sigmoid else None
@@ -182,14 +200,14 @@ class CLIP(nn.Module):
         return loss(image, text, scalars[0].exp(), *scalars[1:], gather=gather)
 
     def cache_features(self, batches, gather=losses.no_gather):
-        """Micro-batches -> a FeatureGradients for each: their losses add up to the large batch's.
+        """K micro-batches -> a FeatureGradients each: the K losses add up to the large batch's loss.
 
-        The mean of the micro-batches' losses would have fewer negatives. So all features are first
-        computed without gradients, and the loss of the whole batch gives the gradient of each
+        The mean of the micro-batches' own losses would have fewer negatives. So all features are
+        first computed without gradients, and the loss of the whole batch gives the gradient of each
         feature. Then `forward` computes each micro-batch again and passes that gradient on to the
-        encoders (feature caching, as in BASIC and GradCache). The gradient of the scale is taken
-        from the whole loss once: taken again in each of K micro-batches it would be K times as
-        large. BatchNorm normalizes by micro-batch in both passes and updates its statistics once.
+        encoders (feature caching, as in BASIC and GradCache). Each micro-batch takes a K-th of the
+        scale's gradient; the whole loss in each of them would give it K times. With a ResNet the
+        gradients are not exact: BatchNorm normalizes by micro-batch.
         """
         with torch.no_grad(), freeze_bn_stats(self.vision):
             features = [(self.encode_image(normalize_pixels(batch["images"])),
@@ -226,22 +244,6 @@ class CLIP(nn.Module):
     def samples(self, data):
         """An image for people: what is retrieved for unseen texts and images."""
         return retrieval.samples(self, data)
-
-
-@dataclass
-class FeatureGradients:
-    """The gradient of a large batch's loss with respect to one micro-batch's features."""
-    image: torch.Tensor                  # (B, E)
-    text: torch.Tensor                   # (B, E)
-    scalars: tuple                       # with respect to `CLIP.scalars`
-    whole_loss: torch.Tensor
-    parts: int                           # micro-batches in the large batch
-
-    def loss(self, image, text, scalars):
-        """A scalar: its value is whole_loss / parts, its gradient this micro-batch's share."""
-        share = (image * self.image).sum() + (text * self.text).sum()
-        share = share + sum((s * g).sum() for s, g in zip(scalars, self.scalars)) / self.parts
-        return share - share.detach() + self.whole_loss / self.parts
 
 
 @torch.no_grad()
@@ -308,7 +310,7 @@ PRESETS = {
 }
 TRAINS = {"clip": ("*",)}
 
-# The paper's (its 2.5 and appendix F): 32 epochs of 400M pairs, gradients are not clipped.
+# The paper's (its 2.5 and appendix F): 32 epochs of 400M pairs. It clips no gradients.
 PAPER = Recipe(steps=390000, batch_size=32768, lr=5e-4, warmup=2000, grad_clip=None)
 PAPER_RESNET = replace(PAPER, betas=(0.9, 0.999), eps=1e-8)
 RECIPES = {

@@ -135,10 +135,10 @@ def update(run, forward, batches):
         with autocast(run.device, run.half):
             for batch, grads in zip(batches, run.model.cache_features(batches, distributed.gather)):
                 batch["feature_gradients"] = grads
-    total = 0.0
+    total = 0.0                          # losses are summed: each is its share of the step's loss
     for number, batch in enumerate(batches):
         weight = batch.pop("weight")
-        # DDP averages the gradients over the processes in the last backward of a step alone.
+        # DDP averages gradients over processes in the last backward only; no_sync skips the rest.
         last = number + 1 == len(batches) or not hasattr(forward, "no_sync")
         with contextlib.nullcontext() if last else forward.no_sync():
             with autocast(run.device, run.half):
@@ -157,11 +157,12 @@ def update(run, forward, batches):
 def fit(run):
     """Train to the last step, or until a signal stops the run; save at the end either way."""
     forward = torch.compile(run.model) if run.options.compile else run.model
-    if distributed.world_size() > 1:     # patterns of --unfreeze may match what forward never uses
+    if distributed.world_size() > 1:
         forward = DistributedDataParallel(
             forward, device_ids=[run.device] if run.device.type == "cuda" else None,
-            find_unused_parameters=bool(run.options.unfreeze))
-    steps, every = run.recipe.steps, 1 if run.device.type == "cpu" else 10    # .item() waits for a GPU
+            find_unused_parameters=bool(run.options.unfreeze))   # a pattern may match unused ones
+    steps = run.recipe.steps
+    every = 1 if run.device.type == "cpu" else 10    # reading a loss makes the CPU wait for a GPU
     bar = tqdm(total=steps, initial=run.step, desc=run.name, unit="step",
                disable=distributed.rank() > 0, mininterval=0.5 if sys.stderr.isatty() else 20)
     losses, refused, waited, mark = [], [], 0.0, time.time()

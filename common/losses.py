@@ -14,7 +14,7 @@ def no_gather(x):
     return x, 0
 
 
-def float32(x):
+def no_autocast(x):
     """A context without autocast on the device of x."""
     return torch.autocast(x.device.type, enabled=False)
 
@@ -24,13 +24,13 @@ def softmax_contrastive(image, text, scale, gather=no_gather):
 
     image, text: float (B, E), rows of norm 1; row i of one belongs to row i of the other.
     scale: the factor of the cosines, exp(t), a scalar tensor or a number.
-    gather: (B, E) -> ((B_all, E), first): the features of all processes with gradients, and the row
-    where the features of this process begin. Each process scores its own rows against all of them.
+    gather (training/distributed.py): (B, E) -> ((B_all, E), first): the features of all processes
+    with gradients, and the first row of this process. Each process scores its rows against all.
     The mean of the losses over the processes is the loss of the whole batch.
     """
     (images, first), (texts, _) = gather(image), gather(text)         # (B_all, E)
     labels = torch.arange(len(image), device=image.device) + first    # the positives' columns
-    with float32(image):
+    with no_autocast(image):
         image_logits = scale * to_float32(image) @ to_float32(texts).T           # (B, B_all)
         text_logits = scale * to_float32(text) @ to_float32(images).T
         return (F.cross_entropy(image_logits, labels) + F.cross_entropy(text_logits, labels)) / 2
@@ -40,11 +40,11 @@ def sigmoid_contrastive(image, text, scale, bias, gather=no_gather):
     """SigLIP's loss (Sigmoid Loss for Language Image Pre-Training, Algorithm 1) -> float32 scalar.
 
     Arguments as in `softmax_contrastive`. bias: added to every logit, -10 at the start. Each of the
-    B * B_all pairs is a binary classification; the sum is divided by B, not by B * B.
+    B * B_all pairs is a binary classification; the sum is divided by B, not by the number of pairs.
     """
     texts, first = gather(text)
     labels = torch.arange(len(image), device=image.device) + first
-    with float32(image):
+    with no_autocast(image):
         logits = scale * to_float32(image) @ to_float32(texts).T + bias          # (B, B_all)
         sign = 2 * F.one_hot(labels, len(texts)) - 1                  # +1 for positives, else -1
         return -F.logsigmoid(sign * logits).sum() / len(image)
@@ -60,7 +60,7 @@ def next_token_loss(logits, labels, label_count=None, label_smoothing=0.0):
     logits, labels = logits[:, :-1], labels[:, 1:]
     if label_count is None:
         label_count = (labels != -100).sum().clamp(min=1)
-    with float32(logits):
+    with no_autocast(logits):
         loss = F.cross_entropy(to_float32(logits).flatten(0, 1), labels.flatten(),
                                ignore_index=-100, label_smoothing=label_smoothing, reduction="sum")
         return loss / label_count

@@ -13,8 +13,8 @@ from common.vision import check_image_size
 class Bottleneck(nn.Module):
     """A residual block of three convolutions: channels -> 4 * planes, sides divided by stride.
 
-    Average pools stand in for strided convolutions, which would skip pixels: one after conv2, one
-    before the shortcut's 1x1 convolution (CLIP, 2.4; Bag of Tricks for Image Classification, 4.2).
+    Average pools replace strides: after conv2, against aliasing, and before the shortcut's 1x1
+    convolution, as in ResNet-D (CLIP, 2.4; Bag of Tricks for Image Classification, 4.2).
     """
 
     def __init__(self, *, channels, planes, stride=1):
@@ -45,8 +45,8 @@ class Bottleneck(nn.Module):
 class AttentionPool(Attention):
     """A grid of features pooled into one vector by attention (CLIP, 2.4).
 
-    The query is the mean feature; keys and values are the mean and all grid cells. out_proj maps to
-    embed_dim, CLIP's joint space. grid_size: cells of a side.
+    The query is the mean feature; keys and values are the mean and all grid cells. No norm, MLP or
+    residual follows: out_proj, with a bias, maps to the joint space. grid_size: cells of a side.
     """
 
     def __init__(self, *, grid_size, width, heads, embed_dim):
@@ -133,7 +133,7 @@ class ModifiedResNet(nn.Module):
 def freeze_bn_stats(model):
     """Inside it, forward in train mode gives the same outputs but updates no running statistics.
 
-    For a second forward pass over the same images, such as CLIP's feature caching.
+    For an extra forward pass over the same images, such as CLIP's feature caching.
     """
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     for norm in norms:

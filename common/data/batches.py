@@ -113,15 +113,16 @@ class Batches(torch.utils.data.Dataset):
                 raise ValueError(f"batch_size {batch_size} is larger than the data "
                                  f"({source.world.size('train')} records in {source.world.name}); "
                                  "--batch_size sets another")
-        self.last_order = None, None     # (epoch, source), its order
+        self.last_order = None, None     # (epoch, size of train), its order
 
     def keys(self, number, step):
         """(epoch, record indices) of this process in a step, for data set `number`."""
-        world, total = self.sources[number].world, self.part * self.sources[number].share
-        epoch, batch = divmod(step, world.size("train") // total)
+        source = self.sources[number]
+        total = self.part * source.share             # samples of a step, over all processes
+        epoch, batch = divmod(step, source.world.size("train") // total)
         own = total // self.world_size
         first = batch * total + self.rank * own
-        return epoch, self.order(world, epoch)[first:first + own].tolist()
+        return epoch, self.order(source.world, epoch)[first:first + own].tolist()
 
     def order(self, world, epoch):
         """The order of an epoch, int64 (size of train,); the last one is kept."""
@@ -184,7 +185,7 @@ def start_worker(worker):
 
 
 class EvalData:
-    """A world as `model.evaluate` takes it: whole splits of records, in the model's tensors."""
+    """A world for model.evaluate: its records, and their texts and images as tensors."""
 
     def __init__(self, world, tokenizer, collate, device):
         self.world, self.tokenizer, self.collate, self.device = world, tokenizer, collate, device

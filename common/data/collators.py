@@ -17,7 +17,10 @@ class ImageTextBatch:
         self.image_size = image_size
 
     def images(self, records):
-        """The first image of each record: uint8 (B, 3, image_size, image_size)."""
+        """The first image of each record: uint8 (B, 3, H, W).
+
+        A training image of the user's files is square already: files.Files crops at random.
+        """
         return to_tensor([center_crop(r["images"][0], self.image_size) for r in records])
 
     def __call__(self, records, rngs):

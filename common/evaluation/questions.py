@@ -1,7 +1,7 @@
 """What a model that writes is asked: captions, questions, few-shot episodes, clips, plain text.
 
-The figures are fractions in [0, 1]; see DESIGN of result.json in the README. `writer` is an
-evaluation.writing.Writer, `world` has the tasks of common/data/shapes.
+The figures are fractions in [0, 1]. `writer` is an evaluation.writing.Writer, `world` has the tasks
+of common/data/shapes.
 """
 import random
 

@@ -1,7 +1,9 @@
 """Retrieval and zero-shot classification with any model that has encode_image and encode_text.
 
 encode_image: float (B, 3, H, W), normalized -> unit vectors (B, E). encode_text: int64 (B, T) ->
-unit vectors (B, E). Figures are fractions in [0, 1]; the README's table has their names.
+unit vectors (B, E). Figures are fractions in [0, 1].
+
+Any caption that is true of an image counts as right, so recalls are higher than in the papers.
 """
 import math
 from pathlib import Path

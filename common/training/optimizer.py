@@ -13,7 +13,7 @@ class Recipe:
     batch_size: int                      # over all processes and micro-batches
     lr: float                            # the peak
     warmup: int = 100                    # steps
-    weight_decay: float = 0.2            # of matrices; gains, biases and scalars never decay
+    weight_decay: float = 0.2            # of tensors with 2 or more axes; gains, biases, scalars: 0
     betas: tuple = (0.9, 0.98)
     eps: float = 1e-6
     grad_clip: float | None = 1.0        # largest norm of the gradient; None: not clipped
@@ -36,10 +36,9 @@ def find_recipe(recipes, preset, data, changes):
 
 
 def freeze(model, patterns):
-    """Train the parameters whose names match a pattern; freeze the others.
+    """Freeze all parameters but those whose names match a pattern -> the table of what is trained.
 
-    Frozen parameters have no gradient and are not in the optimizer; their modules stay in eval
-    mode. Returns the table of what is trained, as text.
+    Frozen parameters have no gradient and are not in the optimizer; their modules are in eval mode.
     """
     table = {}
     for name, parameter in model.named_parameters():
@@ -89,7 +88,7 @@ def make_optimizer(model, recipe):
 
 
 def learning_rate(recipe, step):
-    """Linear from 0 to lr over the warm-up steps, then half a cosine to 0 at the last step."""
+    """Linear from 0 to lr over the warm-up steps, then half a cosine towards 0 at the end."""
     if step < recipe.warmup:
         return recipe.lr * (step + 1) / recipe.warmup
     progress = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)

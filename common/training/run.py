@@ -162,7 +162,7 @@ def restore(run):
 
 
 def save(run):
-    """Write a checkpoint. There is no more state: every random draw follows from seed and step."""
+    """Write a checkpoint. Batches and crops need no state: they follow from seed and step."""
     run.saved = run.step
     run.folder.save({
         "model": run.model.state_dict(), "optimizer": run.optimizer.state_dict(), "step": run.step,
