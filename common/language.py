@@ -223,7 +223,8 @@ class LanguageModel(nn.Module):
         table = rope_of if torch.compiler.is_compiling() else cached_rope_table
         rope = table(1 << max(8, (past + T - 1).bit_length()), c.width // c.heads, c.rope_theta,
                      c.rope_scale, x.device)
-        rope = [part[past:past + T] if mask is None else part[positions][:, None] for part in rope]
+        index = slice(past, past + T) if mask is None else positions[:, None]    # (B, 1, T)
+        rope = [part[index] for part in rope]                         # (T, K) or (B, 1, T, K)
         return x, {"mask": attn_mask, "rope": rope, "cache": cache}
 
     def head(self, x):
