@@ -3,6 +3,8 @@
 Every loss is computed in float32 and outside autocast: near a scale of 100, neighbouring bfloat16
 logits are 0.5 apart.
 """
+import contextlib
+
 import torch
 import torch.nn.functional as F
 
@@ -16,7 +18,9 @@ def no_gather(x):
 
 def no_autocast(x):
     """A context without autocast on the device of x."""
-    return torch.autocast(x.device.type, enabled=False)
+    device = x.device.type
+    has_autocast = torch.amp.is_autocast_available(device)            # "meta" has none
+    return torch.autocast(device, enabled=False) if has_autocast else contextlib.nullcontext()
 
 
 def softmax_contrastive(image, text, scale, gather=no_gather):
