@@ -23,8 +23,9 @@ FLAGS = [*TOY, "--precision", "fp32", "--save_every", "4"]
 
 # One process and two compute the same gradients
 
-SIZES = dict(image_size=8, patch_size=4, vision_width=6, vision_layers=1, vision_heads=2, text_width=10,
-             text_layers=1, text_heads=2, embed_dim=7, vocab_size=31, context_length=5)
+SIZES = dict(image_size=8, patch_size=4, vision_width=6, vision_layers=1, vision_heads=2,
+             text_width=10, text_layers=1, text_heads=2, embed_dim=7, vocab_size=31,
+             context_length=5)
 BATCH = 12
 
 
@@ -214,8 +215,8 @@ class TestOwnData:
         assert second == "" and result(first)["refused"] == result(alone)["refused"] > 3
         assert first.count("refused: /") == 3
         assert_same_weights(tmp_path / "two", tmp_path / "one")
-        one, two = (checkpoint.load(tmp_path / f"{name}/last.pt")["data"] for name in ("one", "two"))
-        assert one == two
+        one, two = (checkpoint.load(tmp_path / name / "last.pt") for name in ("one", "two"))
+        assert one["data"] == two["data"]
 
     def test_both_stop_alike_when_one_reads_too_little(self, tmp_path):
         spec = listed(tmp_path / "data", 40)

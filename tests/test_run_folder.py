@@ -40,7 +40,8 @@ class TestDefaultFolder:
 
     @pytest.mark.parametrize("options, command", [
         ({}, "python train.py lm --out x"),
-        ({"data": "emoji", "preset": "small"}, "python train.py lm --data emoji --preset small --out x"),
+        ({"data": "emoji", "preset": "small"},
+         "python train.py lm --data emoji --preset small --out x"),
         ({"preset": "3B"}, "python train.py lm --out x")])
     def test_the_command_that_makes_a_missing_run(self, options, command):
         assert missing_run("lm", ("tiny", "small"), Options(**options), "x") == command
