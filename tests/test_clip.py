@@ -14,7 +14,6 @@ from common.data.batches import EvalData, world_tokenizer
 from common.data.collators import ImageTextBatch
 from common.data.images import normalize_pixels
 from common.data.shapes.world import Shapes
-from common.evaluation.retrieval import Retriever, zero_shot_classifier
 from common.training.optimizer import find_recipe, freeze
 
 EOS = 5                                     # not the largest id: pooling must go by id
@@ -281,43 +280,8 @@ class TestCacheFeatures:
         assert not share.whole_loss.requires_grad and not share.image.requires_grad
 
 
-class TestZeroShot:
-    def toy(self, names, templates):
-        """An encoder that maps 'word' k to the axis k, tilted a little by the template."""
-        class Toy(CLIP):
-            def __init__(self):
-                nn.Module.__init__(self)
-
-            def encode_text(self, vectors):
-                return F.normalize(vectors, dim=-1)
-        vectors = {t.format(n): torch.eye(5)[k] * (1 + 9 * j) + 0.3 * torch.eye(5)[4 - j]
-                   for k, n in enumerate(names) for j, t in enumerate(templates)}
-        return Toy(), lambda texts: torch.stack([vectors[t] for t in texts])
-
-    def test_each_name_gets_its_own_column(self):
-        names, templates = ["ant", "bee"], ["{}", "a {}", "the {}"]
-        toy, ids = self.toy(names, templates)
-        columns = zero_shot_classifier(toy, ids, names, templates)
-        assert columns.shape == (5, 2)
-        assert (torch.eye(5)[:2] @ columns).argmax(1).tolist() == [0, 1]
-
-    def test_templates_are_averaged_as_unit_vectors_and_normalised_again(self):
-        names, templates = ["ant", "bee"], ["{}", "a {}", "the {}"]
-        toy, ids = self.toy(names, templates)
-        rows = [[F.normalize(ids([t.format(n)])[0], dim=0) for t in templates] for n in names]
-        want = [F.normalize(torch.stack(row).mean(dim=0), dim=0) for row in rows]
-        found = zero_shot_classifier(toy, ids, names, templates)
-        torch.testing.assert_close(found, torch.stack(want, dim=1))
-
-    def test_chunks_change_nothing(self):
-        names, templates = ["ant", "bee", "cow"], ["{}", "a {}", "the {}", "my {}"]
-        toy, ids = self.toy(names, templates)
-        whole = zero_shot_classifier(toy, ids, names, templates)
-        for chunk in (1, 5, 12):                    # 5 of 12 texts end within a name
-            found = zero_shot_classifier(toy, ids, names, templates, chunk)
-            torch.testing.assert_close(found, whole)
-
-    def test_probabilities_are_a_softmax_over_the_classes(self):
+class TestClassProbabilities:
+    def test_they_are_a_softmax_over_the_classes(self):
         model = make()
         image, classifier = F.normalize(torch.randn(2, 7).double(), dim=-1), torch.eye(7).double()
         want = (image * model.logit_scale.exp()).softmax(dim=1)
@@ -451,21 +415,14 @@ class TestRecipes:
         assert find_recipe(RECIPES, "tiny", "emoji", {}).weight_decay == 2.0
 
 
-@pytest.fixture(scope="module")
-def trained():
-    torch.manual_seed(0)
-    world = Shapes(image_size=15)
-    tokenizer = world_tokenizer(world)
-    model = CLIP(replace(CONFIG, vocab_size=len(tokenizer), eos_id=2)).eval()
-    return world, Retriever(model, tokenizer)
-
-
-class TestUse:
-    def test_evaluate_names_every_figure_with_its_chance(self, trained):
-        world, use = trained
+class TestEvaluate:
+    def test_every_figure_has_its_chance(self):
+        world = Shapes(image_size=15)
         world.splits = world.splits | {"test": 40, "single": 42, "composition": 12}
-        view = EvalData(world, use.tokenizer, ImageTextBatch(use.tokenizer, 11, 15), "cpu")
-        figures = use.model.evaluate(view)
+        tokenizer = world_tokenizer(world)
+        model = CLIP(replace(CONFIG, vocab_size=len(tokenizer), eos_id=2)).eval()
+        data = EvalData(world, tokenizer, ImageTextBatch(tokenizer, 11, 15), "cpu")
+        figures = model.evaluate(data)
         assert set(figures) == {
             *(f"{a}_recall@{k}" for a in ("image_to_text", "text_to_image") for k in (1, 5, 10)),
             "image_to_text_recall@1_chance", "text_to_image_recall@1_chance", "zero_shot_accuracy",
@@ -473,20 +430,4 @@ class TestUse:
         assert all(0 <= value <= 1 for value in figures.values())
         assert figures["zero_shot_accuracy_chance"] == pytest.approx(1 / 42)
         assert figures["composition_accuracy_chance"] == pytest.approx(1 / 48)
-        assert use.model.samples(view).width > 400
-
-    def test_classify_ranks_probabilities_that_sum_to_one(self, trained):
-        world, use = trained
-        ranked = use.classify(world.record("test", 3)["images"][0], ["a red circle", "a ring", "x"])
-        assert sum(p for _, p in ranked) == pytest.approx(1)
-        assert [p for _, p in ranked] == sorted((p for _, p in ranked), reverse=True)
-        assert {n for n, _ in ranked} == {"a red circle", "a ring", "x"}
-
-    def test_search_returns_the_highest_cosines_in_order(self, trained):
-        world, use = trained
-        found = [world.record("test", i)["images"][0] for i in range(9)]
-        cosines = use.encode_images(found) @ use.model.encode_text(use.ids(["a red circle"]))[0]
-        best = use.search("a red circle", found, count=4)
-        assert [i for i, _ in best] == cosines.argsort(descending=True)[:4].tolist()
-        assert best[0][1] == pytest.approx(cosines.max().item())
-        assert len(use.search("a red circle", found, count=50)) == 9
+        assert model.samples(data).width > 400

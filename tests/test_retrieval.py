@@ -226,6 +226,8 @@ class TestZeroShotClassifier:
         for column, numbers in zip(columns.T, ([0, 10, 0], [2, 12, 2])):
             mean = sum(self.VECTORS[n] for n in numbers) / 3
             torch.testing.assert_close(column, mean / mean.norm())
+        # A chunk may end within a name.
+        assert torch.equal(self.columns(["0", "2"], ["{}", "1{}", "0{}"], chunk=4), columns)
 
 
 class TestZeroShot:
