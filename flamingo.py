@@ -19,11 +19,15 @@ Differs from the paper
   few-shot figures of our runs are of new labels and new pictures, not of new tasks.
 - Cross-attention outputs start 10 times as large (attn_init_scale; the paper's presets: 1) in all
   but the first block, and gates learn 10 times as fast: a small model learns in half the steps.
-- Text attends to the next image in half of the pages (paper, A.3.2). The paper draws which image
-  each text attends to; we put the <image> token behind its text, which is the same mask.
-- Text before the first image is not learned (OpenFlamingo's rule).
+- In half of the documents and albums text attends to the next image (paper, A.3.2). The paper
+  changes only the mask of a page; we also write <image> after its text, so the pairs stay true.
+- The loss counts answers and their <eoc> alone, and nothing before the first image (OpenFlamingo's
+  rule; paper: all text). Labels and names of shots stand behind <image> without "output:".
+- Images are cropped to a square, clips thinned to 32 frames; all clips of a prompt or batch have one
+  number of frames. Pages are cut at the end (paper: random crops of 256 tokens, 5 images).
+- The commands and figures are zero-shot without the paper's two shots in words, and not ensembled.
 - The loss of a data set is the mean over its tokens (paper, 2.4: a sum), and the learning rate
-  falls in a cosine (paper: constant). Images are not augmented.
+  falls in a cosine (paper: constant). Images are not augmented. All presets share one recipe.
 """
 from dataclasses import dataclass, replace
 
@@ -64,7 +68,7 @@ class FlamingoConfig:
     resampler_head_width: int = 32
     max_frames: int = 8                  # of a clip in training; 0: no frame embeddings
     cross_attn_every: int = 1            # a gated block before every so many blocks of the LM
-    placement: str = "paper"             # first before block 0; openflamingo: before block every-1
+    placement: str = "paper"             # before blocks 0, every, ...; openflamingo: every - 1, ...
     heads: int = 4                       # of a gated block
     head_width: int = 32
     act: str = "squared_relu"            # OpenFlamingo has gelu
@@ -124,8 +128,8 @@ class ResamplerLayer(nn.Module):
         """latents (B, Q, D), media (B, S, D) -> new latents (B, Q, D)."""
         queries = self.latents_norm(latents)
         # Keys and values: the features and the latents, in one sequence.
-        keys = torch.cat([self.media_norm(media), queries], dim=1)    # (B, S + Q, D)
-        latents = latents + self.attn(queries, keys)
+        context = torch.cat([self.media_norm(media), queries], dim=1) # (B, S + Q, D)
+        latents = latents + self.attn(queries, context)
         return latents + self.mlp(self.mlp_norm(latents))
 
 
@@ -176,7 +180,7 @@ class Resampler(nn.Module):
 
 
 class MLPResampler(nn.Module):
-    """The paper's ablation (3.3): an MLP on every feature by itself, so Q = F*S tokens remain."""
+    """Our reading of the paper's ablation (3.3): an MLP on every feature, so Q = F*S."""
 
     def __init__(self, *, width, max_frames, act):
         super().__init__()
@@ -196,8 +200,8 @@ class GatedBlock(nn.Module):
     """Cross-attention to the visual tokens, then an MLP, each times tanh(gate) (paper, Figure 4).
 
     With gates at 0 the block is the identity: training starts from the frozen language model.
-    attn_init_scale: the LM's hidden states are 20 to 60 times longer behind its first block than
-    its embeddings; an attention output of the usual size would change little there.
+    attn_init_scale multiplies out_proj at the start: after its first block the LM's hidden states
+    have 20 to 60 times the norm of its embeddings; an unscaled output would change them little.
     """
 
     def __init__(self, *, width, context_width, heads, head_width, act, gate_init, attn_init_scale):
@@ -226,7 +230,7 @@ class GatedBlock(nn.Module):
 class Flamingo(nn.Module):
     """The two frozen models, a resampler and gated blocks between them (paper, Figure 3)."""
 
-    stop_ids, banned_ids = (EOC, EOS), (IMAGE,)      # of writing: no image would come with <image>
+    stop_ids, banned_ids = (EOC, EOS), (IMAGE,)      # a written <image> would have no image
 
     def __init__(self, config):
         super().__init__()
@@ -253,13 +257,11 @@ class Flamingo(nn.Module):
     def encode_images(self, images):
         """Images uint8 (B, N, F, 3, H, W), clips of F frames or F = 1 -> (B, N, Q, D).
 
-        Without gradients in the vision encoder while it is frozen: nothing before it is trained.
+        While the vision encoder is frozen, autograd records nothing of it.
         """
-        is_trained = any(p.requires_grad for p in self.vision.parameters())
-        with torch.set_grad_enabled(is_trained and torch.is_grad_enabled()):
-            x = normalize_pixels(images.flatten(0, 2))                # (B*N*F, 3, H, W)
-            tokens = self.vision.hidden if self.config.use_class_token else self.vision.patches
-            x = tokens(x, self.config.vision_skip_blocks)             # (B*N*F, S, D)
+        x = normalize_pixels(images.flatten(0, 2))                    # (B*N*F, 3, H, W)
+        tokens = self.vision.hidden if self.config.use_class_token else self.vision.patches
+        x = tokens(x, self.config.vision_skip_blocks)                 # (B*N*F, S, D)
         return self.resampler(x.unflatten(0, images.shape[:3]))
 
     def logits(self, ids, mask=None, cache=None, last=False, *, visual, attend_next=None):
@@ -280,17 +282,17 @@ class Flamingo(nn.Module):
     def media_mask(self, ids, visual, attend_next=None, cache=None):
         """Which visual tokens each text token attends to -> bool (B, 1, T, N*Q).
 
-        In cached generation a new token belongs to the latest image of its row: the cache counts
-        the images so far. Keys of cached visual tokens are dropped when `visual` is another tensor.
+        With a cache this call also updates it: it adds the chunk's images to each row's count, and
+        drops the images' keys and values when `visual` is a new tensor.
         """
         is_image, before = ids == IMAGE, 0
         if cache is not None:
             before = cache.state.get("images", 0)                     # (B, 1)
             cache.state["images"] = before + is_image.sum(dim=1, keepdim=True)
-            if getattr(cache, "visual", None) is not visual:
+            if cache.context is not visual:
                 for gated in filter(None, self.gated):
                     cache.invalidate(gated.attn)
-                cache.visual = visual
+                cache.context = visual
         image_index = masks.image_index(is_image, before, None if attend_next is None
                                         else attend_next[:, None])    # (B, T), 0: no image
         return masks.media(image_index, *visual.shape[1:3], self.config.only_latest_image)
@@ -345,10 +347,9 @@ class Flamingo(nn.Module):
 def page_segments(turns, attend_next=False, is_prompt=False):
     """Figure 7: <bos>, then for each turn <image>, its text, <eoc>; <eos> (Figure 8: a prompt).
 
-    turns: [{"images", "prompt", "answer"}, ...]. Learned are the answers and their <eoc>, except
-    before the first image, which they could not attend to, and of turns with "learn": False.
-    attend_next: <image> stands behind its text. is_prompt: the last answer is left out, to be
-    written; the turns before it are the shots.
+    turns: [{"images", "prompt", "answer"}, ...]. The loss counts an answer and its <eoc>, unless
+    the turn has "learn": False or no image to attend to. attend_next: <image> comes after its text.
+    is_prompt: the last answer is left out for the model to write; earlier turns are the shots.
     """
     segments, image_seen = [Segment((BOS,))], attend_next
     for number, turn in enumerate(turns):
@@ -376,18 +377,18 @@ def render_page(turns, tokenizer, context_length=None, attend_next=False, is_pro
 def data_sources(world, tokenizer, config):
     """The data sets of a step; its loss is the weighted sum of their means (paper, 2.4).
 
-    What few-shot prompts need is learned from labels and glossaries: a world of a handful of pages
-    does not teach it as the web does.
+    Names, episodes and glossaries teach the model to use shots; in the paper web pages do.
     """
     if not world.tasks:                  # captions are all there is
         return [DataSource(world, InterleavedCollator(tokenizer, config, render_page))]
-    def source(share, weight, kinds, p_next_image=0.0):
+    def source(share, weight, p_next_image=0.0, **kinds):
         collate = InterleavedCollator(tokenizer, config, render_page, p_next_image)
         return DataSource(world, collate, share, weight, kinds)
-    pages = [source(2, 1.0, {"document": 3, "album": 1}, config.p_next_image),
-             source(3, 2.0, {"names": 2, "episode": 1}), source(5, 1.0, {"glossary": 1})]
+    pages = [source(share=2, weight=1.0, document=3, album=1, p_next_image=config.p_next_image),
+             source(share=3, weight=2.0, names=2, episode=1),
+             source(share=5, weight=1.0, glossary=1)]
     return (pages if config.interleaved else []) + [
-        source(9, 2.5, {"caption": 1, "question": 2}), source(1, 1.0, {"clip": 1})]
+        source(share=9, weight=2.5, caption=1, question=2), source(share=1, weight=1.0, clip=1)]
 
 
 # ------------------------------------------------------------------ presets and recipes
@@ -396,7 +397,8 @@ def paper_size(layers, width, cross_attn_every):
     """A size of the paper's Table 5: heads are 128 wide, 96 in the resampler.
 
     By these layers' formula 1.16B + 170M, 1.80B + 170M and 8.36B + 170M parameters are trained; the
-    table says 1.2B, 1.6B and 10B + 194M.
+    table says 1.2B, 1.6B and 10B, and 194M each. The language model, like the vision encoder, is a
+    stand-in: a GPT-2 of that size.
     """
     vision = replace(CLIP_PRESETS["ViT-L/14"], vision_width=1536, vision_heads=24)
     language = LanguageConfig(kind="gpt2", vocab_size=32000, context_length=2048, width=width,

@@ -37,6 +37,7 @@ class KVCache:
     def __init__(self):
         self.length = 0                  # tokens stored so far: the next token's position
         self.state = {}                  # name -> tensor (B, ...): what else a model remembers
+        self.context = None              # what cross-attention's entries were computed from
         self.entries = {}                # attention layer -> (k, v), each (B, H, S, K)
         self.buffers = {}                # attention layer -> (k's buffer, v's), longer, or None
 
@@ -65,9 +66,8 @@ class KVCache:
     def reorder(self, rows, since=0):
         """Replace the batch by its rows `rows`, int64 (B',), which may repeat or leave out some.
 
-        since > 0 promises that B' = B and that each row equals the row it replaces before this
-        position and in cross-attention, as the beams of one prompt do. Then, without gradients,
-        only what came later is moved, in place.
+        since > 0: B' = B, and new row i equals old row i before position `since` and in
+        cross-attention (beams of one prompt). Without gradients only later positions are moved.
         """
         self.state = {name: value[rows] for name, value in self.state.items()}
         if since and not torch.is_grad_enabled():

@@ -178,8 +178,8 @@ def tokens_in(prompt, mask, V):
 
 # ------------------------------------------------------------------ generate
 
-# After how many tokens we ask whether all rows are finished. The question makes the CPU wait for a
-# GPU, where a few tokens too many, cut off at the end, cost less.
+# Steps between two checks whether all rows are finished. On a GPU a check makes the CPU wait; a few
+# extra tokens, cut off at the end, cost less.
 CHECK_EVERY = {"cpu": 1, "cuda": 8}
 
 

@@ -125,9 +125,9 @@ class NewTokens(nn.Module):
         self.register_buffer("ids", torch.tensor(ids, device=table.device), persistent=False)
         self.added = len(added)
 
-        def rows(like):                  # std 0.02 as embeddings start, not the table's mean: the
+        def rows(like):                  # N(0, 0.02), as other embeddings start
             noise = torch.randn(len(ids), like.shape[1], dtype=like.dtype, device=like.device)
-            return nn.Parameter(0.02 * noise)       # mean is near the rows that no text ever trains
+            return nn.Parameter(0.02 * noise)
         self.rows = rows(table)
         self.output = None if output is None else rows(output)
 
@@ -219,7 +219,7 @@ class LanguageModel(nn.Module):
         if self.pos_embed is not None:
             pos = self.pos_embed.span(past, T) if mask is None else self.pos_embed(positions)
             return x + pos, {"mask": attn_mask, "rope": None, "cache": cache}
-        # A few table sizes, 256, 512, ..., so that each is computed once; a compiler folds its own.
+        # Table lengths are powers of two from 256, so few are cached; a compiler folds its own.
         table = rope_of if torch.compiler.is_compiling() else cached_rope_table
         rope = table(1 << max(8, (past + T - 1).bit_length()), c.width // c.heads, c.rope_theta,
                      c.rope_scale, x.device)

@@ -55,13 +55,11 @@ def prefix(T, length, past=0, device=None):
 
 
 def image_index(is_image, before=0, attend_next=None):
-    """Which image each token belongs to: 1, 2, ... in the order of the text; 0 for none.
+    """The image each token attends to: 1, 2, ... in text order, 0 for none -> int64 (B, T).
 
-    is_image bool (B, T), True at <image> tokens. A token belongs to the latest image: the <image>
-    token at its own position or the last one before it. In rows where attend_next, bool (B, 1), is
-    True it belongs to the next image instead: the <image> token at its position or the first one
-    after it (Flamingo, A.3.2). before: int or int64 (B, 1), the <image> tokens of the text that a
-    cache already holds. Returns int64 (B, T).
+    is_image bool (B, T): True at <image>. By default the latest image, at or before the token; in
+    rows where attend_next bool (B, 1) is True the next one, at or after it (Flamingo, A.3.2).
+    before int or int64 (B, 1): how many <image> tokens the cached text has (not with attend_next).
 
     >>> is_image = torch.tensor([[False, True, False, True, False]])
     >>> image_index(is_image).tolist()
@@ -96,9 +94,9 @@ def media(image_index, N, Q, only_latest_image=True):
     ######
     ......
     """
-    of_key = torch.arange(1, N + 1, device=image_index.device).repeat_interleave(Q)   # (N * Q,)
-    of_query = image_index[:, None, :, None]                                          # (B, 1, T, 1)
-    return of_key == of_query if only_latest_image else of_key <= of_query
+    key_image = torch.arange(1, N + 1, device=image_index.device).repeat_interleave(Q)   # (N * Q,)
+    query_image = image_index[:, None, :, None]                                          # (B, 1, T, 1)
+    return key_image == query_image if only_latest_image else key_image <= query_image
 
 
 def draw(mask):

@@ -56,8 +56,8 @@ class PackedTexts:
 def as_text(record, rng=None):
     """A record as one plain text, for a language model.
 
-    Captions: one of them, drawn by the rng (None: the first). Turns: the description of each image
-    in words, then its caption or its question and answer, as Flamingo's prompts write them.
+    Captions: one of them, drawn by the rng (None: the first). Turns: each image described in words,
+    then "output:" or the question, then the answer.
     """
     if "texts" in record:
         return rng.choice(record["texts"]) if rng else record["texts"][0]

@@ -90,7 +90,7 @@ def visual_questions(writer, world, count):
 def retrieved_shots(writer, world, count, select_shots, shots=4):
     """Questions after shots drawn at random, and after those that select_shots retrieves."""
     queries = draw_tasks(world, "question", count)
-    support = draw_tasks(world, "question", 2 * count, "train", asks=1)
+    support = draw_tasks(world, "question", 2 * count + shots, "train", asks=1)
     rng = random.Random(0)
     chosen = {"random": [rng.sample(support, shots) for _ in queries],
               "retrieved": select_shots([q["turns"][0]["images"][0] for q in queries], support,

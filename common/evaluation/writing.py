@@ -51,7 +51,7 @@ class Writer:
     def score_candidates(self, records, candidates, batch_size=256):
         """log p(candidate and its end | prompt), in nats -> a list of float tensors (C,).
 
-        candidates: a list of texts for each record, of one length for all records.
+        candidates: a list of texts for each record; all lists have the same length C.
         """
         scores, end = [], self.model.stop_ids[0]
         for k in range(0, len(records), batch_size):
@@ -111,8 +111,8 @@ def main(description, from_pretrained):
     """The command line of a model that writes: caption and answer."""
     def caption(run, picture):
         """write a caption of a picture or clip (an animation, or a folder of frames)"""
-        record = {"images": open_frames(picture), "texts": [""]}
-        print(from_pretrained(run).generate([record], num_beams=3)[0])
+        turn = {"images": [open_frames(picture)], "prompt": "", "answer": "", "caption": True}
+        print(from_pretrained(run).generate([{"turns": [turn]}], num_beams=3)[0])
 
     def answer(run, picture, question, *, shot: SHOT = (),
                support=None, shots=4):

@@ -41,7 +41,7 @@ def perplexity(lm, ids, labels=None, rows=64):
 
 
 def unigram_perplexity(train_ids, ids, config):
-    """Perplexity of ids (N, T) under the token frequencies of train_ids, plus one each."""
+    """Perplexity of ids (N, T) by the token frequencies of train_ids (add-one smoothing)."""
     counts = torch.ones(config.vocab_size, device=train_ids.device)
     labels = labels_of(train_ids, config)[:, 1:]
     counts += torch.bincount(labels[labels != -100], minlength=config.vocab_size)

@@ -1,0 +1,31 @@
+"""Two-step runs of clip, lm and flamingo for the tests of this folder."""
+import pytest
+from PIL import Image
+
+import train
+from common.training.lm import Pretraining
+from flamingo import Flamingo
+from tests.flamingo.toys_b import SETTINGS, options
+
+EVALUATE = Flamingo.evaluate
+
+
+@pytest.fixture(autouse=True)
+def short_evaluation(monkeypatch, one_thread):
+    """Evaluate on 4 records instead of 400."""
+    monkeypatch.setattr(Flamingo, "evaluate", lambda self, data: EVALUATE(self, data, count=4))
+
+
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory):
+    """A folder with two-step runs of clip (clip-toy), lm (lm-toy) and flamingo (one)."""
+    import tests.runs                    # noqa: F401  the toy world
+    folder = tmp_path_factory.mktemp("flamingo")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Flamingo, "evaluate", lambda self, data: EVALUATE(self, data, count=4))
+        patch.setattr(Pretraining, "evaluate", lambda self, data: {})
+        patch.setattr(Pretraining, "samples", lambda self, data: Image.new("RGB", (2, 2)))
+        for stage, out in (("clip", "clip-toy"), ("lm", "lm-toy"), ("flamingo", "one")):
+            assert train.train(stage, options(runs=str(folder), out=str(folder / out)),
+                               SETTINGS[stage]) == 0
+    return folder
