@@ -18,15 +18,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-import common                                             # noqa: E402,F401  before torch
-from common.training import options as cli  # noqa: E402
-from common.training.checkpoint import load_weights                # noqa: E402
-from common.training.options import option                             # noqa: E402
-from common.training.devices import find_device                    # noqa: E402
-from common.language import PRESETS, LanguageModel        # noqa: E402
-from common.pretrained.language import translated         # noqa: E402
+import common                            # noqa: E402,F401  first: how torch's threads wait
+import torch                                                                      # noqa: E402
 
-import torch                                              # noqa: E402
+from common.language import PRESETS, LanguageModel                                # noqa: E402
+from common.pretrained.language import translated                                 # noqa: E402
+from common.training.checkpoint import load_weights                               # noqa: E402
+from common.training.devices import find_device                                   # noqa: E402
+from common.training.options import add_options, option, parser, run_main         # noqa: E402
 
 
 @dataclass
@@ -42,22 +41,20 @@ class Options:
 
 def reference_model(c):
     """transformers' model of our config."""
+    import transformers
     if c.kind == "gpt2":
-        from transformers import GPT2Config, GPT2LMHeadModel
-        return GPT2LMHeadModel(GPT2Config(vocab_size=c.vocab_size, n_positions=c.context_length, n_embd=c.width,
-                                          n_layer=c.layers, n_head=c.heads, n_inner=c.hidden,
-                                          bos_token_id=1, eos_token_id=c.eos_id))
+        return transformers.GPT2LMHeadModel(transformers.GPT2Config(
+            vocab_size=c.vocab_size, n_positions=c.context_length, n_embd=c.width,
+            n_layer=c.layers, n_head=c.heads, n_inner=c.hidden, bos_token_id=1,
+            eos_token_id=c.eos_id))
+    sizes = dict(vocab_size=c.vocab_size, max_position_embeddings=c.context_length,
+                 hidden_size=c.width, num_hidden_layers=c.layers, num_attention_heads=c.heads)
     if c.kind == "opt":
-        from transformers import OPTConfig, OPTForCausalLM
-        return OPTForCausalLM(OPTConfig(vocab_size=c.vocab_size, max_position_embeddings=c.context_length,
-                                        hidden_size=c.width, num_hidden_layers=c.layers,
-                                        num_attention_heads=c.heads, ffn_dim=c.hidden,
-                                        word_embed_proj_dim=c.width))
-    from transformers import LlamaConfig, LlamaForCausalLM
-    return LlamaForCausalLM(LlamaConfig(
-        vocab_size=c.vocab_size, max_position_embeddings=c.context_length, hidden_size=c.width,
-        num_hidden_layers=c.layers, num_attention_heads=c.heads, num_key_value_heads=c.kv_heads,
-        intermediate_size=c.hidden, rms_norm_eps=c.eps, tie_word_embeddings=c.tie_embeddings))
+        return transformers.OPTForCausalLM(transformers.OPTConfig(
+            **sizes, ffn_dim=c.hidden, word_embed_proj_dim=c.width))
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        **sizes, num_key_value_heads=c.kv_heads, intermediate_size=c.hidden, rms_norm_eps=c.eps,
+        tie_word_embeddings=c.tie_embeddings))
 
 
 def compare(options, device):
@@ -69,7 +66,7 @@ def compare(options, device):
     load_weights(ours, translated(reference.state_dict(), dataclasses.asdict(config), "it"), "it")
     ours, reference = ours.to(device), reference.to(device)
     prompt = torch.randint(3, config.vocab_size - 1, (options.batch, options.prompt), device=device)
-    never = config.vocab_size + 1                              # no end: both write all the tokens
+    never = config.vocab_size + 1        # no end: both write all the tokens
 
     def by_ours():
         return ours.generate(prompt, max_new_tokens=options.tokens, stop=(never,))
@@ -86,7 +83,7 @@ def compare(options, device):
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             began = time.perf_counter()
-            work().tolist()                               # waits for the device
+            work().tolist()              # waits for the device
             times[work].append(time.perf_counter() - began)
     count = options.batch * options.tokens
     mine, theirs = (count / statistics.median(times[work]) for work in (by_ours, by_reference))
@@ -96,9 +93,9 @@ def compare(options, device):
 
 def main():
     """Read the command line and run."""
-    parser = cli.parser(__doc__)
-    cli.add_options(parser, Options)
-    options = Options(**vars(parser.parse_args()))
+    args = parser(__doc__)
+    add_options(args, Options)
+    options = Options(**vars(args.parse_args()))
     for preset in [options.preset] if options.preset else ["tiny", "gpt2"]:
         if preset not in PRESETS:
             raise ValueError(f"--preset {preset}: there are {', '.join(PRESETS)}")
@@ -106,4 +103,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_main(main)

@@ -1,4 +1,6 @@
-"""What a CLIP step costs as batch, processes and picture size grow: python tests/benchmarks/scaling.py
+"""The cost of a CLIP step as batch, processes and image size grow.
+
+    python tests/benchmarks/scaling.py
 
 Short runs of train.py, one after another, two points of each; a step's time is the mean of the last
 20 steps, peak memory is that of process 0. Two processes get half of the batch and of the machine's
@@ -13,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS, WARM = 30, 10
-RUNS = {                                 # what is told: processes, flags
+RUNS = {                                 # a row of the table: processes, flags
     "batch 256, 32 pixels, 1 process": (1, ["--batch_size=256"]),
     "batch 1024": (1, ["--batch_size=1024"]),
     "batch 1024 in 4 micro-batches": (1, ["--batch_size=1024", "--accumulate=4"]),
@@ -27,8 +29,9 @@ def measure(processes, flags, folder):
     launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}"] \
         if processes > 1 else [sys.executable]
     threads = {"OMP_NUM_THREADS": str(max(1, os.cpu_count() // processes))}
-    done = subprocess.run([*launch, str(ROOT / "train.py"), "clip", f"--steps={STEPS}", "--out",
-                           folder, *flags], env=os.environ | threads, capture_output=True, text=True)
+    done = subprocess.run([*launch, str(ROOT / "train.py"), "clip", f"--steps={STEPS}",
+                           f"--out={folder}", *flags],
+                          env=os.environ | threads, capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr)
     lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]

@@ -22,19 +22,18 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-import common                                             # noqa: E402,F401  before torch
-from clip import CLIP, PRESETS                            # noqa: E402
-from common.training import options as cli
-from common import transformer  # noqa: E402
-from common.training.checkpoint import load_weights                # noqa: E402
-from common.training.options import option                             # noqa: E402
-from common.training.devices import autocast, find_device, peak_memory, to_device    # noqa: E402
-from common.data.images import normalize_pixels                       # noqa: E402
-from common.pretrained.clip import HUGGING_FACE           # noqa: E402
-from common.pretrained.names import translate             # noqa: E402
+import common                            # noqa: E402,F401  first: how torch's threads wait
+import torch                                                                      # noqa: E402
+from torch.utils.flop_counter import FlopCounterMode                              # noqa: E402
 
-import torch                                              # noqa: E402
-from torch.utils.flop_counter import FlopCounterMode      # noqa: E402
+from clip import CLIP, PRESETS                                                    # noqa: E402
+from common import transformer                                                    # noqa: E402
+from common.data.images import normalize_pixels                                   # noqa: E402
+from common.pretrained.clip import HUGGING_FACE                                   # noqa: E402
+from common.pretrained.names import translate                                     # noqa: E402
+from common.training.checkpoint import load_weights                               # noqa: E402
+from common.training.devices import autocast, find_device, peak_memory, to_device # noqa: E402
+from common.training.options import add_options, option, parser, run_main         # noqa: E402
 
 BATCH = {"tiny": 256, "ViT-B/32": 8}                      # on a CPU; --batch for others
 SIDES = ("ours", "transformers")
@@ -65,8 +64,9 @@ def reference_model(config, attention):
         projection_dim=c.embed_dim, attn_implementation=attention,
         text_config=dict(hidden_size=c.text_width, intermediate_size=4 * c.text_width,
                          num_hidden_layers=c.text_layers, num_attention_heads=c.text_heads,
-                         max_position_embeddings=c.context_length, vocab_size=c.vocab_size, eos_token_id=c.eos_id,
-                         bos_token_id=1, pad_token_id=0, hidden_act=act, projection_dim=c.embed_dim),
+                         max_position_embeddings=c.context_length, vocab_size=c.vocab_size,
+                         eos_token_id=c.eos_id, bos_token_id=1, pad_token_id=0, hidden_act=act,
+                         projection_dim=c.embed_dim),
         vision_config=dict(hidden_size=c.vision_width, intermediate_size=4 * c.vision_width,
                            num_hidden_layers=c.vision_layers, num_attention_heads=c.vision_heads,
                            image_size=c.image_size, patch_size=c.patch_size, hidden_act=act,
@@ -105,14 +105,14 @@ class Side:
 
     def timed(self, work):
         """Seconds of one call of `step` or `infer`."""
-        synchronise(self.device)
+        synchronize(self.device)
         began = time.perf_counter()
         work(self)
-        synchronise(self.device)
+        synchronize(self.device)
         return time.perf_counter() - began
 
 
-def synchronise(device):
+def synchronize(device):
     """Wait for the GPU, if it is one."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -148,10 +148,10 @@ def matrix_rate(device, half):
     a, b = (torch.randn(n, n, device=device, dtype=kind) for _ in range(2))
     times = []
     for _ in range(12):
-        synchronise(device)
+        synchronize(device)
         began = time.perf_counter()
         a @ b
-        synchronise(device)
+        synchronize(device)
         times.append(time.perf_counter() - began)
     return 2 * n ** 3 / statistics.median(times)
 
@@ -202,9 +202,9 @@ def memory_of(name, options, device):
 
 def main():
     """Read the command line and run."""
-    parser = cli.parser(__doc__)
-    cli.add_options(parser, Options)
-    options = Options(**vars(parser.parse_args()))
+    args = parser(__doc__)
+    add_options(args, Options)
+    options = Options(**vars(args.parse_args()))
     device = find_device(options.device)
     transformer.ATTENTION = options.attention
     if options.memory:
@@ -219,4 +219,4 @@ def main():
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_main(main)

@@ -57,9 +57,10 @@ def load(module, weights):
 class ClipCase:
     """The whole of CLIPModel: features, logits, loss."""
     name = "clip"
-    config = CLIPConfig(image_size=15, patch_size=5, vision_width=24, vision_layers=2, vision_heads=3,
-                        text_width=28, text_layers=3, text_heads=2, context_length=11, vocab_size=53, eos_id=31,
-                        embed_dim=17, act="quick_gelu")
+    config = CLIPConfig(image_size=15, patch_size=5, vision_width=24, vision_layers=2,
+                        vision_heads=3, text_width=28, text_layers=3, text_heads=2,
+                        context_length=11, vocab_size=53, eos_id=31, embed_dim=17,
+                        act="quick_gelu")
 
     def reference(self, seed):
         from transformers import CLIPConfig as Config, CLIPModel
@@ -92,8 +93,9 @@ class ClipCase:
         for theirs, own, layers in (("vision_model", "vision", 2), ("text_model", "text", 3)):
             for i in range(layers):
                 head, ours = f"{theirs}.encoder.layers.{i}", f"{own}.transformer.blocks.{i}"
-                names |= {f"{head}.self_attn": f"{ours}.attn", f"{head}.layer_norm1": f"{ours}.attn_norm",
-                          f"{head}.layer_norm2": f"{ours}.mlp_norm", f"{head}.mlp": f"{ours}.mlp"}
+                names |= {f"{head}.self_attn": f"{ours}.attn", f"{head}.mlp": f"{ours}.mlp",
+                          f"{head}.layer_norm1": f"{ours}.attn_norm",
+                          f"{head}.layer_norm2": f"{ours}.mlp_norm"}
         weights = renamed(model, names)
         weights["vision.patch_embed.weight"] = weights["vision.patch_embed.weight"].flatten(1)
         outputs = {"image": out.image_embeds, "text": out.text_embeds, "loss": out.loss,
@@ -136,7 +138,8 @@ class Gpt2Case(BlockCase):
         x = self.draw()
         y = layer(x, attention_mask=self.additive())
         parts = renamed(layer, {"ln_1": "attn_norm", "ln_2": "mlp_norm"}) | transposed(renamed(
-            layer, {"attn.c_proj": "attn.out_proj", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}))
+            layer, {"attn.c_proj": "attn.out_proj", "mlp.c_fc": "mlp.fc1",
+                    "mlp.c_proj": "mlp.fc2"}))
         fused = transposed(renamed(layer, {"attn.c_attn": ""}))
         for kind in ("weight", "bias"):
             for name, part in zip("qkv", fused[f".{kind}"].chunk(3)):
@@ -158,8 +161,9 @@ class OptCase(BlockCase):
             attn_implementation="eager"), layer_idx=0), seed)
         x = self.draw()
         y = layer(x, attention_mask=self.additive())
-        weights = renamed(layer, {"self_attn_layer_norm": "attn_norm", "final_layer_norm": "mlp_norm",
-                                  "self_attn": "attn", "fc1": "mlp.fc1", "fc2": "mlp.fc2"})
+        weights = renamed(layer, {"self_attn_layer_norm": "attn_norm", "self_attn": "attn",
+                                  "final_layer_norm": "mlp_norm", "fc1": "mlp.fc1",
+                                  "fc2": "mlp.fc2"})
         return arrays(weights), arrays({"x": x}), arrays({"y": y[0] if isinstance(y, tuple) else y})
 
     def ours(self, weights, inputs):
@@ -200,12 +204,15 @@ class BertCase(BlockCase):
             attn_implementation="eager"), layer_idx=0), seed)
         x, context = self.draw(), torch.randn(B, S, 24)
         y = layer(x, attention_mask=self.additive(), encoder_hidden_states=context)
-        names = {"intermediate.dense": "mlp.fc1", "output.dense": "mlp.fc2", "output.LayerNorm": "mlp_norm"}
+        names = {"intermediate.dense": "mlp.fc1", "output.dense": "mlp.fc2",
+                 "output.LayerNorm": "mlp_norm"}
         for theirs, own in (("attention", "attn"), ("crossattention", "cross")):
             norm = "attn_norm" if own == "attn" else "cross_norm"
-            names |= {f"{theirs}.self.query": f"{own}.q_proj", f"{theirs}.self.key": f"{own}.k_proj",
+            names |= {f"{theirs}.self.query": f"{own}.q_proj",
+                      f"{theirs}.self.key": f"{own}.k_proj",
                       f"{theirs}.self.value": f"{own}.v_proj",
-                      f"{theirs}.output.dense": f"{own}.out_proj", f"{theirs}.output.LayerNorm": norm}
+                      f"{theirs}.output.dense": f"{own}.out_proj",
+                      f"{theirs}.output.LayerNorm": norm}
         return (arrays(renamed(layer, names)), arrays({"x": x, "context": context}),
                 arrays({"y": y[0] if isinstance(y, tuple) else y}))
 
@@ -311,8 +318,8 @@ class LanguageCase:
         outputs = {"right": lm(ids, REAL)[REAL],
                    "left": lm(ids, REAL.flip(1))[REAL.flip(1)]}
         for name, options in self.searches.items():
-            outputs[name] = lm.generate(ids, REAL.flip(1), max_new_tokens=8, stop=self.stop, pad_id=1,
-                                        **options)
+            outputs[name] = lm.generate(ids, REAL.flip(1), max_new_tokens=8, stop=self.stop,
+                                        pad_id=1, **options)
         return outputs
 
 
