@@ -22,7 +22,7 @@ HF_BLOCK = (
 )
 HUGGING_FACE = Table((
     ("logit_scale", "logit_scale"),
-    ("vision_model.embeddings.class_embedding", "vision.cls"),
+    ("vision_model.embeddings.class_embedding", "vision.cls_token"),
     ("vision_model.embeddings.position_embedding.weight", "vision.pos_embed"),
     ("vision_model.embeddings.patch_embedding.weight", "vision.patch_embed.weight",
      flatten_patches),
@@ -53,7 +53,7 @@ OPENAI_TEXT = (
     ("text_projection", "text_projection.weight", transpose),
 )
 OPENAI_VIT = (
-    ("visual.class_embedding", "vision.cls"),
+    ("visual.class_embedding", "vision.cls_token"),
     ("visual.positional_embedding", "vision.pos_embed"),
     ("visual.conv1.weight", "vision.patch_embed.weight", flatten_patches),
     ("visual.ln_{pre,post}.{weight,bias}", "vision.ln_{pre,post}.{weight,bias}"),
