@@ -79,7 +79,7 @@ class TestSave:
     @pytest.mark.parametrize("damage", [None, "empty", "zeros", "half", "all but one"])
     def test_a_kill_at_any_call_leaves_a_whole_checkpoint(self, tmp_path, monkeypatch, damage):
         """Stopped before its n-th call to the disk, for every n; with last.pt whole or damaged."""
-        calls = [(os, "link"), (os, "replace"), (os, "fsync"), (torch, "save")]
+        calls = [(os, "replace"), (os, "fsync"), (torch, "save")]
         real = {name: getattr(place, name) for place, name in calls}
 
         def counted(name):
@@ -113,15 +113,7 @@ class TestSave:
             checkpoint.save(folder, state(4))
             assert checkpoint.newest(folder)["step"] == 4
             moment += 1
-        assert moment >= 4
-
-    def test_a_disk_without_links_is_served_too(self, tmp_path, monkeypatch):
-        def refused(*arguments):
-            raise PermissionError
-        monkeypatch.setattr(os, "link", refused)
-        for step in (1, 2):
-            checkpoint.save(tmp_path, state(step))
-        assert checkpoint.load(tmp_path / "previous.pt")["step"] == 1
+        assert moment >= 3
 
 
 class TestLoad:
@@ -213,10 +205,14 @@ class TestLoadWeights:
                       "weight is (5, 7), the model's (5, 3)"):
             assert words in str(caught.value)
 
-    def test_a_long_list_is_cut(self):
+    def test_of_a_long_list_four_of_each_kind_are_named(self):
+        module = nn.Sequential(*(nn.Linear(1, 1) for _ in range(3)))
         others = {f"w{i}": torch.zeros(1) for i in range(11)}
-        with pytest.raises(ValueError, match="and 3 more$"):
-            checkpoint.load_weights(nn.Module(), others, "there")
+        with pytest.raises(ValueError, match=(
+                "config: missing 0.weight; missing 0.bias; missing 1.weight; missing 1.bias; "
+                "and 2 more; unexpected w0; unexpected w1; unexpected w2; unexpected w3; "
+                "and 7 more$")):
+            checkpoint.load_weights(module, others, "there")
 
 
 class TestOpenRun:
@@ -235,9 +231,8 @@ class TestOpenRun:
     @pytest.mark.parametrize("harm, words", [
         (lambda run: (run / "config.json").unlink(), "no run here"),
         (lambda run: (run / "config.json").write_text("{"), "config.json: not readable JSON"),
-        (lambda run: (run / "config.json").write_text("[]"), "config.json is not that of a run"),
+        (lambda run: (run / "config.json").write_text("[]"), "a run of 'another program', not of 'clip'"),
         (lambda run: (run / "config.json").write_text('{"model": "blip"}'), "a run of 'blip', not"),
-        (lambda run: (run / "config.json").write_text('{"model": "clip"}'), "the run has no config"),
         (lambda run: (run / "last.pt").unlink(), "no checkpoint yet"),
         (lambda run: (run / "last.pt").write_bytes(b"half"), "last.pt: not a checkpoint, or cut"),
         (lambda run: (run / "tokenizer.model").unlink(), "tokenizer.model"),

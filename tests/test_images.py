@@ -12,9 +12,9 @@ import torch
 from PIL import Image, ImageOps
 
 from common.data import images
-from common.data.images import (MEAN, MOST_BYTES, MOST_PIXELS, STD, center_crop, normalize_pixels,
-                                open_folder, open_frames, open_image, random_crop, to_rgb,
-                                to_tensor)
+from common.data.images import (MEAN, MOST_PIXELS, STD, center_crop, normalize_pixels, open_folder,
+                                open_frames, open_image, random_crop, to_rgb, to_tensor)
+from common.data.safe_read import MOST_BYTES
 
 
 def halves(size=(6, 4), left=(200, 30, 40), right=(10, 60, 220)):

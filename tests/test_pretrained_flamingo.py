@@ -133,11 +133,11 @@ class OpenFlamingo(nn.Module):
         B, N = features.shape[:2]
         media = self.perceiver(features.flatten(2, 3).flatten(0, 1)).unflatten(0, (B, N))
         text_time = (ids == IMAGE).cumsum(dim=1)
-        x, places = ours.lm.place(ours.lm.embed(ids))
+        x, inputs = ours.lm.block_inputs(ours.lm.embed(ids))
         for layer in self.lang_encoder.model.layers:
             if layer.gated_cross_attn_layer is not None:
                 x = layer.gated_cross_attn_layer(x, media, text_time)
-            x = layer.decoder_layer(x, **places)
+            x = layer.decoder_layer(x, **inputs)
         return ours.lm.head(x)
 
 
@@ -165,7 +165,7 @@ def test_the_outputs_are_openflamingos(both):
     want = theirs.perceiver(features[1, 2, 0][None])[0]
     torch.testing.assert_close(visual[1, 2], want, atol=1e-5, rtol=1e-5)
     want = theirs(ours, features, ids)
-    torch.testing.assert_close(ours.read(ids, visual=visual), want, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(ours.logits(ids, visual=visual), want, atol=1e-5, rtol=1e-5)
     assert (want - ours.lm(ids)).abs().max() > 0.1
 
 
@@ -204,8 +204,8 @@ def test_other_language_models_have_other_names(both):
         "model.embed_tokens", "transformer.wte"): w for name, w in learned(theirs).items()}, path)
     load_openflamingo(ours, path, TAGS)
     gates = theirs.lang_encoder.model.layers[3].gated_cross_attn_layer
-    assert torch.equal(ours.gated["3"].mlp_gate, gates.ff_gate)
-    assert torch.equal(ours.gated["3"].attn_gate, gates.attn_gate)
+    assert torch.equal(ours.gated[3].mlp_gate, gates.ff_gate)
+    assert torch.equal(ours.gated[3].attn_gate, gates.attn_gate)
     assert not torch.equal(gates.ff_gate, gates.attn_gate)
 
 
@@ -279,10 +279,11 @@ def test_the_published_shapes_are_those_of_the_specification():
         model = Flamingo(FlamingoConfig(vision=vision, language=language, cross_attn_every=4,
                                         **OPENFLAMINGO))
     shapes = {name: tuple(w.shape) for name, w in model.state_dict().items()}
-    rows = [row for i in model.gated for row in layout.under(f"g.{i}", f"gated.{i}", layout.GATED)]
+    blocks = [i for i, block in enumerate(model.gated) if block is not None]
+    assert blocks == [3, 7, 11, 15, 19, 23, 27, 31]
+    rows = [row for i in blocks for row in layout.under(f"g.{i}", f"gated.{i}", layout.GATED)]
     found = {theirs: [shapes[name] for name in ours] for theirs, (ours, _) in plan(
         Table((*layout.RESAMPLER, *rows)), {"layers": 6}).items()}
-    assert list(model.gated) == ["3", "7", "11", "15", "19", "23", "27", "31"]
     for name, want in {
             "perceiver.latents": [(64, 1024)], "perceiver.layers.5.0.to_q.weight": [(512, 1024)],
             "perceiver.layers.5.0.to_kv.weight": [(512, 1024)] * 2,

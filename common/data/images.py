@@ -1,6 +1,7 @@
 """Pictures: opening files, crops, tensors."""
-import functools
+import contextlib
 import io
+import itertools
 import math
 import re
 import sys
@@ -9,29 +10,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, ImageSequence
 
-from common.data.safe_read import open_regular, printable, read_bytes
+from common.data.safe_read import printable, read_bytes
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)            # CLIP's, also BLIP's and LLaVA's
 STD = (0.26862954, 0.26130258, 0.27577711)
 MOST_PIXELS = 64_000_000                              # more in a small file is a decompression bomb
-MOST_BYTES = 100_000_000                              # of a picture's file
 MOST_FRAMES = 1_000                                   # of a clip
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")   # others may start programs
 MOVING = ("GIF", "WEBP", "PNG")                       # in others a second picture is no next frame
 
-read_picture = functools.partial(read_bytes, most=MOST_BYTES,
-                                 open=functools.partial(open_regular, kind="picture"))
 
-
-def open_image(source, name=None):
-    """The picture in a file, upright, RGB (transparency on white; the first frame of an animation).
-
-    source: a path or the bytes of a file; name: what messages call it. Raises ValueError with one
-    line that says what is wrong: missing, no picture in one of FORMATS, cut off, too big.
-    """
-    data = source if isinstance(source, bytes) else read_picture(source)
+@contextlib.contextmanager
+def decoding(source, name=None):
+    """The Pillow picture of a path or of bytes. An error inside is one ValueError with the name."""
+    data = source if isinstance(source, bytes) else read_bytes(source, kind="picture")
     name = printable(name or ("a picture in memory" if isinstance(source, bytes) else source))
     try:
         with warnings.catch_warnings():
@@ -39,11 +33,20 @@ def open_image(source, name=None):
             with Image.open(io.BytesIO(data), formats=FORMATS) as picture:
                 if picture.width * picture.height > MOST_PIXELS:
                     raise Image.DecompressionBombError
-                return to_rgb(picture)
+                yield picture
     except Image.DecompressionBombError:
         raise ValueError(f"{name}: a picture of more than {MOST_PIXELS:,} pixels") from None
     except Exception as error:           # Pillow's decoders raise many kinds on hostile input
         raise ValueError(f"{name}: not a readable picture ({type(error).__name__})") from None
+
+
+def open_image(source, name=None):
+    """The picture in a file, upright, RGB (transparency on white; the first frame of an animation).
+
+    Raises ValueError in one line: missing, no picture in one of FORMATS, cut off, too big.
+    """
+    with decoding(source, name) as picture:
+        return to_rgb(picture)
 
 
 def to_rgb(picture):
@@ -55,60 +58,41 @@ def to_rgb(picture):
         pass
     if picture.mode.startswith("I;16") or picture.mode in ("I", "F"):
         values = np.nan_to_num(np.asarray(picture, dtype=np.float32))
-        wide = picture.mode.startswith("I;16") or values.max(initial=0) > 255
-        top = 65535 if wide else 255
+        top = 65535 if picture.mode.startswith("I;16") or values.max() > 255 else 255
         picture = Image.fromarray((values / top * 255).clip(0, 255).astype(np.uint8))
     if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(white, picture)
+        picture = Image.alpha_composite(white, picture.convert("RGBA"))
     return picture.convert("RGB")
 
 
 def open_frames(path, most=32):
     """The frames of a clip, RGB: an animation's, or the pictures of a folder by name.
 
-    Numbers in names count as numbers: 2.png comes before 10.png. More than `most` are thinned out
-    evenly; a still picture is a clip of one frame. Raises ValueError in one line as `open_image`,
-    and for an animation of more than MOST_FRAMES frames.
+    More than `most` are thinned out evenly; a still picture is a clip of one frame. Raises
+    ValueError as `open_image`, and for an animation of more than MOST_FRAMES frames.
     """
     if Path(path).is_dir():
         frames = open_folder(path)[1]
     else:
-        data = read_picture(path)
-        frames = [open_image(data, path), *_later_frames(data, printable(path))]
+        with decoding(path) as picture:
+            room = min(MOST_FRAMES, 4 * MOST_PIXELS // (picture.width * picture.height))
+            found = ImageSequence.Iterator(picture) if picture.format in MOVING else [picture]
+            frames = [to_rgb(frame) for frame in itertools.islice(found, room + 1)]
+        if len(frames) > room:
+            raise ValueError(f"{printable(path)}: a clip of more than {room:,} frames")
     count = min(most, len(frames))
     return [frames[round(i * (len(frames) - 1) / max(1, count - 1))] for i in range(count)]
 
 
-def _later_frames(data, name):
-    """The frames of an animation after its first; of a still picture none."""
-    frames = []
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(data), formats=MOVING) as picture:
-                most = min(MOST_FRAMES, 4 * MOST_PIXELS // (picture.width * picture.height))
-                while len(frames) < most:
-                    picture.seek(len(frames) + 1)
-                    frames.append(to_rgb(picture))
-    except (EOFError, UnidentifiedImageError):       # the end, or a format without animations
-        return frames
-    except Exception as error:
-        raise ValueError(f"{name}: not a readable clip ({type(error).__name__})") from None
-    raise ValueError(f"{name}: a clip of more than {most:,} frames")
-
-
 def center_crop(picture, size):
-    """CLIP's evaluation crop: the shorter side to `size` (bicubic, antialiased), its middle.
-
-    Equals resizing the whole picture and then cutting, without the memory for a very long one.
-    """
+    """CLIP's evaluation crop: the shorter side to `size` (bicubic, antialiased), its middle."""
     W, H = picture.size
     if (W, H) == (size, size):
         return picture
     wide, high = (int(size * side / min(W, H)) for side in (W, H))    # the whole picture, resized
     left, top = round((wide - size) / 2), round((high - size) / 2)
+    # Only this box is resized, which saves the memory for the whole of a very long picture.
     box = left * W / wide, top * H / high, (left + size) * W / wide, (top + size) * H / high
     return picture.resize((size, size), Image.Resampling.BICUBIC, box=box)
 
@@ -116,10 +100,9 @@ def center_crop(picture, size):
 def random_crop(picture, size, rng, least=0.9):
     """CLIP's training crop, its only augmentation: a random square of the picture (paper, 2.3).
 
-    The square keeps `least` to all of the area of the largest square, whose side is the picture's
-    shorter side. open_clip instead takes 0.9 to all of the WHOLE picture's area with an aspect
-    ratio of 3/4 to 4/3 (RandomResizedCrop), and so distorts what it cuts; ours never does.
-    rng: a random.Random. Returns a Pillow picture of (size, size).
+    It has `least` to all of the area of the picture's largest square; rng: a random.Random.
+    open_clip takes 0.9 to all of the whole picture with an aspect ratio of 3/4 to 4/3 instead
+    (RandomResizedCrop), and so distorts what it cuts.
     """
     W, H = picture.size
     side = min(W, H) * math.sqrt(rng.uniform(least, 1))
@@ -143,25 +126,22 @@ def normalize_pixels(images, mean=MEAN, std=STD):
 def open_folder(folder):
     """Every readable picture of a folder, by name, 2.png before 10.png -> (paths, pictures).
 
-    Other files are passed over; stderr says how many. Raises ValueError when the folder is missing
-    or has no picture.
+    stderr says how many other files are passed over. Raises ValueError when there is no picture.
     """
-    folder = Path(folder)
-    if not folder.is_dir():
+    if not Path(folder).is_dir():
         raise ValueError(f"{printable(folder)}: no such folder")
-    paths, pictures, refused = [], [], []
-    for path in sorted((p for p in folder.iterdir() if p.is_file()), key=by_numbers):
+    found, refused = {}, []              # {path: picture}, errors
+    for path in sorted(filter(Path.is_file, Path(folder).iterdir()), key=by_numbers):
         try:
-            pictures.append(open_image(path))
-            paths.append(path)
+            found[path] = open_image(path)
         except ValueError as error:
             refused.append(error)
     if refused:
-        print(f"passed over {len(refused)} of {len(refused) + len(paths)} files, e.g. {refused[0]}",
+        print(f"passed over {len(refused)} of {len(refused) + len(found)} files, e.g. {refused[0]}",
               file=sys.stderr)
-    if not paths:
+    if not found:
         raise ValueError(f"{printable(folder)}: no pictures in it")
-    return paths, pictures
+    return list(found), list(found.values())
 
 
 def by_numbers(path):

@@ -6,7 +6,7 @@ import stat
 import tarfile
 import zlib
 
-MOST_BYTES = 100_000_000                 # of a JSON file
+MOST_BYTES = 100_000_000                 # of a file that is read as a whole
 
 
 def printable(name, most=300):
@@ -16,17 +16,15 @@ def printable(name, most=300):
 
 
 def open_regular(path, kind="file"):
-    """The file at a path, open for reading bytes.
+    """The file at a path, open for reading bytes. Raises ValueError when there is none.
 
-    Raises ValueError when there is none, or when it is a folder, a pipe or a device: reading those
-    may wait or go on for ever.
+    Also for a folder, a pipe or a device: reading those may wait or go on for ever.
     """
     try:
         mode = os.stat(path).st_mode
-        if stat.S_ISDIR(mode):
-            raise ValueError(f"a folder, not a {kind}")
         if not stat.S_ISREG(mode):
-            raise ValueError(f"a pipe or a device, not a {kind}")
+            what = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
+            raise ValueError(f"{what}, not a {kind}")
         return open(path, "rb")
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(f"{printable(path)}: no such {kind}") from None
@@ -43,18 +41,17 @@ def open_text(path):
     return io.TextIOWrapper(open_regular(path), "utf-8-sig", errors="surrogateescape")
 
 
-def read_bytes(path, start=0, size=None, *, most=MOST_BYTES, open=open_regular):
+def read_bytes(path, start=0, size=None, *, most=MOST_BYTES, kind="file", unpack=None):
     """All bytes of a file, or `size` of them from `start` on.
 
-    Raises ValueError: missing, unreadable, or more than `most` bytes. open: gzip.open for a
+    Raises ValueError: missing, unreadable, or more than `most` bytes. unpack: gzip.open for a
     compressed file, which is unpacked no further than `most` bytes.
     """
     try:
-        with open(path) as file:
+        with open_regular(path, kind) as file:
+            file = unpack(file) if unpack else file
             file.seek(start)
             data = file.read(most + 1 if size is None else min(size, most + 1))
-    except FileNotFoundError:
-        raise ValueError(f"{printable(path)}: no such file") from None
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{printable(path)}: not readable ({error})") from None
     if len(data) > most:
@@ -63,10 +60,9 @@ def read_bytes(path, start=0, size=None, *, most=MOST_BYTES, open=open_regular):
 
 
 def tar_members(path, refuse):
-    """(name, place) of the plain files in a tar; read_bytes(*place) reads one.
+    """(name, place) of the plain files in a tar, by its headers alone; read_bytes(*place) reads one.
 
-    Reads the headers alone. refuse(reason) is called for a link, for a device, and for damage: of a
-    damaged tar what precedes the damage is kept. Names are not checked.
+    refuse(reason) is called for a link, a device, and damage: what precedes the damage is kept.
     """
     end = 0
     try:
@@ -89,7 +85,7 @@ def tar_members(path, refuse):
 
 
 def parse_json(data, where="", kind=object):
-    """The value of a JSON text (str or bytes of UTF-8), which must be of a kind: dict, list ...
+    """The value of a JSON text (str or bytes of UTF-8), of any kind or a dict.
 
     Raises ValueError with one line, which begins with `where` if it is given.
     """
@@ -101,8 +97,7 @@ def parse_json(data, where="", kind=object):
     except ValueError as error:          # the decoder's own messages are one line
         raise ValueError(f"{where}not readable JSON ({error})") from None
     if not isinstance(value, kind):
-        name = {dict: "object", list: "list"}.get(kind, kind.__name__)
-        raise ValueError(f"{where}a JSON {name} was expected, not {printable(repr(value), 80)}")
+        raise ValueError(f"{where}a JSON object was expected, not {printable(repr(value), 80)}")
     return value
 
 

@@ -207,7 +207,7 @@ def read_clip(path):
 
     256 bytes, the same at the end of a word, the pieces of the first 48,894 merges, 2 special ones.
     """
-    lines = read_bytes(path, open=gzip.open).decode("utf-8", "replace").splitlines()
+    lines = read_bytes(path, unpack=gzip.open).decode("utf-8", "replace").splitlines()
     merges = [pair(line, path) for line in lines[1:1 + CLIP_MERGES]]
     if len(merges) < CLIP_MERGES:
         raise ValueError(f"{path}: {len(merges)} merges, but CLIP's vocabulary has {CLIP_MERGES}")

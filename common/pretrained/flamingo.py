@@ -69,7 +69,8 @@ def load_openflamingo(model, path, tokens=None):
     trained = {re.sub(GATED_BLOCK, r"gated.\1.", name): weight for name, weight in weights.items()}
     trained = {name: weight for name, weight in trained.items()
                if not name.startswith(("lang_encoder.", "vision_encoder."))}
-    rows = [row for i in model.gated for row in under(f"gated.{i}", f"gated.{i}", GATED)]
+    rows = [row for i, block in enumerate(model.gated) if block is not None
+            for row in under(f"gated.{i}", f"gated.{i}", GATED)]
     ours = translate(trained, Table((*RESAMPLER, *rows)),
                      {"layers": model.config.resampler_layers}, path)
     if tokens is not None:

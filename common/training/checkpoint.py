@@ -2,7 +2,6 @@
 import json
 import os
 import pickle
-import shutil
 import warnings
 import zipfile
 from pathlib import Path
@@ -16,10 +15,7 @@ NAMES = ("last.pt", "previous.pt")
 
 
 def write(path, save):
-    """Write a file so that a kill at any moment leaves the old one or the new one, never half.
-
-    save(temporary_path) does the writing.
-    """
+    """Write a file by save(temporary_path): a kill leaves the old one or the new one, never half."""
     half = Path(f"{path}.part")
     save(half)
     with open(half, "rb+") as file:      # on the disk before the name points at it
@@ -33,28 +29,15 @@ def write_json(path, value):
 
 
 def save(folder, state):
-    """Make `state` the folder's last.pt; the one before stays as previous.pt.
-
-    At every moment one of the two is a whole checkpoint.
-    """
+    """Make `state` the folder's last.pt and its last.pt previous.pt. One of the two is always whole."""
     last, previous = (Path(folder) / name for name in NAMES)
     if zipfile.is_zipfile(last):         # one that was cut off must not replace a whole previous.pt
-        spare = Path(f"{previous}.part")
-        spare.unlink(missing_ok=True)
-        try:
-            os.link(last, spare)         # a second name: last.pt never goes missing meanwhile
-        except OSError:                  # a disk without links
-            shutil.copyfile(last, spare)
-        os.replace(spare, previous)
+        os.replace(last, previous)
     write(last, lambda half: torch.save(state, half))
 
 
 def unpickle(path, what, mmap=False):
-    """What torch.save wrote to a file, on the CPU. It runs no code from the file.
-
-    Raises ValueError in one line for a missing file, for one that is no `what`, and for one that
-    holds anything but tensors and plain values.
-    """
+    """What torch.save wrote to a file, on the CPU. Code in it is not run: ValueError."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -77,43 +60,36 @@ def load(path):
 
 
 def newest(folder):
-    """The run's last whole checkpoint, or None when it has none yet.
-
-    When last.pt is damaged, a line is printed and previous.pt is loaded. Raises ValueError when
-    both are damaged.
-    """
+    """The run's last whole checkpoint, or None. Raises ValueError when all are damaged."""
     last, previous = (Path(folder) / name for name in NAMES)
-    if last.exists():
-        try:
-            return load(last)
-        except ValueError as error:
-            if not previous.exists():
-                raise
-            print(f"{error}; taking {previous.name}")
-    return load(previous) if previous.exists() else None
+    if not previous.exists():
+        return load(last) if last.exists() else None
+    try:
+        return load(last)
+    except ValueError as error:
+        print(f"{error}; taking {previous.name}")
+        return load(previous)
 
 
 def load_weights(module, weights, where):
     """Copy a state dict into a module: every name and every shape must agree.
 
-    Raises ValueError that lists what is missing, unexpected or of another shape (up to 8 names).
+    Raises ValueError that lists four names each that are missing, unexpected, or of another shape.
     """
     own = module.state_dict()
-    wrong = [f"missing {name}" for name in own if name not in weights]
-    wrong += [f"unexpected {printable(name)}" for name in weights if name not in own]
-    wrong += [f"{name} is {tuple(weights[name].shape)}, the model's {tuple(own[name].shape)}"
-              for name in own if name in weights and weights[name].shape != own[name].shape]
-    if wrong:
-        wrong[8:] = [f"and {len(wrong) - 8} more"] if len(wrong) > 8 else []
-        raise ValueError(f"{where}: weights of another model or config: {'; '.join(wrong)}")
+    wrong = ([f"missing {name}" for name in own if name not in weights],
+             [f"unexpected {printable(name)}" for name in weights if name not in own],
+             [f"{name} is {tuple(weights[name].shape)}, the model's {tuple(own[name].shape)}"
+              for name in own if name in weights and weights[name].shape != own[name].shape])
+    if any(wrong):
+        listed = [part for parts in wrong
+                  for part in parts[:4] + [f"and {len(parts) - 4} more"] * (len(parts) > 4)]
+        raise ValueError(f"{where}: weights of another model or config: {'; '.join(listed)}")
     module.load_state_dict(weights)
 
 
 def load_part(model, name, weights, where):
-    """Copy the weights of another model's module of the same name into `model`.
-
-    The parameters named new.* are the model's own and stay. Raises ValueError as `load_weights`.
-    """
+    """`load_weights` of another model's module `name` into `model`, whose own new.* stay."""
     part, head = getattr(model, name), f"{name}."
     own = {key: value for key, value in part.state_dict().items() if key.startswith("new.")}
     load_weights(part, own | {key.removeprefix(head): value for key, value in weights.items()
@@ -131,19 +107,17 @@ def config_of(kind, fields, where):
 def of_model(described, model, folder):
     """Return the value of a run's config.json. Raises ValueError unless it is a run of `model`."""
     found = described.get("model") if isinstance(described, dict) else None
-    if found is None:
-        raise ValueError(f"{folder}: its config.json is not that of a run of train.py")
     if found != model:
-        raise ValueError(f"{folder}: a run of {printable(found)!r}, not of {model!r}")
+        found = printable(found or "another program")
+        raise ValueError(f"{folder}: a run of {found!r}, not of {model!r}")
     return described
 
 
 def open_run(folder, model, flag="", command=None):
     """A finished or unfinished run of `model` -> (config dict, Tokenizer, weights).
 
-    flag: the option that named the folder. command: what makes such a run, for the message
-    (default: the stage named as the model). Raises ValueError in one line: no such folder, no run
-    in it, a run of another model, no checkpoint yet, a damaged one.
+    flag: the option that named the folder; command: what makes such a run; both for messages.
+    Raises ValueError: no run in the folder, one of another model, without a whole checkpoint.
     """
     folder = Path(folder)
     if not (folder / "config.json").exists():
@@ -151,7 +125,6 @@ def open_run(folder, model, flag="", command=None):
         raise ValueError(f"{flag} {folder}: no run here (no config.json); ".lstrip()
                          + f"{command} makes one")
     described, state = of_model(read_json(folder / "config.json"), model, folder), newest(folder)
-    if state is None or "config" not in described:
-        what = "checkpoint yet" if state is None else "config"
-        raise ValueError(f"{folder}: the run has no {what}")
-    return described["config"], Tokenizer.load(folder / "tokenizer.model"), state["model"]
+    if state is None:
+        raise ValueError(f"{folder}: the run has no checkpoint yet")
+    return described.get("config", {}), Tokenizer.load(folder / "tokenizer.model"), state["model"]
