@@ -440,6 +440,14 @@ class TestBuild:
         one, same, other = (run.batches.keys(0, 0) for run in runs)
         assert one == same != other
 
+    def test_a_resumed_run_has_the_time_and_the_loss_of_its_checkpoint(self, tmp_path):
+        run = build(tmp_path)
+        run.began, run.loss, run.step = run.began - 1000, 0.25, 7
+        train.save(run)
+        again = build(tmp_path, resume=True)
+        assert 1000 <= again.elapsed() < 1060
+        assert (again.loss, again.step, again.saved) == (0.25, 7, 7)
+
     def test_unfreeze_trains_more_and_the_table_says_what(self, tmp_path, monkeypatch):
         monkeypatch.setitem(clip.TRAINS, "clip", ("text.*",))
         run = build(tmp_path, unfreeze="logit_scale,vision.ln_post.*")
