@@ -62,7 +62,8 @@ def make_images(B=2, N=3, frames=1):
 def make_batch(*rows, N=3, attend_next=None):
     """A batch as of InterleavedCollator, in which every token but <image> has a label."""
     ids = make_ids(*rows)
-    return {"images": make_images(len(rows), N), "ids": ids, "labels": ids.where(ids != IMAGE, -100),
+    return {"images": make_images(len(rows), N), "ids": ids,
+            "labels": ids.where(ids != IMAGE, -100),
             "attend_next": torch.tensor(attend_next or [False] * len(rows))}
 
 
