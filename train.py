@@ -208,8 +208,7 @@ def measure(run):
               "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
               "steps": run.step, "loss": round(run.loss, 4)}
     if run.refused:
-        result["refused"] = run.world.refused.count + run.refused.count \
-            + run.world.unreadable("test").count
+        result["refused"] = run.world.refused.count + run.refused.count
     result |= {name: round(value, 4) for name, value in figures.items()}
     checkpoint.write_json(run.folder.path / "result.json", result)
     print(f"pictures: {run.folder.path / 'samples.png'}")

@@ -5,18 +5,19 @@
     jsonl:FILE    a JSON object in each line: {"image": "a.jpg", "text": "..."}, or "texts": [...]
     tar:GLOB      webdataset shards as img2dataset writes them; {00000..00099} is expanded
 
-A record is {"images": [...], "texts": [captions], "source": its name}; an image is a file's name or
-a place in a tar. A record that cannot be used is counted and left out. No tar is extracted, and no
-picture is read from outside the folder of pictures.
+A record is {"images": [a file's name or a place in a tar], "texts": [captions], "source": name}.
+One that cannot be used is counted and left out. No picture is read from outside its folder.
 """
 import contextlib
 import csv
+import functools
 import glob
 import hashlib
 import itertools
 import os
 import re
 import unicodedata
+from pathlib import PureWindowsPath
 
 import torch
 from PIL import Image
@@ -25,19 +26,14 @@ from tqdm import tqdm
 from common.data.images import center_crop, open_image, random_crop
 from common.data.safe_read import (open_text, parse_json, printable, read_bytes, read_json,
                                    tar_members)
-from common.training import distributed
 
 MOST_JSON = 2_000_000_000            # bytes of a file that has to be read as a whole
-MOST_TEXT = 10_000                   # characters of a caption
 FEWEST, MOST_TESTS = 5, 1000         # records of the test split
 SUFFIXES = ("jpg", "jpeg", "png", "webp")
 
 
 class Refusals:
-    """The records that cannot be used: their count and the first three reasons.
-
-    skip: the fraction of all records that may be refused.
-    """
+    """The records that cannot be used: their count and the first three reasons; `skip` may be."""
 
     def __init__(self, skip):
         self.skip, self.count, self.reasons = skip, 0, []
@@ -49,9 +45,8 @@ class Refusals:
             self.reasons.append(printable(reason, 500))
 
     def summary(self, tried):
-        """One line: how many of the records tried were refused, and an example."""
-        example = f", e.g. {self.reasons[0]}" if self.reasons else ""
-        return f"{self.count:,} of {tried:,} records refused{example}"
+        """How many of the records tried were refused, and an example, in one line."""
+        return ", e.g. ".join([f"{self.count:,} of {tried:,} records refused", *self.reasons[:1]])
 
     def check(self, tried):
         """Raise ValueError when more than the fraction of those tried (at least 100) is refused."""
@@ -69,8 +64,6 @@ def refusing(refuse, where):
     except (ValueError, csv.Error) as error:
         refuse(f"{where}: {error}")
 
-
-# ------------------------------------------------------------------ formats
 
 def field(row, *keys, kind=str):
     """The value of the first of the keys that a row has. Raises ValueError for another kind."""
@@ -93,8 +86,6 @@ def coco(path, refuse):
         with refusing(refuse, f"{path}: image {number}"):
             image, name = field(row, "id", kind=(int, str)), field(row, "file_name")
             yield {"images": [name], "texts": captions.pop(image, []), "source": name}
-    for image in captions:
-        refuse(f"{path}: captions of image {image}, which is not among the images")
 
 
 def flickr(path, refuse):
@@ -102,8 +93,8 @@ def flickr(path, refuse):
     with open_text(path) as file:
         first = file.readline().lower()
         bars = {"delimiter": "|", "quoting": csv.QUOTE_NONE} if "|" in first else {}
-        row = header = [cell.strip(' "\n') for cell in first.split("|" if bars else ",")]
-        if not {"image_name" if bars else "image", "comment" if bars else "caption"} <= set(header):
+        row = header = re.findall(r"\w+", first)
+        if not {"image_name", "comment"} <= {*header} and not {"image", "caption"} <= {*header}:
             raise ValueError(f"{printable(path)}: its first line names neither image_name| "
                              "comment_number| comment (Flickr30k) nor image,caption (Flickr8k)")
         rows = csv.DictReader(file, header, **bars)
@@ -113,9 +104,8 @@ def flickr(path, refuse):
                 if row and None in row:
                     raise ValueError(f"more than {len(header)} cells")
                 if row:
-                    name = field(row, "image_name", "image").strip()
-                    yield {"images": [name], "texts": [field(row, "comment", "caption")],
-                           "source": name}
+                    name, text = field(row, "image_name", "image"), field(row, "comment", "caption")
+                    yield {"images": [name.strip()], "texts": [text], "source": name.strip()}
 
 
 def jsonl(path, refuse):
@@ -133,28 +123,17 @@ def jsonl(path, refuse):
 
 def tar(pattern, refuse):
     """Webdataset shards: the members of one name up to its first dot are a record."""
-    for path in tqdm(shards(pattern), "reading tar headers", unit="shard",
-                     disable=distributed.rank() > 0 or None):
+    for path in tqdm(shards(pattern), "reading tar headers", unit="shard", disable=None):
         samples = {}
         for name, place in tar_members(path, refuse):
-            with refusing(refuse, f"{path}: {name}"):
-                usable_name(name)
-                key, suffix = re.fullmatch(r"((?:.*/)?[^.]*)\.?(.*)", name, re.DOTALL).groups()
-                if suffix.lower() in samples.setdefault(key, {}):
-                    raise ValueError("twice in the shard")
-                samples[key][suffix.lower()] = place
+            key, suffix = re.fullmatch(r"((?:.*/)?[^.]*)\.?(.*)", name, re.DOTALL).groups()
+            samples.setdefault(key, {}).setdefault(suffix.lower(), place)
         for key, parts in samples.items():
-            picture = next((parts[s] for s in SUFFIXES if s in parts), None)
             with refusing(refuse, f"{path}: {key}"):
-                if "txt" in parts:
-                    text = read_bytes(*parts["txt"]).decode()
-                elif "json" in parts:
-                    text = field(parse_json(read_bytes(*parts["json"])), "caption")
-                elif picture:
-                    raise ValueError("no text")
-                else:
-                    continue             # a file beside the records
-                yield {"images": [picture] if picture else [], "texts": [text],
+                texts = [read_bytes(*parts["txt"]).decode()] if "txt" in parts else []
+                if "json" in parts and not texts:
+                    texts = [field(parse_json(read_bytes(*parts["json"])), "caption")]
+                yield {"images": [parts[s] for s in SUFFIXES if s in parts][:1], "texts": texts,
                        "source": f"{os.path.basename(path)}/{key}"}
 
 
@@ -162,105 +141,84 @@ FORMATS = {"coco": coco, "flickr": flickr, "jsonl": jsonl, "tar": tar}
 
 
 def shards(pattern):
-    """The tar files that a pattern names: "a-{08..11}.tar" is a-08.tar to a-11.tar, globs as usual.
-
-    Raises ValueError for a name or a glob without a file.
-    """
-    braces = re.search(r"\{(\d+)\.\.(\d+)\}", pattern)
+    """The tar files of a pattern: "a-{08..11}.tar" is a-08.tar to a-11.tar, globs as usual."""
+    braces = re.fullmatch(r"(.*?)\{(\d+)\.\.(\d+)\}(.*)", pattern)
     if braces:
-        first, last = braces.groups()
-        names = (f"{pattern[:braces.start()]}{number:0{len(first)}d}{pattern[braces.end():]}"
-                 for number in range(int(first), int(last) + 1))
-        return list(dict.fromkeys(path for name in names for path in shards(name)))
-    paths = [pattern] if os.path.lexists(pattern) else sorted(glob.glob(pattern))
-    if not paths:
+        before, first, last, after = braces.groups()
+        return [path for number in range(int(first), int(last) + 1)
+                for path in shards(f"{before}{number:0{len(first)}d}{after}")]
+    if not glob.glob(pattern):
         raise ValueError(f"{printable(pattern)}: no such tar file")
-    return paths
+    return sorted(glob.glob(pattern))
 
 
 def usable_name(name):
     """A file's name without its detours, or a place in a tar as it is. Raises ValueError."""
     if isinstance(name, tuple):
         return name
-    if not isinstance(name, str) or not name or "\0" in name:
-        raise ValueError("no usable name")
-    parts = re.split(r"[/\\]", name)
-    if not parts[0] or ".." in parts or re.match("[A-Za-z]:", name):
-        raise ValueError(f"{name}: points outside the folder")
-    name.encode()                        # UnicodeError: half a surrogate pair, which JSON can spell
-    return os.path.normpath(name)
+    path = PureWindowsPath(name if isinstance(name, str) else "")     # knows / and \ and drives
+    if not path.parts or path.anchor or ".." in path.parts:
+        raise ValueError(f"{name!r:.300} is no name inside the folder of pictures")
+    return path.as_posix()
 
 
 def usable_text(text):
-    """A caption without the spaces around it. Raises ValueError when empty, endless or no text."""
-    if not isinstance(text, str) or len(text) > MOST_TEXT:
-        raise ValueError(f"a caption that is no text, or has more than {MOST_TEXT:,} characters")
-    text.encode()                        # as in usable_name
-    if not any(c.isprintable() and not c.isspace() for c in text):
+    """A caption without the spaces around it. Raises ValueError when it is empty or no UTF-8."""
+    if not isinstance(text, str) or not text.strip():
         raise ValueError("an empty caption")
+    text.encode()                        # UnicodeError: an odd byte, or half a surrogate pair
     return text.strip()
 
-
-# ------------------------------------------------------------------ the source of records
 
 class Files:
     """Records of files of the user's own; the test split is a function of their names alone.
 
     kind: one of FORMATS; where: its file or pattern; images: the folder of the pictures (default:
     the file's own); skip: the fraction of records that may be refused; shuffle: for tar, the size
-    of the shuffle window. refused: the Refusals of the index, of `tried` records.
-
-    Raises ValueError in one line for a file that cannot be read, for too many refused records, and
-    for fewer than 20 usable ones.
+    of the shuffle window. Raises ValueError for too many refused or too few usable records.
     """
     zero_shot, classes, all_classes, templates, tasks = None, (), (), (), ()     # captions alone
 
     def __init__(self, kind, where, *, image_size, images=None, skip=0.05, shuffle=10_000):
         if not 0 <= skip < 1:
             raise ValueError(f"--skip {skip}: a fraction, from 0 to less than 1")
-        if shuffle < 1:
-            raise ValueError(f"--shuffle {shuffle}: must be at least 1")
-        if images is not None and (kind == "tar" or not os.path.isdir(images)):
-            why = "a tar holds its own pictures" if kind == "tar" else "no such folder"
-            raise ValueError(f"--images {printable(images)}: {why}")
+        if images is not None and not os.path.isdir(images):
+            raise ValueError(f"--images {printable(images)}: no such folder")
         self.image_size, self.skip, self.shuffle = image_size, skip, shuffle
         self.name = printable(os.path.basename(where))
         self.folder = os.path.realpath(images or os.path.dirname(where))
-        self.refused, self._readable = Refusals(skip), {}
-        entries, count = self._index(FORMATS[kind](where, self.refused.add))
-        self.tried = count + self.refused.count
+        self.refused = Refusals(skip)
+        entries = self._index(FORMATS[kind](where, self.refused.add))
         self.refused.check(self.tried)
         if len(entries) < 4 * FEWEST:
             raise ValueError(f"{printable(where)}: {len(entries)} usable records, at least "
                              f"{4 * FEWEST} are needed; {self.refused.summary(self.tried)}")
         self._splits = make_splits(entries)
         by_shard = itertools.groupby(self._splits["train"], lambda entry: entry["images"][0][0])
-        self._shards = [len(list(group)) for _, group in by_shard] if kind == "tar" else None
+        self._shards = kind == "tar" and [len(list(group)) for _, group in by_shard]
         # Pieces of the tokenizer: every character, then the words, up to 8192.
-        letters, words = set(), set()
-        for text in self.corpus():
-            letters.update(unicodedata.normalize("NFKC", text).casefold())
-            words.update(text.split())
+        words = {word for text in self.corpus() for word in text.split()}
+        letters = {*unicodedata.normalize("NFKC", " ".join(words)).casefold()}
         self.vocab_size = max(min(8192, 512 + len(words)), 512 + len(letters))
 
     def _index(self, records):
-        """([entry], the number of records in them); records of the same pictures are one entry."""
-        entries, count = {}, 0
+        """Set self.tried; return the entries: records of the same pictures are one."""
+        entries, self.tried = {}, 0
         for record in records:
-            where, texts = f"{self.name}: {record['source']}", []
+            where, texts = f"{self.name}: {record['source']}", {}            # {text: None}
             with refusing(self.refused.add, where):
                 images = tuple(map(usable_name, record["images"]))
                 if not images or not record["texts"]:
                     raise ValueError("no caption" if images else "no picture")
                 for text in record["texts"]:
                     with refusing(self.refused.add, where):
-                        texts.append(usable_text(text))
+                        texts[usable_text(text)] = None
             if texts:
-                entry = {"images": images, "texts": [], "source": record["source"]}
-                known = entries.setdefault(images, entry)["texts"]
-                known += [text for text in dict.fromkeys(texts) if text not in known]
-                count += 1
-        return list(entries.values()), count
+                self.tried += 1
+                entries.setdefault(images, (record["source"], {}))[1].update(texts)
+        self.tried += self.refused.count
+        return [{"images": images, "texts": list(texts), "source": source}
+                for images, (source, texts) in entries.items()]
 
     def size(self, split):
         """The number of records in "train" or "test"."""
@@ -269,11 +227,10 @@ class Files:
     def order(self, generator):
         """The order of an epoch: int64 (size of train,).
 
-        Shards are read nearly in a row: they are permuted; then each sample moves, as in a shuffle
-        buffer, by less than `shuffle` places either way.
+        Shards are permuted, then each sample moves by less than `shuffle` places either way.
         """
         count = self.size("train")
-        if self._shards is None or self.shuffle >= count:
+        if not self._shards or self.shuffle >= count:
             return torch.randperm(count, generator=generator)
         blocks = torch.arange(count).split(self._shards)
         order = torch.cat([blocks[i] for i in torch.randperm(len(blocks), generator=generator)])
@@ -284,12 +241,10 @@ class Files:
         """{"images": [RGB, image_size square], "texts": [captions], "source": entry}.
 
         In train, a random.Random crops at random; without one, and in test, the center is cropped.
-        Raises ValueError in one line when a picture cannot be read.
         """
         entry = self._splits[split][index]
-        pictures = [self._open(place, entry) for place in entry["images"]]
-        pictures = [center_crop(picture, self.image_size) if rng is None or split != "train"
-                    else random_crop(picture, self.image_size, rng) for picture in pictures]
+        crop = functools.partial(random_crop, rng=rng) if rng and split == "train" else center_crop
+        pictures = [crop(self._open(place, entry), self.image_size) for place in entry["images"]]
         return {"images": pictures, "texts": entry["texts"], "source": entry}
 
     def _open(self, place, entry):
@@ -306,22 +261,18 @@ class Files:
         grey = Image.new("RGB", (self.image_size, self.image_size), "grey")
         return {"images": [grey] * len(entry["images"]), "texts": entry["texts"], "source": entry}
 
+    @functools.cache
     def records(self, split):
-        """Every readable record of a split. Raises ValueError when too many are not readable."""
-        if split not in self._readable:
-            records, lost = [], Refusals(self.skip)
-            for index in range(self.size(split)):
-                with refusing(lost.add, self.name):
-                    records.append(self.record(split, index))
-            if len(records) < 2:
-                raise ValueError(f"no two of them readable in {split}: {lost.summary(index + 1)}")
-            lost.check(self.size(split))
-            self._readable[split] = records, lost
-        return self._readable[split][0]
-
-    def unreadable(self, split):
-        """The Refusals of `records`."""
-        return self._readable[split][1] if split in self._readable else Refusals(self.skip)
+        """Every readable record of a split. The others are refused; ValueError for too many."""
+        records, lost, tried = [], Refusals(self.skip), self.size(split)
+        for index in range(tried):
+            with refusing(lost.add, self.name):
+                records.append(self.record(split, index))
+        if len(records) < 2:
+            raise ValueError(f"no two of them readable in {split}: {lost.summary(tried)}")
+        lost.check(tried)
+        self.refused.count += lost.count
+        return records
 
     def is_true(self, text, source):
         """Whether the text is one of the captions of the picture."""
@@ -335,12 +286,9 @@ class Files:
 
 
 def make_splits(entries):
-    """{"train", "test"}: lists of entries, in their order.
-
-    test: those with the lowest hashes of their sources, 1 in 20, at least 5, at most 1,000.
-    """
+    """{"train", "test": entries}; test: the lowest hashes of sources, 1 in 20, 5 to 1,000."""
     names = [entry["source"].encode(errors="replace") for entry in entries]
-    places = [int.from_bytes(hashlib.sha256(name).digest()[:8], "big") for name in names]
+    places = [int(hashlib.sha256(name).hexdigest()[:16], 16) for name in names]
     wanted = sum(place < 2 ** 64 // 20 for place in places)
     last = sorted(places)[min(max(wanted, FEWEST), MOST_TESTS) - 1]
     return {"train": [entry for entry, place in zip(entries, places) if place > last],
@@ -349,6 +297,5 @@ def make_splits(entries):
 
 def all_records(world, split):
     """Every record of a split of any world; of `Files`, every one that can be read."""
-    if isinstance(world, Files):
-        return world.records(split)
-    return [world.record(split, index) for index in range(world.size(split))]
+    return world.records(split) if isinstance(world, Files) else [
+        world.record(split, index) for index in range(world.size(split))]

@@ -16,36 +16,28 @@ def printable(name, most=300):
 
 
 def open_regular(path, kind="file"):
-    """The file at a path, open for reading bytes. Raises ValueError when there is none.
-
-    Also for a folder, a pipe or a device: reading those may wait or go on for ever.
-    """
+    """The file at a path, open for reading bytes. Raises ValueError when it cannot be read."""
     try:
         mode = os.stat(path).st_mode
-        if not stat.S_ISREG(mode):
+        if not stat.S_ISREG(mode):       # reading a pipe or a device may never end
             what = "a folder" if stat.S_ISDIR(mode) else "a pipe or a device"
             raise ValueError(f"{what}, not a {kind}")
         return open(path, "rb")
-    except (FileNotFoundError, NotADirectoryError):
-        raise ValueError(f"{printable(path)}: no such {kind}") from None
     except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or error
+        missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
+        why = f"no such {kind}" if missing else getattr(error, "strerror", None) or error
         raise ValueError(f"{printable(path)}: {why}") from None
 
 
 def open_text(path):
-    """The UTF-8 file at a path, open for reading lines; see `open_regular`.
-
-    Bytes in another coding become lone surrogates, on which str.encode raises UnicodeError.
-    """
+    """The UTF-8 file at a path, open for reading lines. Other bytes become lone surrogates."""
     return io.TextIOWrapper(open_regular(path), "utf-8-sig", errors="surrogateescape")
 
 
 def read_bytes(path, start=0, size=None, *, most=MOST_BYTES, kind="file", unpack=None):
-    """All bytes of a file, or `size` of them from `start` on.
+    """All bytes of a file, or `size` of them from `start` on; unpack: gzip.open, or None.
 
-    Raises ValueError: missing, unreadable, or more than `most` bytes. unpack: gzip.open for a
-    compressed file, which is unpacked no further than `most` bytes.
+    Raises ValueError: missing, unreadable, or more than `most` bytes, unpacked ones included.
     """
     try:
         with open_regular(path, kind) as file:
@@ -60,11 +52,10 @@ def read_bytes(path, start=0, size=None, *, most=MOST_BYTES, kind="file", unpack
 
 
 def tar_members(path, refuse):
-    """(name, place) of the plain files in a tar, by its headers alone; read_bytes(*place) reads one.
+    """(name, place) of the plain files in a tar, from its headers; read_bytes(*place) reads one.
 
-    refuse(reason) is called for a link, a device, and damage: what precedes the damage is kept.
+    refuse(reason) is called for damage, and what precedes it is kept.
     """
-    end = 0
     try:
         with open_regular(path) as file, tarfile.open(fileobj=file, mode="r:") as archive:
             size = os.fstat(file.fileno()).st_size
@@ -72,29 +63,21 @@ def tar_members(path, refuse):
                 # A negative size would lead tarfile back to the same header for ever.
                 if not 0 <= member.size <= size - member.offset_data:
                     raise tarfile.ReadError(f"{member.name} is cut off")
-                end = member.offset_data + member.size
                 if member.isreg():
                     yield member.name, (path, member.offset_data, member.size)
-                elif not member.isdir():
-                    refuse(f"{path}: {member.name}: a link or a device")
             file.seek(archive.offset)    # tarfile takes a damaged header for the tar's end
             if file.read(512).strip(b"\0"):
                 raise tarfile.ReadError("no header")
     except Exception as error:           # tarfile raises many kinds on hostile input
-        refuse(f"{path}: not a tar file, damaged or compressed, from byte {end:,} on ({error})")
+        refuse(f"{path}: not a tar file, damaged or compressed ({error})")
 
 
 def parse_json(data, where="", kind=object):
-    """The value of a JSON text (str or bytes of UTF-8), of any kind or a dict.
-
-    Raises ValueError with one line, which begins with `where` if it is given.
-    """
+    """The value, of any kind or a dict, of a JSON text (str or UTF-8). ValueErrors name `where`."""
     where = f"{printable(where)}: " if where else ""
     try:
         value = json.loads(data)
-    except RecursionError:
-        raise ValueError(f"{where}JSON nested too deeply") from None
-    except ValueError as error:          # the decoder's own messages are one line
+    except (ValueError, RecursionError) as error:      # the decoder's messages are one line
         raise ValueError(f"{where}not readable JSON ({error})") from None
     if not isinstance(value, kind):
         raise ValueError(f"{where}a JSON object was expected, not {printable(repr(value), 80)}")
@@ -102,5 +85,5 @@ def parse_json(data, where="", kind=object):
 
 
 def read_json(path, kind=object, most=MOST_BYTES):
-    """The value in a JSON file, see `parse_json`. Raises ValueError also as `read_bytes`."""
+    """The value in a JSON file. Raises ValueError as `read_bytes` and `parse_json`."""
     return parse_json(read_bytes(path, most=most), path, kind)

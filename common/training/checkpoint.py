@@ -15,7 +15,7 @@ NAMES = ("last.pt", "previous.pt")
 
 
 def write(path, save):
-    """Write a file by save(temporary_path): a kill leaves the old one or the new one, never half."""
+    """Write a file by save(temporary_path). A kill leaves the old or the new one, never half."""
     half = Path(f"{path}.part")
     save(half)
     with open(half, "rb+") as file:      # on the disk before the name points at it
@@ -29,7 +29,7 @@ def write_json(path, value):
 
 
 def save(folder, state):
-    """Make `state` the folder's last.pt and its last.pt previous.pt. One of the two is always whole."""
+    """Make `state` last.pt, and what it was previous.pt. One of the two is always whole."""
     last, previous = (Path(folder) / name for name in NAMES)
     if zipfile.is_zipfile(last):         # one that was cut off must not replace a whole previous.pt
         os.replace(last, previous)
