@@ -5,7 +5,7 @@ from PIL import Image
 import train
 from common.training.lm import Pretraining
 from flamingo import Flamingo
-from tests.flamingo.toys_b import SETTINGS, options
+from tests.flamingo.toys import SETTINGS, options
 
 EVALUATE = Flamingo.evaluate
 

@@ -15,7 +15,7 @@ from common.data.tokenizer import IMAGE, Tokenizer
 from common.losses import count_labels
 from common.training.optimizer import freeze, parameter_groups
 from flamingo import RECIPES, TRAINS, Flamingo, FlamingoConfig
-from tests.flamingo.toys_b import CONFIG, SETTINGS, options, random_flamingo
+from tests.flamingo.toys import CONFIG, SETTINGS, options, seeded_flamingo
 from tests.helpers import Words, drawing, listed, names
 from tests.runs import Toy, pair, weights
 
@@ -66,7 +66,7 @@ class TestLoss:
 
     @pytest.mark.parametrize("sizes", [[4], [1, 3], [2, 1, 1]])
     def test_a_step_sums_the_weighted_means_of_all_data_sets(self, sizes, monkeypatch):
-        model, found = random_flamingo(), {}
+        model, found = seeded_flamingo(), {}
         want = self.want(model)
         micro = [{k: v.split(sizes)[i] if isinstance(v, torch.Tensor) else v
                   for k, v in given.items()} for given in data_sets() for i in range(len(sizes))]
@@ -85,7 +85,7 @@ class TestLoss:
             torch.testing.assert_close(found[name], want[name], atol=1e-6, rtol=1e-6)
 
     def test_the_label_count_is_that_of_the_step(self):
-        model, (given, *_) = random_flamingo(), data_sets()
+        model, (given, *_) = seeded_flamingo(), data_sets()
         count = count_labels([given["labels"]])
         whole = model(given)["lm"]
         torch.testing.assert_close(model(given | {"label_count": 2 * count})["lm"], whole / 2)
@@ -115,7 +115,7 @@ class TestDataSources:
 
 
 def test_gates_learn_faster_and_the_resampler_does_not_decay():
-    model = random_flamingo()
+    model = seeded_flamingo()
     freeze(model, TRAINS["flamingo"])
     groups = parameter_groups(model, RECIPES[""])
     fast = {id(p) for g in groups if g["lr_multiplier"] == 10 for p in g["params"]}
@@ -126,7 +126,7 @@ def test_gates_learn_faster_and_the_resampler_does_not_decay():
 
 
 def test_frozen_parts_stay_in_eval_mode_and_get_no_gradient():
-    model = random_flamingo()
+    model = seeded_flamingo()
     freeze(model, TRAINS["flamingo"])
     model.train()
     assert model.resampler.training and model.gated[0].training

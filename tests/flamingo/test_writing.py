@@ -10,7 +10,7 @@ from common.data.images import normalize_pixels
 from common.data.tokenizer import BOS, EOC, EOS, IMAGE
 from common.evaluation.writing import Writer
 from flamingo import render_page
-from tests.flamingo.toys_b import random_flamingo
+from tests.flamingo.toys import seeded_flamingo
 from tests.helpers import Words, drawing, page
 
 ASK = "what is this ?"
@@ -22,12 +22,12 @@ CANDIDATES = [["cat", "a red dog"], ["blue cat", "dog"], ["red", "a blue blue do
 
 @pytest.fixture
 def writer():
-    return Writer(random_flamingo(), Words())
+    return Writer(seeded_flamingo(), Words())
 
 
 def prompt(record):
     """The ids of one record's prompt, spelled."""
-    ids, _, _ = random_flamingo().prepare([record], Words())
+    ids, _, _ = seeded_flamingo().prepare([record], Words())
     return Words().spell(ids[0].tolist())
 
 

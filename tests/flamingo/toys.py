@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+import train
 from clip import CLIPConfig
 from common.data.tokenizer import IMAGE
 from common.language import LanguageConfig
@@ -121,3 +122,26 @@ def loop_gated_block(block, x, visual, ids):
         out.append(y + math.tanh(block.mlp_gate.item()) * loop_mlp(
             block.mlp, loop_norm(y, block.mlp_norm)))
     return torch.stack(out)
+
+
+def seeded_flamingo(**changes):
+    """`make`, the same weights in every call."""
+    torch.manual_seed(0)
+    return make(**changes)
+
+
+# Small runs
+
+SETTINGS = {
+    "clip": ["vision_width=22", "vision_layers=2", "vision_heads=2", "text_width=6",
+             "text_layers=1", "text_heads=1", "embed_dim=3", "context_length=9"],
+    "lm": ["width=20", "layers=3", "heads=2", "kv_heads=2", "hidden=26"],
+    "flamingo": ["num_latents=7", "resampler_layers=1", "resampler_heads=5",
+                 "resampler_head_width=3", "cross_attn_every=2", "heads=3", "head_width=4",
+                 "max_frames=4", "gate_init=0.5"]}
+
+
+def options(**more):
+    """Options of a two-step run on the toy world."""
+    return train.Options(**{"data": "toy", "batch_size": 20, "steps": 2, "precision": "fp32",
+                            "device": "cpu"} | more)
