@@ -60,6 +60,20 @@ def test_ensemble_shows_every_prompt_and_both_ways_to_average(run, monkeypatch, 
     assert mean == pytest.approx(sum(alone) / len(alone), abs=1e-3)
 
 
+def test_accuracy_under_shift_is_that_of_each_style(run):
+    bench = ablations.Bench(run)
+    records, labels = bench.records["shifted"], bench.labels(bench.records["shifted"])
+    scores = torch.eye(len(bench.world.classes))[labels]
+    for row, record in zip(scores, records):
+        if record["source"].style == "texture":
+            row.zero_()                      # then the first class is chosen
+    zeros = [label for label, record in zip(labels, records) if record["source"].style == "texture"]
+    share = sum(label == 0 for label in zeros).item() / len(zeros)
+    assert bench.accuracies(scores, "shifted") == pytest.approx([1, share, 1])
+    assert bench.accuracies(torch.eye(len(bench.world.classes))[bench.labels(
+        bench.records["single"])], "single") == [1]
+
+
 def test_probe_beats_an_untrained_zero_shot_classifier(run, monkeypatch, capsys):
     table = rows(monkeypatch, capsys, "probe", "--run", run)
     assert float(table["linear probe, 64 a class"][0]) > float(table["zero-shot"][0]) + 0.1

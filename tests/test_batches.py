@@ -46,13 +46,17 @@ class Damaged(Numbers):
     def record(self, split, index, rng=None):
         raise ValueError(f"record {index} is damaged")
 
+    def blank(self, split, index):
+        return {"source": index, "draw": 0.0}
+
 
 class Whereabouts(Numbers):
     """Its records say in which process group they were made, and what signals do there."""
 
     def record(self, split, index, rng=None):
-        here = [os.getpgrp(), *map(signal.getsignal, (signal.SIGINT, signal.SIGTERM))]
-        return {"source": here, "draw": 0.0}
+        handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+        return {"draw": 0.0, "source": [os.getpgrp(), *(
+            handler if isinstance(handler, int) else -1 for handler in handlers)]}
 
 
 class Patchy(Files):

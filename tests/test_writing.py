@@ -231,7 +231,11 @@ class TestReadSupport:
             return path
         return write
 
-    def test_images_are_looked_for_beside_the_file(self, support, monkeypatch):
+    def test_images_are_looked_for_beside_the_file(self, support, tmp_path, monkeypatch):
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        for name in ("red.png", "film.gif"):
+            drawing("green")[0].save(name)
         records = read_support(support(self.LINES))
         turns = [turn for record in records for turn in record["turns"]]
         assert [(t["prompt"], t["answer"]) for t in turns] == [("is it red?", "yes"),
