@@ -1,6 +1,7 @@
 """Published folders of GPT-2, OPT and LLaMA: names, shapes, vocabularies, and what is refused."""
 import io
 import json
+from dataclasses import replace
 
 import pytest
 import sentencepiece
@@ -9,10 +10,7 @@ import torch
 from common.training import checkpoint
 from common.pretrained.bpe import BYTES
 from common.language import LanguageConfig, LanguageModel, from_pretrained
-from common.training.lm import perplexity
-from common.training.lm import Pretraining
 from common.pretrained.language import Pieces, config_fields, read, read_model, translated
-from common.data.tokenizer import Tokenizer
 
 WIDTH, LAYERS, HIDDEN, CONTEXT = 24, 2, 37, 19
 VOCAB = 259
@@ -146,13 +144,9 @@ class TestNames:
         for name, weight in translated(bare, fields(kind), "F").items():
             assert torch.equal(weight, translated(theirs, fields(kind), "F")[name])
 
-    def test_a_tied_head_may_be_there_if_it_is_the_table(self):
-        theirs = weights_of("gpt2")
-        theirs["lm_head.weight"] = theirs["transformer.wte.weight"].clone()
+    def test_a_tied_head_is_the_table_whatever_the_file_holds(self):
+        theirs = weights_of("gpt2") | {"lm_head.weight": torch.ones(VOCAB, WIDTH)}
         assert "output.weight" not in translated(theirs, fields("gpt2"), "F")
-        theirs["lm_head.weight"][3, 4] += 1
-        with pytest.raises(ValueError, match="F: config.json ties the head to the embeddings, but"):
-            translated(theirs, fields("gpt2"), "F")
 
     @pytest.mark.parametrize("break_, message", [
         (lambda w: w.pop("model.layers.1.mlp.up_proj.weight"), "missing blocks.1.mlp.up_proj"),
@@ -198,7 +192,7 @@ class TestConfigs:
         ("llama", {"model_type": []}, r"type \[\], not of gpt2, opt, llama"),
         ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
          "rotary positions scaled by 'llama3'; ours are plain or linear"),
-        ("llama", {"rope_scaling": {"type": "linear"}}, "factor of rope_scaling is None"),
+        ("llama", {"rope_scaling": {"type": "linear"}}, "rope_scaling: factor is None"),
         ("llama", {"rope_scaling": [1]}, "rope_scaling is"),
         ("llama", {"rope_theta": float("nan")}, "rope_theta is nan"),
         ("llama", {"attention_bias": True}, "attention_bias is True, ours is False"),
@@ -206,6 +200,7 @@ class TestConfigs:
         ("llama", {"head_dim": 16}, "head_dim is 16, ours width / heads, 8"),
         ("llama", {"vocab_size": -1}, "vocab_size is -1, not a whole number"),
         ("llama", {"vocab_size": "many"}, "vocab_size is 'many'"),
+        ("gpt2", {"n_layer": 10 ** 9}, "n_layer is 1000000000, not a whole number to 1,000,000"),
         ("llama", {"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'"),
         ("gpt2", {"activation_function": "gelu"}, "_function is 'gelu', ours is gelu_new"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "ours is False"),
@@ -215,15 +210,6 @@ class TestConfigs:
         with pytest.raises(ValueError, match=message) as error:
             fields(kind, **change)
         assert "\n" not in str(error.value) and str(error.value).startswith("F: config.json")
-
-    @pytest.mark.parametrize("kind, name, size", [
-        ("gpt2", "vocab_size", 10 ** 12), ("opt", "ffn_dim", 10 ** 12),
-        ("llama", "intermediate_size", 10 ** 12), ("llama", "hidden_size", 3 * 10 ** 9),
-        ("opt", "max_position_embeddings", 10 ** 12), ("gpt2", "n_layer", 10 ** 9)])
-    def test_a_config_of_far_larger_sizes_than_the_weights_makes_no_model(self, kind, name, size):
-        with pytest.raises(ValueError, match="F: its sizes ask for at least [0-9,]{13,} param"
-                                             "eters, but the weights have [0-9]{2},[0-9]{3}$"):
-            translated(weights_of(kind), fields(kind, **{name: size}), "F")
 
     @pytest.mark.parametrize("kind, change, message", [
         ("llama", {"num_key_value_heads": 2}, "3 heads do not divide into 2 key-value heads"),
@@ -242,56 +228,21 @@ class TestConfigs:
 class TestFolders:
     @pytest.mark.parametrize("kind", ["gpt2", "opt"])
     def test_a_folder_becomes_a_model_that_writes(self, kind, tmp_path):
-        trained = from_pretrained(write_folder(tmp_path, kind))
-        config = trained.lm.config
-        assert (config.eos_id, config.pad_id) == ((0, 0) if kind == "gpt2" else (2, 1))
-        texts = ["abcdefg", "a", "xy"]
-        assert trained.write(texts, max_new_tokens=5) == [
-            trained.write([text], max_new_tokens=5)[0] for text in texts]
-        ids, weights = torch.tensor([[7, 9, 11]]), weights_of(kind)
-        lm = LanguageModel(LanguageConfig(**fields(kind)))
-        lm.load_state_dict(translated(weights, fields(kind), "F"))
-        assert torch.equal(trained.lm(ids), lm(ids))
-
-    @pytest.mark.parametrize("kind", ["gpt2", "opt"])
-    def test_what_comes_after_the_end_is_not_written(self, kind, tmp_path):
-        trained = from_pretrained(write_folder(tmp_path, kind))
-        said = trained.write(["abc"], max_new_tokens=6, stop=())[0]
-        prompt = torch.tensor([trained.begun("abc")])
-        ids = trained.lm.generate(prompt, max_new_tokens=6, stop=())[0]
-        trained.lm.config.eos_id = ids[3].item()
-        short = trained.tokenizer.decode(ids[:ids.tolist().index(ids[3])].tolist())
-        assert trained.write(["abc"], max_new_tokens=6) == [short] and len(short) < len(said)
-        assert trained.write(["abc"], max_new_tokens=6, stop=()) == [short]  # written, but cut off
-
-    @pytest.mark.parametrize("kind", ["gpt2", "opt"])
-    def test_perplexity_counts_every_token_and_one_end_of_each_text(self, kind, tmp_path):
-        trained = from_pretrained(write_folder(tmp_path, kind))
-        total, count, texts = 0.0, 0, ["abcdefg", "a", "xy"]
-        for text in texts:
-            ids = [*trained.begun(text), trained.tokenizer.eos_id]
-            logs = trained.lm(torch.tensor([ids]))[0].log_softmax(dim=-1)
-            total -= sum(logs[t - 1, ids[t]].item() for t in range(1, len(ids)))
-            count += len(ids) - 1
-        want = pytest.approx(torch.tensor(total / count).exp().item(), rel=1e-4)
-        assert trained.perplexity(texts) == want
-        assert perplexity(trained.lm, trained.ids(texts)) == want      # GPT-2 pads with its end
-
-    def test_a_text_is_not_a_list_of_letters(self, tmp_path):
-        trained = from_pretrained(write_folder(tmp_path, "opt"))
-        for work in (trained.write, trained.perplexity, trained.ids):
-            with pytest.raises(ValueError, match="texts is the string 'abc': give a list of texts"):
-                work("abc")
-
-    def test_it_works_where_its_weights_are(self, tmp_path):
-        trained = from_pretrained(write_folder(tmp_path, "opt"))
-        trained.lm.to("meta")
-        assert trained.ids(["abc"]).device.type == "meta"
-        assert trained.batch([[5, 6]])["mask"].device.type == "meta"
+        lm, tokenizer = from_pretrained(write_folder(tmp_path, kind))
+        assert (lm.config.eos_id, lm.config.pad_id) == ((0, 0) if kind == "gpt2" else (2, 1))
+        ids, weights = tokenizer.batch(["abcdefg"], 9)[:, :-1], weights_of(kind)
+        again = LanguageModel(LanguageConfig(**fields(kind)))
+        again.load_state_dict(translated(weights, fields(kind), "F"))
+        assert torch.equal(lm(ids), again(ids)) and not lm.training
+        full = lm.generate(ids, max_new_tokens=6, stop=())[0]
+        lm.config = replace(lm.config, eos_id=full[3].item())
+        length = full.tolist().index(full[3]) + 1                  # its end included
+        assert torch.equal(lm.generate(ids, max_new_tokens=6)[0][:length], full[:length])
+        assert lm.generate(ids, max_new_tokens=6).shape[1] == length
 
     def test_in_half_precision_it_writes_nearly_the_same_logits(self, tmp_path):
         folder, ids = write_folder(tmp_path, "opt"), torch.tensor([[7, 9, 11]])
-        whole, half = from_pretrained(folder).lm, from_pretrained(folder, torch.bfloat16).lm
+        whole, half = from_pretrained(folder)[0], from_pretrained(folder, torch.bfloat16)[0]
         assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
         near = torch.cosine_similarity(whole(ids).flatten(), half(ids).float().flatten(), dim=0)
         assert near > 0.99 and half.generate(ids, max_new_tokens=3).shape[0] == 1
@@ -306,9 +257,9 @@ class TestFolders:
         with pytest.raises(ValueError, match="tokenizer.model: no such file"):
             read(folder)
         (folder / "tokenizer.model").write_bytes(model)
-        trained = from_pretrained(folder)
-        assert (trained.lm.config.eos_id, trained.lm.config.pad_id) == (2, 0)
-        assert trained.begun("a red circle")[0] == 1
+        lm, tokenizer = from_pretrained(folder)
+        assert (lm.config.eos_id, lm.config.pad_id) == (2, 0)
+        assert tokenizer.batch(["a red circle"], 9)[0, 0] == 1
         (folder / "tokenizer.model").write_bytes(model[:40])
         with pytest.raises(ValueError, match="tokenizer.model: not a SentencePiece model"):
             read(folder)
@@ -326,20 +277,6 @@ class TestFolders:
         (tmp_path / "pytorch_model.bin").unlink()
         with pytest.raises(ValueError, match="no weights here"):
             read_model(tmp_path)
-
-    def test_a_run_of_ours_is_read_too(self, tmp_path):
-        tokenizer = Tokenizer.train(["a red circle", "a blue star"], 400)
-        config = LanguageConfig(vocab_size=len(tokenizer), context_length=CONTEXT, width=WIDTH,
-                                layers=1, heads=3, kv_heads=3, hidden=HIDDEN)
-        pre = Pretraining(config)
-        checkpoint.write_json(tmp_path / "config.json",
-                              {"model": "common.training.lm", "config": vars(config)})
-        (tmp_path / "tokenizer.model").write_bytes(tokenizer.model)
-        checkpoint.save(tmp_path, {"model": pre.state_dict()})
-        trained = from_pretrained(tmp_path)
-        ids = trained.ids(["a red circle", "a blue star a"])
-        assert torch.equal(trained.lm(ids), pre.lm(ids))
-        assert len(trained.write(["a red", "a"], max_new_tokens=4)) == 2
 
 
 class TestPieces:

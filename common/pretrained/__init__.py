@@ -4,5 +4,5 @@
     names.py                   their names to ours               tables and configs
     bpe.py                     byte-level vocabularies
 
-Nothing here imports a model. Whatever is wrong with a file is one ValueError of one line.
+Nothing here imports a model. What is wrong with a file is a ValueError of one line.
 """

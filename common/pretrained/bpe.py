@@ -2,7 +2,6 @@
 
     tokenizer = BPE.load(FOLDER, CLIP)         # or GPT2, OPT
     tokenizer.encode("a diagram")              # [320, 22697], no special tokens
-    tokenizer.batch(["a diagram"], 77)         # int64 (1, T): begin, ids, end, then padding
 
 A text is split into words, a word into bytes, and each byte is written as one visible character.
 Then neighbours are joined, the pair that is first in the list of merges first (Neural Machine
@@ -17,7 +16,6 @@ import re
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
 
 from common.data.safe_read import read_bytes, read_json
 from common.data.tokenizer import Tokenizer
@@ -26,8 +24,6 @@ CLIP_FILE, CLIP_MERGES = "bpe_simple_vocab_16e6.txt.gz", 49152 - 256 - 2
 # White space of Unicode. Python's own \s has four control characters more.
 SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 
-
-# ------------------------------------------------------------------ words
 
 @functools.cache
 def characters(kind):
@@ -48,8 +44,7 @@ def compiled(pattern):
 def clip_clean(text):
     """CLIP's cleaning: NFC, HTML entities read twice, white space to single blanks, lower case.
 
-    OpenAI's code first runs ftfy, of which this has only the Unicode normal form: it does not
-    repair wrongly decoded text, curly quotes, ligatures, full-width forms or control characters.
+    OpenAI's code first runs ftfy, which also repairs wrongly decoded text, quotes and ligatures.
     """
     text = html.unescape(html.unescape(unicodedata.normalize("NFC", text)))
     return re.sub(f"[{SPACE}]+", " ", text.strip()).strip().lower()
@@ -57,21 +52,15 @@ def clip_clean(text):
 
 @dataclass(frozen=True)
 class Style:
-    """How a family of vocabularies reads text.
-
-    words: pattern of one word (see `compiled`). end: the suffix of a word's last character. clean:
-    what is done to a text first; str leaves it as it is.
-    bos, eos, pad, others: special pieces; a text that spells one gets ordinary pieces. pad_id: the
-    id of padding where no piece is meant for it.
-    """
-    words: str
-    clean: Callable = str
-    end: str = ""
-    bos: str = "<|endoftext|>"
+    """How a family of vocabularies reads text. Special pieces are never parsed out of a text."""
+    words: str                           # pattern of one word, see `compiled`
+    clean: object = str                  # what is done to a text first
+    end: str = ""                        # the suffix of a word's last character
+    bos: str = "<|endoftext|>"           # special pieces
     eos: str = "<|endoftext|>"
     pad: str = "<|endoftext|>"
     others: tuple = ()
-    pad_id: int | None = None
+    pad_id: int | None = None            # of padding, where no piece is meant for it
 
 
 CLIP = Style(
@@ -82,8 +71,6 @@ GPT2 = Style(words=r"'s|'t|'re|'ve|'m|'ll|'d| ?[\p{L}]+| ?[\p{N}]+| ?[^\s\p{L}\p
 OPT = Style(words=GPT2.words, bos="</s>", eos="</s>", pad="<pad>", others=("<s>", "<unk>"))
 
 
-# ------------------------------------------------------------------ the vocabulary
-
 # A visible character for each byte, in the order of OpenAI's vocabularies: the visible ones of
 # Latin-1 stand for themselves and come first, U+0100 and on for the others.
 VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -93,21 +80,20 @@ BYTE_OF = {character: byte for byte, character in BYTES.items()}
 
 
 class BPE:
-    """A vocabulary and its merges; the interface and the batches of tokenizer.Tokenizer.
+    """A vocabulary and its merges, with the interface of tokenizer.Tokenizer.
 
-    vocab {piece: id}, merges [(left, right)], the first joined first. bos_id, eos_id, pad_id: ids.
-    Raises ValueError when a piece is missing that texts need: a byte, a special piece, a part or
-    the result of a merge.
+    vocab {piece: id}, merges [(left, right)], the first joined first. Raises ValueError when a
+    piece is missing that texts need: a byte, a special piece, a part or the result of a merge.
     """
 
-    def __init__(self, vocab, merges, style):
+    def __init__(self, vocab, merges, style, where="vocab"):
         self.vocab, self.style = vocab, style
         special = {style.bos, style.eos} | ({style.pad} if style.pad_id is None else set())
         needed = [*special, *(c + end for c in BYTES.values() for end in ("", style.end)),
                   *(piece for a, b in merges for piece in (a, b, a + b))]
         missing = next((piece for piece in needed if piece not in vocab), None)
         if missing is not None:
-            raise ValueError(f"a vocabulary without the piece {missing!r:.80}")
+            raise ValueError(f"{where}: a vocabulary without the piece {missing!r:.80}")
         self.ranks = {pair: rank for rank, pair in enumerate(merges)}
         self.pieces = {i: piece for piece, i in vocab.items()}
         self.bos_id, self.eos_id = vocab[style.bos], vocab[style.eos]
@@ -116,10 +102,7 @@ class BPE:
 
     @classmethod
     def load(cls, folder, style):
-        """Read vocab.json and merges.txt, or tokenizer.json, or OpenAI's file for CLIP.
-
-        Raises ValueError in one line when there is none, or it is no such vocabulary.
-        """
+        """Read vocab.json and merges.txt, or tokenizer.json, or OpenAI's file for CLIP."""
         readers = {("vocab.json", "merges.txt"): read_pair, ("tokenizer.json",): read_tokenizer}
         if style == CLIP:
             readers[CLIP_FILE,] = read_clip
@@ -127,13 +110,10 @@ class BPE:
             paths = [Path(folder) / name for name in names]
             if all(path.is_file() for path in paths):
                 vocab, merges = reader(*paths)
-                try:
-                    if {i for i in vocab.values() if type(i) is int} != set(range(len(vocab))):
-                        raise ValueError(f"the ids of its {len(vocab)} pieces are not 0 to "
-                                         f"{len(vocab) - 1}, each of them once")
-                    return cls(vocab, merges, style)
-                except ValueError as error:
-                    raise ValueError(f"{paths[0]}: {error}") from None
+                if {i for i in vocab.values() if type(i) is int} != set(range(len(vocab))):
+                    raise ValueError(f"{paths[0]}: the ids of its {len(vocab)} pieces are not 0 to "
+                                     f"{len(vocab) - 1}, each of them once")
+                return cls(vocab, merges, style, paths[0])
         wanted = ", or ".join(" and ".join(names) for names in readers)
         raise ValueError(f"{folder}: no vocabulary; put {wanted} there")
 
@@ -153,10 +133,7 @@ class BPE:
         return [self.vocab[piece] for piece in self.join(symbols)]
 
     def join(self, symbols):
-        """Find the pair of neighbours with the lowest rank, join it everywhere, repeat.
-
-        Each round takes time in the length of the word: 10,000 random letters take about 2 s.
-        """
+        """Find the pair of neighbours with the lowest rank, join it everywhere, repeat."""
         while len(symbols) > 1:
             pairs = set(zip(symbols, symbols[1:]))
             best = min(pairs, key=lambda pair: self.ranks.get(pair, math.inf))
@@ -182,8 +159,6 @@ class BPE:
     batch = Tokenizer.batch
 
 
-# ------------------------------------------------------------------ files
-
 def read_pair(vocab, merges):
     """vocab.json, {piece: id}, and merges.txt, "left right" in each line -> (vocab, merges)."""
     lines = read_bytes(merges).decode("utf-8", "replace").splitlines()
@@ -203,16 +178,13 @@ def read_tokenizer(path):
 
 
 def read_clip(path):
-    """OpenAI's list of merges; ids follow from the order -> (vocab, merges).
-
-    256 bytes, the same at the end of a word, the pieces of the first 48,894 merges, 2 special ones.
-    """
+    """OpenAI's list of merges, of which the ids follow -> (vocab, merges)."""
     lines = read_bytes(path, unpack=gzip.open).decode("utf-8", "replace").splitlines()
     merges = [pair(line, path) for line in lines[1:1 + CLIP_MERGES]]
     if len(merges) < CLIP_MERGES:
         raise ValueError(f"{path}: {len(merges)} merges, but CLIP's vocabulary has {CLIP_MERGES}")
-    pieces = [*BYTES.values(), *(character + CLIP.end for character in BYTES.values()),
-              *map("".join, merges), CLIP.bos, CLIP.eos]
+    pieces = [*BYTES.values(), *(c + CLIP.end for c in BYTES.values()), *map("".join, merges),
+              CLIP.bos, CLIP.eos]
     return {piece: i for i, piece in enumerate(pieces)}, merges
 
 

@@ -1,8 +1,8 @@
 """CLIP's published weights: Hugging Face's folders, OpenAI's .pt files, open_clip's.
 
 The tables have their names on the left and ours on the right. What OpenAI's files leave out: heads
-are 64 wide (80 in a vision tower of width 1280), and the activation is quick_gelu. open_clip's own
-weights need gelu except where the model's name ends in -quickgelu; see `read`.
+are 64 wide, and the activation is quick_gelu. open_clip's own weights need gelu except where the
+model's name ends in -quickgelu.
 """
 import math
 import sys
@@ -11,9 +11,9 @@ from pathlib import Path
 from common.data.images import MEAN, STD
 from common.data.safe_read import read_json
 from common.pretrained.bpe import BPE, CLIP
-from common.pretrained.files import check_size, given, is_script, read_weights, whole
-from common.pretrained.names import (Table, count, flatten_patches, thirds, translate, transpose,
-                                     under)
+from common.pretrained.files import given, is_script, read_weights, section, whole
+from common.pretrained.names import Table, count, flatten_patches, thirds, translate, transpose
+from common.pretrained.names import under
 
 HF_BLOCK = (
     (".self_attn.{q,k,v,out}_proj.{weight,bias}", ".attn.{q,k,v,out}_proj.{weight,bias}"),
@@ -99,10 +99,8 @@ def read(path, act=None):
     """A published CLIP -> (fields of its config, weights under our names, its tokenizer).
 
     path: a Hugging Face folder, or a file of OpenAI's or open_clip's with its vocabulary beside it.
-    act: "gelu" or "quick_gelu", for files that do not say which. Without it an
-    open_clip_config.json beside the file decides; where there is none it is quick_gelu, OpenAI's,
-    with a warning on stderr unless the file is a TorchScript archive as OpenAI's are.
-    Raises ValueError in one line for whatever is missing, damaged or of another model.
+    act: "gelu" or "quick_gelu", for files that do not say which; None: see `open_clip_act`. Raises
+    ValueError in one line for whatever is missing, damaged or of another model.
     """
     path = Path(path)
     folder = path if path.is_dir() else path.parent
@@ -116,67 +114,37 @@ def read(path, act=None):
     if len(tokenizer) > fields["vocab_size"]:
         raise ValueError(f"{folder}: a vocabulary of {len(tokenizer)} pieces, but the weights have "
                          f"rows for {fields['vocab_size']}")
-    if fields.get("eos_id", 2) not in (2, tokenizer.eos_id):           # 2: many old files, wrongly
-        raise ValueError(f"{folder}: eos_token_id is {fields['eos_id']!r:.80} in config.json, but "
-                         f"{tokenizer.eos_id} in the vocabulary")
     check_preprocessing(folder / "preprocessor_config.json", fields["image_size"])
+    # The vocabulary's eos_id: many a config.json says 2, wrongly.
     return fields | {"act": act or fields["act"], "eos_id": tokenizer.eos_id}, weights, tokenizer
 
-
-# ------------------------------------------------------------------ Hugging Face
 
 def hugging_face(weights, path):
     """Weights under Hugging Face's names and their config.json -> (fields, weights of ours)."""
     config = read_json(path, dict)
     if config.get("model_type") != "clip":
-        raise ValueError(f"{path} is of a model of type {config.get('model_type')!r:.80}, "
-                         "not of 'clip'")
-    towers = {part: tower_config(config, part, path) for part in HF_SIZES}
-    fields = {ours: whole(given(towers[part], theirs, default), f"{path}: {part} {theirs}")
+        raise ValueError(f"{path}: model_type is {config.get('model_type')!r:.80}, not 'clip'")
+    towers = {part: section(config, f"{part}_config", path)            # old files have both
+              | section(config, f"{part}_config_dict", path) for part in HF_SIZES}
+    for part, tower in towers.items():
+        if given(tower, "layer_norm_eps", 1e-5) != 1e-5:
+            raise ValueError(f"{path}: {part} layer_norm_eps is {tower['layer_norm_eps']!r:.80}, "
+                             "ours 1e-05")
+    fields = {ours: whole(towers[part], theirs, default, f"{path}: {part}_config")
               for part, sizes in HF_SIZES.items() for ours, theirs, default in sizes}
-    fields["embed_dim"] = whole(given(config, "projection_dim", 512), f"{path}: projection_dim")
+    fields["embed_dim"] = whole(config, "projection_dim", 512, path)
     acts = [given(tower, "hidden_act", "quick_gelu") for tower in towers.values()]
     if acts[0] != acts[1] or acts[0] not in ("gelu", "quick_gelu"):
         raise ValueError(f"{path}: hidden_act is {acts[0]!r:.80} for texts and {acts[1]!r:.80} for "
                          "images; ours is gelu or quick_gelu for both")
-    fields |= {"act": acts[0], "eos_id": given(towers["text"], "eos_token_id", 2)}
-    check_parameters(fields, weights, path)
+    fields["act"] = acts[0]
     counts = {"text": fields["text_layers"], "vision": fields["vision_layers"]}
     return fields, translate(weights, HUGGING_FACE, counts, path)
 
 
-def tower_config(config, part, path):
-    """The config of the "text" or "vision" tower as a dict, or ValueError."""
-    tower = {}
-    for name in (f"{part}_config", f"{part}_config_dict"):             # old files have both
-        value = given(config, name, {})
-        if not isinstance(value, dict):
-            raise ValueError(f"{path}: {name} is {value!r:.80}, not an object")
-        tower |= value
-    eps = given(tower, "layer_norm_eps", 1e-5)
-    if eps != 1e-5:
-        raise ValueError(f"{path}: {part} layer_norm_eps is {eps!r:.80}, ours 1e-05")
-    return tower
-
-
-def check_parameters(fields, weights, path):
-    """`check_size` of a CLIP of these fields."""
-    text, vision, patch = fields["text_width"], fields["vision_width"], fields.get("patch_size", 32)
-    layers = fields.get("vision_layers", 256)          # a ResNet's pool has 3 * (32 * width) ** 2
-    rows = fields["vocab_size"] + fields["context_length"] + fields["embed_dim"]
-    inputs = (fields["image_size"] // patch) ** 2 + 3 * patch ** 2
-    check_size(text * (rows + 12 * text * fields["text_layers"])
-               + vision * (inputs + 12 * vision * layers), weights, path)
-
-
 def check_preprocessing(path, image_size):
-    """ValueError when a preprocessor_config.json describes another preprocessing than ours.
-
-    That is: the shorter side to image_size, bicubic (3), center crop, CLIP's mean and deviation.
-    """
-    if not path.is_file():
-        return
-    config = read_json(path, dict)
+    """ValueError when a preprocessor_config.json describes another preprocessing than ours."""
+    config = read_json(path, dict) if path.is_file() else {}
     for name, ours in (("image_mean", list(MEAN)), ("image_std", list(STD)), ("resample", 3),
                        ("size", image_size), ("crop_size", image_size)):
         theirs = given(config, name, ours)
@@ -185,12 +153,10 @@ def check_preprocessing(path, image_size):
             raise ValueError(f"{path}: {name} is {theirs!r:.80}, ours {ours}")
 
 
-# ------------------------------------------------------------------ OpenAI and open_clip
-
 def openai(weights, path):
-    """Weights under OpenAI's or open_clip's names -> (fields of a config, weights under ours).
+    """Weights under OpenAI's or open_clip's names -> (fields read off the shapes, weights of ours).
 
-    All sizes are read off the shapes, as in OpenAI's build_model; heads follow from the widths.
+    A size that is no whole number is rounded, and refused later by `checkpoint.load_weights`.
     """
     weights = {name.removeprefix("text."): weight for name, weight in weights.items()}
     counts = {"text": count(weights, r"transformer\.resblocks\.(\d+)\."),
@@ -203,12 +169,10 @@ def openai(weights, path):
         if name not in weights or weights[name].ndim != 2:
             raise ValueError(f"{path}: not the weights of a CLIP (no matrix {name}, our name)")
         return tuple(weights[name].shape)
-
     vocab_size, text_width = shape("text.token_embed.weight")
     fields = {"vocab_size": vocab_size, "text_width": text_width, "text_layers": counts["text"],
               "text_heads": heads(text_width, path), "context_length": shape("text.pos_embed")[0],
               "embed_dim": shape("text_projection.weight")[0]}
-    # A size that is no whole number is rounded here: `checkpoint.load_weights` then refuses it.
     if is_vit:
         vision_width, inputs = shape("vision.patch_embed.weight")                # inputs: 3 * P * P
         patch_size = max(1, math.isqrt(inputs // 3))
@@ -222,7 +186,6 @@ def openai(weights, path):
         fields |= {"vision_width": pool_width // 32, "vision_heads": heads(pool_width, path),
                    "stages": tuple(counts[stage] for stage in STAGES),
                    "image_size": 32 * math.isqrt(max(0, cells - 1))}
-    check_parameters(fields, weights, path)
     return fields, weights
 
 
@@ -234,14 +197,12 @@ def heads(width, path, head_width=64):
 
 
 def open_clip_act(folder, weights):
-    """The activation that an open_clip_config.json names, else quick_gelu."""
+    """The activation that an open_clip_config.json names, else quick_gelu, OpenAI's."""
     path = folder / "open_clip_config.json"
-    if not path.is_file():
-        if not is_script(weights):
-            print(f"{weights}: taken for weights with quick_gelu; for open_clip's own put their "
-                  "open_clip_config.json beside it, or say act=\"gelu\"", file=sys.stderr)
-        return "quick_gelu"
-    config = read_json(path, dict).get("model_cfg")
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: no model_cfg in it")
-    return "quick_gelu" if config.get("quick_gelu") is True else "gelu"
+    if path.is_file():
+        config = read_json(path, dict).get("model_cfg")
+        return "quick_gelu" if isinstance(config, dict) and config.get("quick_gelu") else "gelu"
+    if not is_script(weights):
+        print(f"{weights}: taken for weights with quick_gelu; for open_clip's own put their "
+              "open_clip_config.json beside it, or say act=\"gelu\"", file=sys.stderr)
+    return "quick_gelu"

@@ -13,11 +13,9 @@ from common.training import checkpoint
 
 def is_published(path):
     """Whether the path is a file, or a folder whose config.json names a Hugging Face model."""
-    if Path(path).is_file():
-        return True
     config = Path(path) / "config.json"
     value = read_json(config) if config.is_file() else None
-    return isinstance(value, dict) and "model_type" in value
+    return Path(path).is_file() or isinstance(value, dict) and "model_type" in value
 
 
 def given(config, name, default):
@@ -26,30 +24,28 @@ def given(config, name, default):
     return default if value is None else value
 
 
-def whole(value, where):
-    """A whole number of at least 1, or ValueError."""
-    if type(value) is not int or value < 1:
-        raise ValueError(f"{where} is {value!r:.80}, not a whole number")
+def whole(config, name, default, where):
+    """A field's whole number from 1 to a million, or ValueError."""
+    value = given(config, name, default)
+    if type(value) is not int or not 1 <= value <= 1_000_000:
+        raise ValueError(f"{where}: {name} is {value!r:.80}, not a whole number to 1,000,000")
     return value
 
 
-def positive(value, where):
-    """A finite number above 0, or ValueError."""
+def positive(config, name, default, where):
+    """A field's finite number above 0, or ValueError."""
+    value = given(config, name, default)
     if type(value) not in (int, float) or not 0 < value < math.inf:
-        raise ValueError(f"{where} is {value!r:.80}, not a number above 0")
+        raise ValueError(f"{where}: {name} is {value!r:.80}, not a number above 0")
     return float(value)
 
 
-def check_size(needed, weights, where):
-    """Raise ValueError when a model is far larger than its weights, before it takes the memory.
-
-    needed: how many parameters it has at least. The factor leaves smaller differences to
-    `checkpoint.load_weights`, which names the tensors.
-    """
-    found = sum(weight.numel() for weight in weights.values())
-    if needed > 2 * found:
-        raise ValueError(f"{where}: its sizes ask for at least {needed:,} parameters, but the "
-                         f"weights have {found:,}")
+def section(config, name, where):
+    """A field's JSON object, {} where it is absent or null, or ValueError."""
+    value = given(config, name, {})
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: {name} is {value!r:.80}, not an object")
+    return value
 
 
 def read_weights(path):
@@ -57,7 +53,6 @@ def read_weights(path):
 
     A folder: model.safetensors or pytorch_model.bin, whole or in shards with their index. A file:
     .safetensors, a pickle of tensors (no code in it is run), or a TorchScript archive, as OpenAI's.
-    Raises ValueError in one line: nothing found, cut off, anything but tensors.
     """
     path = Path(path)
     if path.is_dir():
@@ -85,10 +80,7 @@ def read_shards(index):
 
 
 def read_pickle(path):
-    """The tensors that torch.save wrote, plain or in a training checkpoint -> {name: tensor}.
-
-    Only tensors and numbers are unpickled. A "module." before every name is dropped.
-    """
+    """The tensors that torch.save wrote, plain or in a training checkpoint -> {name: tensor}."""
     state = checkpoint.unpickle(path, "file of tensors", mmap=zipfile.is_zipfile(path))
     for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
@@ -110,26 +102,19 @@ def read_script(path):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")                       # torch.jit.load is deprecated
-            state = torch.jit.load(str(path), map_location="cpu").state_dict()
+            return tensors(torch.jit.load(str(path), map_location="cpu").state_dict(), path)
     except Exception:
         raise ValueError(f"{path}: not a TorchScript archive that can be read") from None
-    return tensors(state, path)
 
 
 def tensors(state, path):
-    """A state dict as {name: tensor}, or ValueError for anything that is not a plain tensor."""
+    """A state dict as {name: tensor} without DDP's "module.", or ValueError."""
     if not isinstance(state, dict) or not state:
         raise ValueError(f"{path}: no tensors in it")
     for name, value in state.items():
         if not isinstance(name, str) or not isinstance(value, torch.Tensor):
             raise ValueError(f"{path}: {name!r:.80} is a {type(value).__name__}, not a tensor")
-        # A stride of 0 makes a tensor of any size from one number.
-        if (value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized
-                or value.numel() * value.element_size() > value.untyped_storage().nbytes()):
-            raise ValueError(f"{path}: {name!r:.80} is not a plain tensor with all its numbers")
-    if all(name.startswith("module.") for name in state):
-        state = {name.removeprefix("module."): value for name, value in state.items()}
-    return {name: value.detach() for name, value in state.items()}
+    return {name.removeprefix("module."): value.detach() for name, value in state.items()}
 
 
 IN_A_FOLDER = {"model.safetensors": safetensors.read, "model.safetensors.index.json": read_shards,

@@ -4,9 +4,9 @@
     model = Flamingo(config)
     load_openflamingo(model, "checkpoint.pt", tokens=(32001, 32000))
 
-The tables have their names on the left and ours on the right. OPENFLAMINGO has the fields in which
-their code differs from the paper's text: gelu, no embeddings of frames, heads of 64 everywhere, the
-first gated block before block cross_attn_every - 1.
+The tables have their names on the left and ours on the right. FIXED has the fields in which their
+code differs from the paper's text: gelu, no embeddings of frames, heads of 64 everywhere, the first
+gated block before block cross_attn_every - 1.
 """
 import re
 
@@ -14,11 +14,11 @@ from common.pretrained.files import read_weights
 from common.pretrained.names import Table, halves, translate, under
 from common.training import checkpoint
 
-SIZES = {"num_latents": 64, "resampler_layers": 6}       # the file's shapes and names say these
-OPENFLAMINGO = SIZES | {
+FIXED = {
     "resampler": "perceiver", "resampler_heads": 8, "resampler_head_width": 64, "max_frames": 0,
     "heads": 8, "head_width": 64, "placement": "openflamingo", "act": "gelu",
     "vision_skip_blocks": 0, "use_class_token": False, "only_latest_image": True}
+OPENFLAMINGO = FIXED | {"num_latents": 64, "resampler_layers": 6}
 
 PROJECTIONS = (
     (".to_q.weight", ".q_proj.weight"),
@@ -52,27 +52,21 @@ HEADS = ("lm_head.weight", "embed_out.weight")
 def load_openflamingo(model, path, tokens=None):
     """Fill a Flamingo's resampler and gated blocks, in place, from a checkpoint file.
 
-    The frozen models are loaded from files of their own: what the checkpoint holds of them is
-    ignored, and so are its second names of the same tensors. tokens: the ids of <image> and of
-    <|endofchunk|> in its embeddings, whose rows become the model's own (OpenFlamingo adds
-    <|endofchunk|> first); None: the model's rows stay. Raises ValueError in one line, and changes
-    nothing, for a config other than OPENFLAMINGO, names missing or unexpected, other shapes, or no
-    such rows.
+    What it holds of the frozen models is ignored: they have files of their own. tokens: the ids of
+    <image> and <|endofchunk|> in its embeddings, whose rows become the model's own (OpenFlamingo
+    adds <|endofchunk|> first); None: the model's rows stay. Raises ValueError in one line, and
+    changes nothing, when config, names, shapes or rows do not fit.
     """
     wrong = [f"{name}={getattr(model.config, name)}, not {value}"
-             for name, value in OPENFLAMINGO.items()
-             if name not in SIZES and getattr(model.config, name) != value]
+             for name, value in FIXED.items() if getattr(model.config, name) != value]
     if wrong:
-        raise ValueError(f"{path}: OpenFlamingo's weights need another config: "
-                         + "; ".join(wrong))
+        raise ValueError(f"{path}: OpenFlamingo's weights need another config: {'; '.join(wrong)}")
     weights = read_weights(path)
     trained = {re.sub(GATED_BLOCK, r"gated.\1.", name): weight for name, weight in weights.items()}
-    trained = {name: weight for name, weight in trained.items()
-               if not name.startswith(("lang_encoder.", "vision_encoder."))}
     rows = [row for i, block in enumerate(model.gated) if block is not None
             for row in under(f"gated.{i}", f"gated.{i}", GATED)]
-    ours = translate(trained, Table((*RESAMPLER, *rows)),
-                     {"layers": model.config.resampler_layers}, path)
+    table = Table((*RESAMPLER, *rows), ignored=("lang_encoder.*", "vision_encoder.*"))
+    ours = translate(trained, table, {"layers": model.config.resampler_layers}, path)
     if tokens is not None:
         ours |= new_rows(model.lm.new, weights, tokens, path)
     frozen = {name: weight for name, weight in model.state_dict().items()
@@ -87,7 +81,7 @@ def new_rows(new, weights, tokens, path):
         name = next((name for name in weights
                      if name.startswith("lang_encoder.") and name.endswith(ends)), None)
         if getattr(new, ours) is None or name is None and ours == "output":
-            continue
+            continue                     # the head is tied, or frozen and not in the file
         try:
             found[f"lm.new.{ours}"] = weights[name][list(tokens)]
         except (KeyError, IndexError):

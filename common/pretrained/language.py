@@ -1,16 +1,14 @@
 """Published language models in Hugging Face's folders: GPT-2, OPT, LLaMA and Vicuna.
 
-The tables have their names on the left and ours on the right. What a config.json asks for and our
-decoder lacks is refused in one line: another activation, biases, another scaling of positions.
+The tables have their names on the left and ours on the right. What our decoder lacks is refused:
+another activation, biases, another scaling of positions.
 """
 from pathlib import Path
-
-import torch
 
 from common.data.safe_read import read_json
 from common.data.tokenizer import Tokenizer
 from common.pretrained.bpe import BPE, GPT2, OPT
-from common.pretrained.files import check_size, given, positive, read_weights, whole
+from common.pretrained.files import given, positive, read_weights, section, whole
 from common.pretrained.names import Table, thirds, transpose, transposed_thirds, translate
 
 TABLES = {
@@ -81,10 +79,7 @@ REQUIRED = {
 
 
 def read(folder):
-    """A published model's folder -> (fields of a LanguageConfig, weights of ours, tokenizer).
-
-    Raises ValueError in one line for whatever is missing, damaged or of another model.
-    """
+    """A published model's folder -> (fields of a LanguageConfig, weights of ours, tokenizer)."""
     fields, weights = read_model(folder)
     if fields["kind"] == "llama":
         tokenizer = Pieces.load(Path(folder) / "tokenizer.model")
@@ -97,10 +92,7 @@ def read(folder):
 
 
 def read_model(folder):
-    """config.json and weights of a folder -> (fields of a LanguageConfig, weights of ours).
-
-    Without eos_id and pad_id, which the tokenizer knows.
-    """
+    """`read` without the tokenizer, and without eos_id and pad_id, which the tokenizer knows."""
     path = Path(folder) / "config.json"
     fields = config_fields(read_json(path, dict), path)
     return fields, translated(read_weights(folder), fields, folder)
@@ -114,68 +106,46 @@ def config_fields(config, where):
     for name, allowed in REQUIRED[kind].items():
         if given(config, name, allowed[0]) not in allowed:
             raise ValueError(f"{where}: {name} is {config[name]!r:.80}, ours is {allowed[0]}")
-    fields = {ours: whole(given(config, theirs, default), f"{where}: {theirs}")
-              for ours, theirs, default in SIZES[kind]}
+    fields = {ours: whole(config, theirs, default, where) for ours, theirs, default in SIZES[kind]}
     fields |= {"kind": kind, "kv_heads": fields["heads"],
                "tie_embeddings": given(config, "tie_word_embeddings", kind != "llama")}
     if kind == "gpt2":
-        fields["hidden"] = whole(given(config, "n_inner", 4 * fields["width"]), f"{where}: n_inner")
-        fields["eps"] = positive(given(config, "layer_norm_epsilon", 1e-5),
-                                 f"{where}: layer_norm_epsilon")
+        fields |= {"hidden": whole(config, "n_inner", 4 * fields["width"], where),
+                   "eps": positive(config, "layer_norm_epsilon", 1e-5, where)}
     return fields | (llama_fields(config, fields, where) if kind == "llama" else {})
 
 
 def llama_fields(config, fields, where):
-    """The fields of LLaMA alone: grouped queries, eps, rotary base and scaling.
-
-    Raises ValueError for another width of a head, and for rotary positions that are scaled other
-    than linearly: the weights would load, and be wrong.
-    """
-    groups = whole(given(config, "num_key_value_heads", fields["heads"]),
-                   f"{where}: num_key_value_heads")
-    head_width = given(config, "head_dim", fields["width"] // fields["heads"])
-    if head_width != fields["width"] // fields["heads"]:
-        raise ValueError(f"{where}: head_dim is {head_width!r:.80}, ours width / heads, "
-                         f"{fields['width'] // fields['heads']}")
-    rope = {"rope_theta": given(config, "rope_theta", 10000.0)}
-    for name in ("rope_scaling", "rope_parameters"):          # its older and its newer name
-        value = given(config, name, {})
-        if not isinstance(value, dict):
-            raise ValueError(f"{where}: {name} is {value!r:.80}, not an object")
-        rope |= value
+    """The fields of LLaMA alone. ValueError for what would load, and be wrong."""
+    head_width = fields["width"] // fields["heads"]
+    if given(config, "head_dim", head_width) != head_width:
+        raise ValueError(f"{where}: head_dim is {config['head_dim']!r:.80}, ours width / heads, "
+                         f"{head_width}")
+    rope = {"rope_theta": config.get("rope_theta")}           # below: an older and a newer name
+    rope |= section(config, "rope_scaling", where) | section(config, "rope_parameters", where)
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "linear"):
         raise ValueError(f"{where}: rotary positions scaled by {kind!r:.80}; ours are plain or "
                          "linear")
-    scale = rope.get("factor") if kind == "linear" else 1.0
-    return {"kv_heads": groups,
-            "eps": positive(given(config, "rms_norm_eps", 1e-6), f"{where}: rms_norm_eps"),
-            "rope_theta": positive(rope["rope_theta"], f"{where}: rope_theta"),
-            "rope_scale": positive(scale, f"{where}: the factor of rope_scaling")}
+    scale = positive(rope, "factor", None, f"{where}: rope_scaling") if kind == "linear" else 1.0
+    return {"kv_heads": whole(config, "num_key_value_heads", fields["heads"], where),
+            "eps": positive(config, "rms_norm_eps", 1e-6, where),
+            "rope_theta": positive(rope, "rope_theta", 10000.0, where), "rope_scale": scale}
 
 
 def translated(weights, fields, path):
-    """Weights under their names -> under ours; ValueError where the fields ask for far more."""
-    kind, width = fields["kind"], fields["width"]
-    rows = fields["vocab_size"] + (0 if kind == "llama" else fields["context_length"])
-    check_size(width * (rows + 2 * fields["layers"] * (width + fields["hidden"])), weights, path)
+    """Weights under their names -> under ours, without a head that is the embedding table."""
+    kind, table = fields["kind"], TABLES[fields["kind"]]
     weights = {name.removeprefix(PREFIXES[kind]): weight for name, weight in weights.items()}
-    table = Table((*TABLES[kind].rows, HEAD), TABLES[kind].ignored)
-    out = translate(weights, table, {"layers": fields["layers"]}, path)
-    head, embed = (out.get(name) for name in ("output.weight", "token_embed.weight"))
-    if fields["tie_embeddings"] and head is not None and embed is not None:
-        if not torch.equal(head, embed):
-            raise ValueError(f"{path}: config.json ties the head to the embeddings, but "
-                             f"{HEAD[0]} differs from them")
-        del out["output.weight"]
-    return out
+    ignored = (*table.ignored, HEAD[0]) if fields["tie_embeddings"] else table.ignored
+    return translate(weights, Table((*table.rows, HEAD), ignored), {"layers": fields["layers"]},
+                     path)
 
 
 class Pieces(Tokenizer):
     """LLaMA's SentencePiece vocabulary. It has no piece for padding: <unk> stands for it."""
 
     def _check(self):
-        """Set the ids of the special tokens; ValueError for a vocabulary without them."""
         self.bos_id, self.eos_id = self.pieces.bos_id(), self.pieces.eos_id()
         self.pad_id = self.pieces.unk_id()
         if min(self.bos_id, self.eos_id, self.pad_id) < 0:

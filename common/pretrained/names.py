@@ -1,12 +1,8 @@
 """Weights under the names of another project -> under the names of this one, by a table.
 
 A row is (theirs, ours) or (theirs, ours, change). Both are templates: "{q,k,v}" stands for each of
-these words, "{layers}" for 0 .. counts["layers"] - 1. Both sides are expanded in the same order,
-the last braces fastest. Where a row has several of our names for each of theirs, its change splits
-one tensor into several:
-
-    ("h.{layers}.ln_{1,2}.{weight,bias}", "blocks.{layers}.{attn,mlp}_norm.{weight,bias}"),
-    ("h.{layers}.attn.c_attn.bias", "blocks.{layers}.attn.{q,k,v}_proj.bias", thirds),
+these words, "{layers}" for 0 .. counts["layers"] - 1; the last braces vary fastest. Where a row has
+several of our names for each of theirs, its change splits one tensor into several.
 """
 import itertools
 import re
@@ -61,9 +57,9 @@ def under(theirs, ours, rows):
 def expand(template, counts):
     """All names of a template, in order."""
     parts = re.split(r"\{([^{}]*)\}", template)
-    choices = [[part] if position % 2 == 0 else
+    choices = [[part] if i % 2 == 0 else          # every second part is what braces hold
                part.split(",") if "," in part else map(str, range(counts[part]))
-               for position, part in enumerate(parts)]
+               for i, part in enumerate(parts)]
     return ["".join(choice) for choice in itertools.product(*choices)]
 
 
@@ -72,8 +68,8 @@ def plan(table, counts):
     out = {}
     for theirs, ours, *change in table.rows:
         names, targets = expand(theirs, counts), expand(ours, counts)
-        share = len(targets) // max(1, len(names))
         for k, name in enumerate(names):
+            share = len(targets) // len(names)
             out[name] = targets[k * share:(k + 1) * share], change[0] if change else same
     return out
 
@@ -81,9 +77,8 @@ def plan(table, counts):
 def translate(weights, table, counts, where):
     """{their name: tensor} -> {our name: tensor}, in the dtypes of the file.
 
-    A name without a row stays as it is: `checkpoint.load_weights` then lists it as unexpected, and
-    lists the missing ones and wrong shapes. Raises ValueError, which begins with `where`, for a
-    tensor that a change cannot split or transpose.
+    A name without a row stays as it is, for `checkpoint.load_weights` to list as unexpected. Raises
+    ValueError, which begins with `where`, for a tensor that a change cannot split or transpose.
     """
     planned, out = plan(table, counts), {}
     for name, weight in weights.items():
@@ -100,5 +95,4 @@ def translate(weights, table, counts, where):
 
 def count(weights, pattern):
     """How many different values the pattern's group takes in the names: the layers of a file."""
-    found = (re.match(pattern, name) for name in weights)
-    return len({match.group(1) for match in found if match})
+    return len({match[1] for match in map(re.compile(pattern).match, weights) if match})
