@@ -102,7 +102,7 @@ def test_multiple_choice():
         choices = record["choices"]
         assert len(set(choices)) == 4
         prompt, answer = ask_and_answer(record)
-        assert prompt == record["question"] == "how much is the picture worth?"
+        assert prompt == "how much is the picture worth?"
         assert answer == str(sum(values)) in choices
         reasons = re.findall(r"an? (\w+) (\w+) is worth (\d+)", record["explanation"])
         assert [int(n) for *_, n in reasons] == values
@@ -141,17 +141,16 @@ def test_dialogues(split):
     full = Scene(tuple(replace(TWO.items[0], shape=s) for s in SHAPES if s != "star"))
     full = replace(full, items=full.items + (Item("blue", "star", "small", 0.9, 0.9),))
     assert conversations.dialogue(full, random.Random(0))["turns"][0]["answer"] == "yes"
-    short = conversations.dialogue(TWO, random.Random(1), rounds=2, choices=3, side=None)
-    assert len(short["turns"]) == 2 and len(short["candidates"]) == 3
 
 
 def test_wrong_candidates_are_of_the_kind_that_is_asked():
-    for scene, rng in many(200, 2):
-        record = conversations.dialogue(scene, rng, rounds=1, choices=2, side=None)
-        assert set(record["candidates"]) == {"yes", "no"}
-        record = conversations.dialogue(scene, rng, rounds=2, choices=6, side=None)
-        if record["turns"][-1]["prompt"] == "what colour is it?":
-            assert set(record["candidates"]) <= set(COLOURS)
+    for scene, rng in many(300, 2):
+        record = conversations.dialogue(scene, rng, side=None)
+        question, answer = record["turns"][-1]["prompt"], record["turns"][-1]["answer"]
+        if answer in ("yes", "no"):
+            assert {"yes", "no"} <= set(record["candidates"])
+        elif answer in COLOURS:
+            assert set(record["candidates"]) <= set(COLOURS), question
 
 
 def judge(text, left, right):

@@ -6,8 +6,8 @@ from collections import Counter, defaultdict
 
 import pytest
 
-from common.data.shapes.interleaved import (CLIP_KINDS, DOCUMENT_KINDS, LABELS, QUESTION_KINDS,
-                                            SHOTS, TASKS, class_names, clip, document, episode)
+from common.data.shapes.interleaved import (CLIPS, DOCUMENT_KINDS, LABELS, QUESTION_KINDS, TASKS,
+                                            class_names, clip, episode)
 from common.data.shapes.questions import FORMS, decidable
 from common.data.shapes.scene import COLOURS, HELD_OUT, SHAPES, SIZES, draw
 from common.data.shapes.words import is_true, names_held_out
@@ -108,7 +108,6 @@ def test_an_album_is_pictures_with_a_true_caption_each():
         for text, scene in zip(answers_of(record), record["source"], strict=True):
             assert is_true(text, scene)
     assert {len(record["turns"]) for record in drawn("album")} == {2, 3}
-    assert {len(record["turns"]) for record in drawn("album", 5, images=4)} == {4}
 
 
 def test_names_are_all_colours_or_all_shapes_as_the_first_one_tells():
@@ -122,8 +121,6 @@ def test_names_are_all_colours_or_all_shapes_as_the_first_one_tells():
                     for name in ("colour", "shape")) > 1
         found.add((by, len(texts)))
     assert found == {(by, n) for by in ("colour", "shape") for n in (4, 5, 6, 7, 8)} and both > 40
-    assert {len(record["turns"]) for record in drawn("names", 5, images=9)} == {9}
-    assert all(answers_of(record)[-1] in SHAPES for record in drawn("names", 9, by="shape"))
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
@@ -165,13 +162,8 @@ def test_the_question_of_a_document_is_decided_by_its_own_picture(split):
     assert blind(existence) < 0.7            # no text says what the other pictures show
 
 
-def test_documents_of_a_given_kind_and_length():
+def test_documents_have_two_to_four_pictures():
     assert {len(record["turns"]) for record in drawn("document", 30)} == {2, 3, 4}
-    assert {record["kind"] for record in drawn("document", 5, kind="count")} == {"count"}
-    record = document(random.Random(3), images=4, kind="shape", split="test")
-    assert len(record["turns"]) == 4
-    assert re.search("what is the shape of|of which shape is",
-                     record["turns"][record["asked"]]["prompt"])
 
 
 # ---------------------------------------------------------------- episodes
@@ -221,18 +213,16 @@ def test_shuffled_shots_say_nothing():
 
 
 def test_episodes_with_other_classes_and_shots():
-    assert {len(record["turns"]) - 1 for record in drawn("episode")} == set(SHOTS)
-    record = episode(random.Random(0), side=None, shots=6, classes=3, by="shape")
+    assert {len(record["turns"]) - 1 for record in drawn("episode")} == {2, 4, 6, 8}
+    record = episode(random.Random(0), side=None, shots=6, classes=3)
     assert len(set(class_names(record))) == len(record["candidates"]) == 3
-    assert set(class_names(record)) <= set(SHAPES)
-    with pytest.raises(ValueError, match="3 shots.*2 classes"):
-        episode(random.Random(0), shots=3)
 
 
 def test_a_glossary_is_an_episode_in_words_but_for_its_last_picture():
     for i in range(40):
-        record = TASKS["glossary"](random.Random(i), side=9, shots=6, classes=2)
-        whole = episode(random.Random(i), side=9, shots=6)
+        rng = random.Random(i)
+        record, classes = TASKS["glossary"](random.Random(i), side=9), rng.randint(2, 4)
+        whole = episode(rng, side=9, shots=classes, classes=classes)
         assert record["turns"][-1] == whole["turns"][-1]
         assert record["turns"][:-1] == [
             {"images": [], "prompt": "", "answer": f"{name} {label}", "learn": False}
@@ -275,7 +265,7 @@ def watch(question, frames):
     return {"x": ("left", "right"), "y": ("up", "down")}[axis][steps[0] > 0]
 
 
-@pytest.mark.parametrize("kind", CLIP_KINDS)
+@pytest.mark.parametrize("kind", CLIPS)
 def test_clips_are_decided_by_the_order_of_frames(kind):
     pairs = []
     for seed in range(300):
@@ -294,7 +284,7 @@ def test_clips_are_decided_by_the_order_of_frames(kind):
                 assert min(x1, y1) > 0 or item.shape == "star" and kind == "first"
                 assert max(x2, y2) < 1 or kind == "first"
             for a, b in zip(scene.items, scene.items[1:]):
-                assert math.hypot(a.x - b.x, a.y - b.y) > a.radius + b.radius
+                assert math.hypot(a.x - b.x, a.y - b.y) > SIZES[a.size] + SIZES[b.size]
         pairs.append((question, answer))
     counts = Counter(a for _, a in pairs)
     if kind == "first":
@@ -307,5 +297,3 @@ def test_clips_are_decided_by_the_order_of_frames(kind):
 def test_clips_of_a_given_length():
     (frames,), = [turn["images"] for turn in clip(random.Random(0), frames=16, side=40)["turns"]]
     assert len(frames) == 16 and {frame.size for frame in frames} == {(40, 40)}
-    with pytest.raises(ValueError, match="1 have no order"):
-        clip(random.Random(0), frames=1)

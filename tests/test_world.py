@@ -3,6 +3,7 @@ import random
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from PIL import Image
 from common.data.shapes import texts
 from common.data.shapes.world import Shapes
 from common.data.shapes.interleaved import TASKS
-from common.data.shapes.scene import HELD_OUT, STYLES, restyled
+from common.data.shapes.scene import HELD_OUT, STYLES
 from common.data.shapes.words import phrase
 from tests.shapes_judge import held_out
 
@@ -55,7 +56,7 @@ def test_records_of_the_world():
     assert Shapes(style="outline").scene("test", 1).style == "outline"
     for index in range(60):
         plain, shifted = world.scene("single", index), world.scene("shifted", index)
-        assert shifted.style in STYLES[1:] and restyled(shifted, "plain") == plain
+        assert shifted.style in STYLES[1:] and replace(shifted, style="plain") == plain
 
 
 def test_the_tasks_have_the_worlds_dials_and_size():
@@ -107,22 +108,22 @@ def test_a_caption_describes_when_it_is_true_and_names_an_object():
     assert not world.describes(f"there is {name}", other["source"])
 
 
-def test_more_objects_than_fit_are_refused():
+def test_more_objects_than_fit_and_no_such_style_are_refused():
     for objects in (0, 7):
         with pytest.raises(ValueError, match=f"objects={objects}: a scene has 1 to 6"):
             Shapes(objects=objects)
+    with pytest.raises(ValueError, match="sketch.*outline"):
+        Shapes(style="sketch")
 
 
-def test_extracted_pictures_are_named_by_what_they_show(tmp_path):
+def test_pictures_are_named_by_what_they_show():
     world = Shapes(image_size=20)
-    assert world.extract(tmp_path / "new", count=7) == 7
-    files = sorted((tmp_path / "new").iterdir())
-    assert [f.name[:3] for f in files] == [f"{i:03d}" for i in range(7)]
-    for index, file in enumerate(files):
-        shown = file.stem[4:].replace("-", " ")
+    for index, (file, picture) in enumerate(world.named_pictures()):
+        assert file.startswith(f"{index:03d}-") and file.endswith(".png")
+        shown = file[4:-4].replace("-", " ")
         assert world.is_true(shown, world.scene("test", index)), shown
-        with Image.open(file) as picture:
-            assert picture.size == (20, 20)
+        assert picture.tobytes() == world.record("test", index)["images"][0].tobytes()
+    assert index == 99
 
 
 def test_the_command_writes_pictures_and_says_in_one_line_what_is_wrong(tmp_path):

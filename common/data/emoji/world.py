@@ -1,9 +1,4 @@
-"""The emoji world: real pictures with real names, shipped in emoji.zip (built by build.py).
-
-    world = Emoji()
-    record = world.record("test", 0)
-    record["images"][0].show(); print(record["texts"])
-"""
+"""The emoji world: real pictures with real names, shipped in emoji.zip (built by build.py)."""
 import hashlib
 import io
 import json
@@ -23,9 +18,8 @@ class Emoji:
 
     test: 400 emoji of which training sees neither picture nor name. source["held_out"] is "name"
     (unseen in any skin tone) or "combination" (training has its base in other tones, and its tone
-    on other bases). composition: the combinations alone. train: all others.
-
-    image_size: pixels of a side; pictures are resampled once, from the archive's size.
+    on other bases). composition: the combinations alone. train: all others. image_size: pixels of
+    a side; pictures are resampled once, from the archive's size.
     """
     name = "emoji"
     vocab_size = 2048                     # of the tokenizer
@@ -38,8 +32,7 @@ class Emoji:
         self.image_size = image_size
         # In memory, because workers forked from this process would share an open file's position.
         archive = io.BytesIO(Path(__file__).with_name("emoji.zip").read_bytes())
-        self._archive = zipfile.ZipFile(archive)
-        self._pictures = {}
+        self._archive, self._pictures = zipfile.ZipFile(archive), {}
         self.entries = json.loads(self._archive.read("index.json"))
         self._splits = make_splits(self.entries)
         held_out = {entry["name"] for entry in self.entries if entry["held_out"]}
@@ -62,13 +55,10 @@ class Emoji:
 
         In train, rng (a random.Random) varies picture and texts; else the record never changes.
         """
-        number = self._splits[split][index]
+        number, rng = self._splits[split][index], rng if split == "train" else None
+        picture = self._varied(number, rng) if rng else self._plain(number, self.image_size)
         entry = self.entries[number]
-        if rng is None or split != "train":
-            picture, texts = self._plain(number, self.image_size), self._captions(entry)
-        else:
-            picture, texts = self._varied(number, rng), self._captions(entry, rng)
-        return {"images": [picture], "texts": texts, "source": entry}
+        return {"images": [picture], "texts": self._captions(entry, rng), "source": entry}
 
     def is_true(self, text, source):
         """Whether the text is this emoji's name or phrase, plain or in a template.
@@ -92,13 +82,10 @@ class Emoji:
         for number in self._splits["train"]:
             yield from self._captions(self.entries[number])
 
-    def extract(self, folder):
-        """Write all pictures as 64 x 64 PNG on white, "grinning-cat.png"; return their number."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+    def named_pictures(self):
+        """Yield (file name, picture) of all emoji, 64 x 64 on white: "grinning-cat.png"."""
         for number, entry in enumerate(self.entries):
-            self._plain(number, SIDE).save(folder / entry["file"])
-        return len(self.entries)
+            yield entry["file"], self._plain(number, SIDE)
 
     def _captions(self, entry, rng=None):
         """[name, its phrase in templates, "cat, face, smile", "grinning cat; cat, face, smile"].
@@ -106,22 +93,19 @@ class Emoji:
         With an rng one template and some of the keywords, in random order.
         """
         templates, words = self.templates, entry["keywords"]
-        if rng is not None:
+        if rng:
             templates = (rng.choice(templates),)
             words = rng.sample(words, rng.randint(min(2, len(words)), min(5, len(words))))
         phrases = [template.format(entry["phrase"]) for template in templates]
         texts = list(dict.fromkeys([entry["name"], *phrases]))
-        if len(words) > 1:
-            texts.append(", ".join(words))
-        if words:
-            texts.append(entry["name"] + "; " + ", ".join(words))
-        return texts
+        listed = ", ".join(words)
+        return texts + [listed] * (len(words) > 1) + [f"{entry['name']}; {listed}"] * bool(words)
 
     def _picture(self, number):
         """The picture of the archive, 64 x 64 RGBA, decoded once."""
         if number not in self._pictures:
-            data = self._archive.read(self.entries[number]["file"])
-            self._pictures[number] = Image.open(io.BytesIO(data)).convert("RGBA")
+            data = io.BytesIO(self._archive.read(self.entries[number]["file"]))
+            self._pictures[number] = Image.open(data).convert("RGBA")
         return self._pictures[number]
 
     def _plain(self, number, size):
@@ -132,8 +116,7 @@ class Emoji:
         return canvas.resize((size, size), Image.Resampling.LANCZOS)
 
     def _varied(self, number, rng):
-        """Turned, scaled and moved a little, on a light background. A mirror image would change
-        the meaning of arrows and letters."""
+        """Turned, scaled and moved a little, on a light background; never mirrored (arrows)."""
         size, angle = self.image_size, rng.uniform(-0.2, 0.2)
         scale = SIDE / size * rng.uniform(0.95, 1.3)
         cos, sin = scale * math.cos(angle), scale * math.sin(angle)
@@ -167,9 +150,9 @@ def make_splits(entries):
     held_out = dict.fromkeys(toneless[:TEST - wanted], "name")
     for i in toned:
         base, tone = entries[i]["base"], tuple(entries[i]["tones"])
-        if wanted and bases[base] > 1 and tones[tone] > 1:
+        if len(held_out) < TEST and bases[base] > 1 and tones[tone] > 1:
             held_out[i] = "combination"
-            bases[base], tones[tone], wanted = bases[base] - 1, tones[tone] - 1, wanted - 1
+            bases[base], tones[tone] = bases[base] - 1, tones[tone] - 1
     for i, entry in enumerate(entries):
         entry["held_out"] = held_out.get(i)
     return {"train": [i for i in range(len(entries)) if i not in held_out],

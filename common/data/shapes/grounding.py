@@ -3,11 +3,8 @@
 A record is one question as in `questions.py`, with "boxes": integers (x1, y1, x2, y2), 0 to 999 of
 the side. side=None leaves the picture out.
 """
-import re
-
 from PIL import Image
 
-from common.data.shapes.questions import one_question
 from common.data.shapes.scene import BACKGROUNDS, turn
 from common.data.shapes.words import phrase, references
 
@@ -22,68 +19,48 @@ def box_text(box):
     return "({},{}),({},{})".format(*box)
 
 
-def parse_box(text):
-    """The first box in a text as four integers, or None: the inverse of `box_text`."""
-    found = re.search(r"\((\d{1,3}),(\d{1,3})\),\((\d{1,3}),(\d{1,3})\)", text)
-    return tuple(int(v) for v in found.groups()) if found else None
-
-
 def referring(scene, rng, kind=None, side=32):
     """A phrase that fits one item, and the item's box. "ground" asks for the box, "name" for it.
 
     "give the box of the red circle." -> "(120,340),(355,575)";
     "which object is in the box (120,340),(355,575)?" -> "a red circle".
-    {"boxes": [box], "phrase": "red circle", "item": Item}; None if no phrase fits one item alone.
+    {"boxes": [box], "phrase": "red circle", "item": Item}
     """
     kind = kind or rng.choice(("ground", "name"))
-    options = [(item, x) for item in scene.items for x in references(scene, item)]
-    if not options:
-        return None
-    item, name = rng.choice(options)
+    item, name = rng.choice([(i, x) for i in scene.items for x in references(scene, i)])
     box = box_of(item)
     if kind == "ground":
         question, answer = f"give the box of the {name}.", box_text(box)
     else:
         question, answer = f"which object is in the box {box_text(box)}?", phrase(item)
-    return one_question(scene, question, answer, side, kind=kind, boxes=[box], phrase=name,
-                        item=item)
+    return {"turns": [turn(question, answer, (scene,), side)], "kind": kind, "boxes": [box],
+            "phrase": name, "item": item, "source": scene}
 
 
-# ------------------------------------------------------------------ letters and digits
-
-# Five columns of seven dots each, one byte a column, lowest bit on top.
+# Five columns of seven dots each, one byte a column, lowest bit on top. A font of Pillow's would
+# have other pixels in another version.
 _DOTS = """
 0 3e5149453e  1 00427f4000  2 4261514946  3 2141454b31  4 1814127f10  5 2745454539  6 3c4a494930
 7 0171090503  8 3649494936  9 064949291e  A 7e1111117e  B 7f49494936  C 3e41414122  D 7f4141221c
 E 7f49494941  F 7f09090901  G 3e4149497a  H 7f0808087f  I 00417f4100  J 2040413f01  K 7f08142241
 L 7f40404040  M 7f020c027f  N 7f0408107f  O 3e4141413e  P 7f09090906  Q 3e4151215e  R 7f09192946
 S 4649494931  T 01017f0101  U 3f4040403f  V 1f2040201f  W 3f4038403f  X 6314081463  Y 0708700807
-Z 6151494543"""
-GLYPHS = {c: bytes.fromhex(dots) for c, dots in zip(*[iter(_DOTS.split())] * 2)}
+Z 6151494543""".split()
+GLYPHS = {c: bytes.fromhex(dots) for c, dots in zip(_DOTS[::2], _DOTS[1::2])}
 
 
-def draw_text(picture, text, x, y, dot, ink):
-    """Draw the text with its top left at pixel (x, y), in dots of `dot` pixels."""
+def glyphs(rng, length=4, side=224, dot=2):
+    """Random letters and digits, "K7PD", 7 * dot pixels high, in a large empty picture."""
+    text = "".join(rng.choice(sorted(GLYPHS)) for _ in range(length))
+    width, height = (6 * length - 1) * dot, 7 * dot
+    x, y = rng.randint(0, side - width), rng.randint(0, side - height)
+    picture = Image.new("RGB", (side, side), rng.choice(tuple(BACKGROUNDS.values())))
     for n, letter in enumerate(text):
         for column, bits in enumerate(GLYPHS[letter]):
             for row in range(7):
                 if bits >> row & 1:
                     left, top = x + (6 * n + column) * dot, y + row * dot
-                    picture.paste(ink, (left, top, left + dot, top + dot))
-
-
-def glyphs(rng, length=4, side=224, dot=2):
-    """Random letters and digits, 7 * dot pixels high, somewhere in a large empty picture.
-
-    The pixels are the same with every version of Pillow, which those of fonts are not.
-
-    glyphs(rng)["turns"] -> "read the letters in the picture.", "K7PD"
-    """
-    text = "".join(rng.choice(sorted(GLYPHS)) for _ in range(length))
-    width, height = (6 * length - 1) * dot, 7 * dot
-    x, y = rng.randint(0, side - width), rng.randint(0, side - height)
-    picture = Image.new("RGB", (side, side), rng.choice(tuple(BACKGROUNDS.values())))
-    draw_text(picture, text, x, y, dot, ink=(20, 20, 20))
+                    picture.paste((20, 20, 20), (left, top, left + dot, top + dot))
     prompt = rng.choice(("read the letters in the picture.", "which letters are in the picture?"))
     box = tuple(min(999, 1000 * v // side) for v in (x, y, x + width, y + height))
     return {"turns": [turn(prompt, text) | {"images": [[picture]]}], "boxes": [box]}

@@ -1,17 +1,12 @@
-"""Questions on one scene, yes-no probes, and the accuracy of guessing blindly.
+"""Questions on one scene, and yes-no probes for hallucination.
 
 A record is {"turns": [{"images": [[picture]], "prompt": question, "answer": one word}], "kind",
-"source": Scene}. Each record is a function of the scene and of rng, a random.Random; side=None
-leaves the pictures out. No training question names a held-out pair.
-
-    scene = sample(random.Random(0), objects=2)
-    for record in questions(scene, random.Random(0)):
-        print(record["turns"][0]["prompt"], record["turns"][0]["answer"])
+"source": Scene}. It is a function of the scene and of rng, a random.Random. side=None leaves the
+pictures out.
 """
 import itertools
-from collections import Counter, defaultdict
 
-from common.data.shapes.scene import COLOURS, HELD_OUT, SHAPES, SIZES, dialogue_turns, sample
+from common.data.shapes.scene import COLOURS, SHAPES, SIZES, sample, turn
 from common.data.shapes.words import (NUMBERS, PLURALS, a_thing, matching, nameable, pairs_of,
                                       references, relations, things)
 
@@ -47,8 +42,7 @@ FORMS = {
     # Tests alone ask for sizes: captions give the answers, no training question asks for them.
     "size": {"size": (tuple(SIZES), (), ("is the {x} small or large?", "what size is the {x}?"))},
 }
-UNSEEN_KIND = "size"
-KINDS = {"train": tuple(k for k in FORMS if k != UNSEEN_KIND), "test": tuple(FORMS)}
+KINDS = {"train": tuple(FORMS)[:-1], "test": tuple(FORMS)}
 
 
 def yes_no(fact):
@@ -62,40 +56,29 @@ def count_groups(scene):
             "shapes": {PLURALS[s]: len(matching(scene, shape=s)) for s in SHAPES}}
 
 
-def named_pairs(scene):
-    """(a, name, b, name) of each two items, in both orders, that have a colour and shape alone."""
-    named = [(i, f"{i.colour} {i.shape}") for i in scene.items
-             if len(matching(scene, colour=i.colour, shape=i.shape)) == 1]
-    return [(a, x, b, y) for (a, x), (b, y) in itertools.permutations(named, 2)]
-
-
 def on_relations(scene):
     """Options for relation: yes or no, and either-or; only where the distance is clear."""
     options = []
-    for a, x, b, y in named_pairs(scene):
-        for form, one, other in (("beside", "left of", "right of"), ("above", "above", "below")):
-            held = [r for r in relations(a, b) if r in (one, other)]
-            for r in held and (one, other):
-                options.append((f"is {form}", yes_no(r in held), {"x": x, "r": r, "y": y}))
-            if held:
-                slots = {"x": x, "a": one.split()[0], "b": other, "y": y}
-                options.append((form, held[0].split()[0], slots))
+    for a, b in itertools.permutations(scene.items, 2):
+        for held in relations(a, b):
+            form, *both = ("above", "above", "below") if held in ("above", "below") else \
+                ("beside", "left of", "right of")
+            slots = {"x": a.name, "y": b.name, "a": both[0].split()[0], "b": both[1]}
+            options += [(f"is {form}", yes_no(r == held), {**slots, "r": r}) for r in both]
+            options.append((form, held.split()[0], slots))
     return options
 
 
 def on_comparisons(scene):
     """Options for comparison: two items of different size, two different counts."""
-    options = []
-    for a, x, b, y in named_pairs(scene):
-        for c in ("larger", "smaller") if a.size != b.size else ():
-            answer = yes_no((a.size == "large") == (c == "larger"))
-            options.append(("larger", answer, {"x": x, "c": c, "y": y}))
-    for form, group in count_groups(scene).items():
-        for (x, n), (y, m) in itertools.permutations(group.items(), 2):
-            for c in ("more", "fewer") if n != m else ():
-                answer = yes_no((n > m) == (c == "more"))
-                options.append((form, answer, {"x": x, "c": c, "y": y}))
-    return options
+    options = [("larger", yes_no((a.size == "large") == (c == "larger")),
+                {"x": a.name, "c": c, "y": b.name})
+               for a, b in itertools.permutations(scene.items, 2) if a.size != b.size
+               for c in ("larger", "smaller")]
+    return options + [(form, yes_no((n > m) == (c == "more")), {"x": x, "c": c, "y": y})
+                      for form, group in count_groups(scene).items()
+                      for (x, n), (y, m) in itertools.permutations(group.items(), 2) if n != m
+                      for c in ("more", "fewer")]
 
 
 def decidable(scene, kind):
@@ -109,13 +92,12 @@ def decidable(scene, kind):
     if kind in ("relation", "comparison"):
         return on_relations(scene) if kind == "relation" else on_comparisons(scene)
     return [(kind, getattr(item, kind), {"x": x})                # colour, shape, size
-            for item in scene.items for x in references(scene, item, hide=(kind,))]
+            for item in scene.items for x in references(scene, item, hide=kind)]
 
 
 def pick(options, rng, form=None, answer=None):
-    """One of the options (form, answer, slots): a form evenly, then an answer evenly, then any.
-
-    Returns None when no option has the given form and answer.
+    """One of the options (form, answer, slots): a form evenly, then an answer evenly, then any;
+    None if there is none of the given form and answer.
     """
     options = [o for o in options if form in (None, o[0]) and answer in (None, o[1])]
     if not options:
@@ -125,38 +107,25 @@ def pick(options, rng, form=None, answer=None):
     return rng.choice([o for o in options if o[:2] == (form, answer)])
 
 
-def wording(option, rng, kind, split, scene):
-    """The question of an option about a scene, in one of the split's wordings.
-
-    Raises ValueError for a kind or a scene that the split must not ask about.
-    """
+def wording(option, rng, kind, split):
+    """The question of an option in one of the split's wordings."""
     form, _, slots = option
-    if kind not in KINDS[split]:
-        raise ValueError(f"{kind!r} is not asked in split {split!r}, only {KINDS[split]}")
-    if split == "train" and pairs_of(scene) & HELD_OUT:
-        raise ValueError(f"a training question about held-out {pairs_of(scene) & HELD_OUT}")
     return rng.choice(FORMS[kind][form][1 if split == "train" else 2]).format(**slots)
 
 
-# ------------------------------------------------------------------ records
-
-def one_question(scene, question, answer, side, **more):
-    """The record of one question on one scene."""
-    return {"turns": dialogue_turns([(question, answer)], scene, side), "source": scene, **more}
+def one_question(scene, kind, option, rng, split, side):
+    """The record of one question of a kind on one scene."""
+    question = turn(wording(option, rng, kind, split), option[1], (scene,), side)
+    return {"turns": [question], "kind": kind, "form": option[0], "source": scene}
 
 
 def questions(scene, rng, split="train", side=32):
     """One record for each kind that the scene allows, with its "kind" and "form".
 
-    Split "test" has other wordings than "train", and UNSEEN_KIND besides.
+    Split "test" has other wordings than "train", and asks for sizes besides.
     """
-    records = []
-    for kind in KINDS[split]:
-        option = pick(decidable(scene, kind), rng)
-        if option:
-            text = wording(option, rng, kind, split, scene)
-            records.append(one_question(scene, text, option[1], side, kind=kind, form=option[0]))
-    return records
+    drawn = ((kind, pick(decidable(scene, kind), rng)) for kind in KINDS[split])
+    return [one_question(scene, kind, option, rng, split, side) for kind, option in drawn if option]
 
 
 def balanced_question(rng, kind, split="train", side=32, objects=(1, 2), **dial):
@@ -174,62 +143,34 @@ def balanced_question(rng, kind, split="train", side=32, objects=(1, 2), **dial)
         scene = sample(rng, objects, **dial)
         option = pick(decidable(scene, kind), rng, form, answer)
         if option:
-            text = wording(option, rng, kind, split, scene)
-            return one_question(scene, text, answer, side, kind=kind, form=form)
+            return one_question(scene, kind, option, rng, split, side)
     raise ValueError(f"no scene of {objects} objects allows a {kind} ({form}) question: {answer}")
 
 
-def blind_baseline(train, test):
-    """The accuracy on `test` of the most frequent answer in `train`, without the pictures.
-
-    The most frequent answer to the same question, else to the same form, else "no".
-    """
-    counts = defaultdict(Counter)
-    for record in train:
-        question, = record["turns"]
-        for key in (question["prompt"], (record["kind"], record["form"])):
-            counts[key][question["answer"]] += 1
-
-    def right(record):
-        question, = record["turns"]
-        usual = counts.get(question["prompt"]) or counts.get((record["kind"], record["form"])) \
-            or Counter(no=1)
-        return max(sorted(usual), key=usual.get) == question["answer"]
-    return sum(map(right, test)) / len(test)
-
-
-# ------------------------------------------------------------------ probes for hallucination
-
-SETTINGS = ("random", "popular", "adversarial")
-POPULAR = ("cyan", "pink")                # the most frequent colours: no pair of theirs is held out
-
-
 def absent(scene, rng, setting):
-    """A (colour, shape) that the scene lacks, in one of the SETTINGS of POPE.
+    """A (colour, shape) that the scene lacks, in one of POPE's settings.
 
-    random: any. popular: of the most frequent colours. adversarial: the scene has the colour and
-    the shape, on different items, or else one of the two.
+    random: any. popular: of the most frequent colours, cyan and pink, of which no pair is held out.
+    adversarial: the scene has the colour and the shape, on different items, or else one of the two.
     """
-    present = pairs_of(scene)
+    present = pairs_of(scene.items)
+    colours, shapes = map(set, zip(*present))
+    score = {"random": lambda p: 0, "popular": lambda p: p[0] in ("cyan", "pink"),
+             "adversarial": lambda p: (p[0] in colours) + (p[1] in shapes)}[setting]
     lacking = [p for p in nameable(scene) if p not in present]
-    if setting == "popular":
-        lacking = [p for p in lacking if p[0] in POPULAR]
-    if setting == "adversarial":
-        colours, shapes = ({p[i] for p in present} for i in (0, 1))
-        shared = {p: (p[0] in colours) + (p[1] in shapes) for p in lacking}
-        lacking = [p for p in lacking if shared[p] == max(shared.values())]
-    return rng.choice(lacking)
+    return rng.choice([p for p in lacking if score(p) == max(map(score, lacking))])
 
 
 def probes(scene, rng, side=32):
-    """Six yes-no questions after POPE: in each of the SETTINGS one yes and one no.
+    """Six yes-no questions after POPE: in each of its settings one yes and one no.
 
     probes(scene, rng)[1]["turns"] -> "is there a red square in the picture?", "no"
     """
     records = []
-    for setting in SETTINGS:
-        present = rng.choice(sorted(pairs_of(scene)))
+    for setting in ("random", "popular", "adversarial"):
+        present = rng.choice(sorted(pairs_of(scene.items)))
         for pair, answer in ((present, "yes"), (absent(scene, rng, setting), "no")):
-            text = f"is there {a_thing(*pair)} in the picture?"
-            records.append(one_question(scene, text, answer, side, kind="probe", setting=setting))
+            question = f"is there {a_thing(' '.join(pair))} in the picture?"
+            records.append({"turns": [turn(question, answer, (scene,), side)], "kind": "probe",
+                            "setting": setting, "source": scene})
     return records

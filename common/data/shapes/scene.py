@@ -2,12 +2,9 @@
 
 A Scene is the ground truth of a record: `draw` renders it with Pillow, `words.describe` puts it
 into a sentence and `words.is_true` checks any sentence against it.
-
-    scene = sample(random.Random(0), objects=2)
-    draw(scene, 64).save("scene.png")
 """
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -37,17 +34,14 @@ class Item:
     tint: tuple = (0, 0, 0)
 
     @property
-    def radius(self):
-        """The radius as a fraction of the side."""
-        return SIZES[self.size]
+    def name(self):
+        """"red circle"."""
+        return f"{self.colour} {self.shape}"
 
     @property
     def box(self):
         """(left, top, right, bottom) of what the image shows of it, fractions of the side."""
-        x, y, r = self.x, self.y, self.radius
-        is_round = self.shape in ("circle", "ring")
-        corners = [(x - r, y - r), (x + r, y + r)] if is_round else outline(self.shape, x, y, r)
-        xs, ys = zip(*corners)
+        xs, ys = zip(*outline(self.shape, self.x, self.y, SIZES[self.size]))
         return max(0.0, min(xs)), max(0.0, min(ys)), min(1.0, max(xs)), min(1.0, max(ys))
 
 
@@ -66,18 +60,13 @@ class Scene:
     style: str = "plain"
 
 
-# ------------------------------------------------------------------ sampling
-
-def sample_centres(rng, radii, gap=0.02, tries=60):
-    """Centres of circles with these radii that lie inside the image and do not touch.
-
-    Returns a list of (x, y), or None when a circle finds no room.
-    """
+def sample_centres(rng, radii):
+    """[(x, y), ...] of circles inside the image that do not touch; None if one finds no room."""
     centres = []
     for radius in radii:
-        for _ in range(tries):
+        for _ in range(60):
             x, y = rng.uniform(radius, 1 - radius), rng.uniform(radius, 1 - radius)
-            if all(math.hypot(x - a, y - b) > radius + r + gap
+            if all(math.hypot(x - a, y - b) > radius + r + 0.02
                    for (a, b), r in zip(centres, radii)):
                 centres.append((x, y))
                 break
@@ -86,81 +75,62 @@ def sample_centres(rng, radii, gap=0.02, tries=60):
     return centres
 
 
-def sample(rng, objects=(1, 2), pairs=PAIRS, noise=0.0, clutter=0, distinct=True):
+def sample(rng, objects=(1, 2), pairs=PAIRS, noise=0.0, clutter=0, style="plain"):
     """A random Scene. objects: a count, or (least, most). pairs: the allowed (colour, shape).
 
-    distinct: no two objects have the same colour and shape, so "the red circle" is one object.
+    No two objects have the same colour and shape, so "the red circle" is one object.
     """
     least, most = (objects, objects) if isinstance(objects, int) else objects
-    count = rng.randint(least, most)
-    centres = None
+    count, centres = rng.randint(least, most), None
     while not centres:
-        drawn = rng.sample(pairs, count) if distinct else [rng.choice(pairs) for _ in range(count)]
+        drawn = rng.sample(pairs, count)
         sizes = [rng.choice(("small", "large") if count <= 4 else ("small",)) for _ in drawn]
         centres = sample_centres(rng, [SIZES[s] for s in sizes])
     items = tuple(Item(c, s, size, x, y, tuple(rng.randint(-12, 12) for _ in range(3)))
                   for (c, s), size, (x, y) in zip(drawn, sizes, centres))
     strokes = tuple(tuple(rng.random() for _ in range(4)) for _ in range(clutter))
-    return Scene(items, rng.choice(tuple(BACKGROUNDS)), strokes, noise, rng.getrandbits(32))
+    return Scene(items, rng.choice(tuple(BACKGROUNDS)), strokes, noise, rng.getrandbits(32), style)
 
 
-def restyled(scene, style):
-    """The same scene in another rendering, one of STYLES."""
-    if style not in STYLES:
-        raise ValueError(f"style {style!r} is not one of {', '.join(STYLES)}")
-    return replace(scene, style=style)
-
-
-# ------------------------------------------------------------------ drawing
-
-def regular(x, y, radii, points):
-    """Corners of a polygon, the first on top; their distances from the centre cycle in radii."""
-    corners = []
-    for i in range(points):
-        r, angle = radii[i % len(radii)], -math.pi / 2 + 2 * math.pi * i / points
-        corners.append((x + r * math.cos(angle), y + r * math.sin(angle)))
-    return corners
+def polygon(x, y, radii):
+    """Corners around (x, y), the first on top, at these distances from it."""
+    angles = [-math.pi / 2 + 2 * math.pi * i / len(radii) for i in range(len(radii))]
+    return [(x + r * math.cos(angle), y + r * math.sin(angle)) for r, angle in zip(radii, angles)]
 
 
 def outline(shape, x, y, r):
-    """The corners of a polygonal shape of radius r around (x, y)."""
-    if shape == "square":
-        a = 0.8 * r
-        return [(x - a, y - a), (x + a, y - a), (x + a, y + a), (x - a, y + a)]
+    """The corners of a shape of radius r around (x, y); of a round shape, those of its box."""
     if shape == "triangle":
-        return regular(x, y + 0.15 * r, (1.1 * r,), 3)
+        return polygon(x, y + 0.15 * r, [1.1 * r] * 3)
     if shape == "star":
-        return regular(x, y, (1.1 * r, 0.45 * r), 10)
-    a = 0.32 * r                          # a cross
-    return [(x - a, y - r), (x + a, y - r), (x + a, y - a), (x + r, y - a), (x + r, y + a),
-            (x + a, y + a), (x + a, y + r), (x - a, y + r), (x - a, y + a), (x - r, y + a),
-            (x - r, y - a), (x - a, y - a)]
+        return polygon(x, y, [1.1 * r, 0.45 * r] * 5)
+    if shape == "cross":
+        a = 0.32 * r
+        return [(x - a, y - r), (x + a, y - r), (x + a, y - a), (x + r, y - a), (x + r, y + a),
+                (x + a, y + a), (x + a, y + r), (x - a, y + r), (x - a, y + a), (x - r, y + a),
+                (x - r, y - a), (x - a, y - a)]
+    a = 0.8 * r if shape == "square" else r
+    return [(x - a, y - a), (x + a, y - a), (x + a, y + a), (x - a, y + a)]
 
 
-def paint(canvas, item, side, style, background):
-    """Draw one object on an ImageDraw canvas of side pixels."""
-    x, y, r = item.x * side, item.y * side, item.radius * side
+def paint(canvas, item, side, style, back):
+    """Draw one object on an ImageDraw canvas of side pixels; back: the background's RGB."""
+    x, y, r = item.x * side, item.y * side, SIZES[item.size] * side
     base = COLOURS[item.colour]
     if style == "palette":                # duller and darker, of the same hue
-        grey = sum(base) / 3
-        base = tuple(0.55 * v + 0.25 * grey for v in base)
+        base = [0.55 * v + 0.25 * (sum(base) / 3) for v in base]
     colour = tuple(int(min(255, max(0, v + t))) for v, t in zip(base, item.tint))
-    back = BACKGROUNDS[background]
     line = max(2, int(0.22 * r))
     if item.shape in ("circle", "ring"):
         # A ring is a circle with a smaller one of the background's colour on it.
         for radius, fill in ((r, colour), (r / 2, back))[:1 + (item.shape == "ring")]:
-            box = (x - radius, y - radius, x + radius, y + radius)
-            if style == "outline":
-                canvas.ellipse(box, outline=colour, width=line)
-            else:
-                canvas.ellipse(box, fill=fill)
-    else:
+            look = {"outline": colour, "width": line} if style == "outline" else {"fill": fill}
+            canvas.ellipse((x - radius, y - radius, x + radius, y + radius), **look)
+    elif style == "outline":
         corners = outline(item.shape, x, y, r)
-        if style == "outline":
-            canvas.line(corners + corners[:2], fill=colour, width=line)
-        else:
-            canvas.polygon(corners, fill=colour)
+        canvas.line(corners + corners[:2], fill=colour, width=line)
+    else:
+        canvas.polygon(outline(item.shape, x, y, r), fill=colour)
     if style == "texture":
         for k in range(-3, 4):            # stripes of the background's colour across the object
             level = y + k * r / 3
@@ -169,21 +139,19 @@ def paint(canvas, item, side, style, background):
 
 def draw(scene, size=32):
     """The scene as an RGB image of size x size pixels, drawn larger and averaged down."""
-    side = size * SUPERSAMPLE
-    picture = Image.new("RGB", (side, side), BACKGROUNDS[scene.background])
+    side, back = size * SUPERSAMPLE, BACKGROUNDS[scene.background]
+    picture = Image.new("RGB", (side, side), back)
     canvas = ImageDraw.Draw(picture)
     for x0, y0, x1, y1 in scene.clutter:
         canvas.line((x0 * side, y0 * side, x1 * side, y1 * side), fill=(110, 110, 110), width=2)
     for item in scene.items:
-        paint(canvas, item, side, scene.style, scene.background)
+        paint(canvas, item, side, scene.style, back)
     picture = picture.reduce(SUPERSAMPLE)
     if scene.noise:
         noise = np.random.default_rng(scene.grain).normal(0, 255 * scene.noise, (size, size, 3))
         picture = Image.fromarray((np.asarray(picture) + noise).clip(0, 255).astype(np.uint8))
     return picture
 
-
-# ------------------------------------------------------------------ records
 
 def pictures(scenes, side):
     """The scenes drawn with `side` pixels a side; [] when side is None (texts alone are fast)."""

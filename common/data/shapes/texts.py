@@ -11,8 +11,8 @@ from common.data.shapes.captions import noisy_caption, swapped_attributes, swapp
 from common.data.shapes.conversations import (TEACHERS, dialogue, instruction, multiple_choice,
                                               two_scenes)
 from common.data.shapes.grounding import glyphs, referring
-from common.data.shapes.interleaved import (CLIP_KINDS, LABELS, TASKS, caption, class_names, clip,
-                                            document, episode)
+from common.data.shapes.interleaved import (CLIPS, LABELS, TASKS, caption, class_names, clip,
+                                            document, episode, page)
 from common.data.shapes.questions import probes, questions
 from common.data.shapes.scene import COLOURS, SHAPES, sample
 from common.data.shapes.words import describe, listed, phrase
@@ -42,11 +42,10 @@ def bare(record):
 
 
 def text(rng):
-    """A text for a language model, of the kinds of READ.
+    """A text for a language model: {"texts": [plain text]}, or a page of a kind of READ in words.
 
-    Either {"texts": [plain text]} or {"turns": [{"images": [], "description", "prompt", "answer"},
-    ...], "end": one of ENDS}, a page of which the model writes each turn in its own wording:
-    {"description": "a red circle", "prompt": "", "answer": "dax"}.
+    A page: {"turns": [{"images": [], "description": "a red circle", "prompt": "", "answer": "dax"},
+    ...], "end": one of ENDS}; the model writes each turn in its own wording.
     """
     kind, = rng.choices(list(READ), weights=READ.values())
     end = rng.choice(ENDS) if kind in ("list", "episode") else "."
@@ -57,15 +56,14 @@ def text(rng):
         return {"texts": [describe(sample(rng, (1, 3)), rng)]}
     record = TASKS[kind](rng, side=None)
     if kind == "caption":
-        record = {"turns": [{"prompt": "", "answer": record["texts"][0]}],
-                  "source": (record["source"],)}
+        record = page((record["source"],), record["texts"], None)
     form = rng.choice(FORMS) if kind == "episode" else "phrase"
     if form == "bare":
         return {"texts": [" ".join(f"{name} {label}{end}" for name, label in bare(record))]}
     described = class_names(record) if form == "word" else descriptions(kind, record, rng)
-    return {"turns": [{"images": [], "description": description, "prompt": turn["prompt"],
+    return {"turns": [{"images": [], "description": words, "prompt": turn["prompt"],
                        "answer": turn["answer"]}
-                      for description, turn in zip(described, record["turns"])], "end": end}
+                      for words, turn in zip(described, record["turns"])], "end": end}
 
 
 def labelled(rng):
@@ -75,26 +73,23 @@ def labelled(rng):
     that of the second class is any but the first's: ln 11. The first label is not counted, because
     a list may stand there too. A label has its full stop because a vocabulary merges the two.
     """
-    parts, known, nats = [], set(), 0.0
+    parts = []
     for name, label in bare(episode(rng, side=None, shots=8)):
-        if known and label not in known:
-            nats += math.log(len(LABELS) - len(known))
-        parts += [(f"{' ' if parts else ''}{name}", False), (f" {label}.", bool(known))]
-        known.add(label)
-    return parts, nats
+        parts += [(f"{' ' if parts else ''}{name}", False), (f" {label}.", bool(parts))]
+    return parts, math.log(len(LABELS) - 1)
 
 
 def examples(rng, side=32):
     """A list of training records of every kind, in a fixed order."""
     one, two, three = (sample(rng, n) for n in (1, 2, (2, 4)))
     found = [caption(rng, side=side), *questions(two, rng, side=side),
-             *probes(two, rng, side)[1::2],
-             swapped_attributes(three, rng, side), swapped_order(two, rng, "reversed", side),
-             noisy_caption(one, rng, 1.0, side=side), referring(two, rng, side=side), glyphs(rng),
+             *probes(two, rng, side)[1::2], swapped_attributes(three, rng, side),
+             swapped_order(two, rng, "reversed", side), noisy_caption(one, rng, 1.0, side=side),
+             referring(two, rng, side=side), glyphs(rng),
              *(instruction(three, rng, kind, side) for kind in TEACHERS),
              multiple_choice(three, rng, side), dialogue(two, rng, side=side),
              two_scenes(two, three, rng, side), document(rng, side=side), episode(rng, side=side),
-             *(clip(rng, side=side, kind=kind) for kind in CLIP_KINDS)]
+             *(clip(rng, side=side, kind=kind) for kind in CLIPS)]
     return [record for record in found if record]        # some scenes do not allow all kinds
 
 
@@ -107,10 +102,7 @@ def texts_of(record):
 
 
 def corpus():
-    """Training texts of every kind of record for the tokenizer, always the same.
-
-    No test wording, no held-out pair and no shuffled words are among them.
-    """
+    """Training texts of every kind for the tokenizer, always the same: no test wording."""
     for index in range(4000):
         rng = random.Random(f"corpus/{index}")
         yield describe(sample(rng, (1, 3)), rng, None if index % 4 else "full")

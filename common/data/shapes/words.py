@@ -2,9 +2,6 @@
 
 `describe` writes a sentence. `is_true` reads a sentence into statements and checks each of them
 against the scene, so retrieval, captions and answers are scored exactly, never by string equality.
-
-    scene = sample(random.Random(0), objects=2)
-    is_true(describe(scene, random.Random(0)), scene)       # True
 """
 import itertools
 import re
@@ -15,9 +12,8 @@ NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
 MARGIN = 0.12                             # two centres must be further apart to have a relation
 PLURALS = {s: "crosses" if s == "cross" else s + "s" for s in (*SHAPES, "shape", "object")}
 SINGULARS = {plural: singular for singular, plural in PLURALS.items()}
+OPENINGS = ("", "", "", "a picture of ", "a photo of ", "there is ", "an image with ")
 
-
-# ------------------------------------------------------------------ phrases
 
 def where(item):
     """The item's cell of a 3 x 3 grid: "top left", "top", ..., "centre"."""
@@ -33,23 +29,18 @@ def at(item):
 
 def relations(a, b, margin=MARGIN):
     """The relations that hold between two items: of left of, right of, above, below."""
-    found = []
-    if abs(a.x - b.x) > margin:
-        found.append("left of" if a.x < b.x else "right of")
-    if abs(a.y - b.y) > margin:
-        found.append("above" if a.y < b.y else "below")
-    return found
+    axes = (("left of", "right of", b.x - a.x), ("above", "below", b.y - a.y))
+    return [one if gap > 0 else other for one, other, gap in axes if abs(gap) > margin]
 
 
-def a_thing(*words):
-    """Words with their article: "a red circle", "an orange object", "a star"."""
-    return f"{'an' if words[0][0] in 'aeiou' else 'a'} {' '.join(words)}"
+def a_thing(words):
+    """Words with their article: "a red circle", "an orange object"."""
+    return f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
 
 
-def phrase(item, size=False, article="a"):
-    """"a red circle"; with size "a small red circle"; with article "the" or "" another article."""
-    words = f"{item.size} " * size + f"{item.colour} {item.shape}"
-    return a_thing(words) if article == "a" else f"{article} {words}".strip()
+def phrase(item, size=False):
+    """"a red circle"; with size "a small red circle"."""
+    return a_thing(f"{item.size} " * size + item.name)
 
 
 def listed(parts):
@@ -69,53 +60,46 @@ def matching(scene, size=None, colour=None, shape=None):
 
 
 def things(pairs):
-    """(form, phrase, attributes) of these pairs and of every colour and shape.
+    """[(form, phrase, attributes), ...] of these pairs and of every colour and shape.
 
     ("pair", "a red ring", {"colour": "red", "shape": "ring"}), ("shape", "a ring", ...), ...
     """
-    found = [("pair", a_thing(c, s), {"colour": c, "shape": s}) for c, s in pairs]
-    found += [("colour", a_thing(c, "object"), {"colour": c}) for c in COLOURS]
+    found = [("pair", a_thing(f"{c} {s}"), {"colour": c, "shape": s}) for c, s in pairs]
+    found += [("colour", a_thing(f"{c} object"), {"colour": c}) for c in COLOURS]
     return found + [("shape", a_thing(s), {"shape": s}) for s in SHAPES]
 
 
-def references(scene, item, hide=()):
-    """Every phrase without article that fits this item and no other one of the scene.
+def references(scene, item, hide=None):
+    """Every phrase that fits this item alone, without article and without the attribute `hide`.
 
-    hide: attributes ("size", "colour", "shape") that the phrase must not contain.
-    references(scene, circle, hide=("colour",)) -> ["circle", "small circle", "object at the top"]
+    references(scene, circle, hide="colour") -> ["circle", "small circle", "object at the top"]
     """
     found = []
-    allowed = [a for a in ("size", "colour", "shape") if a not in hide]
+    allowed = [a for a in ("size", "colour", "shape") if a != hide]
     for n in range(len(allowed) + 1):
         for names in itertools.combinations(allowed, n):
             given = {name: getattr(item, name) for name in names}
             if len(matching(scene, **given)) == 1:
                 found.append(" ".join({**given, "shape": given.get("shape", "object")}.values()))
-    cell = where(item)
-    if sum(cell == where(i) or cell in where(i).split() for i in scene.items) == 1:
+    if sum(where(item) in (where(i), *where(i).split()) for i in scene.items) == 1:
         found.append(f"object {at(item)}")
     return found
 
 
-def pairs_of(scene):
+def pairs_of(items):
     """The (colour, shape) of every item, as a set."""
-    return {(i.colour, i.shape) for i in scene.items}
+    return {(i.colour, i.shape) for i in items}
 
 
 def nameable(scene):
     """The pairs that a text on the scene may name: held-out ones only where it shows one."""
-    return PAIRS if pairs_of(scene) <= set(PAIRS) else PAIRS + tuple(sorted(HELD_OUT))
+    return PAIRS if pairs_of(scene.items) <= set(PAIRS) else PAIRS + tuple(sorted(HELD_OUT))
 
 
 def names_held_out(text):
     """Whether the text names a held-out pair: names_held_out("two red stars") -> True."""
     words = [SINGULARS.get(word, word) for word in re.findall(r"\w+", text.lower())]
     return any(pair in HELD_OUT for pair in zip(words, words[1:]))
-
-
-# ------------------------------------------------------------------ sentences
-
-OPENINGS = ("", "", "", "a picture of ", "a photo of ", "there is ", "an image with ")
 
 
 def describe(scene, rng, length=None):
@@ -144,36 +128,27 @@ def vague(scene):
     return f"{number_of_objects(len(scene.items))} on a {scene.background} background"
 
 
-# ------------------------------------------------------------------ truth
-
 _OPENING = re.compile(r"^(?:(?:a|an|the) (?:\w+ )?(?:photo|picture|image|drawing|painting) "
                       r"(?:of|with)|there (?:is|are)|this is|it shows|we see|i see) ")
 _BACKGROUND = re.compile(r" on (?:a|the) (\w+) background$")
 _RELATION = re.compile(r"^(.+?) (?:is |are )?(?:to the )?(left of|right of|above|below) (.+)$")
 _PLACE = re.compile(r" (?:is )?(?:at|in|on) the "
                     r"(?:(top|bottom)(?: (left|right))?|(left|right)|(centre))$")
-_GENERIC = {"shape", "object", "thing"}
+_PHRASE = re.compile(r"(?:(?:an?|the|({})) )?(?:({}) )?(?:({}) )?(\w+)".format(
+    *map("|".join, (NUMBERS, SIZES, COLOURS))))
 
 
 def parse_phrase(text):
     """"two small red circles" -> (2, "small", "red", "circle"); what is not given is None.
 
-    The count is None for "a", "an", "the". Returns None when the text is not such a phrase.
+    None for any other text.
     """
-    words = text.split()
-    count = None
-    if words and words[0] in ("a", "an", "the"):
-        words = words[1:]
-    elif words and words[0] in NUMBERS:
-        count, words = NUMBERS.index(words[0]), words[1:]
-    size = words.pop(0) if words and words[0] in SIZES else None
-    colour = words.pop(0) if words and words[0] in COLOURS else None
-    if len(words) != 1:
+    found = _PHRASE.fullmatch(text)
+    noun = found and SINGULARS.get(found[4], found[4])
+    if noun not in (*SHAPES, "shape", "object", "thing"):
         return None
-    noun = SINGULARS.get(words[0], words[0])
-    if noun not in SHAPES and noun not in _GENERIC:
-        return None
-    return count, size, colour, None if noun in _GENERIC else noun
+    count = NUMBERS.index(found[1]) if found[1] else None
+    return count, found[2], found[3], noun if noun in SHAPES else None
 
 
 def statements(text):
@@ -183,19 +158,16 @@ def statements(text):
     ("relation", phrase, relation, phrase), with phrases as `parse_phrase` returns them.
     """
     text = " ".join(re.sub(r"[.!?]", " ", text.lower()).replace(",", " , ").split())
-    text = _OPENING.sub("", text)
-    found = []
-    background = _BACKGROUND.search(text)
-    if background:
+    text, found = _OPENING.sub("", text), []
+    if background := _BACKGROUND.search(text):
         found.append(("background", background[1]))
         text = text[:background.start()]
     related = _RELATION.match(text)
     if related and "," not in text and " and " not in text:
         one, other = parse_phrase(related[1]), parse_phrase(related[3])
         # A relation joins two single objects: "no circle" and "two circles" do not fit it.
-        if not one or not other or one[0] is not None or other[0] is not None:
-            return None
-        return found + [("relation", one, related[2], other)]
+        joined = one and other and one[0] is other[0] is None
+        return found + [("relation", one, related[2], other)] if joined else None
     for part in re.split(r" , and | , | and ", text):
         place = _PLACE.search(part)
         named = parse_phrase(part[:place.start()] if place else part)
@@ -212,10 +184,10 @@ def holds(statement, scene):
     if statement[0] == "relation":
         _, one, relation, other = statement
         return any(relation in relations(a, b) for a in matching(scene, *one[1:])
-                   for b in matching(scene, *other[1:]) if a is not b)
+                   for b in matching(scene, *other[1:]))
     _, (count, *attributes), place = statement
     fitting = [i for i in matching(scene, *attributes)
-               if place is None or place == where(i) or place in where(i).split()]
+               if place in (None, where(i), *where(i).split())]
     return bool(fitting) if count is None else len(fitting) == count
 
 

@@ -1,17 +1,14 @@
 """The world of shapes as a source of records: splits, classes, tasks, texts, tokenizer corpus.
 
-    world = Shapes()
-    record = world.record("test", 0)
-    record["images"][0].show()
-    world.is_true(record["texts"][0], record["source"])
+    record = Shapes().record("test", 0)
+    record["images"][0].show(); print(record["texts"])
 """
 import random
 import re
-from pathlib import Path
 
 from common.data.shapes import texts
 from common.data.shapes.interleaved import TASKS
-from common.data.shapes.scene import HELD_OUT, PAIRS, STYLES, Item, draw, restyled, sample
+from common.data.shapes.scene import HELD_OUT, PAIRS, STYLES, Item, draw, sample
 from common.data.shapes.words import describe, is_true, listed, names_an_object, phrase
 
 
@@ -24,7 +21,7 @@ class Shapes:
 
     objects: the most objects in a scene. noise: pixel noise, its standard deviation, where 1 is the
     range of a pixel. clutter: strokes in the background. image_size: pixels of a side. style: the
-    rendering of every split. Raises ValueError for more objects than fit.
+    rendering of every split. Raises ValueError for more objects than fit and for no such style.
     """
     name = "shapes"
     vocab_size = 1024                     # of the tokenizer
@@ -41,6 +38,8 @@ class Shapes:
     def __init__(self, *, objects=2, noise=0.0, clutter=0, image_size=32, style="plain"):
         if not 1 <= objects <= 6:
             raise ValueError(f"objects={objects}: a scene has 1 to 6")
+        if style not in STYLES:
+            raise ValueError(f"style {style!r} is not one of {', '.join(STYLES)}")
         self.objects, self.noise, self.clutter = objects, noise, clutter
         self.image_size, self.style = image_size, style
         self.all_classes = [phrase(Item(colour, shape, "small", 0.5, 0.5))
@@ -53,26 +52,21 @@ class Shapes:
 
     def scene(self, split, index, rng=None):
         """The Scene of a record. In train with an rng it is fresh; elsewhere it never changes."""
-        if split == "train" and rng is not None:
-            return self._sample(rng, (1, self.objects))
-        fixed = random.Random(f"shapes/{'single' if split == 'shifted' else split}/{index}")
-        if split in ("train", "test"):
-            return self._sample(fixed, (1, self.objects))
-        pairs = sorted(HELD_OUT) if split == "composition" else PAIRS
-        scene = self._sample(fixed, 1, pairs=(pairs[index % len(pairs)],))
-        style = STYLES[1 + index // len(pairs) % 3] if split == "shifted" else self.style
-        return restyled(scene, style)
-
-    def _sample(self, rng, objects, pairs=PAIRS):
-        scene = sample(rng, objects, pairs, noise=self.noise, clutter=self.clutter)
-        return restyled(scene, self.style)
+        if split != "train" or rng is None:
+            rng = random.Random(f"shapes/{'single' if split == 'shifted' else split}/{index}")
+        objects, pairs, style = (1, self.objects), PAIRS, self.style
+        if split not in ("train", "test"):
+            allowed = sorted(HELD_OUT) if split == "composition" else PAIRS
+            objects, pairs = 1, (allowed[index % len(allowed)],)
+        if split == "shifted":
+            style = STYLES[1 + index // len(PAIRS) % 3]
+        return sample(rng, objects, pairs, self.noise, self.clutter, style)
 
     def record(self, split, index, rng=None):
         """{"images": [RGB picture], "texts": [a true sentence], "source": Scene}."""
         scene = self.scene(split, index, rng)
-        words = rng or random.Random(f"words/{split}/{index}")
-        sentences = [describe(scene, words)]
-        return {"images": [draw(scene, self.image_size)], "texts": sentences, "source": scene}
+        text = describe(scene, rng or random.Random(f"words/{split}/{index}"))
+        return {"images": [draw(scene, self.image_size)], "texts": [text], "source": scene}
 
     def task(self, kind, /, rng, split="train", **more):
         """A record of one of `tasks`, with this world's objects, noise, clutter and image size.
@@ -80,8 +74,8 @@ class Shapes:
         more: arguments of the function of that name in interleaved.py.
         """
         if kind in ("caption", "album", "question", "document"):
-            more = {"objects": (1, self.objects), "noise": self.noise,
-                    "clutter": self.clutter} | more
+            dial = {"objects": (1, self.objects), "noise": self.noise, "clutter": self.clutter}
+            more = dial | more
         return TASKS[kind](rng, split, self.image_size, **more)
 
     def describes(self, text, scene):
@@ -92,13 +86,9 @@ class Shapes:
         """The index in all_classes of a scene of one object."""
         return self.all_classes.index(phrase(scene.items[0]))
 
-    def extract(self, folder, count=100):
-        """Write test pictures as PNG files named by what they show; returns their number."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        for index in range(count):
+    def named_pictures(self):
+        """Yield (file name, picture) of 100 test pictures, named by what they show."""
+        for index in range(100):
             record = self.record("test", index)
             name = listed([phrase(item) for item in record["source"].items])
-            name = f"{index:03d}-{re.sub('[^a-z]+', '-', name)}.png"
-            record["images"][0].save(folder / name)
-        return count
+            yield f"{index:03d}-{re.sub('[^a-z]+', '-', name)}.png", record["images"][0]
