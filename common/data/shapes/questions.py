@@ -96,9 +96,7 @@ def decidable(scene, kind):
 
 
 def pick(options, rng, form=None, answer=None):
-    """One of the options (form, answer, slots): a form evenly, then an answer evenly, then any;
-    None if there is none of the given form and answer.
-    """
+    """One option (form, answer, slots), or None: a form evenly, then an answer evenly, then any."""
     options = [o for o in options if form in (None, o[0]) and answer in (None, o[1])]
     if not options:
         return None

@@ -139,9 +139,9 @@ _PHRASE = re.compile(r"(?:(?:an?|the|({})) )?(?:({}) )?(?:({}) )?(\w+)".format(
 
 
 def parse_phrase(text):
-    """"two small red circles" -> (2, "small", "red", "circle"); what is not given is None.
+    """"two small red circles" -> (2, "small", "red", "circle"), None for each that is not given.
 
-    None for any other text.
+    Any other text -> None.
     """
     found = _PHRASE.fullmatch(text)
     noun = found and SINGULARS.get(found[4], found[4])
