@@ -125,11 +125,14 @@ class TestKVCache:
 
     def test_a_selection_leaves_the_old_cache_alone(self):
         cache, k, v = filled([4, 1, 1])
+        cache.state["name"] = torch.tensor([5, 6, 7])
         new = cache.select(torch.tensor([1, 1]))
+        assert new.state["name"].tolist() == [6, 6]      # such as Flamingo's count of images
         new.append("self", *torch.ones(2, 2, 2, 1, 5))
         new.reorder(torch.tensor([1, 0]), since=1)
-        new.state["name"] = torch.tensor([1, 2])
-        assert new.length == 7 and cache.length == 6 and not cache.state
+        new.state["name"], new.state["other"] = torch.tensor([1, 2]), torch.tensor([3, 4])
+        assert new.length == 7 and cache.length == 6
+        assert cache.state.keys() == {"name"} and cache.state["name"].tolist() == [5, 6, 7]
         assert torch.equal(new.entries["self"][0][:, :, :6], k[[1, 1]])
         cache.append("self", *torch.zeros(2, 3, 2, 1, 5))
         assert torch.equal(cache.entries["self"][0][:, :, :6], k)
