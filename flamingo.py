@@ -59,7 +59,6 @@ class FlamingoConfig:
     """The configs of the two frozen models, and the sizes of the trained layers."""
     vision: CLIPConfig = CLIP_PRESETS["tiny"]
     language: LanguageConfig = LANGUAGE_PRESETS["tiny"]
-    vision_skip_blocks: int = 0          # last blocks of the vision encoder that are left out
     use_class_token: bool = True         # beside the patches; OpenFlamingo does not
     resampler: str = "perceiver"         # or mlp, the paper's ablation: one token for each feature
     num_latents: int = 8                 # Q, visual tokens of an image or clip
@@ -85,13 +84,9 @@ class FlamingoConfig:
                 object.__setattr__(self, name, part)
         options.check_fields(
             self, {"resampler": RESAMPLERS, "placement": PLACEMENTS, "act": ACTIVATIONS},
-            {"max_frames": 0, "vision_skip_blocks": 0, "p_next_image": 0})
+            {"max_frames": 0, "p_next_image": 0})
         if self.p_next_image > 1:
             raise ValueError(f"p_next_image={self.p_next_image}: a probability is at most 1")
-        blocks = 1 if self.vision.stages else self.vision.vision_layers
-        if self.vision_skip_blocks >= blocks:
-            raise ValueError(f"vision_skip_blocks={self.vision_skip_blocks} leaves nothing of a "
-                             f"vision encoder of {blocks} blocks")
         if not any(self.is_gated(i) for i in range(self.language.layers)):
             raise ValueError(f"cross_attn_every={self.cross_attn_every}: no gated block among "
                              f"{self.language.layers} blocks")
@@ -101,15 +96,8 @@ class FlamingoConfig:
         first = 0 if self.placement == "paper" else self.cross_attn_every - 1
         return block % self.cross_attn_every == first
 
-    @property
-    def image_size(self):
-        """Pixels of a side, as the vision encoder takes them."""
-        return self.vision.image_size
-
-    @property
-    def context_length(self):
-        """The most tokens of a page, the language model's."""
-        return self.language.context_length
+    image_size = property(lambda self: self.vision.image_size)
+    context_length = property(lambda self: self.language.context_length)
 
 
 # ------------------------------------------------------------------ the resampler
@@ -251,8 +239,7 @@ class Flamingo(nn.Module):
 
     def train(self, mode=True):
         """As of every module, but frozen parts stay in eval mode."""
-        super().train(mode)
-        return eval_frozen(self)
+        return eval_frozen(super().train(mode))
 
     def encode_images(self, images):
         """Images uint8 (B, N, F, 3, H, W), clips of F frames or F = 1 -> (B, N, Q, D).
@@ -261,8 +248,7 @@ class Flamingo(nn.Module):
         """
         x = normalize_pixels(images.flatten(0, 2))                    # (B*N*F, 3, H, W)
         tokens = self.vision.hidden if self.config.use_class_token else self.vision.patches
-        x = tokens(x, self.config.vision_skip_blocks)                 # (B*N*F, S, D)
-        return self.resampler(x.unflatten(0, images.shape[:3]))
+        return self.resampler(tokens(x).unflatten(0, images.shape[:3]))
 
     def logits(self, ids, mask=None, cache=None, last=False, *, visual, attend_next=None):
         """Interleaved text: ids int64 (B, T) -> logits (B, T, V), with last (B, 1, V).

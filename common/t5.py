@@ -1,7 +1,4 @@
-"""T5's relative position bias (Exploring the Limits of Transfer Learning, 2.1).
-
-The blocks are `t5_block` of transformer.py; they take the bias as an argument of forward.
-"""
+"""T5's relative position bias (Exploring the Limits of Transfer Learning, 2.1), for `t5_block`."""
 import math
 
 import torch

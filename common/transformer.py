@@ -62,7 +62,7 @@ class LearnedPositions(nn.Module):
 
 
 def rope_table(positions, head_width, theta=10000.0):
-    """The (cos, sin) of rotary positions (RoFormer, 3.2), for `rope_half` and `rope_interleaved`.
+    """The (cos, sin) of rotary positions (RoFormer, 3.2), for `apply_rope`.
 
     positions (T,) or (B, T), int64 or float -> two float32 tensors, (T, K) or (B, 1, T, K). Pair i
     turns by the angle position * theta ** (-2i / K). The halves are cos | cos and -sin | sin.
@@ -75,18 +75,14 @@ def rope_table(positions, head_width, theta=10000.0):
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
-def rope_half(x, rope):
-    """Rotate the pairs (i, i + K/2) of x (B, H, T, K): the layout of Hugging Face's LLaMA."""
+def apply_rope(x, rope):
+    """Rotate the pairs (i, i + K/2) of x (B, H, T, K), as Hugging Face's LLaMA.
+
+    Meta's rotates the pairs (2i, 2i + 1): the same after permuting the rows of q_proj and k_proj.
+    """
     cos, sin = rope
     partner = to_float32(x).roll(x.shape[-1] // 2, dims=-1)           # i and i + K/2 swapped
     return (to_float32(x) * cos + partner * sin).to(x.dtype)
-
-
-def rope_interleaved(x, rope):
-    """Rotate the pairs (2i, 2i + 1) of x (B, H, T, K): the layout of Meta's LLaMA."""
-    (cos, _), (_, sin) = (half.chunk(2, dim=-1) for half in rope)     # each (..., T, K/2)
-    a, b = to_float32(x)[..., 0::2], to_float32(x)[..., 1::2]
-    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).to(x.dtype)
 
 
 # ------------------------------------------------------------------ the attention layer
@@ -95,11 +91,11 @@ class Attention(nn.Module):
     """Multi-head attention: self-attention, or cross-attention when forward gets a context.
 
     kv_heads < heads is grouped-query attention: neighbouring query heads share keys and values.
-    context_width: D of the context, if other than width. apply_rope: rope_half or rope_interleaved.
+    context_width: D of the context, if other than width.
     """
 
     def __init__(self, *, width, heads, kv_heads=None, head_width=None, context_width=None,
-                 bias=True, scale=None, apply_rope=rope_half):
+                 bias=True, scale=None):
         super().__init__()
         kv_heads = kv_heads or heads
         if head_width is None and width % heads:
@@ -107,7 +103,7 @@ class Attention(nn.Module):
         if heads % kv_heads:
             raise ValueError(f"{heads} heads do not divide into {kv_heads} key-value heads")
         self.heads, self.kv_heads, self.scale = heads, kv_heads, scale
-        self.head_width, self.apply_rope = head_width or width // heads, apply_rope
+        self.head_width = head_width or width // heads
         self.q_proj = nn.Linear(width, heads * self.head_width, bias=bias)
         self.k_proj = nn.Linear(context_width or width, kv_heads * self.head_width, bias=bias)
         self.v_proj = nn.Linear(context_width or width, kv_heads * self.head_width, bias=bias)
@@ -118,7 +114,7 @@ class Attention(nn.Module):
         B, S, _ = x.shape
         k = self.k_proj(x).view(B, S, self.kv_heads, self.head_width).transpose(1, 2)
         v = self.v_proj(x).view(B, S, self.kv_heads, self.head_width).transpose(1, 2)
-        return (k if rope is None else self.apply_rope(k, rope)), v
+        return (k if rope is None else apply_rope(k, rope)), v
 
     def forward(self, x, context=None, *, mask=None, bias=None, rope=None, cache=None):
         """x (B, T, D), and for cross-attention context (B, S, C) -> (B, T, D).
@@ -128,7 +124,7 @@ class Attention(nn.Module):
         """
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, self.heads, self.head_width).transpose(1, 2)   # (B, H, T, K)
-        q = q if rope is None else self.apply_rope(q, rope)
+        q = q if rope is None else apply_rope(q, rope)
         if context is None:
             k, v = self.keys_values(x, rope)                          # (B, kv_heads, S, K)
             if cache is not None:

@@ -252,7 +252,6 @@ def test_what_does_not_fit_is_told_and_changes_nothing(both, change, words):
     ({"placement": "paper"}, "placement=paper, not openflamingo"),
     ({"heads": 4, "head_width": 128}, "heads=4, not 8; head_width=128, not 64"),
     ({"resampler_heads": 16, "resampler_head_width": 32}, "resampler_heads=16, not 8"),
-    ({"vision_skip_blocks": 1}, "vision_skip_blocks=1, not 0"),
     ({"only_latest_image": False}, "only_latest_image=False, not True"),
     ({"use_class_token": True}, "use_class_token=True, not False")])
 def test_another_config_is_told(both, changes, words):

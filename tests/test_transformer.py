@@ -13,7 +13,7 @@ from common.t5 import RelativeBias
 from common.transformer import (MLP, Attention, Block, GatedMLP, LayerNorm, LearnedPositions,
                                 Transformer, attention, fused_attention, gelu, RMSNorm, bert_block,
                                 gelu_tanh, gpt2_block, llama_block, opt_block, quick_gelu,
-                                rope_half, rope_interleaved, rope_table, squared_relu, t5_block,
+                                apply_rope, rope_table, squared_relu, t5_block,
                                 vit_block)
 from tests.helpers import randomize
 
@@ -255,20 +255,13 @@ class TestPositions:
     def test_rope_turns_the_pair_i_by_its_angle(self):
         x = torch.randn(1, 1, 4, 6)
         positions = torch.tensor([0, 1, 5, 9])
-        half, woven = (rope(x, rope_table(positions, 6, theta=100.0))
-                       for rope in (rope_half, rope_interleaved))
+        got = apply_rope(x, rope_table(positions, 6, theta=100.0))
         for t, position in enumerate(positions.tolist()):
             for i in range(3):
                 turn = torch.polar(torch.tensor(1.0), torch.tensor(position * 100.0 ** (-2 * i / 6)))
-                for got, a, b in ((half, i, i + 3), (woven, 2 * i, 2 * i + 1)):
-                    want = torch.complex(x[0, 0, t, a], x[0, 0, t, b]) * turn
-                    torch.testing.assert_close(torch.complex(got[0, 0, t, a], got[0, 0, t, b]), want)
-
-    def test_the_two_layouts_agree_after_permuting(self):
-        x, table = torch.randn(B, H, T, 6), rope_table(torch.arange(T), 6)
-        order = torch.tensor([0, 2, 4, 1, 3, 5])
-        torch.testing.assert_close(rope_interleaved(x, table)[..., order], rope_half(x[..., order], table))
-        assert not torch.allclose(rope_interleaved(x, table), rope_half(x, table))
+                want = torch.complex(x[0, 0, t, i], x[0, 0, t, i + 3]) * turn
+                torch.testing.assert_close(
+                    torch.complex(got[0, 0, t, i], got[0, 0, t, i + 3]), want)
 
     def test_attention_with_rope_sees_relative_positions_alone(self):
         layer, x = randomize(Attention(width=12, heads=2).double()), torch.randn(B, T, 12).double()

@@ -294,7 +294,8 @@ class TestMain:
         for name, frames in (("red.png", 1), ("film.gif", 3)):
             out, (record,), how = call("caption", name)
             assert out == "yes\n" and how == {"num_beams": 3}
-            assert len(record["images"]) == frames and record["texts"] == [""]
+            turn, = record["turns"]
+            assert [len(clip) for clip in turn["images"]] == [frames] and turn["caption"]
 
     def test_answer_after_shots(self, call):
         out, (record,), how = call("answer", "red.png", "is it red?", "--shot", "blue.png",

@@ -17,7 +17,7 @@ from common.training import checkpoint
 FIXED = {
     "resampler": "perceiver", "resampler_heads": 8, "resampler_head_width": 64, "max_frames": 0,
     "heads": 8, "head_width": 64, "placement": "openflamingo", "act": "gelu",
-    "vision_skip_blocks": 0, "use_class_token": False, "only_latest_image": True}
+    "use_class_token": False, "only_latest_image": True}
 OPENFLAMINGO = FIXED | {"num_latents": 64, "resampler_layers": 6}
 
 PROJECTIONS = (

@@ -44,10 +44,6 @@ class TestConfig:
         ({"max_frames": -1}, "max_frames=-1: must be at least 0"),
         ({"p_next_image": -0.1}, "p_next_image=-0.1: must be at least 0"),
         ({"p_next_image": 1.5}, "p_next_image=1.5: a probability is at most 1"),
-        ({"vision_skip_blocks": 3}, "vision_skip_blocks=3 leaves nothing of a vision encoder of 3"),
-        ({"vision_skip_blocks": 1, "vision": replace(CONFIG.vision, stages=(1, 1, 1, 1),
-                                                     image_size=64, vision_heads=2)},
-         "vision_skip_blocks=1 leaves nothing of a vision encoder of 1 blocks"),
         ({"placement": "openflamingo", "cross_attn_every": 4},
          "cross_attn_every=4: no gated block among 3 blocks")])
     def test_an_impossible_config_is_refused(self, changes, message):
@@ -242,17 +238,16 @@ class TestFrozen:
 
 
 class TestEncodeImages:
-    @pytest.mark.parametrize("skip", [0, 1])
     @pytest.mark.parametrize("class_token", [False, True])
-    def test_features_are_the_tokens_before_the_last_norm(self, skip, class_token):
-        model = make(vision_skip_blocks=skip, use_class_token=class_token)
+    def test_features_are_the_tokens_before_the_last_norm(self, class_token):
+        model = make(use_class_token=class_token)
         images, features = make_images(2, 3, frames=4), []
         model.resampler.register_forward_hook(lambda m, x, out: features.append(x[0]))
         model.encode_images(images)
         assert features[0].shape == (2, 3, 4, 9 + class_token, 22)
         for b, n, f in ((0, 0, 0), (1, 2, 3), (0, 1, 2)):
             x = model.vision.embed(normalize_pixels(images[b, n, f][None]))
-            for block in model.vision.transformer.blocks[:3 - skip]:
+            for block in model.vision.transformer.blocks:
                 x = block(x)
             close(features[0][b, n, f], x[0, 0 if class_token else 1:])
 
