@@ -6,13 +6,12 @@ import pytest
 import sentencepiece
 import torch
 
-from common.training import checkpoint
-from common.pretrained.bpe import BYTES
 from common.language import LanguageConfig, LanguageModel, from_pretrained
-from common.training.lm import perplexity
-from common.training.lm import Pretraining
+from common.pretrained.bpe import BYTES
 from common.pretrained.language import Pieces, config_fields, read, read_model, translated
-from common.data.tokenizer import Tokenizer
+from common.prompts import collate
+from common.training import checkpoint
+from common.training.lm import perplexity
 
 WIDTH, LAYERS, HIDDEN, CONTEXT = 24, 2, 37, 19
 VOCAB = 259
@@ -242,56 +241,36 @@ class TestConfigs:
 class TestFolders:
     @pytest.mark.parametrize("kind", ["gpt2", "opt"])
     def test_a_folder_becomes_a_model_that_writes(self, kind, tmp_path):
-        trained = from_pretrained(write_folder(tmp_path, kind))
-        config = trained.lm.config
+        found, tokenizer = from_pretrained(write_folder(tmp_path, kind))
+        config = found.config
         assert (config.eos_id, config.pad_id) == ((0, 0) if kind == "gpt2" else (2, 1))
-        texts = ["abcdefg", "a", "xy"]
-        assert trained.write(texts, max_new_tokens=5) == [
-            trained.write([text], max_new_tokens=5)[0] for text in texts]
+        rows = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in ("abcdefg", "a", "xy")]
+        batch = collate([(row, row) for row in rows], pad_id=config.pad_id, side="left")
+        together = found.generate(batch["ids"], batch["mask"], max_new_tokens=5, stop=())
+        for row, new in zip(rows, together.tolist()):
+            alone = found.generate(torch.tensor([row]), max_new_tokens=5, stop=())
+            assert alone.tolist() == [new]
         ids, weights = torch.tensor([[7, 9, 11]]), weights_of(kind)
         lm = LanguageModel(LanguageConfig(**fields(kind)))
         lm.load_state_dict(translated(weights, fields(kind), "F"))
-        assert torch.equal(trained.lm(ids), lm(ids))
-
-    @pytest.mark.parametrize("kind", ["gpt2", "opt"])
-    def test_what_comes_after_the_end_is_not_written(self, kind, tmp_path):
-        trained = from_pretrained(write_folder(tmp_path, kind))
-        said = trained.write(["abc"], max_new_tokens=6, stop=())[0]
-        prompt = torch.tensor([trained.begun("abc")])
-        ids = trained.lm.generate(prompt, max_new_tokens=6, stop=())[0]
-        trained.lm.config.eos_id = ids[3].item()
-        short = trained.tokenizer.decode(ids[:ids.tolist().index(ids[3])].tolist())
-        assert trained.write(["abc"], max_new_tokens=6) == [short] and len(short) < len(said)
-        assert trained.write(["abc"], max_new_tokens=6, stop=()) == [short]  # written, but cut off
+        assert torch.equal(found(ids), lm(ids)) and not found.training
 
     @pytest.mark.parametrize("kind", ["gpt2", "opt"])
     def test_perplexity_counts_every_token_and_one_end_of_each_text(self, kind, tmp_path):
-        trained = from_pretrained(write_folder(tmp_path, kind))
+        lm, tokenizer = from_pretrained(write_folder(tmp_path, kind))
         total, count, texts = 0.0, 0, ["abcdefg", "a", "xy"]
         for text in texts:
-            ids = [*trained.begun(text), trained.tokenizer.eos_id]
-            logs = trained.lm(torch.tensor([ids]))[0].log_softmax(dim=-1)
+            ids = [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]
+            logs = lm(torch.tensor([ids]))[0].log_softmax(dim=-1)
             total -= sum(logs[t - 1, ids[t]].item() for t in range(1, len(ids)))
             count += len(ids) - 1
         want = pytest.approx(torch.tensor(total / count).exp().item(), rel=1e-4)
-        assert trained.perplexity(texts) == want
-        assert perplexity(trained.lm, trained.ids(texts)) == want      # GPT-2 pads with its end
-
-    def test_a_text_is_not_a_list_of_letters(self, tmp_path):
-        trained = from_pretrained(write_folder(tmp_path, "opt"))
-        for work in (trained.write, trained.perplexity, trained.ids):
-            with pytest.raises(ValueError, match="texts is the string 'abc': give a list of texts"):
-                work("abc")
-
-    def test_it_works_where_its_weights_are(self, tmp_path):
-        trained = from_pretrained(write_folder(tmp_path, "opt"))
-        trained.lm.to("meta")
-        assert trained.ids(["abc"]).device.type == "meta"
-        assert trained.batch([[5, 6]])["mask"].device.type == "meta"
+        ids = tokenizer.batch(texts, CONTEXT)                         # GPT-2 pads with its end
+        assert perplexity(lm, ids) == want
 
     def test_in_half_precision_it_writes_nearly_the_same_logits(self, tmp_path):
         folder, ids = write_folder(tmp_path, "opt"), torch.tensor([[7, 9, 11]])
-        whole, half = from_pretrained(folder).lm, from_pretrained(folder, torch.bfloat16).lm
+        (whole, _), (half, _) = from_pretrained(folder), from_pretrained(folder, torch.bfloat16)
         assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
         near = torch.cosine_similarity(whole(ids).flatten(), half(ids).float().flatten(), dim=0)
         assert near > 0.99 and half.generate(ids, max_new_tokens=3).shape[0] == 1
@@ -306,9 +285,9 @@ class TestFolders:
         with pytest.raises(ValueError, match="tokenizer.model: no such file"):
             read(folder)
         (folder / "tokenizer.model").write_bytes(model)
-        trained = from_pretrained(folder)
-        assert (trained.lm.config.eos_id, trained.lm.config.pad_id) == (2, 0)
-        assert trained.begun("a red circle")[0] == 1
+        lm, tokenizer = from_pretrained(folder)
+        assert (lm.config.eos_id, lm.config.pad_id) == (2, 0)
+        assert tokenizer.batch(["a red circle"], CONTEXT)[0, 0] == 1
         (folder / "tokenizer.model").write_bytes(model[:40])
         with pytest.raises(ValueError, match="tokenizer.model: not a SentencePiece model"):
             read(folder)
@@ -326,20 +305,6 @@ class TestFolders:
         (tmp_path / "pytorch_model.bin").unlink()
         with pytest.raises(ValueError, match="no weights here"):
             read_model(tmp_path)
-
-    def test_a_run_of_ours_is_read_too(self, tmp_path):
-        tokenizer = Tokenizer.train(["a red circle", "a blue star"], 400)
-        config = LanguageConfig(vocab_size=len(tokenizer), context_length=CONTEXT, width=WIDTH,
-                                layers=1, heads=3, kv_heads=3, hidden=HIDDEN)
-        pre = Pretraining(config)
-        checkpoint.write_json(tmp_path / "config.json",
-                              {"model": "common.training.lm", "config": vars(config)})
-        (tmp_path / "tokenizer.model").write_bytes(tokenizer.model)
-        checkpoint.save(tmp_path, {"model": pre.state_dict()})
-        trained = from_pretrained(tmp_path)
-        ids = trained.ids(["a red circle", "a blue star a"])
-        assert torch.equal(trained.lm(ids), pre.lm(ids))
-        assert len(trained.write(["a red", "a"], max_new_tokens=4)) == 2
 
 
 class TestPieces:
