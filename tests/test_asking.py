@@ -216,7 +216,7 @@ def test_episodes_are_solved_by_their_shots_unless_these_are_shuffled():
 
 
 def test_retrieved_shots_stand_before_the_query_as_they_were_retrieved():
-    support = draw_tasks(WORLD, "question", 30, "train", asks=1)
+    support = draw_tasks(WORLD, "question", 30, "train", asks=1)       # 2 * 13 + 4
     queries = draw_tasks(WORLD, "question", 13)
     told = []
 
@@ -312,4 +312,4 @@ class TestEvaluate:
         more = evaluate(self.Mute(), data, 8, select)
         assert set(more) - set(figures) == {"vqa_accuracy_4_random_shots",
                                             "vqa_accuracy_4_retrieved_shots"}
-        assert sizes == [(2, 8)]           # twice as many, and the shots
+        assert sizes == [(2, 8)]

@@ -57,7 +57,8 @@ class TestSoftmaxContrastive:
         for start in (0, 2, 4):
             everything = iter([(image, start), (text, start)])
             own = slice(start, start + 2)
-            losses.append(softmax_contrastive(image[own], text[own], 4.0, lambda x: next(everything)))
+            losses.append(softmax_contrastive(image[own], text[own], 4.0,
+                                              lambda x: next(everything)))
         torch.testing.assert_close(sum(losses) / 3, softmax_contrastive(image, text, 4.0))
 
     def test_under_bf16_autocast_it_is_exact_and_float32(self):

@@ -214,7 +214,8 @@ class TestZeroShotClassifier:
     VECTORS = F.normalize(torch.randn(13, 5, generator=torch.Generator().manual_seed(0)), dim=-1)
 
     def columns(self, names, templates, **more):
-        return zero_shot_classifier(Model(vectors=self.VECTORS), Data().ids, names, templates, **more)
+        model = Model(vectors=self.VECTORS)
+        return zero_shot_classifier(model, Data().ids, names, templates, **more)
 
     def test_each_name_gets_its_own_column(self):
         columns = self.columns(["7", "2", "11"], ["{}"])
@@ -305,7 +306,8 @@ class TestRetriever:
         pictures = [self.picture(n) for n in (9, 2, 5, 0, 12)]
         found = self.make().search("3", pictures, count=3)
         assert [i for i, _ in found] == [1, 2, 3]
-        assert [c for _, c in found] == pytest.approx([math.cos(math.pi * k / 13) for k in (1, 2, 3)])
+        cosines = [math.cos(math.pi * k / 13) for k in (1, 2, 3)]
+        assert [c for _, c in found] == pytest.approx(cosines)
         assert len(self.make().search("3", pictures)) == 5
         many = self.make().search("0", [self.picture(5)] * 300 + [self.picture(0)], count=1)
         assert many[0][0] == 300                                      # more than one chunk
