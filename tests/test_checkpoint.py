@@ -215,6 +215,19 @@ class TestLoadWeights:
             checkpoint.load_weights(module, others, "there")
 
 
+class TestLoadPart:
+    def test_a_module_is_copied_by_its_name_and_its_new_parameters_stay(self):
+        ours, theirs = nn.Module(), nn.ModuleDict({"lm": nn.Linear(3, 5), "other": nn.Linear(2, 2)})
+        ours.lm = nn.Linear(3, 5)
+        ours.lm.new = nn.Linear(2, 2)
+        before = ours.lm.new.weight.clone()
+        checkpoint.load_part(ours, "lm", theirs.state_dict(), "there")
+        assert torch.equal(ours.lm.weight, theirs["lm"].weight)
+        assert torch.equal(ours.lm.new.weight, before)
+        with pytest.raises(ValueError, match="there: weights of another .*missing weight"):
+            checkpoint.load_part(ours, "lm", {}, "there")
+
+
 class TestOpenRun:
     @pytest.fixture
     def run(self, tmp_path):

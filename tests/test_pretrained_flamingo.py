@@ -198,6 +198,15 @@ def test_a_tied_head_needs_no_rows_of_its_own(both):
     assert torch.equal(ours.lm.new.rows, theirs.lang_encoder.model.embed_tokens.weight[[45, 44]])
 
 
+def test_rows_of_a_head_that_the_file_leaves_out_stay(both):
+    ours, theirs, path = both
+    torch.save(without(learned(theirs), "lm_head"), path)
+    before = ours.lm.new.output.clone()
+    load_openflamingo(ours, path, TAGS)
+    assert torch.equal(ours.lm.new.output, before)
+    assert torch.equal(ours.lm.new.rows, theirs.lang_encoder.model.embed_tokens.weight[[45, 44]])
+
+
 def test_other_language_models_have_other_names(both):
     ours, theirs, path = both
     torch.save({name.replace("model.layers", "transformer.blocks").replace(
