@@ -1,14 +1,12 @@
 """Train any stage: python train.py STAGE [flags]. One process, or torchrun for several.
 
     python train.py clip                                       about 2 minutes on 2 CPU cores
-    python train.py clip --data emoji                          real pictures and names
     python train.py lm && python train.py flamingo             what Flamingo freezes, then Flamingo
     python train.py clip --data jsonl:captions.jsonl           your own; see common/data/files.py
     python train.py clip --resume                              continue after a stop or a kill
     torchrun --nproc_per_node=2 train.py clip --out runs/two   the same run on two processes
     python train.py clip --set loss=sigmoid --batch_size 64    any field of the model's config
     python train.py flamingo --from language=runs/my-lm        a part from another run
-    python train.py --list                                     the stages
 
 A run folder holds config.json, tokenizer.model, log.jsonl, last.pt and previous.pt, result.json and
 samples.png; the last line printed is the result.

@@ -83,9 +83,8 @@ def check_fields(config, choices=None, least=None):
 def run_command(description, *functions):
     """The commands of a model file: MODEL.py RUN COMMAND arguments, one command for each function.
 
-    A function's signature is its command line: its first parameter is RUN, *names takes one or more
-    arguments, a keyword-only parameter is a --flag of the type of its default. A tuple annotation
-    names the values of a flag that may be given again. The docstring is the help.
+    A signature is a command line: first RUN, *names takes one or more arguments, a keyword-only
+    parameter is a --flag; a tuple annotation names the values of a flag that may be given again.
     """
     main = parser(description)
     main.add_argument("run", metavar="RUN", help="a run folder, or published weights")
