@@ -81,27 +81,19 @@ class TestSafetensors:
 
     @pytest.mark.parametrize("header, message", [
         ({"a": entry(offsets=[0, 20])},
-         "'a': F32 [2, 3] does not take the bytes 0 to 20"),
-        ({"a": entry(shape=[2, 4])}, "F32 [2, 4] does not take the bytes 0 to 24"),
-        ({"a": entry(offsets=[4, 28])}, "'a' begins at byte 4, but the tensors before it end at 0"),
-        ({"a": entry(shape=[3, 3], offsets=[0, 36])}, "tensors of 36 bytes in a buffer of 24"),
-        ({"a": entry(offsets=[24, 0])}, "bytes 24 to 0"),
-        ({"a": entry(offsets=[-24, 0])}, "not a shape, two data_offsets"),
+         "'a' is {'dtype': 'F32', 'shape': [2, 3], 'data_offsets': [0, 20]}, which 24 bytes do"),
+        ({"a": entry(shape=[2, 4])}, "which 24 bytes do not hold: cut off, or"),
+        ({"a": entry(offsets=[4, 28])}, "which 24 bytes do not hold"),
+        ({"a": entry(shape=[3, 3], offsets=[0, 36])}, "which 24 bytes do not hold"),
+        ({"a": entry(offsets=[24, 0])}, "which 24 bytes do not hold"),
         ({"a": entry(offsets=[0, 24, 48])}, "not a shape, two data_offsets"),
         ({"a": entry(offsets=[0, 24.0])}, "not a shape, two data_offsets"),
-        ({"a": entry(offsets=[False, 24])}, "not a shape, two data_offsets"),
-        ({"a": entry(shape=[-2, -3])},
-         "'a' is {'dtype': 'F32', 'shape': [-2, -3], 'data_offsets': [0, 24]}, not a shape, two"),
+        ({"a": entry(shape=[-2, -3])}, "not a shape, two data_offsets"),
         ({"a": entry(shape=[2, "3"])}, "not a shape, two data_offsets"),
-        ({"a": entry(shape=[0, 2 ** 40, 2 ** 40], offsets=[0, 0])}, "not a shape, two data_off"),
         ({"a": entry(shape=[2 ** 62, 2 ** 62])}, "not a shape, two data_offsets"),
-        ({"a": entry(dtype="F8_E4M3")}, "two data_offsets and a dtype of F64, F32"),
-        ({"a": entry(dtype=["F32"])}, "two data_offsets and a dtype of F64, F32"),
-        ({"a": [1]}, "'a' is [1], not a shape, two data_offsets"),
-        ({"a": entry(), "b": entry()}, "'b' begins at byte 0, but the tensors before it end at 24"),
-        ({"a": entry(shape=[1], offsets=[0, 4]), "b": entry(shape=[3], offsets=[8, 20])},
-         "'b' begins at byte 8, but the tensors before it end at 4"),
-        ({"a": entry(shape=[5], offsets=[0, 20])}, "tensors of 20 bytes in a buffer of 24"),
+        ({"a": entry(dtype="F8_E4M3")}, "two data_offsets and one of F64, F32"),
+        ({"a": entry(dtype=["F32"])}, "two data_offsets and one of F64, F32"),
+        ({"a": [1]}, "'a' is [1], which"),
         ({"a\nb": entry(offsets=[0, 9])}, r"'a\nb'"),
         (b"[]", "a JSON object was expected, not []"), (b"{", "not readable JSON"),
         (b"\xff\xfe{}", "not readable JSON"), (b"[" * 100_000, "not readable JSON"),
@@ -229,11 +221,8 @@ class TestFiles:
 
     @pytest.mark.parametrize("state, message", [
         ({"a": 3}, "'a' is a int, not a tensor"), ([1], "no tensors in it"),
-        ({}, "no tensors in it"), ({1: torch.ones(2)}, "1 is a Tensor"),
-        ({"a": torch.ones(1).expand(10 ** 9)}, "'a' is not a plain tensor with all its numbers"),
-        ({"a": torch.ones(3, 3).to_sparse()}, "'a' is not a plain tensor"),
-        ({"a": torch.ones(3, device="meta")}, "'a' is not a plain tensor")])
-    def test_anything_but_plain_tensors_is_told(self, tmp_path, state, message):
+        ({}, "no tensors in it"), ({1: torch.ones(2)}, "1 is a Tensor")])
+    def test_anything_but_tensors_is_told(self, tmp_path, state, message):
         torch.save(state, tmp_path / "x.pt")
         with one_line(message):
             files.read_weights(tmp_path / "x.pt")
@@ -426,24 +415,17 @@ class TestHuggingFace:
         assert clip.from_pretrained(tmp_path).model.config.act == "gelu"
 
     @pytest.mark.parametrize("change, message", [
-        ({"model_type": "blip"}, "of a model of type 'blip', not of 'clip'"),
+        ({"model_type": "blip"}, "model_type is 'blip', not 'clip'"),
         ({"projection_dim": 19}, r"projection.weight is \(17, 24\), the model's \(19, 24\)"),
         ({"projection_dim": "x"}, "projection_dim is 'x', not a whole number"),
         ({"text_config": [1]}, r"text_config is \[1\], not an object"),
         (text_config(hidden_act="gelu"), "hidden_act is 'gelu' for"),
         (text_config(layer_norm_eps=1e-6), "layer_norm_eps is 1e-06"),
-        (text_config(eos_token_id=7),
-         "eos_token_id is 7 in config.json, but 522 in the vocabulary"),
         (text_config(num_hidden_layers=4), "missing text.transformer.blocks.3.attn"),
         (text_config(num_hidden_layers=2), "unexpected text_model.encoder.layers.2"),
         (text_config(vocab_size=524), r"embed.weight is \(523, 28\), the model's \(524, 28\)"),
-        (text_config(num_hidden_layers=10 ** 9), "its sizes ask for at least"),
-        (text_config(vocab_size=10 ** 12), "its sizes ask for at least"),
-        (text_config(max_position_embeddings=10 ** 12), "its sizes ask for at least"),
-        ({"projection_dim": 10 ** 12}, "its sizes ask for at least"),
-        (vision_config(image_size=10 ** 9), "its sizes ask for at least"),
-        (vision_config(image_size=10 ** 9, patch_size=10 ** 9), "its sizes ask for at least"),
-        (vision_config(num_hidden_layers=10 ** 9), "its sizes ask for at least"),
+        (text_config(num_hidden_layers=10 ** 9), "num_hidden_layers is 1000000000, not a whole"),
+        (vision_config(image_size=0), "vision_config: image_size is 0, not a whole number"),
         (vision_config(patch_size=3), r"patch_embed.weight is \(24, 75\), the model's \(24, 27\)"),
         (vision_config(num_attention_heads=5), "width 24 does not divide into 5 heads"),
     ], ids=lambda x: x[:30] if isinstance(x, str) else "")
@@ -451,10 +433,6 @@ class TestHuggingFace:
         folder(tmp_path, **change)
         with one_line(message):
             clip.from_pretrained(tmp_path)
-
-    def test_the_right_end_id_in_the_config_is_fine(self, tmp_path):
-        folder(tmp_path, **text_config(eos_token_id=522))
-        assert clip.from_pretrained(tmp_path).model.text.eos_id == 522
 
     @pytest.mark.parametrize("said, message", [
         ({"image_mean": [0.5, 0.5, 0.5]}, "image_mean is"), ({"image_std": 1}, "image_std is"),
@@ -604,7 +582,6 @@ class TestOpenAI:
         (lambda s: s.update({"visual.conv1.weight": torch.ones(128, 1, 1, 1)}),
          "vision.patch_embed.weight is"),
         (lambda s: s.update({"token_embedding.weight": torch.ones(523, 100)}), "of width 100, but"),
-        (lambda s: s.update({"token_embedding.weight": torch.ones(1, 640000)}), "its sizes ask fo"),
         (lambda s: s.update({"transformer.resblocks.0.mlp.c_fc.weight": torch.ones(769, 192)}),
          r"mlp.fc1.weight is \(769, 192\), the model's \(768, 192\)"),
         (lambda s: s.update({"ln_final.weight": torch.ones(191)}), "norm.weight is .191"),
@@ -641,13 +618,12 @@ class TestCommands:
         for colour in ("red", "blue", "green"):
             Image.new("RGB", (21, 17), colour).save(tmp_path / "pictures" / f"{colour}.png")
         monkeypatch.chdir(tmp_path / "here")
-        for command in (["classify", "../pictures/red.png", "a dog", "cabs"],
-                        ["search", "the red dog", "../pictures"]):
-            monkeypatch.setattr(sys, "argv", ["clip.py", "../weights", *command])
+        for words in (["classify", tmp_path / "pictures/red.png", "a dog", "cabs"],
+                      ["search", "the red dog", tmp_path / "pictures"]):
+            monkeypatch.setattr(sys, "argv", ["clip.py", *map(str, [tmp_path / "weights", *words])])
             clip.main()
-            if command[0] == "classify":
-                assert len(capsys.readouterr().out.splitlines()) == 2
-        assert capsys.readouterr().out.splitlines()[-1] == "drawn in search.png"
+        said = capsys.readouterr().out.splitlines()
+        assert len(said) == 2 + 3 + 1 and said[-1] == "drawn in search.png"
         assert Image.open("search.png").width > 200
         assert sorted(os.listdir(tmp_path / "weights")) == before      # nothing beside the user's
 

@@ -1,17 +1,16 @@
 """Published folders of GPT-2, OPT and LLaMA: names, shapes, vocabularies, and what is refused."""
 import io
 import json
+from dataclasses import replace
 
 import pytest
 import sentencepiece
 import torch
 
-from common.language import LanguageConfig, LanguageModel, from_pretrained
-from common.pretrained.bpe import BYTES
-from common.pretrained.language import Pieces, config_fields, read, read_model, translated
-from common.prompts import collate
 from common.training import checkpoint
-from common.training.lm import perplexity
+from common.pretrained.bpe import BYTES
+from common.language import LanguageConfig, LanguageModel, from_pretrained
+from common.pretrained.language import Pieces, config_fields, read, read_model, translated
 
 WIDTH, LAYERS, HIDDEN, CONTEXT = 24, 2, 37, 19
 VOCAB = 259
@@ -145,13 +144,9 @@ class TestNames:
         for name, weight in translated(bare, fields(kind), "F").items():
             assert torch.equal(weight, translated(theirs, fields(kind), "F")[name])
 
-    def test_a_tied_head_may_be_there_if_it_is_the_table(self):
-        theirs = weights_of("gpt2")
-        theirs["lm_head.weight"] = theirs["transformer.wte.weight"].clone()
+    def test_a_tied_head_is_the_table_whatever_the_file_holds(self):
+        theirs = weights_of("gpt2") | {"lm_head.weight": torch.ones(VOCAB, WIDTH)}
         assert "output.weight" not in translated(theirs, fields("gpt2"), "F")
-        theirs["lm_head.weight"][3, 4] += 1
-        with pytest.raises(ValueError, match="F: config.json ties the head to the embeddings, but"):
-            translated(theirs, fields("gpt2"), "F")
 
     @pytest.mark.parametrize("break_, message", [
         (lambda w: w.pop("model.layers.1.mlp.up_proj.weight"), "missing blocks.1.mlp.up_proj"),
@@ -197,7 +192,7 @@ class TestConfigs:
         ("llama", {"model_type": []}, r"type \[\], not of gpt2, opt, llama"),
         ("llama", {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}},
          "rotary positions scaled by 'llama3'; ours are plain or linear"),
-        ("llama", {"rope_scaling": {"type": "linear"}}, "factor of rope_scaling is None"),
+        ("llama", {"rope_scaling": {"type": "linear"}}, "rope_scaling: factor is None"),
         ("llama", {"rope_scaling": [1]}, "rope_scaling is"),
         ("llama", {"rope_theta": float("nan")}, "rope_theta is nan"),
         ("llama", {"attention_bias": True}, "attention_bias is True, ours is False"),
@@ -205,6 +200,7 @@ class TestConfigs:
         ("llama", {"head_dim": 16}, "head_dim is 16, ours width / heads, 8"),
         ("llama", {"vocab_size": -1}, "vocab_size is -1, not a whole number"),
         ("llama", {"vocab_size": "many"}, "vocab_size is 'many'"),
+        ("gpt2", {"n_layer": 10 ** 9}, "n_layer is 1000000000, not a whole number to 1,000,000"),
         ("llama", {"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'"),
         ("gpt2", {"activation_function": "gelu"}, "_function is 'gelu', ours is gelu_new"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "ours is False"),
@@ -214,15 +210,6 @@ class TestConfigs:
         with pytest.raises(ValueError, match=message) as error:
             fields(kind, **change)
         assert "\n" not in str(error.value) and str(error.value).startswith("F: config.json")
-
-    @pytest.mark.parametrize("kind, name, size", [
-        ("gpt2", "vocab_size", 10 ** 12), ("opt", "ffn_dim", 10 ** 12),
-        ("llama", "intermediate_size", 10 ** 12), ("llama", "hidden_size", 3 * 10 ** 9),
-        ("opt", "max_position_embeddings", 10 ** 12), ("gpt2", "n_layer", 10 ** 9)])
-    def test_a_config_of_far_larger_sizes_than_the_weights_makes_no_model(self, kind, name, size):
-        with pytest.raises(ValueError, match="F: its sizes ask for at least [0-9,]{13,} param"
-                                             "eters, but the weights have [0-9]{2},[0-9]{3}$"):
-            translated(weights_of(kind), fields(kind, **{name: size}), "F")
 
     @pytest.mark.parametrize("kind, change, message", [
         ("llama", {"num_key_value_heads": 2}, "3 heads do not divide into 2 key-value heads"),
@@ -241,36 +228,21 @@ class TestConfigs:
 class TestFolders:
     @pytest.mark.parametrize("kind", ["gpt2", "opt"])
     def test_a_folder_becomes_a_model_that_writes(self, kind, tmp_path):
-        found, tokenizer = from_pretrained(write_folder(tmp_path, kind))
-        config = found.config
-        assert (config.eos_id, config.pad_id) == ((0, 0) if kind == "gpt2" else (2, 1))
-        rows = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in ("abcdefg", "a", "xy")]
-        batch = collate([(row, row) for row in rows], pad_id=config.pad_id, side="left")
-        together = found.generate(batch["ids"], batch["mask"], max_new_tokens=5, stop=())
-        for row, new in zip(rows, together.tolist()):
-            alone = found.generate(torch.tensor([row]), max_new_tokens=5, stop=())
-            assert alone.tolist() == [new]
-        ids, weights = torch.tensor([[7, 9, 11]]), weights_of(kind)
-        lm = LanguageModel(LanguageConfig(**fields(kind)))
-        lm.load_state_dict(translated(weights, fields(kind), "F"))
-        assert torch.equal(found(ids), lm(ids)) and not found.training
-
-    @pytest.mark.parametrize("kind", ["gpt2", "opt"])
-    def test_perplexity_counts_every_token_and_one_end_of_each_text(self, kind, tmp_path):
         lm, tokenizer = from_pretrained(write_folder(tmp_path, kind))
-        total, count, texts = 0.0, 0, ["abcdefg", "a", "xy"]
-        for text in texts:
-            ids = [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]
-            logs = lm(torch.tensor([ids]))[0].log_softmax(dim=-1)
-            total -= sum(logs[t - 1, ids[t]].item() for t in range(1, len(ids)))
-            count += len(ids) - 1
-        want = pytest.approx(torch.tensor(total / count).exp().item(), rel=1e-4)
-        ids = tokenizer.batch(texts, CONTEXT)                         # GPT-2 pads with its end
-        assert perplexity(lm, ids) == want
+        assert (lm.config.eos_id, lm.config.pad_id) == ((0, 0) if kind == "gpt2" else (2, 1))
+        ids, weights = tokenizer.batch(["abcdefg"], 9)[:, :-1], weights_of(kind)
+        again = LanguageModel(LanguageConfig(**fields(kind)))
+        again.load_state_dict(translated(weights, fields(kind), "F"))
+        assert torch.equal(lm(ids), again(ids)) and not lm.training
+        full = lm.generate(ids, max_new_tokens=6, stop=())[0]
+        lm.config = replace(lm.config, eos_id=full[3].item())
+        length = full.tolist().index(full[3]) + 1                  # its end included
+        assert torch.equal(lm.generate(ids, max_new_tokens=6)[0][:length], full[:length])
+        assert lm.generate(ids, max_new_tokens=6).shape[1] == length
 
     def test_in_half_precision_it_writes_nearly_the_same_logits(self, tmp_path):
         folder, ids = write_folder(tmp_path, "opt"), torch.tensor([[7, 9, 11]])
-        (whole, _), (half, _) = from_pretrained(folder), from_pretrained(folder, torch.bfloat16)
+        whole, half = from_pretrained(folder)[0], from_pretrained(folder, torch.bfloat16)[0]
         assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
         near = torch.cosine_similarity(whole(ids).flatten(), half(ids).float().flatten(), dim=0)
         assert near > 0.99 and half.generate(ids, max_new_tokens=3).shape[0] == 1
@@ -287,7 +259,7 @@ class TestFolders:
         (folder / "tokenizer.model").write_bytes(model)
         lm, tokenizer = from_pretrained(folder)
         assert (lm.config.eos_id, lm.config.pad_id) == (2, 0)
-        assert tokenizer.batch(["a red circle"], CONTEXT)[0, 0] == 1
+        assert tokenizer.batch(["a red circle"], 9)[0, 0] == 1
         (folder / "tokenizer.model").write_bytes(model[:40])
         with pytest.raises(ValueError, match="tokenizer.model: not a SentencePiece model"):
             read(folder)
