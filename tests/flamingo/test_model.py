@@ -189,6 +189,7 @@ class TestFrozen:
             if name.startswith(("vision", "lm")) and not name.startswith("lm.new"):
                 assert grad is None, name
             else:
+                assert grad is not None, name
                 assert (grad.abs().max() > 0) == (name.endswith("_gate") or "lm.new" in name), name
 
     def test_with_other_gates_all_trained_parameters_have_one(self):
@@ -233,8 +234,6 @@ class TestFrozen:
         freeze(model, (*TRAINS["flamingo"], "vision.*"))
         model.encode_images(make_images()).sum().backward()
         assert model.vision.patch_embed.weight.grad.abs().max() > 0
-        with torch.no_grad():
-            assert model.encode_images(make_images()).grad_fn is None
 
 
 class TestEncodeImages:
