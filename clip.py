@@ -343,7 +343,8 @@ def from_pretrained(path, act=None):
         config, weights, tokenizer = pretrained.read(path, act)
     else:
         config, tokenizer, weights = checkpoint.open_run(path, "clip")
-    model = CLIP(checkpoint.config_of(CLIPConfig, config, path))
+    with torch.device("meta"):           # no time spent on random weights
+        model = CLIP(checkpoint.config_of(CLIPConfig, config, path))
     checkpoint.load_weights(model, weights, path)
     return retrieval.Retriever(model, tokenizer)
 

@@ -7,7 +7,6 @@ Flamingo: a Visual Language Model for Few-Shot Learning (Alayrac et al., 2022).
     <image> text <eoc> -> frozen embed -> [ gated cross-attention -> frozen block ] x L -> head
 
     python train.py clip && python train.py lm && python train.py flamingo
-    python flamingo.py runs/flamingo caption PICTURE
     python flamingo.py runs/flamingo answer PICTURE "what colour is the circle?"
 
 Differs from the paper

@@ -174,8 +174,7 @@ def fit(run):
             bar.update()
             saving = run.step == steps or run.step % run.options.save_every == 0
             if run.step % every == 0 or saving:
-                stop = distributed.any_rank(run.stopped is not None, run.device)
-                check(run, losses, refused)
+                stop = check(run, losses, refused)
                 losses, refused = [], []
                 bar.set_postfix(loss=f"{run.loss:.3f}", refresh=False)
                 if run.step % 10 == 0 or run.step == steps:

@@ -267,7 +267,6 @@ def from_pretrained(path, dtype=torch.float32):
         weights = {name.removeprefix("lm."): value for name, value in weights.items()}
     config = checkpoint.config_of(LanguageConfig, config, path)
     with torch.device("meta"):           # no time spent on random weights
-        lm = LanguageModel(config)
-    lm = lm.to(dtype).to_empty(device="cpu")
+        lm = LanguageModel(config).to(dtype)
     checkpoint.load_weights(lm, weights, path)
     return lm.eval(), tokenizer

@@ -74,6 +74,7 @@ def newest(folder):
 def load_weights(module, weights, where):
     """Copy a state dict into a module: every name and every shape must agree.
 
+    A module on device meta gets its memory after that: a config that claims absurd sizes takes none.
     Raises ValueError that lists four names each that are missing, unexpected, or of another shape.
     """
     own = module.state_dict()
@@ -85,6 +86,8 @@ def load_weights(module, weights, where):
         listed = [part for parts in wrong
                   for part in parts[:4] + [f"and {len(parts) - 4} more"] * (len(parts) > 4)]
         raise ValueError(f"{where}: weights of another model or config: {'; '.join(listed)}")
+    if any(p.is_meta for p in module.parameters()):
+        module.to_empty(device="cpu")
     module.load_state_dict(weights)
 
 

@@ -74,15 +74,6 @@ def gather(x):
     return _Gather.apply(x), rank() * len(x)
 
 
-def any_rank(flag, device):
-    """True on every process when it is True on one."""
-    if world_size() == 1:
-        return flag
-    shared = torch.tensor(int(flag), device=device)
-    dist.all_reduce(shared, op=dist.ReduceOp.MAX)
-    return bool(shared)
-
-
 def mean(values, device):
     """A dict of numbers, each averaged over the processes."""
     if world_size() == 1:

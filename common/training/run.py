@@ -171,10 +171,13 @@ def save(run):
 
 
 def check(run, losses, refused):
-    """Set run.loss to the mean of recent losses; ValueError when it is not finite, or when too many
-    records were refused. Every process computes the same and raises the same."""
-    shared = distributed.mean({"loss": torch.stack(losses).mean().item(), "refused": len(refused)},
-                              run.device)
+    """Set run.loss to the mean of recent losses -> whether a process was told to stop.
+
+    Raises ValueError when the loss is not finite, or when too many records were refused. Every
+    process computes and raises the same.
+    """
+    shared = distributed.mean({"loss": torch.stack(losses).mean().item(), "refused": len(refused),
+                               "stopped": run.stopped is not None}, run.device)
     run.loss = shared["loss"]
     if run.refused:
         for reason in distributed.all_gather_objects(refused) if shared["refused"] else []:
@@ -187,6 +190,7 @@ def check(run, losses, refused):
             f"the checkpoint of step {run.saved} stays in {run.folder.path}"
         raise ValueError(f"the loss or its gradient is {run.loss} at step {run.step}; {kept}; try "
                          "a smaller --lr")
+    return shared["stopped"] > 0
 
 
 @contextlib.contextmanager
