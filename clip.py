@@ -227,10 +227,7 @@ class CLIP(nn.Module):
             self.logit_scale.clamp_(max=math.log(100))
 
     def class_probabilities(self, image, classifier):
-        """image (B, E), classifier (E, C), unit vectors -> (B, C).
-
-        Softmax over the classes; with SigLIP's loss the probability of each pair by itself.
-        """
+        """image (B, E), classifier (E, C), unit vectors -> (B, C); SigLIP's do not sum to 1."""
         logits = self.logit_scale.exp() * image @ classifier
         return logits.softmax(dim=1) if self.logit_bias is None else \
             (logits + self.logit_bias).sigmoid()
