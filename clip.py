@@ -16,8 +16,8 @@ In place of runs/clip: a Hugging Face folder, or OpenAI's .pt file with its voca
 Differs from the paper
 - Data: the shapes and emoji worlds or your files, not 400 million pairs. The presets tiny, small
   and RN-tiny, their steps, learning rates and gradient clipping are ours.
-- Crops (files.Files.record): a square of 0.9 to 1 of the largest square's area, from anywhere (paper: a random square of
-  the resized image). The worlds' own pictures are not cropped.
+- Crops (files.Files.record): a square of 0.9 to 1 of the largest square's area, from anywhere
+  (paper: a random square of the resized image). The worlds' own pictures are not cropped.
 - Tokenizer: SentencePiece with 1,024 or 2,048 pieces (paper: byte pairs, 49,152).
 - Position tables decay as matrices do, the class token does not (paper: all but gains and biases).
 - BatchNorm of a ResNet uses the statistics of each process's micro-batch, so that accumulation is
@@ -200,7 +200,7 @@ class CLIP(nn.Module):
         return loss(image, text, scalars[0].exp(), *scalars[1:], gather=gather)
 
     def cache_features(self, batches, gather=losses.no_gather):
-        """K micro-batches -> a FeatureGradients each: the K losses add up to the large batch's loss.
+        """K micro-batches -> a FeatureGradients each: the K losses add up to the large batch's.
 
         The mean of the micro-batches' own losses would have fewer negatives. So all features are
         first computed without gradients, and the loss of the whole batch gives the gradient of each

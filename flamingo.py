@@ -22,8 +22,8 @@ Differs from the paper
   changes only the mask of a page; we also write <image> after its text, so the pairs stay true.
 - The loss counts answers and their <eoc> alone, and nothing before the first image (OpenFlamingo's
   rule; paper: all text). Labels and names of shots stand behind <image> without "output:".
-- Images are cropped to a square, clips thinned to 32 frames; all clips of a prompt or batch have one
-  number of frames. Pages are cut at the end (paper: random crops of 256 tokens, 5 images).
+- Images are cropped to a square, clips thinned to 32 frames; all clips of a prompt or batch have
+  one number of frames. Pages are cut at the end (paper: random crops of 256 tokens, 5 images).
 - The commands and figures are zero-shot without the paper's two shots in words, and not ensembled.
 - The loss of a data set is the mean over its tokens (paper, 2.4: a sum), and the learning rate
   falls in a cosine (paper: constant). Images are not augmented. All presets share one recipe.

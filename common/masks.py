@@ -94,8 +94,8 @@ def media(image_index, N, Q, only_latest_image=True):
     ######
     ......
     """
-    key_image = torch.arange(1, N + 1, device=image_index.device).repeat_interleave(Q)   # (N * Q,)
-    query_image = image_index[:, None, :, None]                                          # (B, 1, T, 1)
+    key_image = torch.arange(1, N + 1, device=image_index.device).repeat_interleave(Q)    # (N*Q,)
+    query_image = image_index[:, None, :, None]                       # (B, 1, T, 1)
     return key_image == query_image if only_latest_image else key_image <= query_image
 
 

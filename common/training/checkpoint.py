@@ -74,7 +74,7 @@ def newest(folder):
 def load_weights(module, weights, where):
     """Copy a state dict into a module: every name and every shape must agree.
 
-    A module on device meta gets its memory after that: a config that claims absurd sizes takes none.
+    A module on device meta gets memory after that, so a config of absurd sizes takes none.
     Raises ValueError that lists four names each that are missing, unexpected, or of another shape.
     """
     own = module.state_dict()
