@@ -1,5 +1,6 @@
 """Two-step runs of clip, lm and flamingo for the tests of this folder."""
 import pytest
+import torch
 from PIL import Image
 
 import train
@@ -20,7 +21,8 @@ def short_evaluation(monkeypatch, one_thread):
 def runs(tmp_path_factory):
     """A folder with two-step runs of clip (clip-toy), lm (lm-toy) and flamingo (one)."""
     import tests.runs                    # noqa: F401  the toy world
-    folder = tmp_path_factory.mktemp("flamingo")
+    folder, threads = tmp_path_factory.mktemp("flamingo"), torch.get_num_threads()
+    torch.set_num_threads(1)             # as the runs that are compared with these, bit for bit
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Flamingo, "evaluate", lambda self, data: EVALUATE(self, data, count=4))
         patch.setattr(Pretraining, "evaluate", lambda self, data: {})
@@ -28,4 +30,5 @@ def runs(tmp_path_factory):
         for stage, out in (("clip", "clip-toy"), ("lm", "lm-toy"), ("flamingo", "one")):
             assert train.train(stage, options(runs=str(folder), out=str(folder / out)),
                                SETTINGS[stage]) == 0
+    torch.set_num_threads(threads)
     return folder
