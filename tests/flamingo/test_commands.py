@@ -10,9 +10,6 @@ from common.evaluation.writing import Writer
 from common.training.options import run_main
 from tests.helpers import drawing
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 def output(monkeypatch, capsys, *argv, status=None):
     """What `python flamingo.py ARGV` prints; on a mistake the one line on stderr."""
     monkeypatch.setattr(sys, "argv", ["flamingo.py", *map(str, argv)])

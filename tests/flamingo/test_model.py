@@ -18,14 +18,6 @@ from tests.flamingo.toys import (CONFIG, close, make, make_batch, make_ids, make
                                  make_visual)
 from tests.runs import step_gradients
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def count(module):
     return sum(p.numel() for p in module.parameters())
 
