@@ -274,7 +274,8 @@ class TestRuns:
             train.train("flamingo", options(runs=str(runs), parts=[f"{part}=nowhere"]), [])
 
     def test_a_run_of_another_model_is_refused(self, runs):
-        with pytest.raises(ValueError, match="lm-toy: a run of 'common.training.lm', not of 'clip'"):
+        with pytest.raises(ValueError, match="lm-toy: a run of 'common.training.lm', not of "
+                                             "'clip'"):
             train.train("flamingo", options(runs=str(runs), parts=[f"vision={runs / 'lm-toy'}"]),
                         [])
         for flag in ("resume", "eval_only"):
