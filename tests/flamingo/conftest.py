@@ -1,4 +1,4 @@
-"""Two-step runs of clip, lm and flamingo for the tests of this folder."""
+"""The same random numbers in every test, and two-step runs of clip, lm and flamingo."""
 import pytest
 import torch
 from PIL import Image
@@ -12,7 +12,12 @@ EVALUATE = Flamingo.evaluate
 
 
 @pytest.fixture(autouse=True)
-def short_evaluation(monkeypatch, one_thread):
+def seed(one_thread):
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def short_evaluation(monkeypatch):
     """Evaluate on 4 records instead of 400."""
     monkeypatch.setattr(Flamingo, "evaluate", lambda self, data: EVALUATE(self, data, count=4))
 

@@ -10,9 +10,6 @@ from common.evaluation.writing import Writer
 from common.training.options import run_main
 from tests.helpers import drawing
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 def output(monkeypatch, capsys, *argv, status=None):
     """What `python flamingo.py ARGV` prints; on a mistake the one line on stderr."""
     monkeypatch.setattr(sys, "argv", ["flamingo.py", *map(str, argv)])
@@ -68,8 +65,9 @@ def test_an_answer_follows_its_shots(runs, files, monkeypatch, capsys, asked):
     output(monkeypatch, capsys, runs / "one", "answer", files / "red.png", "is it red?",
            "--shot", files / "blue.png", "is it blue?", "yes")
     ([record], _), = asked
-    assert [(t["prompt"], t["answer"], t["images"][0][0].getpixel((0, 0))) for t in record["turns"]] \
-        == [("is it blue?", "yes", (0, 0, 255)), ("is it red?", "", (255, 0, 0))]
+    assert [(turn["prompt"], turn["answer"], turn["images"][0][0].getpixel((0, 0)))
+            for turn in record["turns"]] == [("is it blue?", "yes", (0, 0, 255)),
+                                             ("is it red?", "", (255, 0, 0))]
 
 
 @pytest.mark.parametrize("shots, answers", [(1, ["no"]), (2, ["yes", "no"]), (9, ["yes", "no"])])

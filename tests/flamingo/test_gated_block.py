@@ -11,14 +11,6 @@ from flamingo import Flamingo
 from tests.flamingo.toys import (CONFIG, close, loop_gated_block, make, make_batch, make_ids,
                                  make_visual)
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 def media_mask(ids):
     return masks.media(masks.image_index(ids == IMAGE), 3, 7)
 

@@ -8,14 +8,6 @@ from flamingo import Flamingo, FrameEmbed
 from tests.flamingo.toys import (CONFIG, close, loop_mlp, loop_norm, loop_resampler, make,
                                  make_batch, make_features)
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(autouse=True)
-def seed():
-    torch.manual_seed(0)
-
-
 class TestResampler:
     @pytest.mark.parametrize("frames", [1, 4])
     def test_it_is_the_papers_loop_for_each_image_or_clip(self, frames):

@@ -1,140 +1,204 @@
-"""Flamingo's data sets, its loss over several of them, and runs of train.py."""
+"""The loss, a step over several data sets, frozen parts, data sets, and runs of train.py."""
 import json
 import math
-import re
+import pickle
+import random
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 import torch
 
 import flamingo
 import train
-from common.data.batches import open_world
-from common.data.tokenizer import IMAGE, Tokenizer
-from common.losses import count_labels
-from common.training.optimizer import freeze, parameter_groups
-from flamingo import RECIPES, TRAINS, Flamingo, FlamingoConfig
-from tests.flamingo.toys import CONFIG, SETTINGS, options, seeded_flamingo
+from common.data.batches import open_world, world_tokenizer
+from common.data.tokenizer import Tokenizer
+from common.training.optimizer import freeze, make_optimizer, parameter_groups
+from flamingo import RECIPES, TRAINS, Flamingo, FlamingoConfig, data_sources
+from tests.flamingo.toys import CONFIG, SETTINGS, close, make, make_batch, make_images, options
 from tests.helpers import Words, drawing, listed, names
-from tests.runs import Toy, pair, weights
+from tests.runs import Toy, pair, step_gradients, weights
+
+TRAINED = ("resampler.", "gated.", "lm.new.")
 
 
-def batch(*rows, N=3, weight=1.0, source=0, attend_next=None):
-    """A batch from pictures of texts: I is <image>, anything else a random word."""
-    ids = torch.randint(6, 43, (len(rows), max(map(len, rows))))
-    for row, text in zip(ids, rows):
-        for place, letter in enumerate(text):
-            row[place] = IMAGE if letter == "I" else row[place]
-    return {"images": torch.randint(256, (len(rows), N, 1, 3, 15, 15), dtype=torch.uint8),
-            "ids": ids, "labels": torch.where(ids == IMAGE, -100, ids), "weight": weight,
-            "source": source, "attend_next": torch.tensor(attend_next or [False] * len(rows))}
-
-
-def data_sets():
-    """Batches of three data sets with weights and lengths of their own, always the same."""
-    torch.manual_seed(2)
-    return [batch("..I...I", "I......", "...I..I", "I.I....", weight=1.0, source=0),
-            batch(".I..", "I...", "..I.", "I..I", weight=0.2, source=1),
-            batch("I.........", "I........I", ".........I", "I..I.....I", weight=0.03, source=2,
-                  attend_next=[True, False, True, True])]
-
-
-def gradients(model, loss):
-    model.zero_grad()
-    loss.backward()
-    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+def nll(model, batch):
+    """-log p of every label given the tokens before it, one by one."""
+    logs = model.logits(batch["ids"], visual=model.encode_images(batch["images"]),
+                        attend_next=batch["attend_next"]).log_softmax(-1)
+    return [-logs[b, t - 1, label] for b, row in enumerate(batch["labels"].tolist())
+            for t, label in enumerate(row) if t and label != -100]
 
 
 class TestLoss:
-    def test_it_starts_at_log_of_the_vocabulary(self):
-        torch.manual_seed(0)
-        loss = Flamingo(CONFIG)(batch("..I...I" * 5, "I......" * 5, N=10))["lm"].item()
-        assert loss == pytest.approx(math.log(43), rel=0.1)
+    def test_it_is_the_mean_over_labels_each_predicted_from_the_token_before(self):
+        model, batch = make(), make_batch("..I...I", "I......", attend_next=[False, True])
+        want = nll(model, batch)
+        close(model(batch)["lm"].item(), sum(want).item() / len(want), 1e-5)
+        close(model(batch | {"label_count": torch.tensor(40.0)})["lm"].item(),
+              sum(want).item() / 40, 1e-5)
 
-    def want(self, model):
-        """The weighted sum of the gradients of each data set's mean over its tokens."""
-        total = {}
-        for given in data_sets():
-            logs = model.logits(given["ids"], visual=model.encode_images(given["images"]),
-                                attend_next=given["attend_next"]).log_softmax(-1)
-            own = [-logs[b, t - 1, label] for b, row in enumerate(given["labels"].tolist())
-                   for t, label in enumerate(row) if t and label != -100]
-            for name, grad in gradients(model, sum(own) / len(own)).items():
-                total[name] = total.get(name, 0) + given["weight"] * grad
-        return total
+    def test_it_starts_at_log_of_the_vocabulary(self):
+        batch = make_batch("..I...I" * 5, "I......" * 5, N=10)
+        assert Flamingo(CONFIG)(batch)["lm"].item() == pytest.approx(math.log(43), rel=0.1)
+
+    def test_a_batch_without_labels_gives_0(self):
+        batch = make_batch("..I", "I..")
+        assert make()(batch | {"labels": torch.full((2, 3), -100)})["lm"] == 0
+
+
+class TestStep:
+    """The gradient of a step is of the weighted sum of each data set's mean over its labels."""
+
+    def batches(self):
+        return [make_batch("..I...I", "I......", "...I..I", "I.I....")
+                | {"source": 0, "weight": 1.0},
+                make_batch(".I..", "I...", "..I.", "I..I") | {"source": 1, "weight": 0.2},
+                make_batch("I.........", "I........I", ".........I", "I..I.....I",
+                           attend_next=[True, False, True, True]) | {"source": 2, "weight": 0.03}]
+
+    def gradients(self, model, batches):
+        """By the definition: {name: gradient}."""
+        model.zero_grad()
+        for batch in batches:
+            losses = nll(model, batch)
+            (batch["weight"] * sum(losses) / len(losses)).backward()
+        found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        return found
+
+    def split(self, batch, sizes):
+        """A batch as micro-batches."""
+        return [{k: v.split(sizes)[i] if isinstance(v, torch.Tensor) else v
+                 for k, v in batch.items()} for i in range(len(sizes))]
 
     @pytest.mark.parametrize("sizes", [[4], [1, 3], [2, 1, 1]])
-    def test_a_step_sums_the_weighted_means_of_all_data_sets(self, sizes, monkeypatch):
-        model, found = seeded_flamingo(), {}
-        want = self.want(model)
-        micro = [{k: v.split(sizes)[i] if isinstance(v, torch.Tensor) else v
-                  for k, v in given.items()} for given in data_sets() for i in range(len(sizes))]
-
-        def clipped(parameters, norm):
-            found.update({n: p.grad.clone() for n, p in model.named_parameters()
-                          if p.grad is not None})
-            return torch.tensor(0.0)
-        monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clipped)
-        run = train.Run("flamingo", train.STAGES["flamingo"], options(), None, torch.device("cpu"),
-                        False, None, None, CONFIG, RECIPES[""], None, model,
-                        train.make_optimizer(model, RECIPES[""]), "", 0.0)
-        model.zero_grad()
-        train.update(run, model, micro)
+    def test_of_micro_batches(self, sizes):
+        model, batches = make(), self.batches()
+        want = self.gradients(model, batches)
+        found = step_gradients(model, [part for b in batches for part in self.split(b, sizes)])
         for name in want:
-            torch.testing.assert_close(found[name], want[name], atol=1e-6, rtol=1e-6)
+            close(found[name], want[name], 1e-6)
 
-    def test_the_label_count_is_that_of_the_step(self):
-        model, (given, *_) = seeded_flamingo(), data_sets()
-        count = count_labels([given["labels"]])
-        whole = model(given)["lm"]
-        torch.testing.assert_close(model(given | {"label_count": 2 * count})["lm"], whole / 2)
+    def test_of_two_processes_the_mean_is_that_of_one(self, monkeypatch):
+        model, batches = make(), self.batches()
+        want = self.gradients(model, batches)
+        shares = list(zip(*(self.split(batch, [1, 3]) for batch in batches)))
+        counts = [[(part["labels"][:, 1:] != -100).sum().float() for part in share]
+                  for share in shares]
+
+        def step(rank):
+            expected = iter(zip(*counts))    # the data sets come in one order everywhere
+
+            def gather(x):
+                both = next(expected)
+                assert x.item() == both[rank]
+                return torch.stack(both)[:, None], rank
+            monkeypatch.setattr(train.distributed, "gather", gather)
+            return step_gradients(model, shares[rank])
+        one, two = step(0), step(1)
+        for name in want:
+            close((one[name] + two[name]) / 2, want[name], 1e-6)
+
+
+class TestFrozen:
+    def frozen(self, **changes):
+        model = make(**changes)
+        freeze(model, TRAINS["flamingo"])
+        return model
+
+    def gradients(self, model):
+        model(make_batch("..I...I", "I......"))["lm"].backward()
+        return {name: p.grad for name, p in model.named_parameters()}
+
+    def test_with_gates_at_0_only_they_and_the_new_tokens_have_a_gradient(self):
+        for name, grad in self.gradients(self.frozen(gate=0.0)).items():
+            if not name.startswith(TRAINED):
+                assert grad is None, name
+            else:
+                assert grad is not None, name
+                assert (grad.abs().max() > 0) == (name.endswith("_gate") or "lm.new" in name), name
+
+    def test_with_other_gates_all_trained_parameters_have_one(self):
+        for name, grad in self.gradients(self.frozen()).items():
+            trained = name.startswith(TRAINED)
+            assert (grad is not None) == trained, name
+            if name == "resampler.frames.weight":        # these are images, not clips
+                assert grad[0].abs().min() > 0 == grad[1:].abs().max()
+            elif trained:
+                assert grad.abs().max() > 0, name
+
+    def test_steps_with_weight_decay_change_what_is_trained_and_nothing_else(self):
+        model = self.frozen()
+        before = {name: p.clone() for name, p in model.named_parameters()}
+        optimizer = make_optimizer(model, replace(RECIPES[""], lr=0.01))
+        for _ in range(3):
+            optimizer.zero_grad()
+            self.gradients(model)
+            optimizer.step()
+        for name, p in model.named_parameters():
+            trained = name.startswith(TRAINED)
+            assert torch.equal(p, before[name]) != trained, name
+
+    def test_gates_learn_faster_and_the_resampler_does_not_decay(self):
+        model = self.frozen()
+        found = {id(p): (group["lr_multiplier"], group["weight_decay"])
+                 for group in parameter_groups(model, RECIPES[""]) for p in group["params"]}
+        for name, p in model.named_parameters():
+            if name.startswith(TRAINED):
+                rate = 10.0 if name.endswith("_gate") else 1.0
+                decays = p.ndim > 1 and not name.startswith("resampler")
+                assert found[id(p)] == (rate, 0.1 if decays else 0.0), name
+
+    def test_training_puts_the_trained_parts_alone_into_train_mode(self):
+        model = self.frozen().eval().train()
+        assert not any(m.training for m in (*model.vision.modules(), *model.lm.blocks.modules()))
+        assert model.resampler.training and model.gated.training
+
+    def test_features_have_a_graph_only_while_the_vision_encoder_is_trained(self):
+        model, features = self.frozen(), []
+        model.resampler.register_forward_hook(lambda m, x, out: features.append(x[0]))
+        visual = model.encode_images(make_images())
+        assert features[0].grad_fn is None and visual.grad_fn is not None
+        freeze(model, (*TRAINS["flamingo"], "vision.*"))
+        model.encode_images(make_images()).sum().backward()
+        assert model.vision.patch_embed.weight.grad.abs().max() > 0
 
 
 class TestDataSources:
+    def table(self, **changes):
+        return [(s.share, s.weight, s.kinds, s.collate.p_next_image) for s in data_sources(
+            Toy(image_size=15), Words(), replace(CONFIG, **changes))]
+
     def test_those_of_a_world_with_tasks(self):
-        sources = flamingo.data_sources(Toy(image_size=15), Words(), CONFIG)
-        assert [s.share for s in sources] == [2, 3, 5, 9, 1]
-        assert [s.weight for s in sources] == [1.0, 2.0, 1.0, 2.5, 1.0]
-        assert [s.collate.p_next_image for s in sources] == [0.5, 0, 0, 0, 0]    # pages alone
-        assert [set(s.kinds) for s in sources] == [
-            {"document", "album"}, {"names", "episode"}, {"glossary"}, {"caption", "question"},
-            {"clip"}]
+        table = self.table()
+        assert table == [(2, 1.0, {"document": 3, "album": 1}, 0.5),
+                         (3, 2.0, {"names": 2, "episode": 1}, 0.0),
+                         (5, 1.0, {"glossary": 1}, 0.0),
+                         (9, 2.5, {"caption": 1, "question": 2}, 0.0), (1, 1.0, {"clip": 1}, 0.0)]
+        assert {kind for _, _, kinds, _ in table for kind in kinds} == set(Toy.tasks)
+        assert self.table(p_next_image=0.25)[0][3] == 0.25
 
     def test_interleaved_pages_can_be_left_out(self):
-        sources = flamingo.data_sources(Toy(image_size=15), Words(),
-                                        replace(CONFIG, interleaved=False))
-        assert [s.share for s in sources] == [9, 1]
+        assert self.table(interleaved=False) == self.table()[3:]
 
     def test_a_world_without_tasks_has_its_captions(self):
         world = Toy(image_size=15)
         world.tasks = ()
-        source, = flamingo.data_sources(world, Words(), CONFIG)
+        source, = data_sources(world, Words(), CONFIG)
         assert (source.world, source.kinds, source.weight) == (world, None, 1.0)
         assert source.collate.p_next_image == 0
 
-
-def test_gates_learn_faster_and_the_resampler_does_not_decay():
-    model = seeded_flamingo()
-    freeze(model, TRAINS["flamingo"])
-    groups = parameter_groups(model, RECIPES[""])
-    fast = {id(p) for g in groups if g["lr_multiplier"] == 10 for p in g["params"]}
-    still = {id(p) for g in groups if not g["weight_decay"] for p in g["params"]}
-    gates = {id(p) for name, p in model.named_parameters() if name.endswith("_gate")}
-    assert fast == gates and len(gates) == 6
-    assert {id(p) for p in model.resampler.parameters()} | gates <= still
-
-
-def test_frozen_parts_stay_in_eval_mode_and_get_no_gradient():
-    model = seeded_flamingo()
-    freeze(model, TRAINS["flamingo"])
-    model.train()
-    assert model.resampler.training and model.gated[0].training
-    assert not any(m.training for part in (model.vision, model.lm.blocks) for m in part.modules())
-    model(batch("..I...I", "I......"))["lm"].backward()
-    got = {name for name, p in model.named_parameters() if p.grad is not None}
-    assert got == {n for n, p in model.named_parameters() if p.requires_grad}
-    assert not any(name.startswith(("vision.", "lm.blocks")) for name in got)
+    @pytest.mark.parametrize("stage", ["lm", "flamingo"])
+    def test_they_can_be_sent_to_workers(self, stage):
+        world = Toy(image_size=15)
+        config = replace(CONFIG, language=replace(CONFIG.language, context_length=256))
+        sources = train.STAGES[stage].file.data_sources(world, world_tokenizer(world), config)
+        for both in zip(sources, pickle.loads(pickle.dumps(sources)), strict=True):
+            one, other = (s.collate([s.record(3, random.Random(7))], [random.Random(8)])
+                          for s in both)
+            assert one.keys() == other.keys()
+            assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def result(folder):
@@ -209,28 +273,15 @@ class TestRuns:
                                              "makes one"):
             train.train("flamingo", options(runs=str(runs), parts=[f"{part}=nowhere"]), [])
 
-    @pytest.mark.parametrize("preset, flags", [("small", " --preset small"), ("3B", "")])
-    def test_the_command_has_the_preset_and_data_that_the_stage_has(self, preset, flags, tmp_path):
-        out = tmp_path / f"clip-emoji-{preset}"
-        with pytest.raises(ValueError, match=f"; python train.py clip --data emoji{flags} --out "
-                                             f"{re.escape(str(out))} makes one"):
-            train.train("flamingo", train.Options(runs=str(tmp_path), data="emoji", preset=preset),
-                        [])
-
     def test_a_run_of_another_model_is_refused(self, runs):
-        with pytest.raises(ValueError, match="lm-toy: a run of 'common.training.lm', not of 'clip'"):
+        with pytest.raises(ValueError, match="lm-toy: a run of 'common.training.lm', not of "
+                                             "'clip'"):
             train.train("flamingo", options(runs=str(runs), parts=[f"vision={runs / 'lm-toy'}"]),
                         [])
         for flag in ("resume", "eval_only"):
             with pytest.raises(ValueError, match="clip-toy: a run of 'clip', not of 'flamingo'"):
                 train.train("flamingo", options(runs=str(runs), out=str(runs / "clip-toy"),
                                                 **{flag: True}), [])
-
-    @pytest.mark.parametrize("size, accumulate", [(12, 1), (20, 2)])
-    def test_a_batch_that_cannot_be_shared_is_refused(self, runs, size, accumulate):
-        with pytest.raises(ValueError, match=f"batch_size {size} does not divide into 20 shares"):
-            train.train("flamingo", options(runs=str(runs), batch_size=size,
-                                            accumulate=accumulate), [])
 
     def test_the_tokenizer_is_the_language_models(self, runs, tmp_path):
         shutil.copytree(runs / "clip-toy", tmp_path / "clip")
@@ -239,16 +290,6 @@ class TestRuns:
         run = train.build("flamingo", options(runs=str(runs), out=str(tmp_path / "new"), parts=[
             f"vision={tmp_path / 'clip'}"]), SETTINGS["flamingo"], 0.0)
         assert run.tokenizer.model == Tokenizer.load(runs / "lm-toy" / "tokenizer.model").model
-
-    @pytest.mark.parametrize("name", ["vision", "language"])
-    def test_a_config_of_another_version_is_refused(self, name):
-        fields = asdict(getattr(CONFIG, name)) | {"unheard": 1}
-        with pytest.raises(ValueError, match=f"{name}: a config of another version .*unheard"):
-            replace(CONFIG, **{name: fields})
-
-    def test_a_part_is_not_set_but_comes_from_a_run(self, runs):
-        with pytest.raises(ValueError, match="vision is the config of another run; --from vision="):
-            train.train("flamingo", options(runs=str(runs)), ["vision=runs/clip"])
 
     def argv(self, runs, *flags):
         argv = ["flamingo", "--data", "toy", "--runs", str(runs), "--steps", "2", "--precision",
@@ -283,7 +324,5 @@ class TestRuns:
 
 
 def quick_end():
-    """No evaluation in a forked process."""
-    from PIL import Image
-    Flamingo.evaluate = lambda self, data: {}
-    Flamingo.samples = lambda self, data: Image.new("RGB", (2, 2))
+    """A trap: the run ends without figures."""
+    train.measure = lambda run: None

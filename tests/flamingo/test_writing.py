@@ -7,101 +7,116 @@ import torch.nn.functional as F
 
 from common.data.collators import InterleavedCollator
 from common.data.images import normalize_pixels
-from common.data.tokenizer import BOS, EOC, EOS, IMAGE
+from common.data.tokenizer import EOC, EOS, IMAGE
 from common.evaluation.writing import Writer
 from flamingo import render_page
-from tests.flamingo.toys import seeded_flamingo
+from tests.flamingo.toys import close, make
 from tests.helpers import Words, drawing, page
 
 ASK = "what is this ?"
-RECORDS = [page(("red", "", "a red cat"), ("blue", ASK, "")),
-           {"images": drawing("green"), "texts": [""]},
-           page(("blue", "", "cat"), ("white", "", "dog"), ("red", "what ?", ""))]
-CANDIDATES = [["cat", "a red dog"], ["blue cat", "dog"], ["red", "a blue blue dog"]]
+RECORDS = [                                                   # of 2, 1, 3, 1 and 0 images
+    page(("red", "", "a red cat"), ("blue", ASK, "")),
+    {"images": drawing("green"), "texts": [""]},
+    page(("blue", "", "cat"), ("white", "", "dog"), ("red", "what ?", "")),
+    page(("", ASK, "cat"), ("", ASK, "dog"), ("red", ASK, "")),
+    page(("", "", "a cat"), ("", ASK, ""))]
+CANDIDATES = [["cat", "a red dog", "blue"], ["blue cat", "dog", "a a cat"],
+              ["red", "a blue blue dog", "cat dog"], ["cat", "dog dog", "a"],
+              ["dog cat red", "what", "a dog"]]
 
 
 @pytest.fixture
 def writer():
-    return Writer(seeded_flamingo(), Words())
+    return Writer(make(), Words())
 
 
-def prompt(record):
-    """The ids of one record's prompt, spelled."""
-    ids, _, _ = seeded_flamingo().prepare([record], Words())
-    return Words().spell(ids[0].tolist())
+def prepared(model, record):
+    """The ids of one record's prompt, and its visual tokens."""
+    ids, mask, state = model.prepare([record], Words())
+    assert mask.all()
+    return ids[0].tolist(), state["visual"]
+
+
+def next_logits(model, ids, visual):
+    """Logits (T, V) of one text without a cache, <image> banned."""
+    logits = model.logits(torch.tensor([ids]), visual=visual)[0]
+    logits[:, IMAGE] = -math.inf
+    return logits
 
 
 class TestPrepare:
-    def test_the_last_answer_is_open(self):
-        assert prompt(RECORDS[0]) == ("<bos> <image> a red cat <eoc> <image> question: what is this "
-                                      "? answer:")
-        assert prompt(RECORDS[1]) == "<bos> <image> output:"
-
-    def test_shots_in_words_have_no_image(self):
-        record = page(("", ASK, "cat"), ("", ASK, "dog"), ("red", ASK, ""))
-        words = "question: what is this ? answer:"
-        assert prompt(record) == f"<bos> {words} cat <eoc> {words} dog <eoc> <image> {words}"
+    @pytest.mark.parametrize("record, prompt", [
+        (RECORDS[0], "<bos> <image> a red cat <eoc> <image> question: what is this ? answer:"),
+        (RECORDS[1], "<bos> <image> output:"),
+        (RECORDS[3], "<bos> question: what is this ? answer: cat <eoc> question: what is this ? "
+                     "answer: dog <eoc> <image> question: what is this ? answer:"),
+        (RECORDS[4], "<bos> a cat <eoc> question: what is this ? answer:")])
+    def test_the_last_answer_is_open_and_shots_in_words_have_no_image(self, writer, record, prompt):
+        assert Words().spell(prepared(writer.model, record)[0]) == prompt
 
     def test_rows_are_padded_left_and_images_right(self, writer):
         ids, mask, state = writer.model.prepare(RECORDS, Words())
-        assert state["visual"].shape == (3, 3, 7, 22) and mask[:, -1].all()
-        alone = [writer.model.prepare([record], Words()) for record in RECORDS]
-        for row, (own, _, one) in enumerate(alone):
-            assert ids[row][mask[row]].tolist() == own[0].tolist()
-            N = one["visual"].shape[1]
-            torch.testing.assert_close(state["visual"][row, :N], one["visual"][0])
+        assert state["visual"].shape == (5, 3, 7, 22) and mask[:, -1].all()
+        for row, record in enumerate(RECORDS):
+            alone, visual = prepared(writer.model, record)
+            assert ids[row][mask[row]].tolist() == alone
+            N = alone.count(IMAGE)
+            close(state["visual"][row, :N], visual[0, :N])
 
     def test_a_prompt_is_never_cut(self, writer):
-        ids, _, _ = writer.model.prepare([page(("red", "a " * 60, ""))], Words())
-        assert ids.shape[1] > 60
-
-    def test_a_prompt_may_have_no_image_at_all(self, writer):
-        words = page(("", "what ?", ""))
-        both = writer.generate([words, RECORDS[0]], max_new_tokens=5)
-        assert both == [*writer.generate([words], max_new_tokens=5),
-                        *writer.generate([RECORDS[0]], max_new_tokens=5)]
+        assert len(prepared(writer.model, page(("red", "", "a " * 60), ("", "", "")))[0]) > 60
 
 
-class TestWriting:
+class TestGenerate:
     @pytest.mark.parametrize("num_beams", [1, 3])
     def test_records_together_are_written_as_alone(self, writer, num_beams):
-        together = writer.generate(RECORDS, max_new_tokens=7, num_beams=num_beams)
-        assert together == [writer.generate([r], max_new_tokens=7, num_beams=num_beams)[0]
-                            for r in RECORDS]
+        how = {"max_new_tokens": 7, "num_beams": num_beams}
+        together = writer.generate(RECORDS, **how)
+        assert len(set(together)) > 3
+        assert together == [writer.generate([record], **how)[0] for record in RECORDS]
+        assert together == writer.generate(RECORDS, batch_size=2, **how)
 
-    def test_it_is_the_likeliest_text_without_a_cache(self, writer):
+    def test_it_is_the_likeliest_text_without_a_cache_up_to_eoc_or_eos(self, writer):
+        assert writer.model.stop_ids == (EOC, EOS)
         for record in RECORDS:
-            ids, _, state = writer.model.prepare([record], Words())
+            ids, visual = prepared(writer.model, record)
             written = []
             for _ in range(7):
-                logits = writer.model.logits(ids, **state)[0, -1]
-                logits[IMAGE] = -math.inf
-                ids = torch.cat([ids, logits.argmax().view(1, 1)], dim=1)
-                if ids[0, -1] in (EOC, EOS):
+                token = next_logits(writer.model, ids + written, visual)[-1].argmax().item()
+                if token in (EOC, EOS):
                     break
-                written.append(ids[0, -1].item())
-            assert writer.generate([record], max_new_tokens=7) == [Words().decode(written).strip()]
+                written.append(token)
+            assert writer.generate([record], max_new_tokens=7) == [Words().decode(written)]
 
-    def test_no_image_is_ever_written(self, writer):
+    @pytest.mark.parametrize("num_beams", [1, 2])
+    def test_no_image_is_ever_written(self, writer, num_beams):
         writer.model.lm.new.rows.data[0] += 100 * torch.randn(20)
         writer.model.lm.norm.weight.data *= 9
-        for num_beams in (1, 2):
-            assert len(writer.generate(RECORDS * 2, max_new_tokens=9, num_beams=num_beams)) == 6
+        writer.tokenizer.decode = Words().spell          # of special tokens too
+        texts = writer.generate(RECORDS * 2, max_new_tokens=9, num_beams=num_beams)
+        assert "<image>" not in " ".join(texts)
 
-    def test_every_token_of_a_candidate_attends_to_the_image(self, writer):
+
+class TestScoreCandidates:
+    @pytest.mark.parametrize("only_latest_image", [True, False])
+    def test_every_token_of_a_candidate_attends_to_the_image(self, only_latest_image):
         # The cache of the candidates must know how many images the prompt has had.
-        for p in (g for g in writer.model.gated):
-            p.attn_gate.data.fill_(1.0)
-        scores = writer.score_candidates(RECORDS, CANDIDATES)
-        for record, texts, own in zip(RECORDS, CANDIDATES, scores, strict=True):
-            ids, _, state = writer.model.prepare([record], Words())
-            for text, score in zip(texts, own.tolist()):
+        writer, want = Writer(make(only_latest_image=only_latest_image), Words()), []
+        for record, texts in zip(RECORDS, CANDIDATES, strict=True):
+            ids, visual = prepared(writer.model, record)
+            for text in texts:
                 new = Words().encode(text) + [EOC]
-                logits = writer.model.logits(torch.cat([ids, torch.tensor([new])], 1), **state)[0]
-                logits[:, IMAGE] = -math.inf
-                log_p = logits.log_softmax(-1)
-                want = sum(log_p[ids.shape[1] + i - 1, t].item() for i, t in enumerate(new))
-                assert score == pytest.approx(want)
+                log_p = next_logits(writer.model, ids + new, visual).log_softmax(-1)
+                want.append(sum(log_p[len(ids) + i - 1, t].item() for i, t in enumerate(new)))
+        for batch_size in (256, 2, 1):                   # together, in parts, alone
+            scores = writer.score_candidates(RECORDS, CANDIDATES, batch_size=batch_size)
+            close(torch.cat(scores), torch.tensor(want, dtype=torch.float64))
+
+    def test_the_image_changes_them(self, writer):
+        other = page(("red", "", "a red cat"), ("white", ASK, ""))
+        one, two = (writer.score_candidates([record], CANDIDATES[:1])[0]
+                    for record in (RECORDS[0], other))
+        assert (one - two).abs().min() > 1e-3
 
 
 class TestSelectShots:
@@ -134,11 +149,3 @@ class TestSelectShots:
         support = self.support(("red",), ("blue",))
         one, two = writer.model.select_shots([drawing("red"), drawing("blue")], support, 1)
         assert one == support[:1] and two == support[1:]
-
-
-def test_a_page_of_a_record_is_rendered_alike_for_training_and_prompts():
-    turns = page(("red", "", "a cat"), ("blue", ASK, "dog"))["turns"]
-    whole, _ = render_page(turns, Words())
-    start, _ = render_page(turns, Words(), is_prompt=True)
-    assert whole[:len(start)] == start
-    assert whole[len(start):] == [*Words().encode("dog"), EOC, EOS] and whole[0] == BOS

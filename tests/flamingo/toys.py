@@ -124,12 +124,6 @@ def loop_gated_block(block, x, visual, ids):
     return torch.stack(out)
 
 
-def seeded_flamingo(**changes):
-    """`make`, the same weights in every call."""
-    torch.manual_seed(0)
-    return make(**changes)
-
-
 # Small runs
 
 SETTINGS = {
