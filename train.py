@@ -107,8 +107,8 @@ def build(name, options, settings, began):
         checkpoint.load_part(model, module, weights, where)
     unfrozen = tuple(filter(None, options.unfreeze.split(",")))
     table = freeze(model, stage.file.TRAINS[name] + unfrozen)
-    run = Run(name, stage, options, folder, device, half, world, tokenizer, config, recipe, batches, model,
-              make_optimizer(model, recipe), table, began)
+    run = Run(name, stage, options, folder, device, half, world, tokenizer, config, recipe, batches,
+              model, make_optimizer(model, recipe), table, began)
     run.refused = Refusals(options.skip) if isinstance(world, Files) else None
     restore(run)
     return run

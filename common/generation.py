@@ -92,11 +92,14 @@ def check_prompt(prompt, mask, more, context_length, name="new ones"):
                          f"but the context is {context_length}")
 
 
-def check_options(max_new_tokens, num_beams, temperature, top_k, top_p, repetition_penalty):
+def check_options(max_new_tokens, num_beams, early_stopping, pad_id, temperature, top_k, top_p,
+                  repetition_penalty):
     """Raise ValueError for options of `generate` that are out of range or contradict each other."""
     for name, value, allowed, valid in (
             ("max_new_tokens", max_new_tokens, "at least 1", max_new_tokens >= 1),
             ("num_beams", num_beams, "at least 1", num_beams >= 1),
+            ("early_stopping", early_stopping, "True or False", early_stopping in (True, False)),
+            ("pad_id", pad_id, "at least 0", pad_id >= 0),
             ("temperature", temperature, "at least 0", temperature >= 0),
             ("top_k", top_k, "at least 1", top_k is None or top_k >= 1),
             ("top_p", top_p, "in (0, 1]", 0 < top_p <= 1),
@@ -195,7 +198,8 @@ def generate(model, prompt, mask=None, *, max_new_tokens=32, stop=(), pad_id=0,
     generators). state: tensors (B, ...) for every call of the model.
     Raises ValueError for contradictory options and for more tokens than context_length.
     """
-    check_options(max_new_tokens, num_beams, temperature, top_k, top_p, repetition_penalty)
+    check_options(max_new_tokens, num_beams, early_stopping, pad_id, temperature, top_k, top_p,
+                  repetition_penalty)
     check_prompt(prompt, mask, max_new_tokens, context_length)
     stop_strings = (stop_strings,) if isinstance(stop_strings, str) else stop_strings
     if stop_strings and (decode is None or num_beams > 1):

@@ -107,13 +107,11 @@ class ModifiedResNet(nn.Module):
         x = F.relu(self.bn3(self.conv3(x)))                           # (B, width, H / 2, W / 2)
         return F.avg_pool2d(x, 2)
 
-    def hidden(self, images, skip_blocks=0):
+    def hidden(self, images):
         """The grid cells before the pool, row by row: float (B, 3, H, W) -> (B, H/32 * W/32, C).
 
         Raises ValueError for images of another size.
         """
-        if skip_blocks:                  # stages differ in width and side
-            raise ValueError(f"skip_blocks={skip_blocks}: a ResNet's blocks cannot be left out")
         check_image_size(images, self.image_size)
         x = self.stem(images)
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):

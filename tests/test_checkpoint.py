@@ -194,6 +194,15 @@ class TestLoadWeights:
         checkpoint.load_weights(one, other.state_dict(), "there")
         assert torch.equal(one.weight, other.weight) and torch.equal(one.bias, other.bias)
 
+    @pytest.mark.parametrize("odd", ["text", None, torch.ones(5, 3).to_sparse(),
+                                     torch.ones(5, 3, device="meta")])
+    def test_what_is_no_plain_tensor_is_refused(self, odd):
+        module = nn.Linear(3, 5)
+        before = module.weight.clone()
+        with pytest.raises(ValueError, match="there: weights that are no plain tensors"):
+            checkpoint.load_weights(module, module.state_dict() | {"weight": odd}, "there")
+        assert torch.equal(module.weight, before)
+
     def test_what_does_not_fit_is_listed_and_nothing_is_copied(self):
         module = nn.Linear(3, 5)
         before = module.weight.clone()

@@ -279,6 +279,8 @@ class TestTheCommandLine:
         ("tar:{00000..99999}{0..9}.tar", "000000.tar: no such tar file"),
         ("tar:{0..3}.tar", "0.tar: no such tar file"), ("tar:*.tgz", "[*].tgz: no such tar file"),
         ("jsonl:good.jsonl --images missing", "--images missing: no such folder"),
+        ("tar:good.tar --images .", "--images .: a tar holds its own pictures"),
+        ("jsonl:good.jsonl --shuffle 0", "--shuffle 0: must be at least 1"),
         ("jsonl:good.jsonl --skip 1", "--skip 1.0: a fraction"),
         ("shapes --images .", "shapes draws its own pictures")])
     def test_a_mistake_in_the_data_is_one_line(self, data, monkeypatch, capsys, spec, words):

@@ -223,10 +223,6 @@ class TestResNet:
         with pytest.raises(ValueError, match=r"this tower takes \(3, 64, 64\)"):
             resnet().eval()(torch.zeros(1, *shape).double())
 
-    def test_no_block_can_be_left_out(self):
-        with pytest.raises(ValueError, match="skip_blocks=1: a ResNet's blocks cannot be left out"):
-            resnet().hidden(squares(), skip_blocks=1)
-
     def test_it_runs_on_the_meta_device(self):
         assert resnet().to("meta").pooled(squares().to("meta")).shape == (3, 7)
 

@@ -6,17 +6,14 @@
 import sys
 from pathlib import Path
 
-from common.data.emoji import Emoji
-from common.data.shapes import Shapes
-
-WORLDS = {"shapes": lambda: Shapes(image_size=96), "emoji": Emoji}
+from common.data.batches import WORLDS
 
 
 def main(arguments):
     """Write the pictures of the world that the arguments name."""
     if len(arguments) != 2 or arguments[0] not in WORLDS:
         sys.exit(f"usage: python -m common.data {'|'.join(WORLDS)} FOLDER")
-    world, folder = WORLDS[arguments[0]](), Path(arguments[1])
+    world, folder = WORLDS[arguments[0]](image_size=96), Path(arguments[1])
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for count, (name, picture) in enumerate(world.named_pictures(), 1):

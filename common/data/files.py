@@ -182,8 +182,11 @@ class Files:
     def __init__(self, kind, where, *, image_size, images=None, skip=0.05, shuffle=10_000):
         if not 0 <= skip < 1:
             raise ValueError(f"--skip {skip}: a fraction, from 0 to less than 1")
-        if images is not None and not os.path.isdir(images):
-            raise ValueError(f"--images {printable(images)}: no such folder")
+        if shuffle < 1:
+            raise ValueError(f"--shuffle {shuffle}: must be at least 1")
+        if images is not None and (kind == "tar" or not os.path.isdir(images)):
+            why = "a tar holds its own pictures" if kind == "tar" else "no such folder"
+            raise ValueError(f"--images {printable(images)}: {why}")
         self.image_size, self.skip, self.shuffle = image_size, skip, shuffle
         self.name = printable(os.path.basename(where))
         self.folder = os.path.realpath(images or os.path.dirname(where))

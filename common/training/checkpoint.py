@@ -78,6 +78,9 @@ def load_weights(module, weights, where):
     Raises ValueError that lists four names each that are missing, unexpected, or of another shape.
     """
     own = module.state_dict()
+    if not all(isinstance(w, torch.Tensor) and w.layout is torch.strided and not w.is_meta
+               for w in weights.values()):
+        raise ValueError(f"{where}: weights that are no plain tensors")
     wrong = ([f"missing {name}" for name in own if name not in weights],
              [f"unexpected {printable(name)}" for name in weights if name not in own],
              [f"{name} is {tuple(weights[name].shape)}, the model's {tuple(own[name].shape)}"
