@@ -310,11 +310,12 @@ TRAINS = {"clip": ("*",)}
 # The paper's (its 2.5 and appendix F): 32 epochs of 400M pairs. It clips no gradients.
 PAPER = Recipe(steps=390000, batch_size=32768, lr=5e-4, warmup=2000, grad_clip=None)
 PAPER_RESNET = replace(PAPER, betas=(0.9, 0.999), eps=1e-8)
+TINY = Recipe(steps=320, batch_size=256, lr=1e-3, optimizer="muon", muon_lr=6.0)
 RECIPES = {
-    "tiny": Recipe(steps=1100, batch_size=256, lr=1e-3),
-    "tiny emoji": Recipe(steps=900, batch_size=256, lr=1e-3, weight_decay=2.0),
-    "small": Recipe(steps=6000, batch_size=1024, lr=5e-4, warmup=500),
-    "RN-tiny": Recipe(steps=700, batch_size=256, lr=1e-3, betas=(0.9, 0.999), eps=1e-8),
+    "tiny": TINY,
+    "tiny emoji": replace(TINY, steps=450, weight_decay=2.0),
+    "small": replace(TINY, steps=2000, batch_size=1024, lr=5e-4, warmup=200),
+    "RN-tiny": replace(TINY, steps=350, betas=(0.9, 0.999), eps=1e-8),
     "ViT-L/14": replace(PAPER, lr=4e-4),
     "ViT-L/14@336": replace(PAPER, lr=2e-5, steps=12200),             # one more epoch
     "RN50": PAPER_RESNET, "RN101": PAPER_RESNET, "RN50x4": PAPER_RESNET,

@@ -406,8 +406,10 @@ PRESETS = {
     "80B": paper_size(80, 8192, cross_attn_every=7),
 }
 TRAINS = {"flamingo": ("resampler.*", "gated.*", "lm.new.*")}
-RECIPES = {"": Recipe(steps=750, batch_size=160, lr=1.5e-3, weight_decay=0.1, eps=1e-8,
-                      no_decay=("resampler.*",), lr_multipliers={"*_gate": 10.0})}
+ADAMW = Recipe(steps=750, batch_size=160, lr=1.5e-3, weight_decay=0.1, eps=1e-8,
+               no_decay=("resampler.*",), lr_multipliers={"*_gate": 10.0})
+MUON = replace(ADAMW, optimizer="muon", steps=375)
+RECIPES = {"tiny": MUON, "small": MUON, "": ADAMW}
 
 
 def from_pretrained(path):

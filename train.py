@@ -35,7 +35,8 @@ from common.losses import count_labels
 from common.training import checkpoint, distributed, lm
 from common.training.devices import (autocast, default_workers, find_device, half_precision,
                                      peak_memory, to_device)
-from common.training.optimizer import find_recipe, freeze, make_optimizer, set_learning_rate
+from common.training.optimizer import (find_recipe, freeze, learning_rate, make_optimizer,
+                                       set_learning_rate)
 from common.training.options import add_options, parser, run_main, with_settings
 from common.training.run import (Options, Run, check, open_parts, restore, save, stop_on_signals)
 from common.training.run_folder import RunFolder, default_folder
@@ -94,7 +95,8 @@ def build(name, options, settings, began):
             raise ValueError(f"--set {setting}: it belongs to the world's tokenizer")
     config = dataclasses.replace(config, **{k: v for k, v in ids.items() if hasattr(config, k)})
     recipe = find_recipe(stage.file.RECIPES, options.preset, options.data.partition(":")[0],
-                         {key: getattr(options, key) for key in ("steps", "batch_size", "lr")})
+                         {key: getattr(options, key)
+                          for key in ("steps", "batch_size", "lr", "optimizer")})
     batches = Batches(stage.file.data_sources(world, tokenizer, config), seed=options.seed,
                       batch_size=recipe.batch_size, accumulate=options.accumulate,
                       rank=distributed.rank(), world_size=distributed.world_size())
@@ -108,7 +110,7 @@ def build(name, options, settings, began):
     unfrozen = tuple(filter(None, options.unfreeze.split(",")))
     table = freeze(model, stage.file.TRAINS[name] + unfrozen)
     run = Run(name, stage, options, folder, device, half, world, tokenizer, config, recipe, batches,
-              model, make_optimizer(model, recipe), table, began)
+              model, make_optimizer(model, recipe, half), table, began)
     run.refused = Refusals(options.skip) if isinstance(world, Files) else None
     restore(run)
     return run
@@ -146,7 +148,7 @@ def update(run, forward, batches):
         total = total + loss.detach()
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.recipe.grad_clip or math.inf)
     run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
+    run.optimizer.zero_grad()
     if hasattr(run.model, "after_step"):
         run.model.after_step(run.step)
     return total + 0 * norm              # NaN, too, when the loss is finite but its gradient is not
@@ -179,7 +181,7 @@ def fit(run):
                 bar.set_postfix(loss=f"{run.loss:.3f}", refresh=False)
                 if run.step % 10 == 0 or run.step == steps:
                     run.folder.log({"step": run.step, "loss": round(run.loss, 5),
-                                    "lr": run.optimizer.param_groups[0]["lr"],
+                                    "lr": learning_rate(run.recipe, run.step - 1),
                                     "seconds": round(run.elapsed(), 2), "waited": round(waited, 2)})
                 if saving or stop:
                     save(run)
@@ -218,7 +220,8 @@ def train(name, options, settings=(), began=None):
     with stop_on_signals(run):
         if distributed.rank() == 0:
             print(f"{name}: {run.recipe.steps} steps of {run.recipe.batch_size} on {run.device} "
-                  f"in {'bf16' if run.half else 'fp32'}, in {run.folder.path}\n{run.table}")
+                  f"in {'bf16' if run.half else 'fp32'} by {run.optimizer}, in {run.folder.path}\n"
+                  f"{run.table}")
             if run.refused and run.world.refused.count:
                 print(f"{run.world.name}: {run.world.refused.summary(run.world.tried)}")
         if not options.eval_only:

@@ -15,6 +15,7 @@ import json
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -36,6 +37,7 @@ from common.data.shapes.scene import STYLES                           # noqa: E4
 from common.data.shapes.world import Shapes                           # noqa: E402
 from common.evaluation import retrieval                               # noqa: E402
 from common.training.devices import autocast, half_precision          # noqa: E402
+from common.training.optimizer import Recipe, make_optimizer, set_learning_rate    # noqa: E402
 from common.training.options import parser, run_main                  # noqa: E402
 
 SHIFTED_STYLES = STYLES[1:]              # of the split "shifted"
@@ -159,8 +161,8 @@ def probe(args):
 def shift(args):
     """The same image encoder trained with labels on as many images, against zero-shot."""
     bench = Bench(args.run)
-    recipe = read_json(Path(args.run) / "config.json")["recipe"]
-    steps = args.steps or recipe["steps"]
+    recipe = Recipe(**read_json(Path(args.run) / "config.json")["recipe"])
+    recipe = replace(recipe, steps=args.steps or recipe.steps)
     torch.manual_seed(0)
     encoder = clip.CLIP(bench.model.config)
     width = bench.model.image_features(torch.zeros(1, 3, *[bench.world.image_size] * 2)).shape[1]
@@ -170,19 +172,19 @@ def shift(args):
     def collate(records, rngs):
         return {"images": bench.collate.images(records), "labels": bench.labels(records)}
 
-    batches = Batches([DataSource(world, collate)], batch_size=recipe["batch_size"])
-    parameters = [*encoder.vision.parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=recipe["lr"], betas=recipe["betas"], fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe["lr"], total_steps=steps)
+    batches = Batches([DataSource(world, collate)], batch_size=recipe.batch_size)
     cpu = torch.device("cpu")
-    for [batch] in tqdm(batches.loader(0, steps, 0), total=steps, desc="supervised"):
-        with autocast(cpu, half_precision("auto", cpu)):
+    half = half_precision("auto", cpu)
+    optimizer = make_optimizer(nn.ModuleList([encoder.vision, head]), recipe, half)
+    loader = batches.loader(0, recipe.steps, 0)
+    for step, [batch] in enumerate(tqdm(loader, total=recipe.steps, desc="supervised")):
+        set_learning_rate(optimizer, recipe, step)
+        with autocast(cpu, half):
             logits = head(encoder.image_features(normalize_pixels(batch["images"])))
         loss = F.cross_entropy(logits.float(), batch["labels"])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        schedule.step()
     encoder.eval()
     with torch.no_grad():
         table(HEAD, [

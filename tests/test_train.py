@@ -389,7 +389,7 @@ class TestUpdate:
 
     @pytest.mark.parametrize("most, want", [(1.0, 1.0), (0.5, 0.5), (None, 1e6)])
     def test_the_gradient_is_clipped_and_the_rate_is_the_schedules(self, tmp_path, most, want):
-        run, norms = build(tmp_path), []
+        run, norms = build(tmp_path, optimizer="adamw"), []
         run.recipe = replace(run.recipe, grad_clip=most)
         run.step, weight = 3, run.model.text_projection.weight
         step = run.optimizer.step
@@ -456,6 +456,14 @@ class TestBuild:
             == {"logit_scale", "vision.ln_post.weight", "vision.ln_post.bias"}
         assert sum(len(group["params"]) for group in run.optimizer.param_groups) == len(trained)
         assert re.search(r"^  logit_scale +1  trained$", run.table, re.M)
+
+    def test_the_optimizer_is_the_recipes_or_that_of_the_flag(self, tmp_path):
+        assert str(build(tmp_path / "a").optimizer).startswith("Muon (")
+        assert str(build(tmp_path / "b", optimizer="adamw").optimizer).startswith("AdamW (")
+        assert build(tmp_path / "c", optimizer="adamw").recipe.optimizer == "adamw"
+        for precision, half in (("bf16", True), ("fp32", False)):
+            run = build(tmp_path / precision, precision=precision)
+            assert run.optimizer.param_groups[0]["half"] is half
 
     def test_the_vocabulary_is_the_tokenizers(self, tmp_path):
         run = build(tmp_path)

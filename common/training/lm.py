@@ -2,6 +2,7 @@
 import itertools
 import math
 import random
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -16,8 +17,9 @@ from common.prompts import Segment, collate, labels_of, render
 from common.training.optimizer import Recipe
 
 TRAINS = {"lm": ("*",)}
-RECIPES = {"": Recipe(steps=4000, batch_size=64, lr=3e-3, weight_decay=0.1, betas=(0.9, 0.95),
-                      eps=1e-8)}
+ADAMW = Recipe(steps=4000, batch_size=64, lr=3e-3, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
+MUON = replace(ADAMW, optimizer="muon", steps=1200)
+RECIPES = {"tiny": MUON, "small": MUON, "": ADAMW}
 
 
 def data_sources(world, tokenizer, config):

@@ -1,4 +1,4 @@
-"""What is trained, and how: recipes, freezing, parameter groups, the learning rate."""
+"""What is trained, and how: recipes, freezing, the two optimizers, the learning rate."""
 import math
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
@@ -8,7 +8,7 @@ import torch
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a stage is optimized: AdamW, a linear warm-up, then a cosine to zero."""
+    """How a stage is optimized: a linear warm-up, then a cosine to zero."""
     steps: int
     batch_size: int                      # over all processes and micro-batches
     lr: float                            # the peak
@@ -19,17 +19,20 @@ class Recipe:
     grad_clip: float | None = 1.0        # largest norm of the gradient; None: not clipped
     no_decay: tuple = ()                 # patterns of names of matrices that do not decay either
     lr_multipliers: dict = field(default_factory=dict)       # pattern of names -> factor of lr
+    optimizer: str = "adamw"             # "muon": Muon for the matrices of attention and MLPs
+    muon_lr: float = 3.0                 # Muon's rate in multiples of lr
+    muon_weight_decay: float = 0.05
 
 
 def find_recipe(recipes, preset, data, changes):
     """The recipe of "PRESET DATA", else of PRESET, else of "", with the user's changes.
 
-    changes: {"steps", "batch_size", "lr": number or None}. Raises ValueError for numbers that no
-    run can have. The warm-up is at most a fifth of the steps.
+    changes: {"steps", "batch_size", "lr": number or None, "optimizer": name or None}. Raises
+    ValueError for numbers that no run can have. The warm-up is at most a fifth of the steps.
     """
     recipe = next(recipes[key] for key in (f"{preset} {data}", preset, "") if key in recipes)
     for name, value in changes.items():
-        if value is not None and not 0 < value < math.inf:
+        if isinstance(value, (int, float)) and not 0 < value < math.inf:
             raise ValueError(f"--{name} {value}: must be more than 0")
     recipe = replace(recipe, **{k: v for k, v in changes.items() if v is not None})
     return replace(recipe, warmup=min(recipe.warmup, recipe.steps // 5))
@@ -67,24 +70,119 @@ def eval_frozen(model):
 
 
 def parameter_groups(model, recipe):
-    """The trained parameters in groups by weight decay and learning rate, for an optimizer.
+    """The trained parameters in groups by optimizer, weight decay and learning rate.
 
-    Each group has "lr_multiplier". Matrices decay; gains, biases and scalars do not.
+    Each group has "muon" and "lr_multiplier". Muon gets the matrices of attention and MLPs, if the
+    recipe says so. Of the others matrices decay; gains, biases and scalars do not.
     """
     groups = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
+            muon = recipe.optimizer == "muon" and p.ndim == 2 and (".attn." in name
+                                                                   or ".mlp." in name)
             decays = p.ndim >= 2 and not any(fnmatch(name, q) for q in recipe.no_decay)
+            decay = recipe.muon_weight_decay if muon else recipe.weight_decay
             factor = next((f for q, f in recipe.lr_multipliers.items() if fnmatch(name, q)), 1.0)
-            groups.setdefault((decays, factor), []).append(p)
-    return [{"params": groups[key], "weight_decay": recipe.weight_decay if key[0] else 0.0,
-             "lr_multiplier": key[1]} for key in sorted(groups, reverse=True)]
+            factor *= recipe.muon_lr if muon else 1.0
+            groups.setdefault((muon, decay if decays else 0.0, factor), []).append(p)
+    return [{"params": groups[key], "muon": key[0], "weight_decay": key[1],
+             "lr_multiplier": key[2]} for key in sorted(groups, reverse=True)]
 
 
-def make_optimizer(model, recipe):
-    """AdamW over `parameter_groups`."""
-    return torch.optim.AdamW(parameter_groups(model, recipe), lr=recipe.lr, betas=recipe.betas,
-                             eps=recipe.eps, fused=True)
+def orthogonalize(matrices, half):
+    """Matrices of the same singular vectors whose singular values are all near 1 (0.7 to 1.2).
+
+    float (N, R, C) -> (N, R, C), in bf16 when half. Newton-Schulz: X <- aX + b(XX')X + c(XX')^2 X
+    takes every singular value x to ax + bx^3 + cx^5; the numbers are those of Jordan et al. (2024).
+    """
+    wide = matrices.shape[1] <= matrices.shape[2]
+    x = matrices if wide else matrices.mT                             # (N, R, C) with R <= C
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)          # no singular value above 1
+    x = x.bfloat16() if half else x
+    for _ in range(5):
+        gram = x @ x.mT                                               # (N, R, R)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315), x,
+                          beta=3.4445)
+    return x if wide else x.mT
+
+
+class Muon(torch.optim.Optimizer):
+    """Updates matrices by their momentum, orthogonalized; each direction learns at the same rate.
+
+    Jordan et al. (2024), kellerjordan.github.io/posts/muon, with updates of the size of AdamW's
+    (Liu et al., 2025, 2.2). It does what torch.optim.Muon with adjust_lr_fn="match_rms_adamw" does,
+    for all matrices of a shape at once, and in bf16 only when half: without bf16 instructions a
+    processor takes 20 times as long for that.
+    """
+
+    def __init__(self, groups, lr, half, momentum=0.95):
+        super().__init__(groups, {"lr": lr, "half": half, "momentum": momentum})
+
+    @torch.no_grad()
+    def step(self):
+        """Update all matrices that have a gradient."""
+        for group in self.param_groups:
+            lr, momentum, shapes = group["lr"], group["momentum"], {}
+            for p in group["params"]:
+                if p.grad is not None:
+                    if p not in self.state:
+                        self.state[p]["mean"] = torch.zeros_like(p)
+                    mean = self.state[p]["mean"].lerp_(p.grad, 1 - momentum)
+                    update = p.grad.lerp(mean, momentum)              # Nesterov's momentum
+                    shapes.setdefault(p.shape, []).append((p, update))
+            for shape, pairs in shapes.items():
+                size = 0.2 * max(shape) ** 0.5   # the root mean square of an update is 0.2, AdamW's
+                updates = orthogonalize(torch.stack([u for _, u in pairs]), group["half"])
+                for (p, _), update in zip(pairs, updates):
+                    p.mul_(1 - lr * group["weight_decay"]).add_(update, alpha=-lr * size)
+
+
+class Optimizers:
+    """Several optimizers that are used as one."""
+
+    def __init__(self, *parts):
+        self.parts = parts
+
+    def __str__(self):
+        counts = [sum(p.numel() for group in part.param_groups for p in group["params"])
+                  for part in self.parts]
+        return " and ".join(f"{type(part).__name__} ({count:,d} parameters)"
+                            for part, count in zip(self.parts, counts))
+
+    @property
+    def param_groups(self):
+        """The groups of all."""
+        return [group for part in self.parts for group in part.param_groups]
+
+    def step(self):
+        """A step of each."""
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self):
+        """No parameter has a gradient after it."""
+        for part in self.parts:
+            part.zero_grad()
+
+    def state_dict(self):
+        """For `load_state_dict`: {class name: its state dict}."""
+        return {type(part).__name__: part.state_dict() for part in self.parts}
+
+    def load_state_dict(self, states):
+        """Raises KeyError or ValueError for the states of other optimizers."""
+        for part in self.parts:
+            part.load_state_dict(states[type(part).__name__])
+
+
+def make_optimizer(model, recipe, half=False):
+    """AdamW, perhaps with Muon, over `parameter_groups`. half: whether the run is in bf16."""
+    groups = parameter_groups(model, recipe)
+    muon, adamw = ([g for g in groups if g["muon"] == kind] for kind in (True, False))
+    parts = [Muon(muon, lr=recipe.lr, half=half)] if muon else []
+    if adamw:
+        parts.append(torch.optim.AdamW(adamw, lr=recipe.lr, betas=recipe.betas, eps=recipe.eps,
+                                       fused=True))
+    return Optimizers(*parts)
 
 
 def learning_rate(recipe, step):

@@ -32,6 +32,8 @@ class Options:
     steps: int | None = option(None, "optimizer steps")
     batch_size: int | None = option(None, "samples of a step, over all processes and micro-batches")
     lr: float | None = option(None, "peak learning rate")
+    optimizer: str | None = option(None, "muon: for the matrices of attention and MLPs, adamw for "
+                                   "the rest; or adamw alone", choices=("muon", "adamw"))
     accumulate: int = option(1, "micro-batches of a step; contrastive losses stay exact")
     workers: int | None = option(None, "processes that make batches (default: up to 8 for a GPU, "
                                  "0 for a CPU, the training process itself)")
@@ -69,7 +71,7 @@ class Run:
     recipe: object
     batches: Batches
     model: torch.nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizer: object
     table: str                           # what is trained and what is frozen
     began: float
     step: int = 0
