@@ -15,7 +15,8 @@ In place of runs/clip: a Hugging Face folder, or OpenAI's .pt file with its voca
 
 Differs from the paper
 - Data: the shapes and emoji worlds or your files, not 400 million pairs. The presets tiny, small
-  and RN-tiny, their steps, learning rates and gradient clipping are ours.
+  and RN-tiny and their recipes are ours: Muon (optimizer.py) for the matrices of attention and MLPs
+  and AdamW for the rest (paper: AdamW), a linear decay, clipped gradients.
 - Crops (files.Files.record): a square of 0.9 to 1 of the largest square's area, from anywhere
   (paper: a random square of the resized image). The worlds' own pictures are not cropped.
 - Tokenizer: SentencePiece with 1,024 or 2,048 pieces (paper: byte pairs, 49,152).
@@ -310,7 +311,8 @@ TRAINS = {"clip": ("*",)}
 # The paper's (its 2.5 and appendix F): 32 epochs of 400M pairs. It clips no gradients.
 PAPER = Recipe(steps=390000, batch_size=32768, lr=5e-4, warmup=2000, grad_clip=None)
 PAPER_RESNET = replace(PAPER, betas=(0.9, 0.999), eps=1e-8)
-TINY = Recipe(steps=320, batch_size=256, lr=1e-3, optimizer="muon", muon_lr=6.0)
+TINY = Recipe(steps=320, batch_size=256, lr=1e-3, optimizer="muon", muon_lr=6.0,
+              schedule="linear")
 RECIPES = {
     "tiny": TINY,
     "tiny emoji": replace(TINY, steps=450, weight_decay=2.0),

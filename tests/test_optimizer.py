@@ -14,7 +14,7 @@ from common.training import lm
 from common.training.optimizer import (Muon, Optimizers, Recipe, eval_frozen, find_recipe, freeze,
                                        learning_rate, make_optimizer, orthogonalize,
                                        parameter_groups, set_learning_rate)
-from common.transformer import MLP, Attention, GatedMLP
+from common.transformer import MLP, Attention, GatedMLP, bert_block
 
 RECIPE = Recipe(steps=110, batch_size=1, lr=0.8, warmup=10, weight_decay=0.2)
 
@@ -118,9 +118,10 @@ class TestParameterGroups:
     @pytest.mark.parametrize("model, patterns", [
         (make(), ("*",)), (make(), ("vision.*",)), (make(image_size=64, stages=(1, 1, 2, 1)), ("*",)),
         (lm.Pretraining(lm.PRESETS["tiny"]), ("*",)),
+        (nn.ModuleList([bert_block(width=6, heads=2, context_width=5)]), ("*",)),
         (flamingo.Flamingo(flamingo.FlamingoConfig()), flamingo.TRAINS["flamingo"]),
         (flamingo.Flamingo(flamingo.FlamingoConfig(resampler="mlp")), flamingo.TRAINS["flamingo"])],
-        ids=["clip", "a part", "resnet", "lm", "flamingo", "mlp resampler"])
+        ids=["clip", "a part", "resnet", "lm", "bert", "flamingo", "mlp resampler"])
     def test_muon_gets_the_trained_matrices_of_attention_and_mlps(self, model, patterns):
         freeze(model, patterns)
         inside = {id(p) for m in model.modules() if type(m) in (Attention, MLP, GatedMLP)
@@ -314,8 +315,15 @@ class TestLearningRate:
         assert rate(85) == pytest.approx(0.8 * (2 - 2 ** 0.5) / 4)
         assert 0 < rate(109) < 0.001 and rate(110) == pytest.approx(0)
 
-    def test_without_a_warm_up_the_first_rate_is_the_peak(self):
-        assert learning_rate(Recipe(steps=4, batch_size=1, lr=0.8, warmup=0), 0) == 0.8
+    def test_or_as_a_line(self):
+        rate = functools.partial(learning_rate, replace(RECIPE, schedule="linear"))
+        assert [rate(step) for step in (0, 9, 10, 35, 60, 109, 110)] \
+            == pytest.approx([0.08, 0.8, 0.8, 0.6, 0.4, 0.008, 0])
+
+    @pytest.mark.parametrize("schedule", ["cosine", "linear"])
+    def test_without_a_warm_up_the_first_rate_is_the_peak(self, schedule):
+        recipe = Recipe(steps=4, batch_size=1, lr=0.8, warmup=0, schedule=schedule)
+        assert learning_rate(recipe, 0) == 0.8
 
     def test_each_group_has_its_multiple(self, model):
         recipe = Recipe(110, 1, 0.8, warmup=10, lr_multipliers={"logit_scale": 10.0})

@@ -8,11 +8,12 @@ import torch
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a stage is optimized: a linear warm-up, then a cosine to zero."""
+    """How a stage is optimized."""
     steps: int
     batch_size: int                      # over all processes and micro-batches
     lr: float                            # the peak
-    warmup: int = 100                    # steps
+    warmup: int = 100                    # steps, linear
+    schedule: str = "cosine"             # or "linear": from the peak to zero at the end
     weight_decay: float = 0.2            # of tensors with 2 or more axes; gains, biases, scalars: 0
     betas: tuple = (0.9, 0.98)
     eps: float = 1e-6
@@ -78,8 +79,8 @@ def parameter_groups(model, recipe):
     groups = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            muon = recipe.optimizer == "muon" and p.ndim == 2 and (".attn." in name
-                                                                   or ".mlp." in name)
+            muon = recipe.optimizer == "muon" and p.ndim == 2 and any(
+                part in name for part in (".attn.", ".cross.", ".mlp."))
             decays = p.ndim >= 2 and not any(fnmatch(name, q) for q in recipe.no_decay)
             decay = recipe.muon_weight_decay if muon else recipe.weight_decay
             factor = next((f for q, f in recipe.lr_multipliers.items() if fnmatch(name, q)), 1.0)
@@ -186,10 +187,12 @@ def make_optimizer(model, recipe, half=False):
 
 
 def learning_rate(recipe, step):
-    """Linear from 0 to lr over the warm-up steps, then half a cosine towards 0 at the end."""
+    """Linear from 0 to lr over the warm-up steps, then half a cosine or a line to 0 at the end."""
     if step < recipe.warmup:
         return recipe.lr * (step + 1) / recipe.warmup
     progress = (step - recipe.warmup) / max(1, recipe.steps - recipe.warmup)
+    if recipe.schedule == "linear":
+        return recipe.lr * (1 - progress)
     return recipe.lr * (1 + math.cos(math.pi * progress)) / 2
 
 
