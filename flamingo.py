@@ -374,7 +374,7 @@ def data_sources(world, tokenizer, config):
              source(share=3, weight=2.0, names=2, episode=1),
              source(share=5, weight=1.0, glossary=1)]
     return (pages if config.interleaved else []) + [
-        source(share=9, weight=2.5, caption=1, question=2), source(share=1, weight=1.0, clip=1)]
+        source(share=8, weight=2.5, caption=1, question=1), source(share=2, weight=1.0, clip=1)]
 
 
 # ------------------------------------------------------------------ presets and recipes
@@ -409,7 +409,7 @@ PRESETS = {
 TRAINS = {"flamingo": ("resampler.*", "gated.*", "lm.new.*")}
 ADAMW = Recipe(steps=750, batch_size=160, lr=1.5e-3, weight_decay=0.1, eps=1e-8,
                no_decay=("resampler.*",), lr_multipliers={"*_gate": 10.0})
-MUON = replace(ADAMW, optimizer="muon", muon_lr=3.0, schedule="linear", steps=330)
+MUON = replace(ADAMW, steps=620, batch_size=80, optimizer="muon", muon_lr=3.0, schedule="linear")
 RECIPES = {"tiny": MUON, "small": MUON, "": ADAMW}
 
 

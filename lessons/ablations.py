@@ -236,14 +236,14 @@ def batch(args):
     """Batch 32, 128 and 512, as many pairs each; lr grows with the square root of the batch."""
     compare(args, {f"softmax {size}": [
         "--batch_size", str(size), "--steps", str(args.pairs // size),
-        "--lr", str(1e-3 * (size / 256) ** 0.5)] for size in (32, 128, 512)},
+        "--lr", str(1e-3 * (size / 128) ** 0.5)] for size in (32, 128, 512)},
         args.pairs)
 
 
 def sigmoid(args):
     """Softmax and sigmoid at batch 32."""
     flags = ["--batch_size", "32", "--steps", str(args.pairs // 32),
-             "--lr", str(1e-3 / 8 ** 0.5)]
+             "--lr", str(1e-3 / 4 ** 0.5)]
     compare(args, {"softmax 32": flags, "sigmoid 32": [*flags, "--set", "loss=sigmoid"]},
             args.pairs)
 
@@ -265,7 +265,7 @@ FLAMINGO = {
 
 def flamingo(args):
     """Figures of Flamingo without each of its parts. Needs RUNS/clip and RUNS/lm."""
-    steps = args.steps or 400
+    steps = args.steps or 250
     compare(args, {name: ["--steps", str(steps), "--batch_size", "120", *flags]
                    for name, flags in FLAMINGO.items()},
             steps, "flamingo", FLAMINGO_FIGURES)
