@@ -371,10 +371,10 @@ def data_sources(world, tokenizer, config):
         collate = InterleavedCollator(tokenizer, config, render_page, p_next_image)
         return DataSource(world, collate, share, weight, kinds)
     pages = [source(share=2, weight=1.0, document=3, album=1, p_next_image=config.p_next_image),
-             source(share=3, weight=2.0, names=2, episode=1),
-             source(share=5, weight=1.0, glossary=1)]
+             source(share=2, weight=2.0, names=2, episode=1),
+             source(share=2, weight=1.0, glossary=1)]
     return (pages if config.interleaved else []) + [
-        source(share=8, weight=2.5, caption=1, question=1), source(share=2, weight=1.0, clip=1)]
+        source(share=8, weight=2.5, caption=1, question=1), source(share=2, weight=2.0, clip=1)]
 
 
 # ------------------------------------------------------------------ presets and recipes

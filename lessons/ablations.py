@@ -266,8 +266,7 @@ FLAMINGO = {
 def flamingo(args):
     """Figures of Flamingo without each of its parts. Needs RUNS/clip and RUNS/lm."""
     steps = args.steps or 250
-    compare(args, {name: ["--steps", str(steps), "--batch_size", "120", *flags]
-                   for name, flags in FLAMINGO.items()},
+    compare(args, {name: ["--steps", str(steps), *flags] for name, flags in FLAMINGO.items()},
             steps, "flamingo", FLAMINGO_FIGURES)
 
 

@@ -137,5 +137,5 @@ SETTINGS = {
 
 def options(**more):
     """Options of a two-step run on the toy world."""
-    return train.Options(**{"data": "toy", "batch_size": 20, "steps": 2, "precision": "fp32",
+    return train.Options(**{"data": "toy", "batch_size": 16, "steps": 2, "precision": "fp32",
                             "device": "cpu"} | more)
