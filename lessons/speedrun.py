@@ -14,7 +14,6 @@ Rules of the board
 Each run adds its curve to RUNS/speedrun/curves.json; curves.png beside it shows all of them.
 """
 import dataclasses
-import shlex
 import sys
 import time
 from pathlib import Path
@@ -82,15 +81,15 @@ def plot(curves, width=640, height=400, left=48, bottom=40):
     last = max(seconds for rows in curves.values() for _, seconds, _ in rows)
 
     def place(seconds, accuracy):
-        return (left + seconds / last * (width - left - 16),
+        return (left + seconds / last * (width - left - 24),
                 height - bottom - accuracy * (height - bottom - 16))
 
     for accuracy in (0, 0.25, 0.5, 0.75, GOAL):
         canvas.line([place(0, accuracy), place(last, accuracy)], fill=sheet.GREY)
         canvas.text((8, place(0, accuracy)[1] - 8), f"{accuracy}", fill=sheet.INK, font=sheet.FONT)
     for seconds in (last * part / 4 for part in range(5)):
-        canvas.text((place(seconds, 0)[0] - 16, height - bottom + 4), f"{seconds:.0f} s",
-                    fill=sheet.INK, font=sheet.FONT)
+        canvas.text((place(seconds, 0)[0], height - bottom + 4), f"{seconds:.0f} s",
+                    fill=sheet.INK, font=sheet.FONT, anchor="ma")
     for number, (name, rows) in enumerate(curves.items()):
         colour = COLOURS[number % len(COLOURS)]
         canvas.line([place(seconds, accuracy) for _, seconds, accuracy in rows], fill=colour, width=2)
@@ -107,7 +106,9 @@ def main():
     run = train.build("clip", Options(**flags, out=str(folder), overwrite=True), [], BEGAN)
     rows = measured(run, BEGAN)
     curves = read_json(folder / "curves.json") if (folder / "curves.json").exists() else {}
-    curves[shlex.join(sys.argv[1:]) or "no flags"] = rows
+    name = " ".join(f"--{key} {flags[key]}" for key in flags
+                    if key != "runs" and flags[key] != getattr(Options, key))
+    curves[name or "no flags"] = rows
     checkpoint.write_json(folder / "curves.json", curves)
     plot(curves).save(folder / "curves.png")
     print(f"curves: {folder / 'curves.png'}")

@@ -100,8 +100,8 @@ class TestMain:
         for seed in ("1", "2", "1"):
             curves = command(monkeypatch, "--steps", "1", "--batch_size", "2", "--seed", seed)
         figures = {name: rows[0][2] for name, rows in curves.items()}
-        assert figures == {"--steps 1 --batch_size 2 --seed 1": 0.3,
-                           "--steps 1 --batch_size 2 --seed 2": 0.2}
+        assert figures == {"--seed 1 --steps 1 --batch_size 2": 0.3,
+                           "--seed 2 --steps 1 --batch_size 2": 0.2}
         assert Image.open("runs/speedrun/curves.png").size == (640, 400 + 2 * 16)
 
 

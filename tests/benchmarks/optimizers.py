@@ -24,7 +24,7 @@ from common.training.run import Options                               # noqa: E4
 
 ADAMW = {"clip": {"steps": 1100, "batch_size": 256},                  # the recipes before Muon
          "emoji": {"steps": 900, "batch_size": 256, "data": "emoji"},
-         "lm": {"steps": 4000}, "flamingo": {"steps": 750}}
+         "lm": {"steps": 4000}, "flamingo": {"steps": 750, "batch_size": 160}}
 
 
 class Side:
