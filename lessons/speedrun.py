@@ -38,8 +38,8 @@ from common.training.run import Options                               # noqa: E4
 GOAL, EVERY = 0.95, 20
 FLAGS = ("seed", "steps", "batch_size", "lr", "optimizer", "accumulate", "device", "precision",
          "compile", "runs")
-Flags = dataclasses.make_dataclass("Flags", [(f.name, f.type, f) for f in dataclasses.fields(Options)
-                                             if f.name in FLAGS])
+Flags = dataclasses.make_dataclass("Flags", [
+    (f.name, f.type, f) for f in dataclasses.fields(Options) if f.name in FLAGS])
 COLOURS = ((30, 90, 200), (210, 40, 40), (20, 150, 60), (150, 60, 170), (220, 130, 0), (90, 90, 90))
 
 
@@ -92,7 +92,8 @@ def plot(curves, width=640, height=400, left=48, bottom=40):
                     fill=sheet.INK, font=sheet.FONT, anchor="ma")
     for number, (name, rows) in enumerate(curves.items()):
         colour = COLOURS[number % len(COLOURS)]
-        canvas.line([place(seconds, accuracy) for _, seconds, accuracy in rows], fill=colour, width=2)
+        points = [place(seconds, accuracy) for _, seconds, accuracy in rows]
+        canvas.line(points, fill=colour, width=2)
         canvas.text((left, height - 16 + 16 * number), name, fill=colour, font=sheet.FONT)
     return page
 

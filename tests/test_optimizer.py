@@ -11,7 +11,7 @@ from torch import nn
 import clip
 import flamingo
 from common.training import lm
-from common.training.optimizer import (Muon, Optimizers, Recipe, eval_frozen, find_recipe, freeze,
+from common.training.optimizer import (Muon, Recipe, eval_frozen, find_recipe, freeze,
                                        learning_rate, make_optimizer, orthogonalize,
                                        parameter_groups, set_learning_rate)
 from common.transformer import MLP, Attention, GatedMLP, bert_block
@@ -116,7 +116,8 @@ class TestParameterGroups:
                 assert torch.equal(p, before[name]), name
 
     @pytest.mark.parametrize("model, patterns", [
-        (make(), ("*",)), (make(), ("vision.*",)), (make(image_size=64, stages=(1, 1, 2, 1)), ("*",)),
+        (make(), ("*",)), (make(), ("vision.*",)),
+        (make(image_size=64, stages=(1, 1, 2, 1)), ("*",)),
         (lm.Pretraining(lm.PRESETS["tiny"]), ("*",)),
         (nn.ModuleList([bert_block(width=6, heads=2, context_width=5)]), ("*",)),
         (flamingo.Flamingo(flamingo.FlamingoConfig()), flamingo.TRAINS["flamingo"]),
@@ -137,10 +138,12 @@ class TestParameterGroups:
         assert {g["weight_decay"] for g in rest} <= {0.2, 0.0} and rest
         assert sum(len(g["params"]) for g in groups) \
             == sum(p.requires_grad for p in model.parameters())
-        assert not any(g["muon"] for g in parameter_groups(model, replace(recipe, optimizer="adamw")))
+        groups = parameter_groups(model, replace(recipe, optimizer="adamw"))
+        assert not any(g["muon"] for g in groups)
 
     @pytest.mark.parametrize("file, worlds, papers", [
-        (clip, ("tiny", "small", "RN-tiny"), ("ViT-B/32", "RN50")), (lm, ("tiny", "small"), ("gpt2",)),
+        (clip, ("tiny", "small", "RN-tiny"), ("ViT-B/32", "RN50")),
+        (lm, ("tiny", "small"), ("gpt2",)),
         (flamingo, ("tiny", "small"), ("3B",))])
     def test_the_recipes_of_the_worlds_use_muon_and_those_of_the_papers_adamw(self, file, worlds,
                                                                               papers):
@@ -172,9 +175,9 @@ class TestOrthogonalize:
     def test_half_is_bf16(self):
         matrices = torch.randn(3, 17, 31, generator=torch.Generator().manual_seed(3))
         half = orthogonalize(matrices, half=True)
-        assert half.dtype == torch.bfloat16 and orthogonalize(matrices, False).dtype == torch.float32
-        torch.testing.assert_close(half.float(), orthogonalize(matrices, half=False), atol=0.03,
-                                   rtol=0)
+        single = orthogonalize(matrices, half=False)
+        assert half.dtype == torch.bfloat16 and single.dtype == torch.float32
+        torch.testing.assert_close(half.float(), single, atol=0.03, rtol=0)
 
 
 SHAPES = [(5, 7), (7, 5), (5, 7), (6, 6)]
@@ -237,8 +240,8 @@ class TestMuon:
 
     def test_each_group_has_its_own_rate_and_decay(self):
         a, b = (nn.Parameter(torch.ones(3, 5)) for _ in range(2))
-        optimizer = Muon([{"params": [a], "weight_decay": 0.5}, {"params": [b], "weight_decay": 0.0}],
-                         lr=0.1, half=False)
+        optimizer = Muon([{"params": [a], "weight_decay": 0.5},
+                          {"params": [b], "weight_decay": 0.0}], lr=0.1, half=False)
         optimizer.param_groups[0]["lr"] = 0.4
         a.grad, b.grad = torch.zeros(3, 5), torch.zeros(3, 5)
         optimizer.step()
