@@ -56,10 +56,12 @@ def compare_muons(matrices, count):
     """Print the median milliseconds of a step of each Muon over matrices with random gradients."""
     for p in matrices:
         p.grad = torch.randn_like(p)
-    group = [{"params": matrices, "weight_decay": 0.05}]
-    sides = {"Muon in bf16": Muon(group, lr=1e-3, half=True),
-             "Muon in fp32": Muon(group, lr=1e-3, half=False),
-             "torch.optim.Muon": torch.optim.Muon(group, adjust_lr_fn="match_rms_adamw")}
+
+    def group():                         # an optimizer writes its options into it
+        return [{"params": matrices, "weight_decay": 0.05}]
+    sides = {"Muon in bf16": Muon(group(), lr=1e-3, half=True),
+             "Muon in fp32": Muon(group(), lr=1e-3, half=False),
+             "torch.optim.Muon": torch.optim.Muon(group(), adjust_lr_fn="match_rms_adamw")}
     times = {name: [] for name in sides}
     for _ in range(count + 2):
         for name, optimizer in sides.items():
