@@ -248,9 +248,10 @@ def sigmoid(args):
             args.pairs)
 
 
-FLAMINGO_FIGURES = {"captions": "caption_accuracy_single", "questions": "vqa_accuracy",
-                    "pages": "document_accuracy", "clips": "video_accuracy", "8 shots": "shots_8",
-                    "text": "perplexity_lm", "s a step": "step_seconds"}
+FLAMINGO_FIGURES = {"captions": "caption_accuracy_single", "and of two": "caption_accuracy",
+                    "questions": "vqa_accuracy", "pages": "document_accuracy",
+                    "clips": "video_accuracy", "8 shots": "shots_8", "text": "perplexity_lm",
+                    "s a step": "step_seconds"}
 FLAMINGO = {
     "flamingo": [],
     "gates open": ["--set", "gate_init=3"],

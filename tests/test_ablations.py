@@ -116,7 +116,7 @@ def test_flamingos_parts_are_left_out_one_by_one(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["ablations.py", "flamingo", "--steps", "9"])
     ablations.main()
     out = capsys.readouterr().out
-    assert out.count("0.1 (0-0.2)") == 7 * 8 and "3 seeds, 9 steps each" in out
+    assert out.count("0.1 (0-0.2)") == 8 * 8 and "3 seeds, 9 steps each" in out
     assert len(set(asked)) == 8 and asked[0] == ()
 
 
