@@ -316,7 +316,7 @@ RECIPES = {
     "tiny": TINY,
     "tiny emoji": replace(TINY, steps=400, batch_size=256, muon_lr=6.0, weight_decay=2.0),
     "small": replace(TINY, steps=3000, batch_size=1024, lr=5e-4, warmup=300),
-    "RN-tiny": replace(TINY, steps=800, betas=(0.9, 0.999), eps=1e-8),
+    "RN-tiny": replace(TINY, steps=1200, betas=(0.9, 0.999), eps=1e-8),
     "ViT-L/14": replace(PAPER, lr=4e-4),
     "ViT-L/14@336": replace(PAPER, lr=2e-5, steps=12200),             # one more epoch
     "RN50": PAPER_RESNET, "RN101": PAPER_RESNET, "RN50x4": PAPER_RESNET,
