@@ -311,10 +311,12 @@ TRAINS = {"clip": ("*",)}
 # The paper's (its 2.5 and appendix F): 32 epochs of 400M pairs. It clips no gradients.
 PAPER = Recipe(steps=390000, batch_size=32768, lr=5e-4, warmup=2000, grad_clip=None)
 PAPER_RESNET = replace(PAPER, betas=(0.9, 0.999), eps=1e-8)
-TINY = Recipe(steps=600, batch_size=128, lr=1e-3, schedule="linear", optimizer="muon", muon_lr=4.0)
+TINY = Recipe(steps=600, batch_size=128, lr=1e-3, schedule="linear", optimizer="muon",
+              muon_lr_multiplier=4.0)
 RECIPES = {
     "tiny": TINY,
-    "tiny emoji": replace(TINY, steps=400, batch_size=256, muon_lr=6.0, weight_decay=2.0),
+    "tiny emoji": replace(TINY, steps=400, batch_size=256, weight_decay=2.0,
+                          muon_lr_multiplier=6.0),
     "small": replace(TINY, steps=3000, batch_size=1024, lr=5e-4, warmup=300),
     "RN-tiny": replace(TINY, steps=1200, betas=(0.9, 0.999), eps=1e-8),
     "ViT-L/14": replace(PAPER, lr=4e-4),

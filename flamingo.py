@@ -409,7 +409,8 @@ PRESETS = {
 TRAINS = {"flamingo": ("resampler.*", "gated.*", "lm.new.*")}
 ADAMW = Recipe(steps=750, batch_size=160, lr=1.5e-3, weight_decay=0.1, eps=1e-8,
                no_decay=("resampler.*",), lr_multipliers={"*_gate": 10.0})
-MUON = replace(ADAMW, steps=620, batch_size=80, optimizer="muon", muon_lr=3.0, schedule="linear")
+MUON = replace(ADAMW, steps=620, batch_size=80, schedule="linear", optimizer="muon",
+               muon_lr_multiplier=3.0)
 RECIPES = {"tiny": MUON, "small": MUON, "": ADAMW}
 
 

@@ -127,7 +127,7 @@ class TestParameterGroups:
         freeze(model, patterns)
         inside = {id(p) for m in model.modules() if type(m) in (Attention, MLP, GatedMLP)
                   for p in m.parameters() if p.ndim == 2 and p.requires_grad}
-        recipe = Recipe(9, 1, 0.1, optimizer="muon", muon_lr=5.0, muon_weight_decay=0.3,
+        recipe = Recipe(9, 1, 0.1, optimizer="muon", muon_lr_multiplier=5.0, muon_weight_decay=0.3,
                         lr_multipliers={"*.q_proj.*": 7.0}, no_decay=("*.v_proj.*",))
         groups = parameter_groups(model, recipe)
         muon = [g for g in groups if g["muon"]]
@@ -250,7 +250,7 @@ class TestMuon:
 
 
 class TestOptimizers:
-    RECIPE = replace(RECIPE, optimizer="muon", muon_lr=4.0, betas=(0.7, 0.8), eps=1e-3)
+    RECIPE = replace(RECIPE, optimizer="muon", muon_lr_multiplier=4.0, betas=(0.7, 0.8), eps=1e-3)
 
     def trained(self, model, optimizer, first, last):
         for step in range(first, last):

@@ -18,7 +18,7 @@ from common.training.optimizer import Recipe
 
 TRAINS = {"lm": ("*",)}
 ADAMW = Recipe(steps=4000, batch_size=64, lr=3e-3, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
-MUON = replace(ADAMW, optimizer="muon", muon_lr=1.25, schedule="linear", steps=1080)
+MUON = replace(ADAMW, optimizer="muon", muon_lr_multiplier=1.25, schedule="linear", steps=1080)
 RECIPES = {"tiny": MUON, "small": MUON, "": ADAMW}
 
 

@@ -21,7 +21,7 @@ class Recipe:
     no_decay: tuple = ()                 # patterns of names of matrices that do not decay either
     lr_multipliers: dict = field(default_factory=dict)       # pattern of names -> factor of lr
     optimizer: str = "adamw"             # "muon": Muon for the matrices of attention and MLPs
-    muon_lr: float = 3.0                 # Muon's rate in multiples of lr
+    muon_lr_multiplier: float = 3.0      # Muon's rate in multiples of lr
     muon_weight_decay: float = 0.05
 
 
@@ -84,7 +84,7 @@ def parameter_groups(model, recipe):
             decays = p.ndim >= 2 and not any(fnmatch(name, q) for q in recipe.no_decay)
             decay = recipe.muon_weight_decay if muon else recipe.weight_decay
             factor = next((f for q, f in recipe.lr_multipliers.items() if fnmatch(name, q)), 1.0)
-            factor *= recipe.muon_lr if muon else 1.0
+            factor *= recipe.muon_lr_multiplier if muon else 1.0
             groups.setdefault((muon, decay if decays else 0.0, factor), []).append(p)
     return [{"params": groups[key], "muon": key[0], "weight_decay": key[1],
              "lr_multiplier": key[2]} for key in sorted(groups, reverse=True)]
