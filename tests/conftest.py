@@ -1,14 +1,12 @@
-"""Settings of every test, and what several modules ask for."""
+"""Settings of every test: one thread, and the same random numbers."""
 import common                            # noqa: F401  before torch: it sets how threads wait
 
 import pytest
 import torch
 
+torch.set_num_threads(1)                 # on tiny tensors several wait for each other most of the time
 
-@pytest.fixture(scope="module")
-def one_thread():
-    """Several threads on tiny tensors wait for each other most of the time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)

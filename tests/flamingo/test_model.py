@@ -12,7 +12,7 @@ from common.data.tokenizer import EOC
 from common.evaluation.writing import Writer
 from common.generation import generate
 from flamingo import PRESETS, Flamingo, FlamingoConfig
-from tests.flamingo.toys import CONFIG, close, make, make_ids, make_images, make_visual
+from tests.helpers import (assert_close, flamingo_config, make_ids, make_images, make_visual, toy_flamingo)
 
 def count(module):
     return sum(p.numel() for p in module.parameters())
@@ -20,8 +20,8 @@ def count(module):
 
 class TestConfig:
     def test_it_comes_back_from_json(self):
-        assert FlamingoConfig(**json.loads(json.dumps(asdict(CONFIG)))) == CONFIG
-        assert (CONFIG.image_size, CONFIG.context_length) == (15, 37)
+        assert FlamingoConfig(**json.loads(json.dumps(asdict(flamingo_config())))) == flamingo_config()
+        assert (flamingo_config().image_size, flamingo_config().context_length) == (15, 37)
 
     @pytest.mark.parametrize("changes, message", [
         ({"placement": "after"}, "placement=after is not one of paper, openflamingo"),
@@ -36,13 +36,13 @@ class TestConfig:
          "cross_attn_every=4: no gated block among 3 blocks")])
     def test_an_impossible_config_is_refused(self, changes, message):
         with pytest.raises(ValueError, match=message):
-            replace(CONFIG, **changes)
+            replace(flamingo_config(), **changes)
 
     @pytest.mark.parametrize("name", ["vision", "language"])
     def test_a_part_of_another_version_is_refused(self, name):
-        fields = asdict(getattr(CONFIG, name)) | {"unheard": 1}
+        fields = asdict(getattr(flamingo_config(), name)) | {"unheard": 1}
         with pytest.raises(ValueError, match=f"{name}: a config of another version .*unheard"):
-            replace(CONFIG, **{name: fields})
+            replace(flamingo_config(), **{name: fields})
 
 
 class TestSizes:
@@ -93,7 +93,7 @@ class Identity(nn.Module):
 
 def make_without_self_attention(**changes):
     """A model whose tokens are connected by the gated blocks alone."""
-    model = make(**changes)
+    model = toy_flamingo(**changes)
     model.lm.blocks = nn.ModuleList(Identity() for _ in range(3))
     return model
 
@@ -138,12 +138,12 @@ class TestMediaMask:
     @pytest.mark.parametrize("only_latest_image", [True, False])
     @pytest.mark.parametrize("image, tag", [(0, 2), (1, 6), (2, 8)])
     def test_an_image_changes_nothing_before_its_image_token(self, only_latest_image, image, tag):
-        model = make(only_latest_image=only_latest_image)
+        model = toy_flamingo(only_latest_image=only_latest_image)
         where = affected(model, make_ids(self.IDS), make_visual(1), image)
         assert where == "." * tag + "#" * (11 - tag)    # later tokens attend to those in between
 
     def test_a_row_of_a_ragged_batch_is_that_row_alone(self):
-        model, visual = make(), make_visual(3)
+        model, visual = toy_flamingo(), make_visual(3)
         rows, lengths, images = ("..I...I.I..", "I...PPPPPPP", ".....I.PPPP"), (11, 4, 7), (3, 1, 1)
         ids = make_ids(*rows)
         right = model.logits(ids, visual=visual)
@@ -152,26 +152,26 @@ class TestMediaMask:
         left = model.logits(rolled, mask, visual=visual)
         for b, (n, N) in enumerate(zip(lengths, images)):
             alone = model.logits(ids[b:b + 1, :n], visual=visual[b:b + 1, :N])[0]
-            close(right[b, :n], alone)
-            close(left[b, 11 - n:], alone)
+            assert_close("outputs", right[b, :n], alone)
+            assert_close("outputs", left[b, 11 - n:], alone)
 
     @pytest.mark.parametrize("only_latest_image", [True, False])
     def test_images_that_pad_a_row_change_nothing(self, only_latest_image):
-        model, ids = make(only_latest_image=only_latest_image), make_ids("..I...I.", "I.......")
+        model, ids = toy_flamingo(only_latest_image=only_latest_image), make_ids("..I...I.", "I.......")
         visual = make_visual(2, 2)
         padded = torch.cat([visual, make_visual(2, 3)], dim=1)
-        close(model.logits(ids, visual=padded), model.logits(ids, visual=visual))
+        assert_close("outputs", model.logits(ids, visual=padded), model.logits(ids, visual=visual))
 
     def test_last_gives_the_newest_logits_alone(self):
-        model, ids, visual = make(), make_ids(self.IDS, self.IDS), make_visual()
+        model, ids, visual = toy_flamingo(), make_ids(self.IDS, self.IDS), make_visual()
         newest = model.logits(ids, visual=visual, last=True)
-        close(newest, model.logits(ids, visual=visual)[:, -1:])
+        assert_close("outputs", newest, model.logits(ids, visual=visual)[:, -1:])
 
 
 class TestEncodeImages:
     @pytest.mark.parametrize("class_token", [False, True])
     def test_features_are_the_tokens_before_the_last_norm(self, class_token):
-        model = make(use_class_token=class_token)
+        model = toy_flamingo(use_class_token=class_token)
         images, features = make_images(2, 3, frames=4), []
         model.resampler.register_forward_hook(lambda m, x, out: features.append(x[0]))
         model.encode_images(images)
@@ -180,23 +180,23 @@ class TestEncodeImages:
             x = model.vision.embed(normalize_pixels(images[b, n, f][None]))
             for block in model.vision.transformer.blocks:
                 x = block(x)
-            close(features[0][b, n, f], x[0, 0 if class_token else 1:])
+            assert_close("outputs", features[0][b, n, f], x[0, 0 if class_token else 1:])
 
     def test_features_of_a_resnet_are_the_grid_cells_before_its_pool(self):
-        model, features = make(vision=replace(CONFIG.vision, stages=(1, 1, 1, 1), image_size=64,
+        model, features = toy_flamingo(vision=replace(flamingo_config().vision, stages=(1, 1, 1, 1), image_size=64,
                                               vision_width=2, vision_heads=4)), []
         images = torch.randint(256, (2, 1, 1, 3, 64, 64), dtype=torch.uint8)
         model.resampler.register_forward_hook(lambda m, x, out: features.append(x[0]))
         assert model.encode_images(images).shape == (2, 1, 7, 64)
         pixels = normalize_pixels(images[:, 0, 0]).double()
-        close(features[0][:, 0, 0], model.vision.patches(pixels))
+        assert_close("outputs", features[0][:, 0, 0], model.vision.patches(pixels))
 
     def test_rows_and_images_keep_their_order(self):
-        model, images = make(), make_images()
+        model, images = toy_flamingo(), make_images()
         visual = model.encode_images(images)
         for b in range(2):
             for n in range(3):
-                close(visual[b, n], model.encode_images(images[b:b + 1, n:n + 1])[0, 0])
+                assert_close("outputs", visual[b, n], model.encode_images(images[b:b + 1, n:n + 1])[0, 0])
 
 
 class TestCache:
@@ -219,9 +219,9 @@ class TestCache:
     @pytest.mark.parametrize("only_latest_image", [True, False])
     @pytest.mark.parametrize("chunks", [[1] * 17, [13, 1, 1, 1, 1], [6, 5, 6], [10, 7], [16, 1]])
     def test_any_chunks_give_the_logits_of_one_forward(self, chunks, only_latest_image):
-        (ids, mask, visual), model = self.inputs(), make(only_latest_image=only_latest_image)
+        (ids, mask, visual), model = self.inputs(), toy_flamingo(only_latest_image=only_latest_image)
         want = model.logits(ids, mask, visual=visual)
-        close(self.cached(model, ids, mask, visual, chunks)[mask], want[mask])
+        assert_close("outputs", self.cached(model, ids, mask, visual, chunks)[mask], want[mask])
 
     def test_a_late_step_still_attends_to_the_image(self):
         (ids, mask, visual), model = self.inputs(), make_without_self_attention()
@@ -233,28 +233,28 @@ class TestCache:
         assert not different[1:].any()
 
     def test_a_new_image_may_come_during_generation(self):
-        (ids, mask, visual), model, cache = self.inputs(), make(), KVCache()
+        (ids, mask, visual), model, cache = self.inputs(), toy_flamingo(), KVCache()
         want, logits = model.logits(ids, mask, visual=visual), []
         with torch.no_grad():
             for start, end, N in ((0, 9, 1), (9, 10, 1), (10, 12, 2), (12, 13, 2), (13, 17, 3)):
                 logits.append(model.logits(ids[:, start:end], mask[:, :end], cache,
                                            visual=visual[:, :N]))
-        close(torch.cat(logits, dim=1)[mask], want[mask])
+        assert_close("outputs", torch.cat(logits, dim=1)[mask], want[mask])
 
     def test_a_new_image_may_take_the_place_of_padding(self):
         # N stays 2: the padding of the second row is replaced by its second image.
         ids, visual = make_ids("I.I......", "I.....I.."), make_visual(2, 2)
-        model, cache = make(), KVCache()
+        model, cache = toy_flamingo(), KVCache()
         want, padded = model.logits(ids, visual=visual), visual.clone()
         padded[1, 1] = 0
         with torch.no_grad():
             logits = [model.logits(ids[:, :5], cache=cache, visual=padded)]
             logits += [model.logits(ids[:, t:t + 1], cache=cache, visual=visual)
                        for t in range(5, 9)]
-        close(torch.cat(logits, dim=1), want)
+        assert_close("outputs", torch.cat(logits, dim=1), want)
 
     def test_keys_of_images_are_computed_once_for_each_visual_tensor(self):
-        (ids, mask, visual), model, calls = self.inputs(), make(), []
+        (ids, mask, visual), model, calls = self.inputs(), toy_flamingo(), []
         model.gated[1].attn.k_proj.register_forward_hook(lambda *_: calls.append(1))
         self.cached(model, ids, mask, visual, [4, 10, 1, 1, 1])
         assert len(calls) == 1
@@ -266,7 +266,7 @@ class TestCache:
 
     @pytest.mark.parametrize("num_beams", [1, 3])
     def test_each_row_keeps_its_images_in_a_search(self, num_beams):
-        (ids, mask, visual), model = self.inputs(), make()
+        (ids, mask, visual), model = self.inputs(), toy_flamingo()
 
         def write(ids, mask, visual):
             return generate(Writer(model, None).logits, ids, mask, state={"visual": visual},

@@ -5,64 +5,64 @@ import torch
 import flamingo
 from common.transformer import LayerNorm
 from flamingo import Flamingo, FrameEmbed
-from tests.flamingo.toys import (CONFIG, close, loop_mlp, loop_norm, loop_resampler, make,
-                                 make_batch, make_features)
+from tests.helpers import (assert_close, flamingo_config, loop_mlp, loop_norm, loop_resampler, make_batch, make_features,
+    toy_flamingo)
 
 class TestResampler:
     @pytest.mark.parametrize("frames", [1, 4])
     def test_it_is_the_papers_loop_for_each_image_or_clip(self, frames):
-        resampler, features = make().resampler, make_features(frames=frames)
+        resampler, features = toy_flamingo().resampler, make_features(frames=frames)
         visual = resampler(features)
         assert visual.shape == (2, 3, 7, 22)
         for b in range(2):
             for n in range(3):
-                close(visual[b, n], loop_resampler(resampler, features[b, n]))
+                assert_close("outputs", visual[b, n], loop_resampler(resampler, features[b, n]))
 
     def test_each_image_is_resampled_alone(self):
-        resampler, features = make().resampler, make_features()
+        resampler, features = toy_flamingo().resampler, make_features()
         visual, other = resampler(features), features.clone()
         other[1, 0] += 1
         same = (resampler(other) == visual).flatten(2).all(-1)
         assert same.tolist() == [[True] * 3, [False, True, True]]
 
     def test_different_images_have_different_tokens_from_the_start(self):
-        visual = Flamingo(CONFIG).resampler(torch.randn(200, 1, 1, 9, 22))
+        visual = Flamingo(flamingo_config()).resampler(torch.randn(200, 1, 1, 9, 22))
         share = (visual - visual.mean(dim=0)).square().sum() / visual.square().sum()
         assert share > 0.05                          # 0.005 when the latents start at N(0, 1)
 
     def test_keys_are_the_features_and_the_latents(self):
-        model, lengths = make(), []
+        model, lengths = toy_flamingo(), []
         for layer in model.resampler.layers:
             layer.attn.k_proj.register_forward_hook(lambda m, i, out: lengths.append(out.shape[1]))
         model.resampler(make_features(frames=4))
         assert lengths == [4 * 9 + 7] * 2
 
     def test_media_and_latents_have_separate_norms_and_the_output_has_one(self):
-        resampler = make(resampler_layers=3).resampler
+        resampler = toy_flamingo(resampler_layers=3).resampler
         assert sum(isinstance(m, LayerNorm) for m in resampler.modules()) == 3 * 3 + 1
         assert len({norm for layer in resampler.layers
                     for norm in (layer.media_norm, layer.latents_norm)}) == 6
 
     def test_only_norms_have_biases(self):
-        for name, _ in [*make().resampler.named_parameters(), *make().gated.named_parameters()]:
+        for name, _ in [*toy_flamingo().resampler.named_parameters(), *toy_flamingo().gated.named_parameters()]:
             assert not name.endswith("bias") or "norm" in name
 
     def test_features_of_a_frame_have_no_order_and_frames_have(self):
-        resampler, features = make().resampler, make_features(2, 1, frames=4)
-        close(resampler(features[:, :, :, torch.randperm(9)]), resampler(features))
+        resampler, features = toy_flamingo().resampler, make_features(2, 1, frames=4)
+        assert_close("outputs", resampler(features[:, :, :, torch.randperm(9)]), resampler(features))
         assert not torch.allclose(resampler(features.flip(2)), resampler(features))
-        without = make(max_frames=0).resampler
+        without = toy_flamingo(max_frames=0).resampler
         assert not list(without.frames.parameters())
-        close(without(features.flip(2)), without(features))
+        assert_close("outputs", without(features.flip(2)), without(features))
 
     def test_squared_relu_and_gelu(self):
         x = torch.tensor([-1.0, 0.0, 0.5, 2.0]).double()
-        close(flamingo.ACTIVATIONS["squared_relu"](x), torch.tensor([0.0, 0.0, 0.25, 4.0]).double())
-        close(flamingo.ACTIVATIONS["gelu"](x),
+        assert_close("outputs", flamingo.ACTIVATIONS["squared_relu"](x), torch.tensor([0.0, 0.0, 0.25, 4.0]).double())
+        assert_close("outputs", flamingo.ACTIVATIONS["gelu"](x),
               torch.tensor([-0.158655, 0.0, 0.345731, 1.954500]).double(), 1e-6)
         for act in ("squared_relu", "gelu"):
             for resampler in ("perceiver", "mlp"):
-                model = make(act=act, resampler=resampler)
+                model = toy_flamingo(act=act, resampler=resampler)
                 own = model.resampler if resampler == "mlp" else model.resampler.layers[1]
                 for mlp, hidden in ((own.mlp, 4 * 22), (model.gated[2].mlp, 4 * 20)):
                     assert mlp.act is flamingo.ACTIVATIONS[act]
@@ -71,12 +71,12 @@ class TestResampler:
 
 class TestMLPResampler:
     def test_every_feature_becomes_a_token_by_itself(self):
-        model, features = make(resampler="mlp"), make_features(frames=4)
+        model, features = toy_flamingo(resampler="mlp"), make_features(frames=4)
         visual, resampler = model.resampler(features), model.resampler
         assert visual.shape == (2, 3, 36, 22)
         x = features[1, 2, 3, 5] + resampler.frames.weight[3]
         x = x + loop_mlp(resampler.mlp, loop_norm(x, resampler.mlp_norm))
-        close(visual[1, 2, 3 * 9 + 5], loop_norm(x, resampler.norm))
+        assert_close("outputs", visual[1, 2, 3 * 9 + 5], loop_norm(x, resampler.norm))
         assert model(make_batch("I....", ".I..I"))["lm"].isfinite()
 
 
@@ -94,16 +94,16 @@ class TestFrameEmbed:
 
     def test_a_longer_clip_gets_the_table_interpolated_linearly(self):
         table, added = self.added(30)
-        close(added[0], table[0])
-        close(added[-1], table[-1])
+        assert_close("outputs", added[0], table[0])
+        assert_close("outputs", added[-1], table[-1])
         for i in range(30):
             place = i * 7 / 29
             low = min(int(place), 6)
-            close(added[i], table[low] + (place - low) * (table[low + 1] - table[low]))
+            assert_close("outputs", added[i], table[low] + (place - low) * (table[low + 1] - table[low]))
 
     def test_a_shorter_clip_gets_both_ends(self):
         table, added = self.added(2)
-        close(added, table[[0, -1]])
+        assert_close("outputs", added, table[[0, -1]])
 
     def test_an_image_gets_the_first_row(self):
         table, added = self.added(1)

@@ -1,0 +1,287 @@
+"""Small runs of train.py for tests: a toy world, own data, processes that are killed on purpose.
+
+A run is a process forked from one that has imported torch already.
+"""
+import itertools
+import json
+import multiprocessing
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch._dynamo                      # noqa: F401  AdamW imports it; once for all forks
+from torch import nn
+
+import clip
+import train
+from common.data import batches
+from common.data.shapes.world import Shapes
+from common.losses import next_token_loss
+from common.training import checkpoint, options
+from common.training.optimizer import Recipe
+
+SIZES = ["vision_width=12", "vision_layers=1", "vision_heads=3", "text_width=10", "text_layers=1",
+         "text_heads=2", "embed_dim=7"]
+TOY = ["clip", "--data", "toy", "--batch_size", "6", "--save_every", "6",
+       *itertools.chain.from_iterable(("--set", size) for size in SIZES)]
+STEPS = 23
+
+
+class Toy(Shapes):
+    """The shapes world with small splits and few words."""
+    name = "toy"
+    splits = {"train": 61, "test": 13, "single": 42, "composition": 6, "shifted": 42}
+
+    def corpus(self):
+        return itertools.islice(super().corpus(), 150)
+
+
+batches.WORLDS["toy"] = Toy
+
+
+def build(tmp_path, *settings, stage="clip", **more):
+    """A Run of the toy world at step 0, in a folder that stays unwritten when it is not trained."""
+    values = {"data": "toy", "batch_size": 6, "steps": 50, "precision": "fp32",
+              "out": str(tmp_path / "run")} | more
+    return train.build(stage, train.Options(**values), [*SIZES, *settings], time.time())
+
+
+# The user's own data
+
+def own(spec, *flags):
+    """The command line of a small run on files of one's own."""
+    return ["clip", "--data", spec, *TOY[3:], "--set", "context_length=5", "--steps", str(STEPS),
+            *flags]
+
+
+# Processes
+
+def child(argv, output, trap, environment):
+    """Be `python train.py ARGV` in this process; trap() is called first."""
+    os.setpgrp()
+    multiprocessing.set_start_method(None, force=True)       # workers start as they do by default
+    os.environ |= environment
+    with open(output, "w") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    torch.set_num_threads(1)
+    update = train.update
+
+    def drawing(*arguments):
+        torch.rand(1)                    # as dropout would
+        return update(*arguments)
+    train.update = drawing
+    sys.argv, train.BEGAN = ["train.py", *argv], time.time()
+    trap()
+    options.run_main(train.main)
+
+
+def fork(target, *arguments):
+    """A process that calls target(*arguments), started from one that has imported all this."""
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload([__name__])
+    process = forks.Process(target=target, args=arguments)
+    with pytest.MonkeyPatch.context() as patch:          # for the server that forks
+        patch.setenv("PYTHONPATH", str(Path(train.__file__).parent))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        process.start()
+    return process
+
+
+class Command:
+    """A `python train.py ARGV` that runs beside the test."""
+
+    def __init__(self, argv, output, trap=int, **environment):
+        self.output = output
+        self.process = fork(child, argv, output, trap, environment)
+
+    def end(self, status=0):
+        """Its output, when it has ended with this status; -9 is killed by signal 9."""
+        self.process.join(60)
+        text = self.output.read_text()
+        if self.process.is_alive():
+            self.process.kill()
+            raise AssertionError(f"still running:\n{text}")
+        assert self.process.exitcode == status, text
+        assert "Traceback" not in text, text
+        return text
+
+
+def environments():
+    """What torchrun --nproc_per_node=2 sets for its two processes."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = str(found.getsockname()[1])
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [{**shared, "RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
+
+
+def pair(argv, folder, traps=(int, int)):
+    """Both `train.py ARGV` processes of a run."""
+    return [Command(argv, folder.with_name(f"{folder.name}{e['RANK']}.txt"), trap, **e)
+            for e, trap in zip(environments(), traps)]
+
+
+# Traps
+
+def at_step(step, number, group=False):
+    """The process, or its whole group, gets a signal as it begins a step."""
+    update = train.update
+
+    def struck(run, *arguments):
+        if run.step == step:
+            os.kill(0 if group else os.getpid(), number)
+        return update(run, *arguments)
+    train.update = struck
+
+
+def writing(count):
+    """A kill when half of the count-th checkpoint is written."""
+    save = torch.save
+
+    def struck(state, path):
+        nonlocal count
+        count -= 1
+        save(state, path)
+        if count == 0:
+            path.write_bytes(path.read_bytes()[:5000])
+            os.kill(os.getpid(), signal.SIGKILL)
+    torch.save = struck
+
+
+def naming(name, count):
+    """A kill before a file is given this name for the count-th time."""
+    replace = os.replace
+
+    def struck(old, new):
+        nonlocal count
+        count -= new.name == name
+        if count == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(old, new)
+    os.replace = struck
+
+
+def while_measuring(number):
+    """A signal when all steps are done."""
+    def struck(self, data):
+        os.kill(os.getpid(), number)
+        return {}
+    clip.CLIP.evaluate = struck
+
+
+# Run folders
+
+def weights(folder):
+    """The weights of a run's last checkpoint."""
+    return checkpoint.load(folder / "last.pt")["model"]
+
+
+def log(folder):
+    """The lines of a run's log."""
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def result(text):
+    """The result in what a run printed, its last line."""
+    last = text.splitlines()[-1]
+    assert last.startswith("result: {"), text
+    return json.loads(last.removeprefix("result: "))
+
+
+def assert_same_weights(folder, reference, atol=1e-5):
+    """Both ended with the same weights, but for rounding."""
+    one, other = weights(folder), weights(reference)
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], other[name], atol=atol, rtol=0, msg=name)
+
+
+def assert_same_run(folder, reference):
+    """Both ended with the same bits: weights, optimizer, random numbers, figures and log."""
+    one, other = (checkpoint.load(f / "last.pt") for f in (folder, reference))
+    assert one["step"] == other["step"] == STEPS and torch.equal(one["rng"], other["rng"])
+    assert one["model"].keys() == other["model"].keys() and one["data"] == other["data"]
+    assert all(torch.equal(one["model"][name], other["model"][name]) for name in one["model"])
+    assert one["optimizer"].keys() == other["optimizer"].keys() == {"Muon", "AdamW"}
+    for name, part in other["optimizer"].items():
+        assert part["state"]
+        for key, moments in part["state"].items():
+            own = one["optimizer"][name]["state"][key]
+            assert all(torch.equal(own[m], moments[m]) for m in moments)
+    figures = [json.loads((f / "result.json").read_text()) for f in (folder, reference)]
+    for figure in figures:
+        figure.pop("seconds"), figure.pop("peak_memory_mb")
+    assert figures[0] == figures[1]
+    assert [(line["step"], line["loss"], line["lr"]) for line in log(folder)] \
+        == [(line["step"], line["loss"], line["lr"]) for line in log(reference)]
+    assert not list(folder.glob("*.part"))
+
+
+# The loop's own step, without a folder
+
+class Watch:
+    """An optimizer that keeps the gradients and changes nothing."""
+    param_groups = ()
+
+    def __init__(self, model):
+        self.model = model
+
+    def step(self):
+        self.seen = {name: p.grad.clone() for name, p in self.model.named_parameters()
+                     if p.grad is not None}
+
+    def zero_grad(self):
+        self.model.zero_grad()
+
+
+def step_gradients(model, batches, forward=None):
+    """{name: gradient, "loss": the loss} of one `train.update` over micro-batches."""
+    run = SimpleNamespace(model=model, optimizer=Watch(model), device=torch.device("cpu"),
+                          half=False, step=0,
+                          recipe=Recipe(steps=9, batch_size=1, lr=0.0, grad_clip=None))
+    loss = train.update(run, forward or model, [{"source": 0, "weight": 1.0} | b for b in batches])
+    return run.optimizer.seen | {"loss": loss}
+
+
+class Bigram(nn.Module):
+    """A toy that predicts each token from the last one; it keeps the batches that it is given."""
+
+    def __init__(self, vocab_size=7):
+        super().__init__()
+        self.table, self.seen = nn.Embedding(vocab_size, vocab_size), []
+
+    def forward(self, batch, gather):
+        self.seen.append(batch)
+        return {"lm": next_token_loss(self.table(batch["ids"]), batch["labels"],
+                                      batch.get("label_count"))}
+
+
+def ragged_rows(rows=6, length=5, vocab_size=7):
+    """ids int64 (rows, length); row i has labels for its first i + 1 tokens alone."""
+    ids = torch.randint(vocab_size, (rows, length), generator=torch.Generator().manual_seed(2))
+    counted = torch.arange(length) <= torch.arange(rows)[:, None]
+    return {"ids": ids, "labels": ids.where(counted, -100)}
+
+
+# Two-step runs of Flamingo and its parts
+
+SETTINGS = {
+    "clip": ["vision_width=22", "vision_layers=2", "vision_heads=2", "text_width=6",
+             "text_layers=1", "text_heads=1", "embed_dim=3", "context_length=9"],
+    "lm": ["width=20", "layers=3", "heads=2", "kv_heads=2", "hidden=26"],
+    "flamingo": ["num_latents=7", "resampler_layers=1", "resampler_heads=5",
+                 "resampler_head_width=3", "cross_attn_every=2", "heads=3", "head_width=4",
+                 "max_frames=4", "gate_init=0.5"]}
+
+
+def toy_options(**more):
+    """Options of a two-step run on the toy world."""
+    return train.Options(**{"data": "toy", "batch_size": 16, "steps": 2, "precision": "fp32",
+                            "device": "cpu"} | more)
