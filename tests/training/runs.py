@@ -10,13 +10,16 @@ import signal
 import socket
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch._dynamo                      # noqa: F401  AdamW imports it; once for all forks
+import torch.distributed as dist
 from torch import nn
+from torch.testing._internal.distributed import multi_threaded_pg as threaded
 
 import clip
 import train
@@ -25,6 +28,7 @@ from common.data.shapes.world import Shapes
 from common.losses import next_token_loss
 from common.training import checkpoint, options
 from common.training.optimizer import Recipe
+from tests.helpers import assert_close
 
 SIZES = ["vision_width=12", "vision_layers=1", "vision_heads=3", "text_width=10", "text_layers=1",
          "text_heads=2", "embed_dim=7"]
@@ -155,19 +159,6 @@ def writing(count):
     torch.save = struck
 
 
-def naming(name, count):
-    """A kill before a file is given this name for the count-th time."""
-    replace = os.replace
-
-    def struck(old, new):
-        nonlocal count
-        count -= new.name == name
-        if count == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        replace(old, new)
-    os.replace = struck
-
-
 def while_measuring(number):
     """A signal when all steps are done."""
     def struck(self, data):
@@ -195,32 +186,39 @@ def result(text):
     return json.loads(last.removeprefix("result: "))
 
 
-def assert_same_weights(folder, reference, atol=1e-5):
+def assert_same_weights(folder, reference, tolerance=1e-5):
     """Both ended with the same weights, but for rounding."""
     one, other = weights(folder), weights(reference)
     assert one.keys() == other.keys()
     for name in one:
-        torch.testing.assert_close(one[name], other[name], atol=atol, rtol=0, msg=name)
+        assert_close(f"{name} of {folder.name}", one[name], other[name], tolerance)
+
+
+def assert_same(name, got, expected):
+    """The same bits in all tensors of both dicts, and the same other values."""
+    if isinstance(expected, dict):
+        assert got.keys() == expected.keys(), f"{name}: got {[*got]}, expected {[*expected]}"
+        for key in expected:
+            assert_same(f"{name}, {key}", got[key], expected[key])
+    elif isinstance(expected, torch.Tensor):
+        assert_close(name, got, expected, 0)
+    else:
+        assert got == expected, f"{name}: got {got}, expected {expected}"
 
 
 def assert_same_run(folder, reference):
     """Both ended with the same bits: weights, optimizer, random numbers, figures and log."""
-    one, other = (checkpoint.load(f / "last.pt") for f in (folder, reference))
-    assert one["step"] == other["step"] == STEPS and torch.equal(one["rng"], other["rng"])
-    assert one["model"].keys() == other["model"].keys() and one["data"] == other["data"]
-    assert all(torch.equal(one["model"][name], other["model"][name]) for name in one["model"])
-    assert one["optimizer"].keys() == other["optimizer"].keys() == {"Muon", "AdamW"}
-    for name, part in other["optimizer"].items():
-        assert part["state"]
-        for key, moments in part["state"].items():
-            own = one["optimizer"][name]["state"][key]
-            assert all(torch.equal(own[m], moments[m]) for m in moments)
-    figures = [json.loads((f / "result.json").read_text()) for f in (folder, reference)]
-    for figure in figures:
-        figure.pop("seconds"), figure.pop("peak_memory_mb")
-    assert figures[0] == figures[1]
-    assert [(line["step"], line["loss"], line["lr"]) for line in log(folder)] \
-        == [(line["step"], line["loss"], line["lr"]) for line in log(reference)]
+    def ending(folder):
+        parts = {"last.pt": checkpoint.load(folder / "last.pt"),
+                 "result.json": json.loads((folder / "result.json").read_text()),
+                 "log.jsonl": dict(enumerate(log(folder)))}
+        for part in (parts["last.pt"]["schedule"], parts["result.json"], *parts["log.jsonl"].values()):
+            for key in ("seconds", "peak_memory_mb", "waited"):
+                part.pop(key, None)
+        return parts
+    one, other = ending(folder), ending(reference)
+    assert other["last.pt"]["step"] == STEPS and other["last.pt"]["optimizer"]["Muon"]["state"]
+    assert_same(folder.name, one, other)
     assert not list(folder.glob("*.part"))
 
 
@@ -241,10 +239,10 @@ class Watch:
         self.model.zero_grad()
 
 
-def step_gradients(model, batches, forward=None):
+def step_gradients(model, batches, forward=None, half=False):
     """{name: gradient, "loss": the loss} of one `train.update` over micro-batches."""
     run = SimpleNamespace(model=model, optimizer=Watch(model), device=torch.device("cpu"),
-                          half=False, step=0,
+                          half=half, step=0,
                           recipe=Recipe(steps=9, batch_size=1, lr=0.0, grad_clip=None))
     loss = train.update(run, forward or model, [{"source": 0, "weight": 1.0} | b for b in batches])
     return run.optimizer.seen | {"loss": loss}
@@ -268,6 +266,51 @@ def ragged_rows(rows=6, length=5, vocab_size=7):
     ids = torch.randint(vocab_size, (rows, length), generator=torch.Generator().manual_seed(2))
     counted = torch.arange(length) <= torch.arange(rows)[:, None]
     return {"ids": ids, "labels": ids.where(counted, -100)}
+
+
+def split(batch, *sizes):
+    """A batch as micro-batches of these sizes."""
+    return [{name: rows[sum(sizes[:k]):][:size].clone() if isinstance(rows, torch.Tensor) else rows
+             for name, rows in batch.items()} for k, size in enumerate(sizes)]
+
+
+def share_of_batch(loss, *sizes, rank=0, ranks=1):
+    """A model and a process's share of 12 rows, as micro-batches of these sizes."""
+    torch.manual_seed(0)
+    batch, model = ragged_rows(12), Bigram()
+    if loss != "lm":
+        model = clip.CLIP(clip.CLIPConfig(
+            loss=loss, image_size=8, patch_size=4, vision_width=6, vision_layers=1, vision_heads=2,
+            text_width=10, text_layers=1, text_heads=2, embed_dim=7, vocab_size=31,
+            context_length=5))
+        with torch.no_grad():            # off their symmetric starting points
+            for p in model.parameters():
+                p += 0.1 * torch.randn_like(p)
+        ids = torch.randint(3, 31, (12, 5))
+        ids[:, -1] = 2
+        batch = {"images": torch.randint(256, (12, 3, 8, 8), dtype=torch.uint8), "ids": ids}
+    return model.double(), split(split(batch, *[12 // ranks] * ranks)[rank], *sizes)
+
+
+def in_threads(count, function):
+    """[function(rank), ...] of `count` processes that are threads of this one."""
+    store, alone = dist.HashStore(), torch._C._distributed_c10d._set_thread_isolation_mode
+
+    def process(rank):
+        dist.init_process_group("threaded", rank=rank, world_size=count, store=store)
+        try:
+            return function(rank)
+        except BaseException as error:   # the others stop waiting for this one
+            threaded.ProcessLocalGroup.exception_handle(error)
+            raise
+        finally:
+            dist.destroy_process_group()
+    threaded._install_threaded_pg(), alone(True)
+    try:
+        with ThreadPoolExecutor(count) as pool:
+            return list(pool.map(process, range(count)))
+    finally:
+        alone(False), threaded._uninstall_threaded_pg()
 
 
 # Two-step runs of Flamingo and its parts

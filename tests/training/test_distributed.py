@@ -1,4 +1,4 @@
-"""Two processes on one machine do what one process with the whole batch does."""
+"""The calls that differ for several processes, and that two train as one with the whole batch."""
 import dataclasses
 import functools
 import os
@@ -12,124 +12,107 @@ import clip
 import train
 from common.data.batches import open_world
 from common.training import checkpoint, distributed
-from tests.helpers import listed, names
-from tests.training.runs import (STEPS, TOY, Bigram, Command, assert_same_run, assert_same_weights, at_step,
-                        environments, fork, log, own, pair, ragged_rows, result, step_gradients)
+from tests.helpers import assert_close, listed, names
+from tests.training.runs import (STEPS, TOY, Command, assert_same_run, assert_same_weights, at_step,
+                                 environments, fork, in_threads, log, own, pair, result, share_of_batch,
+                                 step_gradients)
 
 FLAGS = [*TOY, "--precision", "fp32", "--save_every", "4"]
 
 
-# One process and two compute the same gradients
+class TestGather:
+    def test_it_joins_the_rows_of_all_and_says_where_ones_own_begin(self):
+        x = torch.randn(3, 2, 5)
+        for rank, (rows, first) in enumerate(in_threads(3, lambda rank: distributed.gather(x[rank]))):
+            assert_close("rows of all processes (B * world, D)", rows, x.flatten(0, 1))
+            assert first == 2 * rank, f"process {rank} of 2 rows each: its first row is {first}"
 
-SIZES = dict(image_size=8, patch_size=4, vision_width=6, vision_layers=1, vision_heads=2,
-             text_width=10, text_layers=1, text_heads=2, embed_dim=7, vocab_size=31,
-             context_length=5)
-BATCH = 12
+    def test_the_gradient_of_a_row_is_of_the_losses_of_all_processes(self):
+        x, weights = torch.randn(3, 2, 5), torch.randn(3, 6, 5)
+        weights_before = weights.clone()
 
+        def gradient(rank):
+            row = x[rank].clone().requires_grad_()
+            loss = (distributed.gather(row)[0] * weights[rank]).sum()
+            return torch.autograd.grad(loss, row)[0]
+        found = torch.cat(in_threads(3, gradient))
+        assert_close("gradient of the rows (B * world, D)", found, weights.sum(dim=0))
+        assert_close("the gradients that came in", weights, weights_before)
 
-def model_and_batch(loss):
-    torch.manual_seed(0)
-    if loss == "lm":
-        return Bigram().double(), ragged_rows(BATCH)
-    model = clip.CLIP(clip.CLIPConfig(loss=loss, **SIZES)).double()
-    with torch.no_grad():                # off their symmetric starting points
-        for p in model.parameters():
-            p += 0.1 * torch.randn_like(p)
-    ids = torch.randint(3, 31, (BATCH, 5))
-    ids[:, -1] = 2
-    return model, {"images": torch.randint(0, 256, (BATCH, 3, 8, 8), dtype=torch.uint8), "ids": ids}
-
-
-def gradients(loss, parts, rank=0, ranks=1):
-    """{name: gradient} of this process's share, in so many micro-batches; the loss as "loss"."""
-    model, batch = model_and_batch(loss)
-    mine = BATCH // ranks // parts
-    micro = [{name: v[rank * BATCH // ranks + k * mine:][:mine] for name, v in batch.items()}
-             for k in range(parts)]
-    found = step_gradients(model, micro, DistributedDataParallel(model) if ranks > 1 else model)
-    mean = distributed.mean({"loss": found["loss"].item()}, "cpu")["loss"]
-    return found | {"loss": torch.tensor(mean)}
+    def test_a_single_process_has_all_rows(self):
+        x = torch.randn(3, 5)
+        rows, first = distributed.gather(x)
+        assert_close("rows", rows, x)
+        assert first == 0
 
 
-def both_ranks(environment, path):
-    """In one of two processes: the gradients of every case, and the small functions."""
+class TestMean:
+    def test_each_number_is_averaged_over_the_processes(self):
+        values = [{"a": 1.0, "b": 4.0}, {"a": 2.0, "b": True}, {"a": 6.0, "b": 1}]
+        assert in_threads(3, lambda rank: distributed.mean(values[rank], "cpu")) \
+            == [{"a": 3.0, "b": 2.0}] * 3
+        assert distributed.mean({"a": 2.0}, "cpu") == {"a": 2.0}
+
+
+class TestAllGatherObjects:
+    def test_lists_are_joined_in_the_order_of_the_processes(self):
+        assert in_threads(3, lambda rank: distributed.all_gather_objects(["a", rank] * rank)) \
+            == [["a", 1, "a", 2, "a", 2]] * 3
+        assert distributed.all_gather_objects(["a", "b"]) == ["a", "b"]
+
+
+class TestStart:
+    def test_a_process_knows_its_number_and_how_many_there_are(self):
+        def place(rank):
+            distributed.barrier()
+            return distributed.rank(), distributed.world_size()
+        assert in_threads(2, place) == [(0, 2), (1, 2)]
+
+    def test_without_torchrun_there_is_one_process(self):
+        assert distributed.start("cpu") == torch.device("cpu")
+        distributed.barrier()
+        assert (distributed.rank(), distributed.world_size()) == (0, 1)
+        distributed.stop()
+
+
+# Two processes
+
+CASES = [(loss, sizes) for loss in ("softmax", "sigmoid", "lm") for sizes in ((6,), (1, 3, 2))]
+
+
+def gradients(environment, path):
+    """In one of two processes: the gradients and the loss of every case."""
     os.environ |= environment
     torch.set_num_threads(1)
     distributed.start("cpu")
-    rank = distributed.rank()
-    found = {(loss, parts): gradients(loss, parts, rank, 2)
-             for loss in ("softmax", "sigmoid", "lm") for parts in (1, 2, 3)}
-    rows, first = distributed.gather(torch.full((2, 3), float(rank)))
-    found["gather"] = rows, torch.tensor(first)
-    found["any"] = torch.tensor([distributed.mean({"stopped": rank == one}, "cpu")["stopped"] > 0
-                                 for one in (0, 1, 7)])
-    found["mean"] = torch.tensor(distributed.mean({"a": rank + 1.0, "b": 4.0}, "cpu")["a"])
-    found["objects"] = distributed.all_gather_objects(["a"] * rank + [str(rank)])
-    found["size"] = torch.tensor(distributed.world_size())
-    distributed.barrier()
+    found = {}
+    for loss, sizes in CASES:
+        model, batches = share_of_batch(loss, *sizes, rank=distributed.rank(), ranks=2)
+        found[loss, sizes] = step_gradients(model, batches, DistributedDataParallel(model))
     torch.save(found, path)
+    distributed.barrier()
     distributed.stop()
 
 
 @pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    """What `both_ranks` found in each of two processes."""
+def both(tmp_path_factory):
+    """What each of two processes computes in every case."""
     folder = tmp_path_factory.mktemp("two")
-    for process in [fork(both_ranks, e, folder / e["RANK"]) for e in environments()]:
+    for process in [fork(gradients, e, folder / e["RANK"]) for e in environments()]:
         process.join(60)
         process.kill()
         assert process.exitcode == 0
     return [torch.load(folder / rank) for rank in ("0", "1")]
 
 
-class TestGradients:
-    @pytest.mark.parametrize("parts", [1, 2, 3])
-    @pytest.mark.parametrize("loss", ["softmax", "sigmoid", "lm"])
-    def test_of_two_processes_are_those_of_one_with_the_whole_batch(self, two, loss, parts):
-        want = gradients(loss, 1)
-        assert ("logit_bias" in want) == (loss == "sigmoid")
-        assert all(g.abs().max() > 1e-9 for name, g in want.items() if "k_proj.bias" not in name)
-        for found in two:
-            assert found[loss, parts].keys() == want.keys()
-            for name, gradient in want.items():
-                torch.testing.assert_close(found[loss, parts][name], gradient,
-                                           atol=1e-9, rtol=1e-7, msg=name)
+@pytest.mark.parametrize("loss, sizes", CASES)
+def test_gradients_of_two_processes_are_those_of_one_with_the_whole_batch(both, loss, sizes):
+    expected, (one, two) = step_gradients(*share_of_batch(loss, 12)), (f[loss, sizes] for f in both)
+    assert_close("loss", (one.pop("loss") + two.pop("loss")) / 2, expected.pop("loss"), 1e-8)
+    for name, gradient in expected.items():
+        assert_close(f"gradient of {name}", torch.stack([one[name], two[name]]),
+                     torch.stack([gradient, gradient]), 1e-8)
 
-    @pytest.mark.parametrize("loss", ["softmax", "sigmoid", "lm"])
-    def test_of_micro_batches_are_those_of_the_whole_batch(self, loss):
-        want, found = gradients(loss, 1), gradients(loss, 4)
-        for name, gradient in want.items():
-            torch.testing.assert_close(found[name], gradient, atol=1e-9, rtol=1e-7, msg=name)
-
-
-class TestFunctions:
-    def test_gather_puts_the_rows_in_the_order_of_the_processes(self, two):
-        for rank, found in enumerate(two):
-            rows, first = found["gather"]
-            assert rows[:, 0].tolist() == [0, 0, 1, 1] and first == 2 * rank
-
-    def test_a_flag_of_one_is_a_flag_of_all(self, two):
-        assert all(found["any"].tolist() == [True, True, False] for found in two)
-
-    def test_numbers_are_averaged(self, two):
-        assert all(found["mean"] == 1.5 and found["size"] == 2 for found in two)
-
-    def test_lists_are_joined_in_the_order_of_the_processes(self, two):
-        assert all(found["objects"] == ["0", "a", "1"] for found in two)
-
-    def test_alone_they_are_harmless(self):
-        assert distributed.all_gather_objects(["a", "b"]) == ["a", "b"]
-        x = torch.randn(3, 5)
-        rows, first = distributed.gather(x)
-        assert torch.equal(rows, x) and first == 0
-        assert (distributed.rank(), distributed.world_size()) == (0, 1)
-        assert distributed.mean({"a": 2.0}, "cpu") == {"a": 2.0}
-        distributed.barrier()
-        distributed.stop()
-        assert distributed.start("cpu") == torch.device("cpu") and distributed.world_size() == 1
-
-
-# Whole runs
 
 def two_stages():
     """A trap: `all` is two stages, the second in micro-batches."""
@@ -143,33 +126,22 @@ def two_stages():
     train.LISTS["all"] = ["clip", "parts"]
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    """A run of one process, and `all` of two: two stages, one after the other."""
-    folder = tmp_path_factory.mktemp("runs")
-    Command([*FLAGS, "--steps", "7", "--out", str(folder / "one")], folder / "one.txt").end()
-    argv = ["all", *FLAGS[1:], "--steps", "7", "--runs", str(folder)]
-    both = pair(argv, folder / "two", (two_stages, two_stages))
-    return folder, [process.end() for process in both]
-
-
 class TestRuns:
-    @pytest.mark.parametrize("name", ["clip-toy", "parts-toy"])
-    def test_two_processes_end_with_the_weights_of_one(self, runs, name):
-        folder, _ = runs
-        assert_same_weights(folder / name, folder / "one")
-        losses = [log(folder / run)[-1]["loss"] for run in ("one", name)]
-        assert losses[0] == pytest.approx(losses[1], abs=2e-5)
-
-    def test_the_first_alone_speaks_saves_and_measures(self, runs):
-        folder, (first, second) = runs
+    def test_a_list_of_two_processes_ends_with_the_weights_of_one_and_the_first_alone_speaks(
+            self, tmp_path):
+        Command([*FLAGS, "--steps", "7", "--out", str(tmp_path / "one")], tmp_path / "one.txt").end()
+        argv = ["all", *FLAGS[1:], "--steps", "7", "--runs", str(tmp_path)]
+        first, second = (process.end() for process in pair(argv, tmp_path / "two", (two_stages,) * 2))
         assert [line.split(":")[0] for line in first.splitlines()].count("result") == 2
         assert second == ""
+        losses = [log(tmp_path / name)[-1]["loss"] for name in ("one", "clip-toy", "parts-toy")]
+        assert losses == pytest.approx([losses[0]] * 3, abs=2e-5)
         for name in ("clip-toy", "parts-toy"):
-            assert sorted(p.name for p in (folder / name).iterdir()) == [
-                "config.json", "last.pt", "log.jsonl", "previous.pt", "result.json",
-                "samples.png", "tokenizer.model"]
-            assert [line["step"] for line in log(folder / name)] == [7]
+            assert_same_weights(tmp_path / name, tmp_path / "one")
+            assert [line["step"] for line in log(tmp_path / name)] == [7]
+            assert sorted(p.name for p in (tmp_path / name).iterdir()) == [
+                "config.json", "last.pt", "log.jsonl", "previous.pt", "result.json", "samples.png",
+                "tokenizer.model"]
 
     def test_a_signal_to_one_stops_both_and_one_goes_on_alone(self, tmp_path):
         moment = functools.partial(at_step, 5, signal.SIGTERM)
@@ -200,16 +172,13 @@ class TestRuns:
             process.end()
         assert_same_run(tmp_path / "killed", tmp_path / "whole")
 
-
-class TestOwnData:
-    def test_two_processes_refuse_what_one_does(self, tmp_path):
+    def test_they_refuse_what_one_does(self, tmp_path):
         spec = listed(tmp_path / "data", 40)
         for name in names(open_world(spec, 8), "train")[3:6]:
             (tmp_path / "data" / name).unlink()
         argv = own(spec, "--skip", "0.5", "--precision", "fp32", "--out")
         alone = Command([*argv, str(tmp_path / "one")], tmp_path / "one.txt").end()
-        both = pair([*argv, str(tmp_path / "two")], tmp_path / "two")
-        first, second = (process.end() for process in both)
+        first, second = (process.end() for process in pair([*argv, str(tmp_path / "two")], tmp_path / "two"))
         assert second == "" and result(first)["refused"] == result(alone)["refused"] > 3
         assert first.count("refused: /") == 3
         assert_same_weights(tmp_path / "two", tmp_path / "one")

@@ -1,4 +1,4 @@
-"""train.py: what a run does, and that neither a kill nor a stop changes what it ends with."""
+"""train.py and run.py: a step, a run, and that neither a kill nor a stop changes what it ends with."""
 import functools
 import json
 import math
@@ -11,17 +11,304 @@ from dataclasses import FrozenInstanceError, replace
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import clip
 import train
 from common.data.batches import open_world
 from common.training import checkpoint, options
 from common.training.optimizer import find_recipe
-from tests.helpers import listed, names, shards
-from tests.training.runs import (SIZES, STEPS, TOY, Bigram, Command, assert_same_run, assert_same_weights,
-                        at_step, build, log, naming, own, ragged_rows, result, step_gradients,
-                        weights, while_measuring, writing)
+from tests.helpers import assert_close, listed, names, shards
+from tests.training.runs import (SIZES, STEPS, TOY, Bigram, Command, assert_same, assert_same_run, at_step,
+                                 build, in_threads, log, own, ragged_rows, result, share_of_batch, split,
+                                 step_gradients, weights, while_measuring, writing)
 
+# A step
+
+LOSSES = ("softmax", "sigmoid", "lm")
+
+
+class TestUpdate:
+    @pytest.mark.parametrize("ranks, sizes", [(1, (3, 5, 4)), (2, (6,)), (2, (1, 3, 2))])
+    @pytest.mark.parametrize("loss", LOSSES)
+    def test_micro_batches_and_processes_give_the_gradient_of_the_whole_batch(self, loss, ranks, sizes):
+        expected = step_gradients(*share_of_batch(loss, 12))
+        shares = [share_of_batch(loss, *sizes, rank=rank, ranks=ranks) for rank in range(ranks)]
+        found = in_threads(ranks, lambda rank: step_gradients(*shares[rank]))
+        for name, gradient in expected.items():       # DDP averages over the processes
+            mean = torch.stack([of_rank[name] for of_rank in found]).mean(dim=0)
+            assert_close(f"gradient of {name}", mean, gradient, 1e-8)
+            assert gradient.abs().max() > 1e-9 or "k_proj.bias" in name, name
+
+    @pytest.mark.parametrize("loss", LOSSES)
+    def test_in_bf16_micro_batches_give_the_gradient_of_the_whole_batch_too(self, loss):
+        def vector(*sizes, half=True):
+            model, batches = share_of_batch(loss, *sizes)
+            found = step_gradients(model.float(), batches, half=half)
+            value = found.pop("loss")
+            assert {p.dtype for p in [*model.parameters(), *found.values()]} == {torch.float32}
+            return torch.cat([found[name].flatten() for name in sorted(found)]), value
+        (parts, loss_of_parts), (whole, loss_of_whole) = vector(3, 5, 4), vector(12)
+        exact, _ = vector(12, half=False)
+        assert (parts - whole).norm() < 0.02 * whole.norm(), "micro-batches against the whole batch"
+        assert (whole - exact).norm() < 0.05 * exact.norm(), "bf16 against float32"
+        assert_close("loss", loss_of_parts, loss_of_whole, 2e-3)
+
+    def test_every_data_set_counts_its_own_labels_and_has_its_weight(self):
+        model, whole = Bigram(), ragged_rows()
+        first, second, third = split(whole, 1, 2, 3)
+        found = step_gradients(model, [second | {"source": 1, "weight": 0.5},
+                                       first | {"source": 1, "weight": 0.5},
+                                       third | {"source": 0, "weight": 3.0}])
+        # Row i has labels for i + 1 tokens, of which the first is predicted from nothing.
+        logits, labels = model.table(whole["ids"])[:, :-1], whole["labels"][:, 1:]
+        nll = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(6, 4)
+        loss = 0.5 * nll[:3].sum() / 3 + 3.0 * nll[3:].sum() / 11
+        assert_close("loss, the weighted sum of the data sets' means", found["loss"], loss)
+        gradient, = torch.autograd.grad(loss, model.table.weight)
+        assert_close("gradient of table.weight", found["table.weight"], gradient)
+
+    def test_all_losses_of_a_model_are_added_and_without_labels_nothing_is_counted(self):
+        model = Bigram()
+        model.forward = lambda batch, gather: model.seen.append(batch) or {
+            "a": model.table.weight.sum(), "b": model.table.weight.square().sum()}
+        found = step_gradients(model, [{"ids": torch.ones(2, 3)}] * 2)
+        assert not any("label_count" in batch for batch in model.seen)
+        w = model.table.weight.detach()
+        assert_close("loss", found["loss"], 2 * (w.sum() + w.square().sum()))
+        assert_close("gradient of table.weight", found["table.weight"], 2 * (1 + 2 * w))
+
+    def test_features_are_cached_for_several_micro_batches_alone_as_precisely_as_forward(self):
+        model, dtypes = Bigram(), []
+        model.forward = lambda batch, gather: dtypes.append((w @ w).dtype) or model.seen.append(
+            batch) or {"a": w.sum()}
+        model.cache_features = lambda batches, gather: dtypes.append((w @ w).dtype) or [
+            f"part {len(batch['ids'])}" for batch in batches]
+        w = model.table.weight
+        step_gradients(model, [ragged_rows()], half=True)
+        step_gradients(model, split(ragged_rows(), 2, 4), half=True)
+        assert [batch.get("feature_gradients") for batch in model.seen] == [None, "part 2", "part 4"]
+        assert set(dtypes) == {torch.bfloat16}
+
+    def test_hooks_get_the_step_before_and_after_it(self):
+        model = Bigram()
+        step_gradients(model, [ragged_rows()])             # it needs none
+        model.seen = called = []
+        for name in ("before_step", "after_step"):
+            setattr(model, name, lambda *given, name=name: called.append((name, *given)))
+        step_gradients(model, split(ragged_rows(), 3, 3))
+        assert called[0] == ("before_step", 0, 9) and called[3:] == [("after_step", 0)]
+
+    def test_the_model_has_the_last_word_on_its_weights(self, tmp_path):
+        run = build(tmp_path)
+        run.model.logit_scale.data.fill_(7.0)
+        train.update(run, run.model, run.batches[0])
+        assert_close("logit_scale", run.model.logit_scale, math.log(100))
+
+    def test_the_last_backward_exchanges_the_gradients_of_all(self):
+        model, synced = Bigram(), []
+
+        class Exchange:
+            """As DDP: a backward exchanges gradients, unless it is within no_sync."""
+            is_on = True
+            def __call__(self, batch, gather):
+                synced.append(self.is_on)
+                return model(batch, gather)
+            def no_sync(self):
+                self.is_on = False
+                return self
+            __enter__ = lambda self: self
+            def __exit__(self, *error):
+                self.is_on = True
+        step_gradients(model, split(ragged_rows(), 1, 2, 3), Exchange())
+        assert synced[-1], "the last micro-batch was not exchanged"
+
+    @pytest.mark.parametrize("most, norm", [(1.0, 1.0), (0.5, 0.5), (None, 1e6)])
+    def test_the_gradient_is_clipped_and_the_rate_is_the_schedules(self, tmp_path, most, norm):
+        run, norms = build(tmp_path, optimizer="adamw"), []
+        run.recipe = replace(run.recipe, grad_clip=most)
+        run.step, weight, step = 3, run.model.text_projection.weight, run.optimizer.step
+
+        def watched():
+            norms.append(torch.stack([p.grad.norm() for p in run.model.parameters()]).norm())
+            step()
+        run.optimizer.step = watched
+        weight.register_hook(lambda grad: 1e6 * grad / grad.norm())
+        run.optimizer.param_groups[1]["lr_multiplier"] = 10.0
+        train.update(run, run.model, run.batches[3])
+        assert_close("norm of the gradient", norms[0], norm, 1e-3 * norm)
+        assert_close("rates of two groups", [g["lr"] for g in run.optimizer.param_groups], [4e-4, 4e-3])
+        assert all(p.grad is None for p in run.model.parameters()), "gradients of the step are left"
+
+    @pytest.mark.parametrize("size", [math.inf, math.nan])
+    def test_a_gradient_that_is_not_finite_shows_in_the_loss(self, size):
+        model = Bigram()
+        assert step_gradients(model, [ragged_rows()])["loss"].isfinite()
+        model.table.weight.register_hook(lambda grad: grad * size)
+        assert not step_gradients(model, [ragged_rows()])["loss"].isfinite()
+
+
+# A run in this process
+
+class TestBuild:
+    def test_the_seed_is_of_the_weights_and_of_the_order(self, tmp_path):
+        runs = [build(tmp_path / str(number), seed=seed) for number, seed in enumerate((3, 3, 4))]
+        one, same, other = (run.model.text_projection.weight for run in runs)
+        assert torch.equal(one, same) and not torch.equal(one, other)
+        one, same, other = (run.batches.keys(0, 0) for run in runs)
+        assert one == same != other
+
+    def test_unfreeze_trains_more_and_the_table_says_what(self, tmp_path, monkeypatch):
+        monkeypatch.setitem(clip.TRAINS, "clip", ("text.*",))
+        run = build(tmp_path, unfreeze="logit_scale,vision.ln_post.*")
+        trained = {name for name, p in run.model.named_parameters() if p.requires_grad}
+        assert {name for name in trained if not name.startswith("text.")} \
+            == {"logit_scale", "vision.ln_post.weight", "vision.ln_post.bias"}
+        assert sum(len(group["params"]) for group in run.optimizer.param_groups) == len(trained)
+        assert re.search(r"^  logit_scale +1  trained$", run.table, re.M)
+
+    def test_flags_choose_optimizer_attention_and_micro_batches(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(train.transformer, "ATTENTION", "auto")
+        muon = build(tmp_path / "a", precision="bf16")
+        adamw = build(tmp_path / "b", optimizer="adamw", attention="hand", accumulate=3)
+        assert str(muon.optimizer).startswith("Muon (") and muon.optimizer.param_groups[0]["half"]
+        assert str(adamw.optimizer).startswith("AdamW (") and adamw.recipe.optimizer == "adamw"
+        assert not build(tmp_path / "c").optimizer.param_groups[0]["half"]
+        assert [len(batch["ids"]) for batch in adamw.batches[0]] == [2, 2, 2]
+        build(tmp_path / "d", attention="hand")
+        assert train.transformer.ATTENTION == "hand"
+
+    def test_the_vocabulary_is_the_tokenizers(self, tmp_path):
+        run = build(tmp_path)
+        assert run.config.vocab_size == len(run.tokenizer) and run.config.eos_id == 2
+        assert run.model.text.token_embed.weight.shape[0] == len(run.tokenizer)
+
+    def test_every_stage_has_a_recipe_for_every_preset(self):
+        for name, stage in train.STAGES.items():
+            assert name in stage.file.TRAINS
+            for preset, config in stage.file.PRESETS.items():
+                find_recipe(stage.file.RECIPES, preset, "shapes", {})
+                with pytest.raises(FrozenInstanceError):     # stages share them
+                    config.vocab_size = 3
+        assert {stage for stages in train.LISTS.values() for stage in stages} <= set(train.STAGES)
+
+
+class TestFit:
+    def test_the_log_has_loss_and_rate_of_its_step(self, tmp_path, monkeypatch):
+        run, steps, update = build(tmp_path, steps=12, optimizer="adamw"), [], train.update
+        monkeypatch.setattr(train, "update", lambda run, *given: steps.append(
+            (update(run, *given), run.optimizer.param_groups[0]["lr"])) or steps[-1][0])
+        train.fit(run)
+        lines = log(run.folder.path)
+        assert [line["step"] for line in lines] == [10, 12]
+        for line in lines:
+            loss, lr = steps[line["step"] - 1]
+            assert_close(f"loss of step {line['step']}", line["loss"], loss)
+            assert_close(f"rate of step {line['step']}", line["lr"] / lr, 1.0)
+        assert run.loss == steps[-1][0].item() and checkpoint.load(run.folder.path / "last.pt")["step"] == 12
+
+    def test_on_a_gpu_the_loss_is_the_mean_since_it_was_last_read(self, tmp_path, monkeypatch):
+        run = build(tmp_path, steps=23, save_every=15, workers=0)
+        run.device = torch.device("cuda")              # where reading it would wait at every step
+        monkeypatch.setattr(train, "update", lambda run, *_: torch.tensor(run.step + 1.0))
+        train.fit(run)
+        assert_close("loss", [line["loss"] for line in log(run.folder.path)], [5.5, 18.0, 22.0])
+        assert_close("loss of the checkpoint", checkpoint.load(
+            run.folder.path / "last.pt")["schedule"]["loss"], 22.0)
+
+    def test_a_resumed_run_has_the_seconds_and_the_loss_of_all_sittings(
+            self, tmp_path, monkeypatch, capsys):
+        monkeypatch.setattr(clip.CLIP, "evaluate", lambda self, data: {})
+        monkeypatch.setattr(clip.CLIP, "samples", lambda self, data: Image.new("RGB", (2, 2)))
+        for sitting in (1, 2, 3):
+            run = build(tmp_path, steps=3, resume=True)
+            assert 1000 * (sitting - 1) <= run.elapsed() < 1000 * (sitting - 1) + 60
+            assert (run.step, run.saved) == (sitting - 1, sitting - 1 or None)
+            assert sitting == 1 or run.loss == loss
+            run.began, run.stopped = run.began - 1000, signal.SIGTERM      # a step a sitting
+            train.fit(run)
+            loss = run.loss
+        train.measure(run)
+        line, = log(run.folder.path)
+        figures = result(capsys.readouterr().out)
+        assert 3000 <= line["seconds"] < 3060 and 3000 <= figures["seconds"] < 3060
+        assert figures["loss"] == round(loss, 4) and line["loss"] == round(loss, 5)
+
+    def test_a_loss_that_is_not_finite_ends_it_and_leaves_the_checkpoint(self, tmp_path):
+        run = build(tmp_path, lr=1e30, save_every=1)
+        with pytest.raises(ValueError, match="is nan at step 2; the checkpoint of step 1 stays in .*run; "
+                                             "try a smaller --lr$"):
+            train.fit(run)
+        state = checkpoint.load(run.folder.path / "last.pt")
+        assert state["step"] == 1 and all(w.isfinite().all() for w in state["model"].values())
+        assert not log(run.folder.path)
+
+
+class TestCheck:
+    @pytest.mark.parametrize("bad", [math.nan, math.inf])
+    def test_a_loss_that_is_not_finite_is_told(self, tmp_path, bad):
+        run = build(tmp_path)
+        with pytest.raises(ValueError, match=f"{bad} at step 0; there is no checkpoint yet"):
+            train.check(run, [torch.tensor(1.0), torch.tensor(bad)], [])
+
+    def test_loss_refusals_and_stops_of_all_processes_count(self, tmp_path, capsys):
+        spec = listed(tmp_path / "data", 40)
+        runs = [build(tmp_path / name, data=spec) for name in "ab"]
+        runs[0].step, runs[1].step, runs[1].stopped = 30, 30, signal.SIGTERM
+        losses = [[torch.tensor(1.0), torch.tensor(2.0)], [torch.tensor(4.0), torch.tensor(7.0)]]
+        stops = in_threads(2, lambda rank: train.check(runs[rank], losses[rank], ["a"] * rank))
+        assert stops == [True, True]
+        assert [(run.loss, run.refused.count) for run in runs] == [(3.5, 1)] * 2
+        assert capsys.readouterr().out == "refused: a\n"
+        assert not train.check(runs[0], losses[0], [])
+
+    def test_it_stops_past_the_fraction_and_not_before(self, tmp_path, capsys):
+        run, loss = build(tmp_path, data=listed(tmp_path / "data", 40)), [torch.tensor(1.0)]
+        run.step = 30                    # 180 samples: nine of 189 draws are fewer than one in 20
+        train.check(run, loss, ["one", *"abcdefgh"])
+        assert run.refused.count == 9 and run.loss == 1.0
+        with pytest.raises(ValueError, match="10 of 190 records refused, e.g. one: more than"):
+            train.check(run, loss, ["last"])
+        assert capsys.readouterr().out == "refused: one\nrefused: a\nrefused: b\n"
+
+
+class TestMeasure:
+    def test_unreadable_test_pictures_are_counted_in_the_result(self, tmp_path, capsys):
+        run = build(tmp_path, data=listed(tmp_path / "data", 40))
+        for name in names(run.world, "test")[2:]:    # two are left, fewer than a sheet has room for
+            (tmp_path / "data" / name).write_bytes(b"")
+        train.measure(run)
+        assert result(capsys.readouterr().out)["refused"] == 3
+
+    def test_the_model_is_measured_in_eval_mode_and_the_runs_precision(self, tmp_path, monkeypatch, capsys):
+        def evaluate(self, data):
+            return {"training": self.training, "bf16": (torch.ones(2, 2) @ torch.ones(2, 2)).dtype
+                    == torch.bfloat16}
+        monkeypatch.setattr(clip.CLIP, "evaluate", evaluate)
+        train.measure(build(tmp_path, precision="bf16"))
+        figures = result(capsys.readouterr().out)
+        assert (figures["training"], figures["bf16"]) == (False, True)
+
+
+class TestMain:
+    def test_a_list_runs_its_stages_each_with_its_own_clock_until_one_is_stopped(self, monkeypatch):
+        began, statuses = [], iter([0, 143, 0])
+        monkeypatch.setitem(train.LISTS, "all", ["clip", "lm", "flamingo"])
+        monkeypatch.setattr(train, "train", lambda *given: began.append(given[::3]) or next(statuses))
+        monkeypatch.setattr(sys, "argv", ["train.py", "all"])
+        assert train.main() == 143
+        assert [name for name, _ in began] == ["clip", "lm"]
+        assert began[0][1] == train.BEGAN < began[1][1] <= time.time()
+
+    def test_the_clock_of_a_run_starts_where_it_is_told(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(train, "fit", lambda run: None)
+        monkeypatch.setattr(train, "measure", lambda run: seconds.append(run.elapsed()))
+        seconds, made = [], train.Options(data="toy", batch_size=6, out=str(tmp_path / "run"))
+        assert train.train("clip", made, SIZES, time.time() - 100) == 0
+        assert 100 <= seconds[0] < 160
+
+
+# A run as a process
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
@@ -49,106 +336,73 @@ class TestARun:
             "tokenizer.model"]
         assert [line["step"] for line in log(reference)] == [10, 20, 23]
         assert checkpoint.load(reference / "previous.pt")["step"] == 18
-
-    def test_a_checkpoint_has_its_six_parts(self, reference):
-        state = checkpoint.load(reference / "last.pt")
-        assert sorted(state) == ["data", "model", "optimizer", "rng", "schedule", "step"]
+        assert sorted(checkpoint.load(reference / "last.pt")) == [
+            "data", "model", "optimizer", "rng", "schedule", "step"]
 
     def test_the_last_line_is_the_result(self, toy, reference):
-        figures = result(toy("again", "--steps", "2").end())
-        assert figures == json.loads((toy.runs / "again/result.json").read_text())
-        assert figures["steps"] == 2 and figures["parameters"] == figures["trainable_parameters"] \
+        figures = result((toy.runs / "reference.txt").read_text())
+        assert figures == json.loads((reference / "result.json").read_text())
+        assert figures["steps"] == STEPS and figures["parameters"] == figures["trainable_parameters"] \
             == sum(w.numel() for w in weights(reference).values())
+        assert figures["loss"] == pytest.approx(log(reference)[-1]["loss"], abs=1e-4)
         assert 0 < figures["seconds"] < 60 and figures["peak_memory_mb"] > 1
         for name in ("zero_shot_accuracy", "composition_accuracy", "image_to_text_recall@1"):
             assert 0 <= figures[name] <= 1 and 0 < figures[f"{name}_chance"] < 1
 
-    def test_training_changed_every_weight(self, toy, reference):
-        first = weights(toy.runs / "again")
-        assert all(not torch.equal(first[name], w) for name, w in weights(reference).items())
+    def test_training_changed_every_weight(self, reference, tmp_path):
+        first, last = build(tmp_path).model.state_dict(), weights(reference)
+        assert not [name for name, w in first.items() if torch.equal(w, last[name])]
 
-    def test_a_finished_folder_is_refused(self, toy, reference):
-        before = {p: p.stat().st_mtime_ns for p in reference.iterdir()}
-        text = toy("reference").end(2)
-        words = "^error: .*reference: holds a finished run; --resume .*--overwrite"
-        assert re.search(words, text, re.M)
-        assert before == {p: p.stat().st_mtime_ns for p in reference.iterdir()}
-
-    def test_a_finished_run_is_measured_again_by_resume_and_eval_only(self, toy, reference):
+    def test_eval_only_measures_a_finished_run_again(self, toy, reference):
         first = json.loads((reference / "result.json").read_text())
-        for flag in ("--resume", "--eval_only"):
-            (reference / "result.json").unlink()
-            text = toy("reference", flag).end()
-            again = json.loads((reference / "result.json").read_text())
-            assert "resumed from step 23\n" in text
-            assert {**again, "seconds": 0, "peak_memory_mb": 0} \
-                == {**first, "seconds": 0, "peak_memory_mb": 0}
+        (reference / "result.json").unlink()
+        assert "resumed from step 23\n" in toy("reference", "--eval_only", "--lr", "0.01").end()
+        again = json.loads((reference / "result.json").read_text())
+        timeless = {"seconds": 0, "peak_memory_mb": 0}
+        assert_same("result", again | timeless, first | timeless)
         assert len(log(reference)) == 3
 
-    def test_overwrite_begins_anew(self, toy, reference):
-        toy("anew", "--steps", "30").end()
-        assert "resumed" not in toy("anew", "--overwrite").end()
-        assert_same_run(toy.runs / "anew", reference)
+    def test_a_run_that_is_overwritten_can_be_its_own_start_and_leaves_nothing_behind(
+            self, toy, reference):
+        toy("own", "--steps", "11").end()
+        first, folder = weights(toy.runs / "own"), toy.runs / "own"
+        toy("own", "--steps", "1", "--lr", "1e-12", "--overwrite", "--init", str(folder)).end()
+        for name, w in weights(folder).items():
+            assert_close(name, w, first[name], 1e-9)
+        assert "resumed" not in toy("own", "--overwrite").end()
+        assert_same_run(folder, reference)
 
-    def test_resume_of_nothing_begins_at_0(self, toy, reference):
-        assert "resumed" not in toy("nothing", "--resume").end()
-        assert_same_run(toy.runs / "nothing", reference)
-
-    def test_workers_change_nothing(self, toy, reference):
-        toy("workers", "--workers", "1").end()
-        assert_same_run(toy.runs / "workers", reference)
-
-    def test_exact_accumulation_ends_with_the_same_weights(self, toy):
-        toy("whole", "--precision", "fp32", "--steps", "5").end()
-        toy("parts", "--precision", "fp32", "--steps", "5", "--accumulate", "3").end()
-        assert_same_weights(toy.runs / "parts", toy.runs / "whole")
-        losses = [log(toy.runs / name)[-1]["loss"] for name in ("whole", "parts")]
-        assert losses[0] == pytest.approx(losses[1], abs=2e-5)
-
-    def test_init_starts_from_the_weights_of_a_run(self, toy, reference):
-        toy("init", "--init", str(reference), "--steps", "1", "--lr", "1e-12").end()
-        assert_same_weights(toy.runs / "init", reference, atol=1e-9)
-
-    def test_a_run_that_is_overwritten_can_be_its_own_start(self, toy, reference):
-        toy("own", "--steps", "2").end()
-        first = weights(toy.runs / "own")
-        own = str(toy.runs / "own")
-        toy("own", "--steps", "1", "--lr", "1e-12", "--overwrite", "--init", own).end()
-        for name, w in weights(toy.runs / "own").items():
-            torch.testing.assert_close(w, first[name], atol=1e-9, rtol=0)
-
-    def test_a_loss_that_is_not_finite_ends_it_and_leaves_the_checkpoint(self, toy):
-        text = toy("burst", "--lr", "1e30", "--save_every", "1").end(2)
-        assert re.search("^error: the loss or its gradient is nan at step 2; the checkpoint of "
-                         "step 1 stays in .*burst; try a smaller --lr$", text, re.M)
-        assert not (toy.runs / "burst/result.json").exists()
-        state = checkpoint.load(toy.runs / "burst/last.pt")
-        assert state["step"] == 1 and all(w.isfinite().all() for w in state["model"].values())
-
-    def test_the_message_says_when_there_is_no_checkpoint_yet(self, toy):
-        assert "there is no checkpoint yet" in toy("burst2", "--lr", "1e30").end(2)
-        assert not (toy.runs / "burst2/last.pt").exists()
-
-
-KILLS = {
-    "before the first checkpoint": (functools.partial(at_step, 4, signal.SIGKILL), None),
-    "in a step": (functools.partial(at_step, 21, signal.SIGKILL), 18),
-    "in the middle of a checkpoint":
-        (functools.partial(writing, 3), 12),
-    "between the two names": (functools.partial(naming, "last.pt", 3), 12),
-    "before the earlier one has its name": (functools.partial(naming, "previous.pt", 2), 12),
-    "while measuring": (functools.partial(while_measuring, signal.SIGKILL), 23),
-}
+    @pytest.mark.parametrize("flags, words", [
+        ([], "reference: holds a finished run; --resume .*--overwrite"),
+        (["--resume", "--seed", "1"], r"options seed=0 \(now 1\)"),
+        (["--resume", "--lr", "0.01"], r"recipe lr=0.001 \(now 0.01\)"),
+        (["--resume", "--steps", "24"], r"recipe steps=23 \(now 24\)"),
+        (["--resume", "--batch_size", "8"], r"recipe batch_size=6 \(now 8\)"),
+        (["--resume", "--set", "embed_dim=9"], r"config embed_dim=7 \(now 9\)"),
+        (["--resume", "--accumulate", "2"], r"options accumulate=1 \(now 2\)")])
+    def test_neither_another_run_nor_a_finished_one_goes_on(self, reference, flags, words, capsys, monkeypatch):
+        before = {p: p.stat().st_mtime_ns for p in reference.iterdir()}
+        argv = [*TOY, "--steps", str(STEPS), "--out", str(reference), *flags]
+        monkeypatch.setattr(sys, "argv", ["train.py", *argv])
+        with pytest.raises(SystemExit, match="2"):
+            options.run_main(train.main)
+        assert re.search(f"^error: .*{words}", capsys.readouterr().err)
+        assert before == {p: p.stat().st_mtime_ns for p in reference.iterdir()}
 
 
 class TestStops:
-    @pytest.mark.parametrize("name", KILLS)
-    def test_a_killed_run_ends_as_if_it_had_not_been(self, toy, reference, name):
-        trap, step = KILLS[name]
-        toy(name, trap=trap).end(-signal.SIGKILL)
-        resumed = [line for line in toy(name, "--resume").end().splitlines() if "resumed" in line]
-        assert resumed == ([] if step is None else [f"resumed from step {step}"])
-        assert_same_run(toy.runs / name, reference)
+    def test_killed_twice_and_resumed_without_a_worker(self, toy, reference):
+        for step in (4, 16):             # before the first checkpoint, too
+            toy("twice", "--workers", "1", "--resume",
+                trap=functools.partial(at_step, step, signal.SIGKILL)).end(-signal.SIGKILL)
+            assert "resumed" not in (toy.runs / "twice.txt").read_text()
+        assert "resumed from step 12\n" in toy("twice", "--resume").end()
+        assert_same_run(toy.runs / "twice", reference)
+
+    def test_killed_in_the_middle_of_a_checkpoint(self, toy, reference):
+        toy("half", trap=functools.partial(writing, 3)).end(-signal.SIGKILL)
+        assert "resumed from step 12\n" in toy("half", "--resume").end()
+        assert_same_run(toy.runs / "half", reference)
 
     def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(self, toy, reference):
         toy("damaged", trap=functools.partial(at_step, 21, signal.SIGKILL)).end(-signal.SIGKILL)
@@ -162,48 +416,18 @@ class TestStops:
             "resumed from step 12\n" in text
         assert_same_run(toy.runs / "damaged", reference)
 
-    def test_killed_twice_with_a_worker_and_resumed_without(self, toy, reference):
-        for step in (9, 16):
-            toy("twice", "--workers", "1", "--resume",
-                trap=functools.partial(at_step, step, signal.SIGKILL)).end(-signal.SIGKILL)
-        assert "resumed from step 12\n" in toy("twice", "--resume").end()
-        assert_same_run(toy.runs / "twice", reference)
-
-    @pytest.mark.parametrize("number, flags, group", [
-        (signal.SIGINT, [], False), (signal.SIGTERM, [], False),
-        (signal.SIGINT, ["--workers", "1"], True), (signal.SIGTERM, ["--workers", "1"], True)])
-    def test_a_signal_saves_and_resume_ends_the_same(
-            self, toy, reference, number, flags, group):
-        name, trap = f"{number.name}{len(flags)}", functools.partial(at_step, 7, number, group)
-        text = toy(name, *flags, trap=trap).end(128 + number)
-        assert text.splitlines()[-1] == f"stopped by {number.name} at step 8, saved; " \
+    @pytest.mark.parametrize("step, trap, number, flags", [
+        (8, (at_step, 7), signal.SIGINT, []),
+        (8, (at_step, 7), signal.SIGTERM, ["--workers", "1"]),
+        (STEPS, (while_measuring,), signal.SIGTERM, [])])
+    def test_a_signal_saves_and_resume_ends_the_same(self, toy, reference, step, trap, number, flags):
+        name, group = f"{number.name}{step}", {"group": True} if flags else {}
+        text = toy(name, *flags, trap=functools.partial(*trap, number, **group)).end(128 + number)
+        assert text.splitlines()[-1] == f"stopped by {number.name} at step {step}, saved; " \
             "the same command with --resume continues"
-        assert not (toy.runs / name / "result.json").exists()
-        assert "resumed from step 8\n" in toy(name, *flags, "--resume").end()
-        assert_same_run(toy.runs / name, reference)
-
-    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-    def test_a_signal_while_measuring_ends_at_once(self, toy, reference, number):
-        name, trap = f"late {number.name}", functools.partial(while_measuring, number)
-        text = toy(name, trap=trap).end(128 + number)
-        assert text.splitlines()[-1].startswith(f"stopped by {number.name} at step 23, saved")
         assert "result:" not in text and not (toy.runs / name / "result.json").exists()
-        toy(name, "--resume").end()
+        assert f"resumed from step {step}\n" in toy(name, *flags, "--resume").end()
         assert_same_run(toy.runs / name, reference)
-
-    @pytest.mark.parametrize("flags, words", [
-        (["--seed", "1"], "options seed=0 (now 1)"),
-        (["--lr", "0.01"], "recipe lr=0.001 (now 0.01)"),
-        (["--steps", "24"], "recipe steps=23 (now 24)"),
-        (["--batch_size", "8"], "recipe batch_size=6 (now 8)"),
-        (["--set", "embed_dim=9"], "config embed_dim=7 (now 9)"),
-        (["--accumulate", "2"], "options accumulate=1 (now 2)")])
-    def test_another_run_is_not_resumed(self, reference, flags, words, capsys, monkeypatch):
-        argv = [*TOY, "--steps", str(STEPS), "--out", str(reference), "--resume", *flags]
-        monkeypatch.setattr(sys, "argv", ["train.py", *argv])
-        with pytest.raises(SystemExit, match="2"):
-            options.run_main(train.main)
-        assert words in capsys.readouterr().err
 
 
 # The user's own data
@@ -247,19 +471,14 @@ class TestOwnData:
         assert checkpoint.load(folder / "reference/last.pt")["data"]["refused"] == len(drawn)
         assert "refused" not in log(folder / "reference")[-1]
 
-    def test_a_killed_run_ends_with_the_same_weights_and_refusals(self, patchy):
+    def test_killed_with_a_worker_and_resumed_without_it_refuses_the_same(self, patchy):
         folder, argv, _ = patchy
         trap = functools.partial(at_step, 16, signal.SIGKILL)
         argv = [*argv, str(folder / "killed")]
-        Command(argv, folder / "killed.txt", trap).end(-signal.SIGKILL)
+        Command([*argv, "--workers", "1"], folder / "killed.txt", trap).end(-signal.SIGKILL)
         # A higher --skip may be what the run needs to continue.
         Command([*argv, "--resume", "--skip", "0.5"], folder / "killed.txt").end()
         assert_same_run(folder / "killed", folder / "reference")
-
-    def test_workers_change_nothing(self, patchy):
-        folder, argv, _ = patchy
-        Command([*argv, str(folder / "workers"), "--workers", "1"], folder / "workers.txt").end()
-        assert_same_run(folder / "workers", folder / "reference")
 
     def test_other_data_is_not_resumed(self, patchy, tmp_path, capsys, monkeypatch):
         folder, argv, _ = patchy
@@ -276,230 +495,9 @@ class TestOwnData:
             assert words in capsys.readouterr().err
         (folder / "data/data.jsonl").write_text(rows)
 
-    @pytest.mark.parametrize("workers", ["0", "1"])
-    def test_a_run_stops_when_the_pictures_are_gone(self, tmp_path, workers):
+    def test_a_run_stops_when_the_pictures_are_gone(self, tmp_path):
         argv = own(listed(tmp_path / "data", 40, bad=range(40)), "--out", str(tmp_path / "run"))
-        text = Command([*argv, "--workers", workers], tmp_path / "said.txt").end(2)
+        text = Command([*argv, "--workers", "1"], tmp_path / "said.txt").end(2)
         assert re.fullmatch("error: 126 of 132 records refused, e.g. .*png: no such picture: more "
                             "than --skip 0.05 allows", text.splitlines()[-1])
         assert not (tmp_path / "run/last.pt").exists()
-
-    def own_run(self, tmp_path):
-        return build(tmp_path, data=listed(tmp_path / "data", 40))
-
-    def test_it_stops_past_the_fraction_and_not_before(self, tmp_path, capsys):
-        run, loss = self.own_run(tmp_path), [torch.tensor(1.0)]
-        run.step = 30                    # 180 samples: nine of 189 draws are fewer than one in 20
-        train.check(run, loss, ["one", *"abcdefgh"])
-        assert run.refused.count == 9 and run.loss == 1.0
-        with pytest.raises(ValueError, match="10 of 190 records refused, e.g. one: more than"):
-            train.check(run, loss, ["last"])
-        assert capsys.readouterr().out == "refused: one\nrefused: a\nrefused: b\n"
-
-    def test_unreadable_test_pictures_are_counted_in_the_result(self, tmp_path, capsys):
-        run = self.own_run(tmp_path)
-        for name in names(run.world, "test")[2:]:    # two are left, fewer than a sheet has room for
-            (tmp_path / "data" / name).write_bytes(b"")
-        train.measure(run)
-        assert result(capsys.readouterr().out)["refused"] == 3
-
-
-# A step
-
-def calls(*names):
-    """A Bigram that has these hooks; .called lists the calls of them and of forward."""
-    model = Bigram()
-    model.called = []
-    for name in names:
-        setattr(model, name, lambda *given, name=name: model.called.append((name, *given)))
-    model.register_forward_hook(lambda *_: model.called.append("forward"))
-    return model
-
-
-def split(batch, *sizes):
-    """A batch as micro-batches."""
-    parts = [dict(zip(batch, rows)) for rows in zip(*(v.split(sizes) for v in batch.values()))]
-    return [{name: rows.clone() for name, rows in part.items()} for part in parts]
-
-
-class TestUpdate:
-    def test_micro_batches_give_the_gradient_of_the_whole_batch(self):
-        model, whole = Bigram(), ragged_rows()
-        want = step_gradients(model, [dict(whole)])
-        assert want["loss"] == model(whole, None)["lm"] and want["table.weight"].abs().max() > 0.01
-        for sizes in ((2, 4), (1, 2, 3)):
-            found = step_gradients(model, split(whole, *sizes))
-            for name, gradient in want.items():
-                torch.testing.assert_close(found[name], gradient, msg=name)
-
-    def test_every_data_set_counts_its_own_labels_and_has_its_weight(self):
-        model, whole = Bigram(), ragged_rows()
-        first, second, third = split(whole, 1, 2, 3)
-        found = step_gradients(model, [second | {"source": 1, "weight": 0.5},
-                                       first | {"source": 1, "weight": 0.5},
-                                       third | {"source": 0, "weight": 3.0}])
-        # Row i has labels for i + 1 tokens, of which the first is predicted from nothing.
-        assert [float(batch["label_count"]) for batch in model.seen] == [3.0, 3.0, 3 + 4 + 4]
-        logits, labels = model.table(whole["ids"])[:, :-1], whole["labels"][:, 1:]
-        nll = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view(6, 4)
-        want = 0.5 * nll[:3].sum() / 3 + 3.0 * nll[3:].sum() / 11
-        torch.testing.assert_close(found["loss"], want.detach())
-        gradient, = torch.autograd.grad(want, model.table.weight)
-        torch.testing.assert_close(found["table.weight"], gradient)
-
-    def test_labels_are_counted_over_the_processes(self, monkeypatch):
-        monkeypatch.setattr(train.distributed, "gather", lambda x: (torch.cat([x, x + 5]), 0))
-        model = Bigram()
-        step_gradients(model, split(ragged_rows(), 3, 3))
-        assert [float(batch["label_count"]) for batch in model.seen] == [(14 + 19) / 2] * 2
-
-    def test_a_batch_without_labels_has_no_count_and_is_not_cached(self):
-        model = Bigram()
-        model.forward = lambda batch, gather: model.seen.append(batch) or {
-            "a": model.table.weight.sum(), "b": model.table.weight.square().sum()}
-        found = step_gradients(model, [{"ids": torch.ones(2, 3)}] * 2)
-        assert all(batch.keys() == {"ids", "source"} for batch in model.seen)
-        w = model.table.weight.detach()
-        torch.testing.assert_close(found["loss"], 2 * (w.sum() + w.square().sum()))
-        torch.testing.assert_close(found["table.weight"], 2 * (1 + 2 * w))
-
-    def test_features_are_cached_for_several_micro_batches_of_a_model_that_can(self):
-        model = calls()
-        model.cache_features = lambda batches, gather: [f"part {len(b['ids'])}" for b in batches]
-        step_gradients(model, split(ragged_rows(), 6))
-        assert "feature_gradients" not in model.seen[0]
-        step_gradients(model, split(ragged_rows(), 2, 4))
-        assert [b["feature_gradients"] for b in model.seen[1:]] == ["part 2", "part 4"]
-
-    def test_hooks_are_called_before_and_after_a_step(self):
-        model = calls("before_step", "after_step")
-        step_gradients(model, split(ragged_rows(), 3, 3))
-        assert model.called == [("before_step", 0, 9), "forward", "forward", ("after_step", 0)]
-        model = calls()                  # neither is needed
-        step_gradients(model, [ragged_rows()])
-        assert model.called == ["forward"]
-
-    def test_the_model_has_the_last_word_on_its_weights(self, tmp_path):
-        run = build(tmp_path)
-        run.model.logit_scale.data.fill_(7.0)
-        train.update(run, run.model, run.batches[0])
-        assert run.model.logit_scale.item() == pytest.approx(math.log(100))
-
-    @pytest.mark.parametrize("most, want", [(1.0, 1.0), (0.5, 0.5), (None, 1e6)])
-    def test_the_gradient_is_clipped_and_the_rate_is_the_schedules(self, tmp_path, most, want):
-        run, norms = build(tmp_path, optimizer="adamw"), []
-        run.recipe = replace(run.recipe, grad_clip=most)
-        run.step, weight = 3, run.model.text_projection.weight
-        step = run.optimizer.step
-
-        def watched():
-            norms.append(torch.stack([p.grad.norm() for p in run.model.parameters()]).norm().item())
-            step()
-        run.optimizer.step = watched
-        weight.register_hook(lambda grad: 1e6 * grad / grad.norm())
-        train.update(run, run.model, run.batches[3])
-        assert norms == [pytest.approx(want, rel=1e-3)]
-        assert {group["lr"] for group in run.optimizer.param_groups} == {1e-3 * 4 / 10}
-        assert all(p.grad is None for p in run.model.parameters())
-        run.optimizer.param_groups[1]["lr_multiplier"] = 10.0
-        train.update(run, run.model, run.batches[3])
-        slow, fast = (group["lr"] for group in run.optimizer.param_groups)
-        assert fast == pytest.approx(10 * slow)
-
-    @pytest.mark.parametrize("size", [math.inf, math.nan])
-    def test_a_gradient_that_is_not_finite_shows_in_the_loss(self, size):
-        model = Bigram()
-        assert step_gradients(model, [ragged_rows()])["loss"].isfinite()
-        model.table.weight.register_hook(lambda grad: grad * size)
-        assert not step_gradients(model, [ragged_rows()])["loss"].isfinite()
-
-    def test_frozen_parameters_stay_bit_equal(self, tmp_path, monkeypatch):
-        monkeypatch.setitem(clip.TRAINS, "clip", ("text.*", "text_projection.*"))
-        run = build(tmp_path)
-        before = {name: p.detach().clone() for name, p in run.model.named_parameters()}
-        train.update(run, run.model, run.batches[0])
-        for name, p in run.model.named_parameters():
-            assert torch.equal(p, before[name]) != name.startswith("text"), name
-
-    def test_bf16_is_for_the_products_alone(self, tmp_path):
-        losses = []
-        for precision in ("fp32", "bf16"):
-            run = build(tmp_path / precision, precision=precision)
-            losses.append(train.update(run, run.model, run.batches[0]).item())
-            assert {p.dtype for p in run.model.parameters()} == {torch.float32}
-        assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], abs=0.05)
-
-
-class TestBuild:
-    def test_the_seed_is_of_the_weights_and_of_the_order(self, tmp_path):
-        runs = [build(tmp_path / str(number), seed=seed) for number, seed in enumerate((3, 3, 4))]
-        one, same, other = (run.model.text_projection.weight for run in runs)
-        assert torch.equal(one, same) and not torch.equal(one, other)
-        one, same, other = (run.batches.keys(0, 0) for run in runs)
-        assert one == same != other
-
-    def test_a_resumed_run_has_the_time_and_the_loss_of_its_checkpoint(self, tmp_path):
-        run = build(tmp_path)
-        run.began, run.loss, run.step = run.began - 1000, 0.25, 7
-        train.save(run)
-        again = build(tmp_path, resume=True)
-        assert 1000 <= again.elapsed() < 1060
-        assert (again.loss, again.step, again.saved) == (0.25, 7, 7)
-
-    def test_unfreeze_trains_more_and_the_table_says_what(self, tmp_path, monkeypatch):
-        monkeypatch.setitem(clip.TRAINS, "clip", ("text.*",))
-        run = build(tmp_path, unfreeze="logit_scale,vision.ln_post.*")
-        trained = {name for name, p in run.model.named_parameters() if p.requires_grad}
-        assert {name for name in trained if not name.startswith("text.")} \
-            == {"logit_scale", "vision.ln_post.weight", "vision.ln_post.bias"}
-        assert sum(len(group["params"]) for group in run.optimizer.param_groups) == len(trained)
-        assert re.search(r"^  logit_scale +1  trained$", run.table, re.M)
-
-    def test_the_optimizer_is_the_recipes_or_that_of_the_flag(self, tmp_path):
-        assert str(build(tmp_path / "a").optimizer).startswith("Muon (")
-        assert str(build(tmp_path / "b", optimizer="adamw").optimizer).startswith("AdamW (")
-        assert build(tmp_path / "c", optimizer="adamw").recipe.optimizer == "adamw"
-        for precision, half in (("bf16", True), ("fp32", False)):
-            run = build(tmp_path / precision, precision=precision)
-            assert run.optimizer.param_groups[0]["half"] is half
-
-    def test_the_vocabulary_is_the_tokenizers(self, tmp_path):
-        run = build(tmp_path)
-        assert run.config.vocab_size == len(run.tokenizer) and run.config.eos_id == 2
-        assert run.model.text.token_embed.weight.shape[0] == len(run.tokenizer)
-
-    def test_the_attention_is_that_of_the_flag(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(train.transformer, "ATTENTION", "auto")
-        build(tmp_path, attention="hand")
-        assert train.transformer.ATTENTION == "hand"
-
-
-class TestTrain:
-    def test_the_clock_starts_with_the_program_or_with_the_stage(self, tmp_path, monkeypatch):
-        run = build(tmp_path)
-        run.began -= 100
-        assert 100 <= run.elapsed() < 160
-        run.seconds = 50                 # of an earlier sitting
-        assert 150 <= run.elapsed() < 210
-        began = []
-        monkeypatch.setitem(train.LISTS, "all", ["clip", "clip"])
-        monkeypatch.setattr(train, "train", lambda *arguments: began.append(arguments[-1]))
-        monkeypatch.setattr(sys, "argv", ["train.py", "all"])
-        assert train.main() == 0
-        assert began[0] == train.BEGAN < began[1] <= time.time()
-
-    def test_a_list_ends_with_the_stage_that_was_stopped(self, monkeypatch):
-        statuses = iter([0, 143])
-        monkeypatch.setitem(train.LISTS, "all", ["clip", "clip", "clip"])
-        monkeypatch.setattr(train, "train", lambda *arguments: next(statuses))
-        monkeypatch.setattr(sys, "argv", ["train.py", "all"])
-        assert train.main() == 143
-
-    def test_every_stage_has_a_recipe_for_every_preset(self):
-        for name, stage in train.STAGES.items():
-            assert name in stage.file.TRAINS
-            for preset, config in stage.file.PRESETS.items():
-                find_recipe(stage.file.RECIPES, preset, "shapes", {})
-                with pytest.raises(FrozenInstanceError):     # stages share them
-                    config.vocab_size = 3
-        assert {stage for stages in train.LISTS.values() for stage in stages} <= set(train.STAGES)
