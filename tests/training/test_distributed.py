@@ -168,8 +168,8 @@ class TestRuns:
             process.end()
         for process in pair([*argv, str(tmp_path / "killed")], tmp_path / "killed", (kill, kill)):
             process.end(-signal.SIGKILL)
-        for process in pair([*argv, str(tmp_path / "killed"), "--resume"], tmp_path / "killed"):
-            process.end()
+        resumed = pair([*argv, str(tmp_path / "killed"), "--resume"], tmp_path / "killed")
+        assert ["resumed from step 18" in process.end() for process in resumed] == [True, False]
         assert_same_run(tmp_path / "killed", tmp_path / "whole")
 
     def test_they_refuse_what_one_does(self, tmp_path):

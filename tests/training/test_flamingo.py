@@ -1,132 +1,95 @@
-"""The loss, a step over several data sets, frozen parts, data sets, and runs of train.py."""
+"""Flamingo in train.py: a step over its data sets, what is frozen, runs, and its commands."""
+import copy
+import functools
 import json
-import math
 import pickle
 import random
+import re
 import shutil
+import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 
 import flamingo
 import train
 from common.data.batches import open_world, world_tokenizer
 from common.data.tokenizer import Tokenizer
+from common.evaluation.writing import Writer
+from common.training.lm import Pretraining
 from common.training.optimizer import freeze, make_optimizer, parameter_groups
-from flamingo import RECIPES, TRAINS, Flamingo, FlamingoConfig, data_sources
-from tests.helpers import (Words, assert_close, drawing, flamingo_config, listed, make_batch, make_images, names,
-    toy_flamingo)
-from tests.training.runs import SETTINGS, Toy, toy_options, pair, step_gradients, weights
+from common.training.options import run_main
+from flamingo import RECIPES, TRAINS, Flamingo, data_sources
+from tests.helpers import (Words, assert_close, drawing, flamingo_config, listed, make_batch, make_images,
+                           names, toy_flamingo)
+from tests.training.runs import (SETTINGS, Toy, assert_same, assert_same_weights, in_threads, pair, split,
+                                 step_gradients, toy_options, weights)
 
 TRAINED = ("resampler.", "gated.", "lm.new.")
+EVALUATE = Flamingo.evaluate
 
 
-def nll(model, batch):
-    """-log p of every label given the tokens before it, one by one."""
-    logs = model.logits(batch["ids"], visual=model.encode_images(batch["images"]),
-                        attend_next=batch["attend_next"]).log_softmax(-1)
-    return [-logs[b, t - 1, label] for b, row in enumerate(batch["labels"].tolist())
-            for t, label in enumerate(row) if t and label != -100]
+@pytest.fixture(autouse=True)
+def short_evaluation(monkeypatch):
+    """Evaluate on 4 records instead of 400."""
+    monkeypatch.setattr(Flamingo, "evaluate", lambda self, data: EVALUATE(self, data, count=4))
 
 
-class TestLoss:
-    def test_it_is_the_mean_over_labels_each_predicted_from_the_token_before(self):
-        model, batch = toy_flamingo(), make_batch("..I...I", "I......", attend_next=[False, True])
-        want = nll(model, batch)
-        assert_close("outputs", model(batch)["lm"].item(), sum(want).item() / len(want), 1e-5)
-        assert_close("outputs", model(batch | {"label_count": torch.tensor(40.0)})["lm"].item(),
-              sum(want).item() / 40, 1e-5)
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A folder with two-step runs of clip (clip-toy), lm (lm-toy) and flamingo (one)."""
+    folder = tmp_path_factory.mktemp("flamingo")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Flamingo, "evaluate", lambda self, data: EVALUATE(self, data, count=4))
+        patch.setattr(Pretraining, "evaluate", lambda self, data: {})
+        patch.setattr(Pretraining, "samples", lambda self, data: Image.new("RGB", (2, 2)))
+        for stage, out in (("clip", "clip-toy"), ("lm", "lm-toy"), ("flamingo", "one")):
+            assert start(stage, runs=str(folder), out=str(folder / out)) == 0
+    return folder
 
-    def test_it_starts_at_log_of_the_vocabulary(self):
-        batch = make_batch("..I...I" * 5, "I......" * 5, N=10)
-        assert Flamingo(flamingo_config())(batch)["lm"].item() == pytest.approx(math.log(43), rel=0.1)
 
-    def test_a_batch_without_labels_gives_0(self):
-        batch = make_batch("..I", "I..")
-        assert toy_flamingo()(batch | {"labels": torch.full((2, 3), -100)})["lm"] == 0
+def start(stage="flamingo", settings=None, **options):
+    """A two-step run of a stage -> its exit status."""
+    return train.train(stage, toy_options(**options), SETTINGS[stage] if settings is None else settings)
+
+
+def result(folder):
+    return json.loads((folder / "result.json").read_text())
 
 
 class TestStep:
-    """The gradient of a step is of the weighted sum of each data set's mean over its labels."""
-
-    def batches(self):
-        return [make_batch("..I...I", "I......", "...I..I", "I.I....")
-                | {"source": 0, "weight": 1.0},
-                make_batch(".I..", "I...", "..I.", "I..I") | {"source": 1, "weight": 0.2},
-                make_batch("I.........", "I........I", ".........I", "I..I.....I",
-                           attend_next=[True, False, True, True]) | {"source": 2, "weight": 0.03}]
-
-    def gradients(self, model, batches):
-        """By the definition: {name: gradient}."""
-        model.zero_grad()
+    def test_its_gradient_is_of_the_weighted_sum_of_each_data_sets_mean_over_its_labels(self):
+        model, expected = toy_flamingo(), 0.0
+        batches = [make_batch("..I...I", "I......", "...I..I", "I.I....") | {"source": 0, "weight": 1.0},
+                   make_batch(".I..", "I...", "..I.", "I..I") | {"source": 1, "weight": 0.2},
+                   make_batch("I.........", "I........I", ".........I", "I..I.....I",
+                              attend_next=[True, False, True, True]) | {"source": 2, "weight": 0.03}]
         for batch in batches:
-            losses = nll(model, batch)
-            (batch["weight"] * sum(losses) / len(losses)).backward()
-        found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-        model.zero_grad()
-        return found
-
-    def split(self, batch, sizes):
-        """A batch as micro-batches."""
-        return [{k: v.split(sizes)[i] if isinstance(v, torch.Tensor) else v
-                 for k, v in batch.items()} for i in range(len(sizes))]
-
-    @pytest.mark.parametrize("sizes", [[4], [1, 3], [2, 1, 1]])
-    def test_of_micro_batches(self, sizes):
-        model, batches = toy_flamingo(), self.batches()
-        want = self.gradients(model, batches)
-        found = step_gradients(model, [part for b in batches for part in self.split(b, sizes)])
-        for name in want:
-            assert_close("outputs", found[name], want[name], 1e-6)
-
-    def test_of_two_processes_the_mean_is_that_of_one(self, monkeypatch):
-        model, batches = toy_flamingo(), self.batches()
-        want = self.gradients(model, batches)
-        shares = list(zip(*(self.split(batch, [1, 3]) for batch in batches)))
-        counts = [[(part["labels"][:, 1:] != -100).sum().float() for part in share]
-                  for share in shares]
-
-        def step(rank):
-            expected = iter(zip(*counts))    # the data sets come in one order everywhere
-
-            def gather(x):
-                both = next(expected)
-                assert x.item() == both[rank]
-                return torch.stack(both)[:, None], rank
-            monkeypatch.setattr(train.distributed, "gather", gather)
-            return step_gradients(model, shares[rank])
-        one, two = step(0), step(1)
-        for name in want:
-            assert_close("outputs", (one[name] + two[name]) / 2, want[name], 1e-6)
+            logs = model.logits(batch["ids"], visual=model.encode_images(batch["images"]),
+                                attend_next=batch["attend_next"]).log_softmax(-1)
+            losses = [-logs[b, t - 1, label] for b, row in enumerate(batch["labels"].tolist())
+                      for t, label in enumerate(row) if t and label != -100]
+            expected = expected + batch["weight"] * sum(losses) / len(losses)
+        names, parameters = zip(*model.named_parameters())
+        grads = dict(zip(names, torch.autograd.grad(expected, parameters, allow_unused=True)))
+        for sizes in ((4,), (1, 3), (2, 1, 1)):
+            found = step_gradients(model, [part for batch in batches for part in split(batch, *sizes)])
+            assert_close(f"loss of micro-batches of {sizes}", found["loss"], expected, 1e-6)
+            for name in found.keys() - {"loss"}:
+                assert_close(f"gradient of {name}, {sizes}", found[name], grads[name], 1e-6)
+        ranks = [(copy.deepcopy(model), [split(batch, 1, 3)[rank] for batch in batches]) for rank in (0, 1)]
+        one, two = in_threads(2, lambda rank: step_gradients(*ranks[rank]))
+        for name in one.keys() - {"loss"}:
+            assert_close(f"gradient of {name}, 2 processes", (one[name] + two[name]) / 2, grads[name], 1e-6)
 
 
 class TestFrozen:
-    def frozen(self, **changes):
-        model = toy_flamingo(**changes)
+    def frozen(self):
+        model = toy_flamingo()
         freeze(model, TRAINS["flamingo"])
         return model
-
-    def gradients(self, model):
-        model(make_batch("..I...I", "I......"))["lm"].backward()
-        return {name: p.grad for name, p in model.named_parameters()}
-
-    def test_with_gates_at_0_only_they_and_the_new_tokens_have_a_gradient(self):
-        for name, grad in self.gradients(self.frozen(gate=0.0)).items():
-            if not name.startswith(TRAINED):
-                assert grad is None, name
-            else:
-                assert grad is not None, name
-                assert (grad.abs().max() > 0) == (name.endswith("_gate") or "lm.new" in name), name
-
-    def test_with_other_gates_all_trained_parameters_have_one(self):
-        for name, grad in self.gradients(self.frozen()).items():
-            trained = name.startswith(TRAINED)
-            assert (grad is not None) == trained, name
-            if name == "resampler.frames.weight":        # these are images, not clips
-                assert grad[0].abs().min() > 0 == grad[1:].abs().max()
-            elif trained:
-                assert grad.abs().max() > 0, name
 
     @pytest.mark.parametrize("preset", ["tiny", ""])
     def test_steps_with_weight_decay_change_what_is_trained_and_nothing_else(self, preset):
@@ -135,11 +98,10 @@ class TestFrozen:
         optimizer = make_optimizer(model, replace(RECIPES[preset], lr=0.01))
         for _ in range(3):
             optimizer.zero_grad()
-            self.gradients(model)
+            model(make_batch("..I...I", "I......"))["lm"].backward()
             optimizer.step()
         for name, p in model.named_parameters():
-            trained = name.startswith(TRAINED)
-            assert torch.equal(p, before[name]) != trained, name
+            assert torch.equal(p, before[name]) != name.startswith(TRAINED), name
 
     def test_gates_learn_faster_and_the_resampler_does_not_decay(self):
         model = self.frozen()
@@ -179,9 +141,7 @@ class TestDataSources:
                          (8, 2.5, {"caption": 1, "question": 1}, 0.0), (2, 2.0, {"clip": 1}, 0.0)]
         assert {kind for _, _, kinds, _ in table for kind in kinds} == set(Toy.tasks)
         assert self.table(p_next_image=0.25)[0][3] == 0.25
-
-    def test_interleaved_pages_can_be_left_out(self):
-        assert self.table(interleaved=False) == self.table()[3:]
+        assert self.table(interleaved=False) == table[3:]
 
     def test_a_world_without_tasks_has_its_captions(self):
         world = Toy(image_size=15)
@@ -192,18 +152,18 @@ class TestDataSources:
 
     @pytest.mark.parametrize("stage", ["lm", "flamingo"])
     def test_they_can_be_sent_to_workers(self, stage):
-        world = Toy(image_size=15)
-        config = replace(flamingo_config(), language=replace(flamingo_config().language, context_length=256))
+        world, config = Toy(image_size=15), flamingo_config()
+        config = replace(config, language=replace(config.language, context_length=256))
         sources = train.STAGES[stage].file.data_sources(world, world_tokenizer(world), config)
         for both in zip(sources, pickle.loads(pickle.dumps(sources)), strict=True):
             one, other = (s.collate([s.record(3, random.Random(7))], [random.Random(8)])
                           for s in both)
-            assert one.keys() == other.keys()
-            assert all(torch.equal(one[name], other[name]) for name in one)
+            assert_same("batch", other, one)
 
 
-def result(folder):
-    return json.loads((folder / "result.json").read_text())
+def quick_end():
+    """A trap: the run ends without figures."""
+    train.measure = lambda run: None
 
 
 class TestRuns:
@@ -211,7 +171,8 @@ class TestRuns:
         one, vision, lm = (weights(runs / name) for name in ("one", "clip-toy", "lm-toy"))
         for parts, head in ((vision, "vision."), (lm, "lm.")):
             own = {name: w for name, w in parts.items() if name.startswith(head)}
-            assert own and all(torch.equal(one[name], w) for name, w in own.items())
+            assert own
+            assert_same(f"{head}*", {name: one[name] for name in own}, own)
         assert (one["gated.2.attn_gate"] != 0.5).all() and one["lm.new.rows"].shape == (2, 20)
 
     def test_every_figure_has_a_name(self, runs):
@@ -225,20 +186,8 @@ class TestRuns:
         assert found["perplexity"] > 1 < found["perplexity_lm"]
         assert 0 < found["trainable_parameters"] < found["parameters"]
 
-    def test_it_comes_back_as_it_was_saved(self, runs):
-        writer = flamingo.from_pretrained(runs / "one")
-        config = json.loads((runs / "one/config.json").read_text())
-        assert writer.model.config == FlamingoConfig(**config["config"])
-        assert config["stage"] == "flamingo"
-        assert not writer.model.training
-        assert [g is not None for g in writer.model.gated] == [True, False, True]
-        for name, w in weights(runs / "one").items():
-            assert torch.equal(writer.model.state_dict()[name], w)
-        assert len(writer.generate([{"images": drawing("red", size=50), "texts": [""]}])) == 1
-
-    def test_resuming_and_measuring_again_need_no_other_run(
-            self, runs, tmp_path, monkeypatch, capsys):
-        where = toy_options(runs=str(runs), out=str(tmp_path / "two"), steps=2, save_every=1)
+    def test_resuming_and_measuring_again_need_no_other_run(self, runs, tmp_path, monkeypatch, capsys):
+        begin = functools.partial(start, runs=str(runs), out=str(tmp_path / "two"), save_every=1)
         update = train.update
 
         def power_cut(run, *arguments):
@@ -248,21 +197,17 @@ class TestRuns:
         with monkeypatch.context() as patch:
             patch.setattr(train, "update", power_cut)
             with pytest.raises(ValueError, match="power cut"):
-                train.train("flamingo", where, SETTINGS["flamingo"])
-        for flag in ("resume", "eval_only"):
-            there = replace(where, **{flag: True}, parts=["vision=nowhere", "language=nowhere"])
-            assert train.train("flamingo", there, SETTINGS["flamingo"]) == 0
-            assert f"resumed from step {1 if flag == 'resume' else 2}" in capsys.readouterr().out
-        one, two = weights(runs / "one"), weights(tmp_path / "two")
-        assert all(torch.equal(two[name], w) for name, w in one.items())
+                begin()
+        for flag, step in (("resume", 1), ("eval_only", 2)):
+            assert begin(**{flag: True}, parts=["vision=nowhere", "language=nowhere"]) == 0
+            assert f"resumed from step {step}" in capsys.readouterr().out
+        assert_same("weights", weights(tmp_path / "two"), weights(runs / "one"))
 
     def test_ones_own_pictures_train_it_and_missing_ones_are_refused(self, runs, tmp_path):
         spec = listed(tmp_path / "data", 40)
         (tmp_path / "data" / names(open_world(spec, 32), "test")[0]).unlink()
-        assert train.train("flamingo", toy_options(
-            data=spec, skip=0.5, out=str(tmp_path / "own"), parts=[
-                f"vision={runs / 'clip-toy'}", f"language={runs / 'lm-toy'}"]),
-            SETTINGS["flamingo"]) == 0
+        assert start(data=spec, skip=0.5, out=str(tmp_path / "own"), parts=[
+            f"vision={runs / 'clip-toy'}", f"language={runs / 'lm-toy'}"]) == 0
         found = result(tmp_path / "own")
         assert found["refused"] == 1 and 0 <= found["caption_accuracy"] <= 1
         assert not any(name.startswith(("vqa", "shots", "two")) for name in found)
@@ -272,17 +217,16 @@ class TestRuns:
         with pytest.raises(ValueError, match=f"--from {part}=nowhere: nowhere: no run here .*; "
                                              f"python train.py {stage} --data toy --out nowhere "
                                              "makes one"):
-            train.train("flamingo", toy_options(runs=str(runs), parts=[f"{part}=nowhere"]), [])
+            start(settings=[], runs=str(runs), parts=[f"{part}=nowhere"])
 
-    def test_a_run_of_another_model_is_refused(self, runs):
-        with pytest.raises(ValueError, match="lm-toy: a run of 'common.training.lm', not of "
-                                             "'clip'"):
-            train.train("flamingo", toy_options(runs=str(runs), parts=[f"vision={runs / 'lm-toy'}"]),
-                        [])
-        for flag in ("resume", "eval_only"):
-            with pytest.raises(ValueError, match="clip-toy: a run of 'clip', not of 'flamingo'"):
-                train.train("flamingo", toy_options(runs=str(runs), out=str(runs / "clip-toy"),
-                                                **{flag: True}), [])
+    @pytest.mark.parametrize("flag, model, other", [
+        ("parts", "common.training.lm", "clip"), ("resume", "clip", "flamingo"),
+        ("eval_only", "clip", "flamingo")])
+    def test_a_run_of_another_model_is_refused(self, runs, flag, model, other):
+        given = {"parts": [f"vision={runs / 'lm-toy'}"]} if flag == "parts" else \
+            {flag: True, "out": str(runs / "clip-toy")}
+        with pytest.raises(ValueError, match=f"-toy: a run of '{model}', not of '{other}'"):
+            start(settings=[], runs=str(runs), **given)
 
     def test_the_tokenizer_is_the_language_models(self, runs, tmp_path):
         shutil.copytree(runs / "clip-toy", tmp_path / "clip")
@@ -292,38 +236,102 @@ class TestRuns:
             f"vision={tmp_path / 'clip'}"]), SETTINGS["flamingo"], 0.0)
         assert run.tokenizer.model == Tokenizer.load(runs / "lm-toy" / "tokenizer.model").model
 
-    def argv(self, runs, *flags):
+    def two(self, runs, folder, *flags):
+        """Run two processes to their end."""
         argv = ["flamingo", "--data", "toy", "--runs", str(runs), "--steps", "2", "--precision",
-                "fp32", "--device", "cpu", *flags]
+                "fp32", "--device", "cpu", "--out", str(folder), *flags]
         for setting in SETTINGS["flamingo"]:
             argv += ["--set", setting]
-        return argv
-
-    @pytest.mark.parametrize("accumulate", [1, 2])
-    def test_two_processes_end_with_the_weights_of_one(self, runs, tmp_path, accumulate):
-        size = 32 * accumulate           # at least one sample a process, data set and micro-batch
-        both = pair(self.argv(runs, "--batch_size", str(size), "--accumulate", str(accumulate),
-                              "--out", str(tmp_path / "two")), tmp_path / "two",
-                    (quick_end, quick_end))
-        assert train.train("flamingo", toy_options(runs=str(runs), batch_size=size,
-                                               out=str(tmp_path / "one")),
-                           SETTINGS["flamingo"]) == 0
-        for process in both:
+        for process in pair(argv, folder, (quick_end, quick_end)):
             process.end()
-        one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
-        for name in one:
-            torch.testing.assert_close(two[name], one[name], atol=2e-5, rtol=0, msg=name)
+
+    def test_two_processes_end_with_the_weights_of_one(self, runs, tmp_path, monkeypatch):
+        # At least one sample a process, data set and micro-batch.
+        self.two(runs, tmp_path / "two", "--batch_size", "64", "--accumulate", "2")
+        monkeypatch.setattr(train, "measure", lambda run: None)
+        assert start(runs=str(runs), batch_size=64, out=str(tmp_path / "one")) == 0
+        assert_same_weights(tmp_path / "two", tmp_path / "one", 2e-5)
 
     def test_two_processes_train_what_is_unfrozen_too(self, runs, tmp_path):
         # The last norm of the unfrozen encoder is not used: no process has a gradient of it.
-        argv = self.argv(runs, "--batch_size", "32", "--unfreeze", "vision.*", "--out",
-                         str(tmp_path / "two"))
-        for process in pair(argv, tmp_path / "two", (quick_end, quick_end)):
-            process.end()
+        self.two(runs, tmp_path / "two", "--batch_size", "32", "--unfreeze", "vision.*")
         old, new = weights(runs / "clip-toy"), weights(tmp_path / "two")
         assert not torch.equal(old["vision.cls_token"], new["vision.cls_token"])
 
 
-def quick_end():
-    """A trap: the run ends without figures."""
-    train.measure = lambda run: None
+class TestMain:
+    @pytest.fixture
+    def call(self, runs, tmp_path, monkeypatch, capsys):
+        """call(*argv) -> what `python flamingo.py ARGV` prints; on a mistake its one line."""
+        red, blue = drawing("red", "blue", size=20)
+        red.save(tmp_path / "red.png"), blue.save(tmp_path / "blue.png")
+        red.save(tmp_path / "film.gif", save_all=True, append_images=[blue, red, blue])
+        (tmp_path / "frames").mkdir()
+        red.save(tmp_path / "frames/1.png"), blue.save(tmp_path / "frames/2.png")
+        (tmp_path / "notes.txt").write_text("not a picture")
+        shots = [{"image": "blue.png", "question": "is it blue?", "answer": "yes"},
+                 {"image": "red.png", "question": "is it red?", "answer": "no"}]
+        (tmp_path / "shots.jsonl").write_text("\n".join(map(json.dumps, shots)))
+        (tmp_path / "broken.jsonl").write_text('{"image": "red.png"}\n')
+        monkeypatch.chdir(tmp_path)
+
+        def call(*argv, run=runs / "one", status=None):
+            monkeypatch.setattr(sys, "argv", ["flamingo.py", *map(str, (run, *argv))])
+            with pytest.raises(SystemExit) as caught:
+                run_main(flamingo.main)
+            printed = capsys.readouterr()
+            assert caught.value.code == status, printed
+            assert not status or printed.out == "" and len(printed.err.splitlines()) == 1
+            return printed.err if status else printed.out
+        return call
+
+    @pytest.fixture
+    def asked(self, monkeypatch):
+        """What was given to the Writer, which answers yes: (turns, options) of each call."""
+        asked = []
+        monkeypatch.setattr(Writer, "generate", lambda self, records, **how: asked.extend(
+            (record["turns"], how) for record in records) or ["yes"])
+        return asked
+
+    @pytest.mark.parametrize("name", ["red.png", "film.gif", "frames"])
+    def test_captions_and_answers_are_printed(self, call, name):
+        for argv in (["caption", name], ["answer", name, "what colour?"]):
+            assert call(*argv).count("\n") == 1
+
+    def test_a_caption_is_of_all_frames(self, call, asked):
+        assert call("caption", "film.gif") == "yes\n"
+        ([turn], how), = asked
+        assert [len(clip) for clip in turn["images"]] == [4] and turn["caption"]
+        assert how == {"num_beams": 3}
+
+    def test_an_answer_follows_its_shots(self, call, asked):
+        call("answer", "red.png", "is it red?", "--shot", "blue.png", "is it blue?", "yes")
+        (turns, how), = asked
+        assert [(turn["prompt"], turn["answer"], turn["images"][0][0].getpixel((0, 0)))
+                for turn in turns] == [("is it blue?", "yes", (0, 0, 255)),
+                                       ("is it red?", "", (255, 0, 0))]
+        assert how == {"num_beams": 3}
+
+    @pytest.mark.parametrize("shots, answers", [(1, ["no"]), (9, ["yes", "no"])])
+    def test_shots_are_retrieved_from_a_file(self, call, asked, shots, answers):
+        call("answer", "red.png", "what?", "--support", "shots.jsonl", "--shots", shots)
+        (turns, _), = asked
+        assert [turn["answer"] for turn in turns] == [*answers, ""]
+
+    @pytest.mark.parametrize("argv, words", [
+        (["caption", "notes.txt"], "notes.txt: not a readable picture"),
+        (["caption", "absent.gif"], "absent.gif: no such picture"),
+        (["answer", "red.png", "what?", "--shot", "film.gif", "what?", "red"],
+         "clips of 1 and 4 frames"),
+        (["answer", "red.png", "what?", "--support", "absent.jsonl"], "absent.jsonl: no such file"),
+        (["answer", "red.png", "what?", "--support", "broken.jsonl"], "line 1: image, question and"),
+        (["answer", "red.png", "what colour is it? " * 40], "but the context is 256")])
+    def test_mistakes_are_one_line(self, call, argv, words):
+        assert words in call(*argv, status=2)
+
+    def test_a_folder_without_a_run_of_flamingo_is_one_line(self, call, runs):
+        line = call("caption", "red.png", run="frames", status=2)
+        assert re.fullmatch("error: .*: no run here .*; python train.py flamingo --out frames makes "
+                            "one\n", line)
+        line = call("caption", "red.png", run=runs / "lm-toy", status=2)
+        assert "a run of 'common.training.lm', not of 'flamingo'" in line
