@@ -1,5 +1,4 @@
 """The calls that differ for several processes, and that two train as one with the whole batch."""
-import dataclasses
 import functools
 import os
 import signal
@@ -13,9 +12,9 @@ import train
 from common.data.batches import open_world
 from common.training import checkpoint, distributed
 from tests.helpers import assert_close, listed, names
-from tests.training.runs import (STEPS, TOY, Command, assert_same_run, assert_same_weights, at_step,
-                                 environments, fork, in_threads, log, own, pair, result, share_of_batch,
-                                 step_gradients)
+from tests.training.runs import (STEPS, TOY, Command, assert_same, assert_same_run, at_step,
+                                 environments, fork, in_threads, log, own, pair, result,
+                                 share_of_batch, step_gradients, weights)
 
 FLAGS = [*TOY, "--precision", "fp32", "--save_every", "4"]
 
@@ -23,13 +22,14 @@ FLAGS = [*TOY, "--precision", "fp32", "--save_every", "4"]
 class TestGather:
     def test_it_joins_the_rows_of_all_and_says_where_ones_own_begin(self):
         x = torch.randn(3, 2, 5)
-        for rank, (rows, first) in enumerate(in_threads(3, lambda rank: distributed.gather(x[rank]))):
+        found = in_threads(3, lambda rank: distributed.gather(x[rank]))
+        for rank, (rows, first) in enumerate(found):
             assert_close("rows of all processes (B * world, D)", rows, x.flatten(0, 1))
             assert first == 2 * rank, f"process {rank} of 2 rows each: its first row is {first}"
 
     def test_the_gradient_of_a_row_is_of_the_losses_of_all_processes(self):
         x, weights = torch.randn(3, 2, 5), torch.randn(3, 6, 5)
-        weights_before = weights.clone()
+        before = weights.clone()
 
         def gradient(rank):
             row = x[rank].clone().requires_grad_()
@@ -37,13 +37,7 @@ class TestGather:
             return torch.autograd.grad(loss, row)[0]
         found = torch.cat(in_threads(3, gradient))
         assert_close("gradient of the rows (B * world, D)", found, weights.sum(dim=0))
-        assert_close("the gradients that came in", weights, weights_before)
-
-    def test_a_single_process_has_all_rows(self):
-        x = torch.randn(3, 5)
-        rows, first = distributed.gather(x)
-        assert_close("rows", rows, x)
-        assert first == 0
+        assert_close("the gradients that came in", weights, before)
 
 
 class TestMean:
@@ -51,14 +45,12 @@ class TestMean:
         values = [{"a": 1.0, "b": 4.0}, {"a": 2.0, "b": True}, {"a": 6.0, "b": 1}]
         assert in_threads(3, lambda rank: distributed.mean(values[rank], "cpu")) \
             == [{"a": 3.0, "b": 2.0}] * 3
-        assert distributed.mean({"a": 2.0}, "cpu") == {"a": 2.0}
 
 
 class TestAllGatherObjects:
     def test_lists_are_joined_in_the_order_of_the_processes(self):
         assert in_threads(3, lambda rank: distributed.all_gather_objects(["a", rank] * rank)) \
             == [["a", 1, "a", 2, "a", 2]] * 3
-        assert distributed.all_gather_objects(["a", "b"]) == ["a", "b"]
 
 
 class TestStart:
@@ -68,80 +60,69 @@ class TestStart:
             return distributed.rank(), distributed.world_size()
         assert in_threads(2, place) == [(0, 2), (1, 2)]
 
-    def test_without_torchrun_there_is_one_process(self):
+    def test_without_torchrun_there_is_one_process_that_has_everything(self):
         assert distributed.start("cpu") == torch.device("cpu")
         distributed.barrier()
         assert (distributed.rank(), distributed.world_size()) == (0, 1)
+        assert distributed.mean({"a": 2.0}, "cpu") == {"a": 2.0}
+        assert distributed.all_gather_objects(["a", "b"]) == ["a", "b"]
+        rows, first = distributed.gather(torch.eye(3))
+        assert_close("rows", rows, torch.eye(3))
+        assert first == 0
         distributed.stop()
 
 
 # Two processes
 
-CASES = [(loss, sizes) for loss in ("softmax", "sigmoid", "lm") for sizes in ((6,), (1, 3, 2))]
-
-
 def gradients(environment, path):
-    """In one of two processes: the gradients and the loss of every case."""
+    """In one of two processes: gradients and loss of its share of the batch, for each loss."""
     os.environ |= environment
     torch.set_num_threads(1)
     distributed.start("cpu")
     found = {}
-    for loss, sizes in CASES:
-        model, batches = share_of_batch(loss, *sizes, rank=distributed.rank(), ranks=2)
-        found[loss, sizes] = step_gradients(model, batches, DistributedDataParallel(model))
+    for loss in ("softmax", "sigmoid", "lm"):
+        model, batches = share_of_batch(loss, 1, 3, 2, rank=distributed.rank(), ranks=2)
+        found[loss] = step_gradients(model, batches, DistributedDataParallel(model))
     torch.save(found, path)
     distributed.barrier()
     distributed.stop()
 
 
-@pytest.fixture(scope="module")
-def both(tmp_path_factory):
-    """What each of two processes computes in every case."""
-    folder = tmp_path_factory.mktemp("two")
-    for process in [fork(gradients, e, folder / e["RANK"]) for e in environments()]:
+def test_gradients_of_two_processes_are_those_of_one_with_the_whole_batch(tmp_path):
+    for process in [fork(gradients, e, tmp_path / e["RANK"]) for e in environments()]:
         process.join(60)
         process.kill()
         assert process.exitcode == 0
-    return [torch.load(folder / rank) for rank in ("0", "1")]
-
-
-@pytest.mark.parametrize("loss, sizes", CASES)
-def test_gradients_of_two_processes_are_those_of_one_with_the_whole_batch(both, loss, sizes):
-    expected, (one, two) = step_gradients(*share_of_batch(loss, 12)), (f[loss, sizes] for f in both)
-    assert_close("loss", (one.pop("loss") + two.pop("loss")) / 2, expected.pop("loss"), 1e-8)
-    for name, gradient in expected.items():
-        assert_close(f"gradient of {name}", torch.stack([one[name], two[name]]),
-                     torch.stack([gradient, gradient]), 1e-8)
+    one, two = (torch.load(tmp_path / rank) for rank in ("0", "1"))
+    for loss in one:
+        expected = step_gradients(*share_of_batch(loss, 12))
+        mean = (one[loss].pop("loss") + two[loss].pop("loss")) / 2
+        assert_close(f"{loss} loss", mean, expected.pop("loss"), 1e-8)
+        assert_same(f"gradients of process 0, {loss}", one[loss], expected, 1e-8)
+        assert_same(f"gradients of process 1, {loss}", two[loss], expected, 1e-8)
 
 
 def two_stages():
-    """A trap: `all` is two stages, the second in micro-batches."""
-    build = train.build
-
-    def in_parts(name, options, *more):
-        options = dataclasses.replace(options, accumulate=3 if name == "parts" else 1)
-        return build(name, options, *more)
-    train.build = in_parts
-    train.STAGES["parts"], clip.TRAINS["parts"] = train.STAGES["clip"], ("*",)
-    train.LISTS["all"] = ["clip", "parts"]
+    """A trap: `all` is two stages."""
+    train.STAGES["again"], clip.TRAINS["again"] = train.STAGES["clip"], ("*",)
+    train.LISTS["all"] = ["clip", "again"]
 
 
 class TestRuns:
-    def test_a_list_of_two_processes_ends_with_the_weights_of_one_and_the_first_alone_speaks(
-            self, tmp_path):
-        Command([*FLAGS, "--steps", "7", "--out", str(tmp_path / "one")], tmp_path / "one.txt").end()
-        argv = ["all", *FLAGS[1:], "--steps", "7", "--runs", str(tmp_path)]
-        first, second = (process.end() for process in pair(argv, tmp_path / "two", (two_stages,) * 2))
+    def test_two_end_with_the_weights_of_one_and_the_first_alone_speaks(self, tmp_path):
+        argv = [*FLAGS, "--steps", "7"]
+        Command([*argv, "--out", str(tmp_path / "one")], tmp_path / "one.txt").end()
+        argv = ["all", *argv[1:], "--accumulate", "3", "--runs", str(tmp_path)]
+        both = pair(argv, tmp_path / "two", (two_stages, two_stages))
+        first, second = (process.end() for process in both)
         assert [line.split(":")[0] for line in first.splitlines()].count("result") == 2
         assert second == ""
-        losses = [log(tmp_path / name)[-1]["loss"] for name in ("one", "clip-toy", "parts-toy")]
-        assert losses == pytest.approx([losses[0]] * 3, abs=2e-5)
-        for name in ("clip-toy", "parts-toy"):
-            assert_same_weights(tmp_path / name, tmp_path / "one")
-            assert [line["step"] for line in log(tmp_path / name)] == [7]
-            assert sorted(p.name for p in (tmp_path / name).iterdir()) == [
-                "config.json", "last.pt", "log.jsonl", "previous.pt", "result.json", "samples.png",
-                "tokenizer.model"]
+        for folder in (tmp_path / "clip-toy", tmp_path / "again-toy"):
+            assert_same("weights", weights(folder), weights(tmp_path / "one"), 1e-5)
+            assert [line["step"] for line in log(folder)] == [7]
+            assert_close("loss", log(folder)[0]["loss"], log(tmp_path / "one")[0]["loss"], 2e-5)
+            assert {p.name for p in folder.iterdir()} \
+                == {p.name for p in (tmp_path / "one").iterdir()}
 
     def test_a_signal_to_one_stops_both_and_one_goes_on_alone(self, tmp_path):
         moment = functools.partial(at_step, 5, signal.SIGTERM)
@@ -178,10 +159,11 @@ class TestRuns:
             (tmp_path / "data" / name).unlink()
         argv = own(spec, "--skip", "0.5", "--precision", "fp32", "--out")
         alone = Command([*argv, str(tmp_path / "one")], tmp_path / "one.txt").end()
-        first, second = (process.end() for process in pair([*argv, str(tmp_path / "two")], tmp_path / "two"))
+        both = pair([*argv, str(tmp_path / "two")], tmp_path / "two")
+        first, second = (process.end() for process in both)
         assert second == "" and result(first)["refused"] == result(alone)["refused"] > 3
         assert first.count("refused: /") == 3
-        assert_same_weights(tmp_path / "two", tmp_path / "one")
+        assert_same("weights", weights(tmp_path / "two"), weights(tmp_path / "one"), 1e-5)
         one, two = (checkpoint.load(tmp_path / name / "last.pt") for name in ("one", "two"))
         assert one["data"] == two["data"]
 
