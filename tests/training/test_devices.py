@@ -1,6 +1,5 @@
 """Any device without having one: tensor factories, device "meta", graph breaks; and --device."""
 import ast
-import functools
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,13 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from clip import CLIP, CLIPConfig
-from common.data.tokenizer import IMAGE
-from common.language import LanguageConfig
+from clip import CLIP
 from common.training.devices import (autocast, default_workers, find_device, half_precision,
                                      to_device)
 from common.training.optimizer import freeze
-from flamingo import TRAINS, Flamingo, FlamingoConfig
+from flamingo import TRAINS, Flamingo
+from tests.helpers import flamingo_config, make_batch
 
 ROOT = Path(__file__).parents[2]
 FILES = [ROOT / "clip.py", ROOT / "flamingo.py", *sorted((ROOT / "common").glob("*.py"))]
@@ -80,39 +78,27 @@ class TestFactories:
 
 # The training steps of tiny models
 
-@functools.cache
-def configs():
-    """{name: the config of a tiny model}."""
-    vit = CLIPConfig(image_size=15, patch_size=5, vision_width=12, vision_layers=2, vision_heads=3,
-                     text_width=14, text_layers=2, text_heads=2, context_length=11, vocab_size=37,
-                     embed_dim=7)
-    resnet = replace(vit, image_size=32, stages=(1, 1, 1, 1), vision_width=4, vision_heads=2)
-    opt, llama = (LanguageConfig(
-        kind=kind, vocab_size=37, context_length=23, width=24, layers=2, heads=3, hidden=37,
-        kv_heads=heads) for kind, heads in (("opt", 3), ("llama", 1)))
-    flamingo = FlamingoConfig(vision=resnet, language=llama, num_latents=3, resampler_heads=2,
-                              resampler_head_width=5, heads=2, head_width=5, max_frames=3)
-    return {"clip": vit, "clip resnet sigmoid": replace(resnet, loss="sigmoid"),
-            "flamingo resnet llama": flamingo, "flamingo mlp opt": replace(
-                flamingo, vision=vit, resampler="mlp", language=opt, use_class_token=False,
-                only_latest_image=False)}
-
-
 def model_and_batch(name, device="cpu"):
     """A tiny model in training, and a batch for it."""
     torch.manual_seed(0)
-    config, ids = configs()[name], torch.randint(32, 37, (5, 6))
-    ids[:, -1] = 2
-    batch, size = {"ids": ids}, (3, config.image_size, config.image_size)
-    if name.startswith("clip"):
-        model, batch["images"] = CLIP(config), torch.randint(256, (5, *size), dtype=torch.uint8)
-    else:
-        model = Flamingo(config)
+    config = flamingo_config()
+    resnet = replace(config.vision, image_size=32, stages=(1, 1, 1, 1), vision_width=4)
+    model = {
+        "clip": lambda: CLIP(config.vision),
+        "clip resnet sigmoid": lambda: CLIP(replace(resnet, loss="sigmoid")),
+        "flamingo resnet llama": lambda: Flamingo(replace(config, vision=resnet)),
+        "flamingo mlp opt": lambda: Flamingo(replace(
+            config, resampler="mlp", language=replace(config.language, kind="opt"),
+            use_class_token=False, only_latest_image=False))}[name]()
+    batch = make_batch("..I.I.", "I.....", "...I.I", attend_next=[True, False, True])
+    shape = (3, 3, 2) if name.startswith("flamingo") else (3,)
+    size = model.config.image_size
+    batch["images"] = torch.randint(256, (*shape, 3, size, size), dtype=torch.uint8)
+    if name.startswith("flamingo"):
+        batch["label_count"] = torch.tensor(25.0)
         freeze(model, TRAINS["flamingo"])
-        ids[:, [1, 3]] = IMAGE
-        batch |= {"images": torch.randint(256, (5, 2, 2, *size), dtype=torch.uint8),
-                  "attend_next": torch.tensor([True, False, True, False, False]),
-                  "labels": ids.clone(), "label_count": torch.tensor(25.0)}
+    else:
+        batch["ids"] = torch.tensor([[5, 2, 0], [3, 4, 2], [4, 4, 2]])
     return model.to(device), to_device(batch, torch.device(device))
 
 

@@ -135,13 +135,6 @@ class TestRuns:
         assert checkpoint.load(tmp_path / "stopped/last.pt")["step"] == 6
         assert "resumed from step 6" in Command([*argv, "--resume"], tmp_path / "alone.txt").end()
 
-    def test_a_mistake_of_both_ends_both(self, tmp_path):
-        argv = [*FLAGS, "--batch_size", "9", "--out", str(tmp_path / "odd")]
-        for process in pair(argv, tmp_path / "odd"):
-            assert "batch_size 9 does not divide into 1 shares of data sets x 2 processes x 1" \
-                in process.end(2)
-        assert not (tmp_path / "odd").exists()
-
     def test_two_killed_processes_go_on_to_the_same_end(self, tmp_path):
         argv = [*TOY, "--steps", str(STEPS), "--out"]
         kill = functools.partial(at_step, 21, signal.SIGKILL)
