@@ -6,7 +6,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import signal
 import socket
 import sys
 import time
@@ -204,8 +203,9 @@ def assert_same_run(folder, reference):
 def step_gradients(model, batches, forward=None, half=False):
     """{name: gradient, "loss": the loss} of one `train.update` over micro-batches."""
     found = {}
-    optimizer = SimpleNamespace(param_groups=(), zero_grad=model.zero_grad, step=lambda: found.update(
-        {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}))
+    optimizer = SimpleNamespace(
+        param_groups=(), zero_grad=model.zero_grad, step=lambda: found.update(
+            {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}))
     run = SimpleNamespace(model=model, optimizer=optimizer, device=torch.device("cpu"), half=half,
                           step=0, recipe=Recipe(steps=9, batch_size=1, lr=0.0, grad_clip=None))
     loss = train.update(run, forward or model, [{"source": 0, "weight": 1.0} | b for b in batches])

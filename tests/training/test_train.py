@@ -3,6 +3,7 @@ import contextlib
 import functools
 import json
 import math
+import os
 import re
 import signal
 import sys
@@ -220,6 +221,15 @@ class TestFit:
         rates = [learning_rate(run.recipe, step) / 1e-3 for step in (9, 19, 22)]
         assert_close("rate of steps 10, 20, 23", [line["lr"] / 1e-3 for line in lines], rates)
 
+    def test_batches_are_made_by_the_workers(self, tmp_path, monkeypatch):
+        run, makers = build(tmp_path, steps=2, workers=1), []
+        source, collate = run.batches.sources[0], run.batches.sources[0].collate
+        source.collate = lambda *given: collate(*given) | {"maker": os.getpid()}
+        monkeypatch.setattr(train, "update", lambda run, forward, batches: makers.extend(
+            batch["maker"] for batch in batches) or torch.tensor(1.0))
+        train.fit(run)
+        assert len(makers) == 2 and os.getpid() not in makers
+
     def test_a_resumed_run_has_the_seconds_and_the_loss_of_all_sittings(
             self, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(clip.CLIP, "evaluate", lambda self, data: {})
@@ -379,6 +389,7 @@ class TestStops:
             toy("twice", "--workers", "1", "--resume",
                 trap=functools.partial(at_step, step, signal.SIGKILL)).end(-signal.SIGKILL)
             assert "resumed" not in (toy.runs / "twice.txt").read_text()
+        assert result(toy("twice", "--eval_only").end())["steps"] == 18
         assert "resumed from step 18\n" in toy("twice", "--resume").end()
         assert_same_run(toy.runs / "twice", reference)
 
