@@ -34,7 +34,7 @@ class TestGather:
             row = x[rank].clone().requires_grad_()
             return torch.autograd.grad(distributed.gather(row)[0], row, weights[rank])[0]
         found = torch.cat(in_threads(3, gradient))
-        assert_close("gradient of the rows (B * world, D)", found, weights.sum(dim=0))
+        assert_close("gradient of the rows (B * world, D)", found, before.sum(dim=0))
         assert_close("the gradients that came in", weights, before)
 
 
