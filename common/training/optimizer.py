@@ -42,9 +42,15 @@ def find_recipe(recipes, preset, data, changes):
 def freeze(model, patterns):
     """Freeze all parameters but those whose names match a pattern -> the table of what is trained.
 
-    Frozen parameters have no gradient and are not in the optimizer; their modules are in eval mode.
+    Patterns match whole names: "lm.*" by prefix, "*_gate" by suffix. Frozen parameters have no
+    gradient and are not in the optimizer; their modules are in eval mode. Raises ValueError for a
+    pattern that matches no name.
     """
-    table = {}
+    names, table = [name for name, _ in model.named_parameters()], {}
+    for pattern in patterns:
+        if not any(fnmatch(name, pattern) for name in names):
+            raise ValueError(f"no parameter matches {pattern!r}; their names begin with "
+                             + ", ".join(dict.fromkeys(name.split(".")[0] for name in names)))
     for name, parameter in model.named_parameters():
         parameter.requires_grad = any(fnmatch(name, pattern) for pattern in patterns)
         counts = table.setdefault(name.split(".")[0], [0, 0])
