@@ -2,14 +2,20 @@
 
 Models are imported where they are made, so that a file with a mistake fails its own tests alone.
 """
+import contextlib
 import io
 import itertools
 import json
 import math
+import re
+import runpy
+import sys
 import tarfile
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
@@ -257,6 +263,28 @@ def loop_gated_block(block, x, visual, ids):
         out.append(y + math.tanh(block.mlp_gate.item()) * loop_mlp(
             block.mlp, loop_norm(y, block.mlp_norm)))
     return torch.stack(out)
+
+
+# Command lines
+
+def command(file, *argv):
+    """Do what `python FILE ARGV` does, in this process -> (exit status, stdout, stderr)."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), \
+            contextlib.redirect_stderr(err), pytest.raises(SystemExit) as caught:
+        patch.setattr(sys, "argv", [file, *map(str, argv)])
+        patch.setenv("COLUMNS", "100")
+        runpy.run_path(str(Path(__file__).parents[1] / file), run_name="__main__")
+    return caught.value.code or 0, out.getvalue(), err.getvalue()
+
+
+def mistake(file, *argv):
+    """The one line on stderr with which a command ends with status 2, perhaps after its usage."""
+    status, out, err = command(file, *argv)
+    assert status == 2 and "Traceback" not in err, err
+    *usage, line = err.splitlines()
+    assert re.match(rf"{file}.*: error: " if usage else "error: ", line), err
+    return line
 
 
 # The user's own data
