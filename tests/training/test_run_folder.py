@@ -6,9 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from common.training import checkpoint
 from common.training.run import Options
-from common.training.run_folder import FILES, RunFolder, default_folder, missing_run
+from common.training.run_folder import RunFolder, default_folder, missing_run
 
 VOCABULARY = SimpleNamespace(model=b"pieces")
 DESCRIBED = {"model": "clip", "stage": "clip", "options": {"seed": 0, "data": "toy"},
@@ -23,10 +22,6 @@ def folder(tmp_path):
     return folder
 
 
-def lines(folder):
-    return [json.loads(line) for line in (folder.path / "log.jsonl").read_text().splitlines()]
-
-
 class TestDefaultFolder:
     @pytest.mark.parametrize("options, name", [
         ({}, "clip"), ({"data": "emoji"}, "clip-emoji"), ({"preset": "ViT-B/32"}, "clip-ViT-B-32"),
@@ -34,17 +29,21 @@ class TestDefaultFolder:
          "clip-shapes-objects=3-noise=0.1-small"),
         ({"data": "coco:/a/long/path/captions_val2014.json"}, "clip-coco-captions-val2014"),
         ({"data": "jsonl:my data.jsonl", "preset": "small"}, "clip-jsonl-my-data-small"),
-        ({"data": "tar:/sets/cc3m/{00000..00331}.tar"}, "clip-tar-cc3m")])
-    def test_it_hides_no_other_run(self, options, name):
+        ({"data": "tar:/sets/cc3m/{00000..00331}.tar"}, "clip-tar-cc3m"),
+        ({"data": "tar:*.tar"}, "clip-tar-here")])
+    def test_it_hides_no_other_run(self, tmp_path, monkeypatch, options, name):
+        (tmp_path / "here").mkdir()
+        monkeypatch.chdir(tmp_path / "here")
         assert default_folder("clip", Options(runs="some", **options)) == Path("some") / name
 
-    @pytest.mark.parametrize("options, command", [
-        ({}, "python train.py lm --out x"),
-        ({"data": "emoji", "preset": "small"},
-         "python train.py lm --data emoji --preset small --out x"),
-        ({"preset": "3B"}, "python train.py lm --out x")])
-    def test_the_command_that_makes_a_missing_run(self, options, command):
-        assert missing_run("lm", ("tiny", "small"), Options(**options), "x") == command
+
+class TestMissingRun:
+    @pytest.mark.parametrize("options, flags", [
+        ({}, ""), ({"data": "emoji", "preset": "small"}, "--data emoji --preset small "),
+        ({"preset": "3B"}, "")])           # a preset of the stage that needs the run
+    def test_it_is_the_command_that_makes_the_run(self, options, flags):
+        assert missing_run("lm", ("tiny", "small"), Options(**options), "x") \
+            == f"python train.py lm {flags}--out x"
 
 
 class TestRunFolder:
@@ -54,19 +53,18 @@ class TestRunFolder:
                 assert RunFolder(path).claim(resume, overwrite) is None
         assert RunFolder(tmp_path).described() is None
 
-    def test_a_run_in_the_folder_is_refused_and_unchanged(self, folder):
+    @pytest.mark.parametrize("name", ["config.json", "last.pt", "previous.pt"])
+    def test_a_run_in_the_folder_is_refused_unless_a_flag_says_what_to_do(self, tmp_path, name):
+        if name == "config.json":
+            (tmp_path / name).write_text("{}")
+        else:
+            torch.save({"model": {}, "step": 4}, tmp_path / name)
         for holds in ("an unfinished", "a finished"):
-            with pytest.raises(ValueError, match=f"one: holds {holds} run; --resume .*--overwrite"):
-                folder.claim(False, False)
-            (folder.path / "result.json").write_text("{}")
-        assert folder.claim(True, False) is None and folder.claim(False, True) is None
-        assert folder.described() == DESCRIBED
-
-    def test_a_checkpoint_without_a_config_is_a_run_too(self, tmp_path):
-        checkpoint.save(tmp_path, {"model": {}, "step": 4})
-        with pytest.raises(ValueError, match="holds an unfinished run"):
-            RunFolder(tmp_path).claim(False, False)
-        assert RunFolder(tmp_path).claim(True, False)["step"] == 4
+            with pytest.raises(ValueError, match=f"holds {holds} run; --resume .*--overwrite"):
+                RunFolder(tmp_path).claim(False, False)
+            (tmp_path / "result.json").write_text("{}")
+        state = RunFolder(tmp_path).claim(True, False)
+        assert state is None if name == "config.json" else state["step"] == 4
         assert RunFolder(tmp_path).claim(False, True) is None
 
     @pytest.mark.parametrize("part, now, words", [
@@ -78,8 +76,6 @@ class TestRunFolder:
         with pytest.raises(ValueError, match=words):
             folder.check_same(DESCRIBED | {part: now})
         folder.check_same(DESCRIBED | {part: now}, without=part)
-
-    def test_a_lost_config_is_told(self, folder):
         (folder.path / "config.json").unlink()
         with pytest.raises(ValueError, match="config.json: no such file"):
             folder.check_same(DESCRIBED)
@@ -88,23 +84,21 @@ class TestRunFolder:
         for step in (10, 20, 30):
             folder.log({"step": step})
         with open(folder.path / "log.jsonl", "a") as file:
-            file.write('{"step": 2')
+            file.write('{"step": 2')                         # a kill has cut it
         folder.begin(DESCRIBED, VOCABULARY, 20, False)
-        assert lines(folder) == [{"step": 10}, {"step": 20}]
         folder.log({"step": 21})
-        assert lines(folder)[-1] == {"step": 21}
+        lines = (folder.path / "log.jsonl").read_text().splitlines()
+        assert [json.loads(line) for line in lines] == [{"step": 10}, {"step": 20}, {"step": 21}]
 
     def test_overwriting_deletes_a_runs_files_and_nothing_else(self, folder):
-        for name in ("result.json", "last.pt", "previous.pt", "last.pt.part", "samples.png"):
-            (folder.path / name).write_text("old")
-        folder.log({"step": 10})
-        (folder.path / "novel.txt").write_text("years of work")
+        for name in ("result.json", "last.pt", "previous.pt", "last.pt.part", "samples.png",
+                     "search.png", "novel.txt"):
+            (folder.path / name).write_text("years of work")
+        folder.log({"step": 0})
         folder.begin(DESCRIBED | {"stage": "new"}, VOCABULARY, 0, True)
-        assert sorted(p.name for p in folder.path.iterdir()) == [
-            "config.json", "log.jsonl", "novel.txt", "tokenizer.model"]
-        assert lines(folder) == [] and folder.described()["stage"] == "new"
-        assert (folder.path / "tokenizer.model").read_bytes() == b"pieces"
-        assert {"last.pt", "previous.pt"} < set(FILES)
+        left = {p.name: p.read_text() for p in folder.path.iterdir()}
+        assert json.loads(left.pop("config.json")) == DESCRIBED | {"stage": "new"}
+        assert left == {"log.jsonl": "", "tokenizer.model": "pieces", "novel.txt": "years of work"}
 
     def test_only_the_first_process_writes(self, tmp_path, monkeypatch):
         monkeypatch.setattr("common.training.distributed.rank", lambda: 1)
