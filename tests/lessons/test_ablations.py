@@ -1,6 +1,6 @@
 """lessons/ablations.py: each command runs on a small run and prints its table."""
 import collections
-import itertools
+import functools
 import json
 import sys
 from pathlib import Path
@@ -9,14 +9,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import clip
 import flamingo
-from common.data.batches import world_tokenizer
-from common.data.shapes import texts
+import train
 from common.data.shapes.world import Shapes
-from common.training import checkpoint, options
+from common.training import options
 from lessons import ablations
 from tests.helpers import assert_close
+from tests.training.runs import build
 
 HERE = Path(__file__).parents[2]
 
@@ -24,20 +23,11 @@ HERE = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """An untrained CLIP in a run folder, and a world with small splits."""
-    folder, patch = tmp_path_factory.mktemp("run"), pytest.MonkeyPatch()
-    patch.setattr(Shapes, "splits", Shapes.splits | {"single": 84, "shifted": 126})
-    patch.setattr(Shapes, "corpus", lambda self: itertools.islice(texts.corpus(), 150))
-    torch.manual_seed(0)
-    tokenizer = world_tokenizer(Shapes())
-    config = clip.CLIPConfig(vision_width=12, vision_layers=1, vision_heads=2, text_width=12,
-                             text_layers=1, text_heads=2, embed_dim=7, vocab_size=len(tokenizer))
-    checkpoint.write_json(folder / "config.json", {
-        "model": "clip", "config": vars(config),
-        "recipe": {"steps": 3, "batch_size": 8, "lr": 1e-3, "betas": [0.9, 0.98]}})
-    (folder / "tokenizer.model").write_bytes(tokenizer.model)
-    checkpoint.save(folder, {"model": clip.CLIP(config).state_dict()})
-    yield folder
-    patch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Shapes, "splits", Shapes.splits | {"single": 84, "shifted": 126})
+        made = build(tmp_path_factory.mktemp("runs"), batch_size=8)
+        train.save(made)
+        yield made.folder.path
 
 
 @pytest.fixture
@@ -73,16 +63,19 @@ class TestBench:
 class TestEnsemble:
     def test_it_shows_every_prompt_and_both_ways_to_average(self, run, said):
         table = rows(said("ensemble", "--run", run))
-        assert set(table) == {"accuracy", *map(repr, Shapes.templates), "ensemble",
-                              "mean of the single prompts", "mean of probabilities"}
-        assert table["accuracy"] == ["plain", "outline", "texture", "palette"]
-        alone = torch.tensor([[*map(float, table[repr(t)])] for t in Shapes.templates])
-        assert_close("mean of the single prompts", alone.mean(dim=0), torch.tensor(
-            [*map(float, table["mean of the single prompts"])]), tolerance=2e-3)
+        assert table.pop("accuracy") == ["plain", "outline", "texture", "palette"]
+        assert set(table) == {*map(repr, Shapes.templates), "mean of the single prompts",
+                              "ensemble", "mean of probabilities"}
+        cells = {name: torch.tensor([*map(float, row)]) for name, row in table.items()}
+        alone = torch.stack([cells[repr(template)] for template in Shapes.templates])
+        assert_close("mean of the single prompts", cells["mean of the single prompts"],
+                     alone.mean(dim=0), tolerance=2e-3)
 
 
 class TestProbe:
-    def test_it_beats_an_untrained_zero_shot_classifier(self, run, said):
+    def test_it_beats_an_untrained_zero_shot_classifier(self, run, said, monkeypatch):
+        short = functools.partial(ablations.logistic_regression, steps=15)
+        monkeypatch.setattr(ablations, "logistic_regression", short)
         table = rows(said("probe", "--run", run))
         assert float(table["linear probe, 64 a class"][0]) > float(table["zero-shot"][0]) + 0.1
 

@@ -1,6 +1,5 @@
 """clip.py on a run: what the stage learns from, the commands that users type, their mistakes."""
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -39,12 +38,6 @@ def pictures(tmp_path, monkeypatch):
     (tmp_path / "notes.txt").write_text("not a picture")
     (tmp_path / "inner").mkdir()
     return tmp_path
-
-
-def rewrite(folder, **parts):
-    """Change parts of a run's config.json."""
-    path = folder / "config.json"
-    path.write_text(json.dumps(read_json(path) | parts))
 
 
 class TestMain:
@@ -106,16 +99,12 @@ class TestMain:
         assert words in mistake("clip.py", *argv.format(run=run).split())
         assert not (run / "search.png").exists() and not Path("search.png").exists()
 
-    @pytest.mark.parametrize("harm, words", [
-        (lambda here: (here / "config.json").unlink(), "no run here"),
-        (lambda here: (here / "last.pt").unlink(), "no checkpoint yet"),
-        (lambda here: os.truncate(here / "last.pt", 9999), "cut off"),
-        (lambda here: (here / "tokenizer.model").write_bytes(b"x"), "tokenizer.model: not a Sent"),
-        (lambda here: rewrite(here, model="blip"), "a run of 'blip', not of 'clip'"),
-        (lambda here: rewrite(here, config={"wings": 2}), "'wings'"),
-        (lambda here: rewrite(here, config={}), "weights of another model or config")])
-    def test_a_damaged_run_is_told_in_one_line(self, run, pictures, harm, words):
-        for name in ("config.json", "last.pt", "tokenizer.model"):
+    @pytest.mark.parametrize("parts, words", [
+        ({"model": "blip"}, "a run of 'blip', not of 'clip'"),
+        ({"config": {"wings": 2}}, "'wings'"),
+        ({"config": {}}, "weights of another model or config")])
+    def test_a_run_that_does_not_fit_is_told_in_one_line(self, run, pictures, parts, words):
+        for name in ("last.pt", "tokenizer.model"):
             (pictures / name).write_bytes((run / name).read_bytes())
-        harm(pictures)
+        Path("config.json").write_text(json.dumps(read_json(run / "config.json") | parts))
         assert words in mistake("clip.py", ".", "classify", "red.png", "a red circle")
