@@ -22,9 +22,8 @@ def state(step):
     return {"model": {"weight": torch.full((3, 5), float(step))}, "step": step}
 
 
-def steps(folder):
-    """The step of each file of a folder."""
-    return {p.name: torch.load(p, weights_only=True)["step"] for p in folder.iterdir()}
+def newest_step(folder):
+    return (checkpoint.newest(folder) or {"step": 0})["step"]
 
 
 DAMAGES = {
@@ -65,9 +64,11 @@ class TestSave:
     def test_the_last_and_the_one_before_are_kept(self, tmp_path):
         for step in (1, 2, 3):
             checkpoint.save(tmp_path, state(step))
-        assert steps(tmp_path) == {"last.pt": 3, "previous.pt": 2}
+        assert {p.name: torch.load(p, weights_only=True)["step"] for p in tmp_path.iterdir()} \
+            == {"last.pt": 3, "previous.pt": 2}
 
-    @pytest.mark.parametrize("damage", [None, "empty", "zeros", "half", "all but one"])
+    @pytest.mark.parametrize("damage", ["nothing yet", None, "empty", "zeros", "half",
+                                        "all but one"])
     def test_a_kill_at_any_call_to_the_disk_leaves_a_whole_checkpoint(
             self, tmp_path, monkeypatch, damage):
         left = 99                        # calls before the kill
@@ -87,17 +88,17 @@ class TestSave:
         for moment in range(6):          # more than there are
             folder, left = tmp_path / str(moment), 99
             folder.mkdir()
-            checkpoint.save(folder, state(1))
-            checkpoint.save(folder, state(2))
-            if damage:
+            for step in (1, 2) if damage != "nothing yet" else ():
+                checkpoint.save(folder, state(step))
+            if damage in DAMAGES:
                 write_damaged(folder / "last.pt", damage)
-            before, left = checkpoint.newest(folder)["step"], moment
+            before, left = newest_step(folder), moment
             with contextlib.suppress(Stop):
                 checkpoint.save(folder, state(3))
             left = 99
-            assert checkpoint.newest(folder)["step"] in (before, 3), f"stopped at call {moment}"
+            assert newest_step(folder) in (before, 3), f"stopped at call {moment}"
             checkpoint.save(folder, state(4))
-            assert checkpoint.newest(folder)["step"] == 4
+            assert newest_step(folder) == 4
 
 
 class TestUnpickle:

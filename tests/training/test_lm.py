@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from common.data.tokenizer import Tokenizer
+from common.data.tokenizer import BOS, Tokenizer
 from common.language import LanguageConfig
 from common.training.lm import Pretraining, data_sources, perplexity, unigram_perplexity
 from tests.helpers import V, assert_close, prompts, toy_lm
@@ -141,14 +141,17 @@ class TestPretraining:
 
     def test_words_of_known_odds_stand_beside_their_entropy(self):
         model, data = self.data(WithTexts())
-        nn.init.zeros_(model.lm.output.weight)             # every token is equally likely
-        figures = model.evaluate(data)
-        pieces = [len(data.tokenizer.encode(word)) for word in (" circle", " star")]
+        figures, pieces = model.evaluate(data), data.tokenizer.encode
+        first, terms = [BOS, *pieces("a red")], {}
+        for word in (" circle", " star"):      # of the word's own tokens alone
+            text = torch.tensor([first + pieces(word)])
+            terms[word] = nll(model.lm, [text])[len(first) - 1:]
         drawn = [data.world.labelled(random.Random(f"labels/{i}"))[0][1][0] for i in range(400)]
-        tokens = sum(pieces[word == " star"] for word in drawn)
-        assert_close("perplexity", figures["perplexity_labels"], len(data.tokenizer), 1e-4)
+        counted = [term for word in drawn for term in terms[word]]
+        assert_close("perplexity", figures["perplexity_labels"],
+                     math.exp(sum(counted) / len(counted)), tolerance=1e-4)
         assert_close("entropy", figures["perplexity_labels_entropy"],
-                     math.exp(400 * math.log(2) / tokens))
+                     math.exp(400 * math.log(2) / len(counted)))
 
     def test_samples_are_a_picture(self):
         model, data = self.data(Captions())

@@ -43,10 +43,12 @@ def model():
 
 
 def toy():
-    """lm, lm_head: Linear 0, BatchNorm 1, Dropout 2."""
-    return nn.Sequential(OrderedDict(
+    """lm, my_lm: Linear 0, BatchNorm 1, Dropout 2; names that begin and end with one another."""
+    model = nn.Sequential(OrderedDict(
         (name, nn.Sequential(nn.Linear(*sizes), nn.BatchNorm1d(sizes[1]), nn.Dropout(0.5)))
-        for name, sizes in (("lm", (3, 5)), ("lm_head", (5, 7)))))
+        for name, sizes in (("lm", (3, 5)), ("my_lm", (5, 7)))))
+    model.lm[0].bias_gain = nn.Parameter(torch.ones(5))
+    return model
 
 
 def in_training(model):
@@ -90,33 +92,33 @@ class TestFindRecipe:
 
 class TestFreeze:
     @pytest.mark.parametrize("patterns, trained", [
-        (["lm.*"], "lm.0.weight lm.0.bias lm.1.weight lm.1.bias"),             # not lm_head
-        (["*.bias"], "lm.0.bias lm.1.bias lm_head.0.bias lm_head.1.bias"),
-        (["*.1.*", "lm_head.0.bias"], "lm.1.weight lm.1.bias lm_head.1.weight lm_head.1.bias "
-                                      "lm_head.0.bias"),
-        (["lm*0.weight", "lm.?.weight"], "lm.0.weight lm.1.weight lm_head.0.weight"), ([], "")])
+        (["lm.*"], "lm.0.weight lm.0.bias lm.0.bias_gain lm.1.weight lm.1.bias"),   # not my_lm
+        (["*.bias"], "lm.0.bias lm.1.bias my_lm.0.bias my_lm.1.bias"),              # not bias_gain
+        (["*.1.*", "my_lm.0.bias"], "lm.1.weight lm.1.bias my_lm.1.weight my_lm.1.bias "
+                                    "my_lm.0.bias"),
+        (["*lm.0.weight", "lm.?.weight"], "lm.0.weight lm.1.weight my_lm.0.weight"), ([], "")])
     def test_patterns_of_whole_names_choose_what_is_trained(self, patterns, trained):
         model = toy()
-        freeze(model, ("lm_head.1.*",))  # of an earlier call nothing stays
+        freeze(model, ("my_lm.1.*",))  # of an earlier call nothing stays
         freeze(model, patterns)
         assert {name for name, p in model.named_parameters() if p.requires_grad} \
             == set(trained.split())
 
-    @pytest.mark.parametrize("pattern", ["lm", "lm_haed.*", "*.bia", "m.*", "0.weight", ""])
+    @pytest.mark.parametrize("pattern", ["lm", "my_ml.*", "*.bia", "m.*", "0.weight", ""])
     def test_a_pattern_that_matches_no_name_is_refused_by_its_name(self, pattern):
         with pytest.raises(ValueError) as caught:
             freeze(toy(), ("lm.*", pattern))
         assert repr(pattern) in str(caught.value), "the error names the pattern"
 
     def test_the_table_counts_the_parameters_of_each_part(self):
-        rows = [freeze(toy(), patterns).split() for patterns in (("lm.0.*",), ("lm_head.*",))]
-        assert rows == [["lm", "30", "20", "trained", "lm_head", "56", "frozen"],
-                        ["lm", "30", "frozen", "lm_head", "56", "trained"]]
+        rows = [freeze(toy(), patterns).split() for patterns in (("lm.0.*",), ("my_lm.*",))]
+        assert rows == [["lm", "35", "25", "trained", "my_lm", "56", "frozen"],
+                        ["lm", "35", "frozen", "my_lm", "56", "trained"]]
 
     @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
     def test_steps_leave_what_is_frozen_bit_identical(self, recipe, optimizer):
         model = nn.ModuleDict({"one": nn.ModuleDict({"mlp": toy()}), "other": toy()})
-        freeze(model, ("one.mlp.lm_head.*",))
+        freeze(model, ("one.mlp.my_lm.*",))
         before = {name: x.clone() for name, x in model.state_dict().items()}
         steps = make_optimizer(model, replace(recipe, optimizer=optimizer))
         for _ in range(3):
@@ -124,7 +126,7 @@ class TestFreeze:
             (model["one"]["mlp"](x) + model["other"](x)).square().mean().backward()
             steps.step()
         for name, x in model.state_dict().items():
-            if name.startswith("one.mlp.lm_head"):
+            if name.startswith("one.mlp.my_lm"):
                 assert (x != before[name]).any(), f"{name} is trained and did not change"
             else:
                 assert_close(f"frozen {name}", x, before[name], tolerance=0)
@@ -133,7 +135,7 @@ class TestFreeze:
 
 class TestEvalFrozen:
     @pytest.mark.parametrize("patterns, modes", [
-        (["lm_head.*"], ["", "lm_head", "lm_head.0", "lm_head.1", "lm_head.2"]),
+        (["my_lm.*"], ["", "my_lm", "my_lm.0", "my_lm.1", "my_lm.2"]),
         (["lm.1.*"], ["", "lm", "lm.1", "lm.2"]), ([], [])])
     def test_modules_without_a_trained_parameter_are_in_eval_mode(self, patterns, modes):
         model = toy().eval()
