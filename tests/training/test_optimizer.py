@@ -42,9 +42,17 @@ def model():
     return make()
 
 
-def toy():
+class Kept(nn.Sequential):
+    """Its frozen parts stay in eval mode, as a model's with frozen parts do."""
+
+    def train(self, mode=True):
+        super().train(mode)
+        return eval_frozen(self)
+
+
+def toy(kind=nn.Sequential):
     """lm, my_lm: Linear 0, BatchNorm 1, Dropout 2; names that begin and end with one another."""
-    model = nn.Sequential(OrderedDict(
+    model = kind(OrderedDict(
         (name, nn.Sequential(nn.Linear(*sizes), nn.BatchNorm1d(sizes[1]), nn.Dropout(0.5)))
         for name, sizes in (("lm", (3, 5)), ("my_lm", (5, 7)))))
     model.lm[0].bias_gain = nn.Parameter(torch.ones(5))
@@ -138,11 +146,12 @@ class TestEvalFrozen:
         (["my_lm.*"], ["", "my_lm", "my_lm.0", "my_lm.1", "my_lm.2"]),
         (["lm.1.*"], ["", "lm", "lm.1", "lm.2"]), ([], [])])
     def test_modules_without_a_trained_parameter_are_in_eval_mode(self, patterns, modes):
-        model = toy().eval()
-        freeze(model, patterns)
-        assert in_training(model) == set(modes), "after freeze"
-        assert eval_frozen(model.train()) is model and in_training(model) == set(modes)
-        assert in_training(eval_frozen(model.eval())) == set()
+        for kind in (nn.Sequential, Kept):
+            model = toy(kind).eval()
+            freeze(model, patterns)
+            assert in_training(model) == set(modes), f"a {kind.__name__} after freeze"
+        assert model.train() is model and in_training(model) == set(modes), "after train"
+        assert in_training(model.eval()) == set(), "after eval"
 
 
 def named_groups(model, recipe):
