@@ -55,9 +55,8 @@ class TestWrite:
 
 class TestWriteJson:
     def test_it_comes_back(self, tmp_path):
-        value = {"a": [1, 2.5, None], "é": True}
-        checkpoint.write_json(tmp_path / "a.json", value)
-        assert read_json(tmp_path / "a.json") == value
+        checkpoint.write_json(tmp_path / "a.json", {"a": [1, 2.5, None], "é": True})
+        assert read_json(tmp_path / "a.json") == {"a": [1, 2.5, None], "é": True}
 
 
 class TestSave:

@@ -89,13 +89,11 @@ class TestFindRecipe:
         with pytest.raises(ValueError, match=f"{name} {value}"):
             self.find("tiny", **{name: value})
 
-    @pytest.mark.parametrize("stage, worlds, papers", [
-        ("clip", ("tiny", "small", "RN-tiny"), ("ViT-B/32", "RN50")),
-        ("lm", ("tiny", "small"), ("gpt2",)), ("flamingo", ("tiny", "small"), ("3B",))])
-    def test_the_worlds_recipes_use_muon_and_the_papers_adamw(self, stage, worlds, papers):
-        used = {preset: find_recipe(train.STAGES[stage].file.RECIPES, preset, "shapes",
-                                    {}).optimizer for preset in worlds + papers}
-        assert used == dict.fromkeys(worlds, "muon") | dict.fromkeys(papers, "adamw")
+    @pytest.mark.parametrize("stage", ["clip", "lm", "flamingo"])
+    def test_the_worlds_recipes_use_muon_and_the_papers_adamw(self, stage):
+        recipes = train.STAGES[stage].file.RECIPES
+        used = [find_recipe(recipes, preset, "shapes", {}).optimizer for preset in ("tiny", "3B")]
+        assert used == ["muon", "adamw"]
 
 
 class TestFreeze:
