@@ -68,12 +68,12 @@ class TestMain:
 
     def test_a_resnet_is_trained_resumed_measured_and_used(self, pictures):
         flags = [*TOY, "--out", "resnet", "--set", "vision_width=4", "--set", "vision_heads=2",
-                 "--steps", "1"]
+                 "--steps", "2"]
         stages = ["--set", "stages=1,1,2,1"]
         assert command("train.py", *flags, *stages)[0] == 0
         for flag in ("--resume", "--eval_only"):
             status, out, err = command("train.py", *flags, *stages, flag)
-            assert status == 0 and "resumed from step 1\n" in out, err
+            assert status == 0 and "resumed from step 2\n" in out, err
         assert "stages=[1, 1, 2, 1] (now [])" in mistake("train.py", *flags, "--resume")
         config = clip.from_pretrained("resnet").model.config
         assert config == clip.CLIPConfig(**read_json("resnet/config.json")["config"])
