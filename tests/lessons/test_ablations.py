@@ -114,14 +114,17 @@ class TestCompare:
 
         def trained(options, of, name, *flags):
             asked[name] = of, *flags
-            figure = [0.3, 0.1, 0.1][int(flags[flags.index("--seed") + 1])]
+            figure = [0.3, 0.1, 0.2][int(flags[flags.index("--seed") + 1])]
             return collections.defaultdict(lambda: figure)
         monkeypatch.setattr(ablations, "trained", trained)
         out = said(*argv.split())
         columns = len(ablations.CLIP_FIGURES if stage == "clip" else ablations.FLAMINGO_FIGURES)
-        assert out.count("0.1 (0.1-0.3)") == columns * len(steps)
-        assert all(f"\n{name} " in out for name in steps) and f"3 seeds, {argv.split()[2]}" in \
-            out.replace(",024", "024") and {of for of, *_ in asked.values()} == {stage}
+        assert out.count("0.2 (0.1-0.3)") == columns * len(steps)
+        unit, size = argv.split()[1:]
+        assert f"3 seeds, {int(size):,d} {unit[2:]} each" in out
+        assert all(f"\n{name} " in out for name in steps)
+        assert all(f"-{size}-" in name for name in asked), "other sizes are other runs"
+        assert {of for of, *_ in asked.values()} == {stage}
         assert [flags[flags.index("--steps") + 1] for flags in asked.values()] \
             == [str(count) for count in steps.values() for _ in range(3)]
         assert len({frozenset(flags) - set("012") for flags in asked.values()}) == len(steps)
