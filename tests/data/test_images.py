@@ -26,24 +26,32 @@ def noise(width, height, seed=0):
     return Image.fromarray(values)
 
 
-def encoded(picture, kind="PNG", *more_frames, **more):
+def encoded(picture, kind="PNG", *frames, orientation=1, **more):
     """The bytes of a file of one picture or of several frames."""
-    out = io.BytesIO()
-    frames = {"save_all": True, "append_images": more_frames} if more_frames else {}
-    picture.save(out, kind, **frames, **more)
+    out, exif = io.BytesIO(), Image.Exif()
+    exif[274] = orientation
+    more |= {"save_all": True, "append_images": frames} if frames else {}
+    picture.save(out, kind, **{"exif": exif} | more)
     return out.getvalue()
-
-
-def exif(orientation):
-    made = Image.Exif()
-    made[274] = orientation
-    return made
 
 
 def compare(name, picture, want, within=0):
     """Two pictures of one size, whose pixels differ by at most so much."""
     assert picture.mode == "RGB", f"{name}: mode {picture.mode}"
-    assert_close(f"pixels (H, W, 3) {name}", np.array(picture, float), np.array(want, float), within)
+    assert_close(f"pixels (H, W, 3) {name}", np.array(picture, float), np.array(want, float),
+                 tolerance=within)
+
+
+def kinds():
+    """Files of many kinds of picture."""
+    plain, wide = noise(13, 11), Image.fromarray(np.arange(143, dtype=np.uint16).reshape(11, 13) * 457)
+    modes = ("CMYK", "JPEG"), ("1", "PNG"), ("RGBA", "PNG"), ("LA", "PNG"), ("CMYK", "TIFF"), ("F", "TIFF")
+    return [encoded(plain, kind) for kind in KINDS] + [
+        encoded(plain, kind, plain.rotate(180), plain) for kind in ("PNG", "GIF", "WEBP", "MPO")] + [
+        encoded(plain.convert("L").convert(mode) if mode == "F" else plain.convert(mode), kind)
+        for mode, kind in modes] + [encoded(wide, kind) for kind in ("PNG", "PPM", "TIFF")] + [
+        encoded(plain, orientation=6), encoded(plain.quantize(17), transparency=3),
+        encoded(plain, "TIFF", compression="tiff_lzw")]
 
 
 def png(width, height, *chunks):
@@ -55,38 +63,20 @@ def png(width, height, *chunks):
         for kind, data in chunks)
 
 
-def kinds():
-    """{name: bytes} of a small picture in every kind of file."""
-    plain, grey = noise(13, 11), np.array(noise(13, 11))[..., 0]
-    wide, frames = Image.fromarray(grey * np.uint16(257)), (plain.rotate(180), plain)
-    return {kind: encoded(plain, kind) for kind in KINDS} | {
-        f"moving {kind}": encoded(plain, kind, *frames) for kind in ("PNG", "GIF", "WEBP", "MPO")} | {
-        f"{mode} {kind}": encoded(plain.convert(mode), kind) for mode, kind in (
-            ("CMYK", "JPEG"), ("1", "PNG"), ("RGBA", "PNG"), ("LA", "PNG"), ("CMYK", "TIFF"))} | {
-        f"16 bits {kind}": encoded(wide, kind) for kind in ("PNG", "PPM", "TIFF")} | {
-        "floats": encoded(Image.fromarray(grey * np.float32("nan")), "TIFF"),
-        "turned": encoded(plain, exif=exif(6)), "palette": encoded(plain.quantize(17), transparency=3),
-        "compressed": encoded(plain, "TIFF", compression="tiff_lzw")}
-
-
 def broken():
-    """(name, bytes, the number that the message names) of what is no picture."""
-    for name, data in (("nothing", b""), ("text", b"a line of text\n"), ("BMP's start", b"BM"),
-                       ("GIF's start", b"GIF89a\5\0\5\0"), ("JPEG's start", b"\xff\xd8\xff\xe0\0")):
-        yield name, data, ""
+    """{name: bytes} of what is no picture; a bomb unpacks to more than 64,000,000 pixels."""
+    files = {"nothing": b"", "text": b"a line of text\n", "start": b"GIF89a\5\0\5\0"}
     for kind in ("PNG", "JPEG", "GIF", "BMP"):
         data = encoded(noise(40, 30), kind)
-        middle = len(data) // 2
-        yield f"half a {kind}", data[:middle], ""
+        files[f"half a {kind}"] = data[:len(data) // 2]
         if kind in ("PNG", "GIF"):
-            yield f"a {kind} with a gap", data[:middle] + data[middle + 99:], ""
+            files[f"{kind} with a gap"] = data[:len(data) // 2] + data[len(data) // 2 + 99:]
     for kind in ("EPS", "PCX", "TGA", "ICO"):                # rare, or a reason to start programs
-        yield kind, encoded(noise(16, 16), kind), ""
-    yield "a bomb", png(64001, 1000), "64,000,000"
-    yield "a huge bomb", png(60000, 60000), "64,000,000"
-    yield "text without end", png(1, 1, (b"zTXt", b"a\0\0" + zlib.compress(bytes(50_000_000)))), ""
+        files[kind] = encoded(noise(16, 16), kind)
     frame = b",\0\0\0\0" + struct.pack("<HH", 60000, 60000) + b"\0\x02\x02L\x01\0;"
-    yield "a huge frame", b"GIF89a\5\0\5\0\x80\0\0" + bytes(6) + frame, "64,000,000"
+    return files | {"bomb": png(64001, 1000), "huge bomb": png(60000, 60000),
+                    "frame bomb": b"GIF89a\5\0\5\0\x80\0\0" + bytes(6) + frame,
+                    "long": png(1, 1, (b"zTXt", b"a\0\0" + zlib.compress(bytes(50_000_000))))}
 
 
 class TestDecoding:
@@ -106,42 +96,38 @@ class TestDecoding:
 class TestOpenImage:
     @pytest.mark.parametrize("kind", KINDS)
     def test_every_format_is_opened_from_bytes_and_paths(self, tmp_path, kind):
-        plain = Image.new("RGB", (9, 7), (250, 5, 5))
+        plain, lossy = Image.new("RGB", (9, 7), (250, 5, 5)), kind in ("JPEG", "WEBP", "GIF", "MPO")
         (tmp_path / "a").write_bytes(encoded(plain, kind))
         for source in (tmp_path / "a", str(tmp_path / "a"), encoded(plain, kind)):
-            compare(kind, open_image(source), plain, within=5)
-        if kind not in ("JPEG", "WEBP", "GIF", "MPO"):
-            compare("without loss", open_image(encoded(noise(7, 5), kind)), noise(7, 5))
+            compare(kind, open_image(source), plain, within=5 * lossy)
 
-    @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])
-    def test_it_is_upright_and_over_white(self, kind):
-        assert open_image(encoded(noise(7, 5), kind, exif=exif(6))).size == (5, 7)
-        if kind != "JPEG":
-            clear = Image.new("RGBA", (3, 2), (200, 0, 100, 0))
-            compare("transparent", open_image(encoded(clear, kind)), np.full((2, 3, 3), 255))
+    def test_it_is_upright_and_over_white_and_broken_exif_does_not_cost_it(self):
+        clear = Image.new("RGBA", (3, 2), (200, 0, 100, 0))
+        for kind in ("PNG", "WEBP", "TIFF"):
+            compare(kind, open_image(encoded(clear, kind, orientation=6)), np.full((3, 2, 3), 255))
+        assert open_image(encoded(noise(7, 5), "JPEG", orientation=6)).size == (5, 7)
+        data = encoded(noise(7, 5), exif=b"Exif\0\0nonsense, not a header")
+        compare("with broken EXIF data", open_image(data), noise(7, 5))
 
     @pytest.mark.parametrize("kind", ["PNG", "GIF", "WEBP"])
     def test_of_an_animation_the_first_frame_is_taken(self, kind):
         black, white = (Image.new("RGB", (16, 8), c) for c in ("black", "white"))
         compare(kind, open_image(encoded(black, kind, white, white)), black, within=8)
 
-    def test_broken_exif_does_not_cost_the_picture(self):
-        data = encoded(noise(7, 5), exif=b"Exif\0\0nonsense, not a header")
-        compare("with broken EXIF data", open_image(data), noise(7, 5))
-
     def test_what_is_broken_is_refused_in_one_line_that_names_it(self, tmp_path):
-        for name, data, number in broken():
+        for name, data in broken().items():
             (tmp_path / name).write_bytes(data)
-            with limit(5), one_line(f"{name}: .*{number}"):
+            value = "64,000,000" if "bomb" in name else ""
+            with limit(5), one_line(f"{name}: .*{value}"):
                 open_image(tmp_path / name)
-            with limit(5), one_line(f"^b of {name}: .*{number}"):
+            with limit(5), one_line(f"^b of {name}: .*{value}"):
                 open_image(data, f"b of {name}")
 
     def test_what_is_no_file_is_refused_and_not_waited_for(self, tmp_path):
         os.mkfifo(tmp_path / "pipe")
-        for path in (tmp_path, tmp_path / "none.png", tmp_path / "pipe", "/dev/zero", "/dev/null"):
-            with limit(5), one_line(f"{path}.* picture"):
-                open_image(path)
+        for name in (".", "none.png", "pipe", "/dev/zero", "/dev/null"):
+            with limit(5), one_line(f"{name.strip('.')}.* picture"):
+                open_image(tmp_path / name)
         for name in ("a\nb.png", "a\x1b[2Jb.png", "\udcff.png", "n" * 300, "a\0b"):
             with one_line():
                 open_image(tmp_path / name)
@@ -154,52 +140,43 @@ class TestOpenImage:
 
     def test_a_damaged_picture_is_opened_or_refused_in_one_line(self):
         refused = []
-        for kind, data in kinds().items():
+        for data in kinds():
+            assert open_image(data).size in ((13, 11), (11, 13))
             for damaged in mutations(data, 20):
                 with limit(5), one_line(maybe=True) as said:
                     picture = open_image(damaged)
-                    assert picture.mode == "RGB" and min(picture.size) > 0, kind
+                    assert picture.mode == "RGB" and min(picture.size) > 0
                 refused += said
         assert 100 < len(refused) < 400
-
-    def test_a_picture_that_is_cut_off_anywhere_is_refused_or_whole(self):
-        for kind, data in kinds().items():
-            for end in range(0, len(data), 7):
-                with one_line(maybe=True):
-                    compare(f"of {end} bytes of {kind}", open_image(data[:end]), open_image(data))
 
 
 class TestToRgb:
     @pytest.mark.parametrize("mode, pixel, want", [
-        ("RGB", (9, 8, 7), (9, 8, 7)), ("L", 200, (200, 200, 200)), ("1", 1, (255, 255, 255)),
-        ("CMYK", (0, 255, 255, 0), (255, 0, 0)),
-        ("RGBA", (200, 0, 100, 255), (200, 0, 100)), ("RGBA", (200, 0, 100, 0), (255, 255, 255)),
+        ("RGB", (9, 8, 7), (9, 8, 7)), ("L", 200, 200), ("1", 1, 255), ("CMYK", (0, 255, 255, 0), (255, 0, 0)),
+        ("RGBA", (200, 0, 100, 255), (200, 0, 100)), ("RGBA", (200, 0, 100, 0), 255),
         ("RGBA", (200, 0, 100, 51), (244, 204, 224)),          # a fifth of it, four of white
-        ("LA", (100, 255), (100, 100, 100)), ("LA", (100, 51), (224, 224, 224)),
-        ("I;16", 257 * 51, (51, 51, 51)), ("I;16", 200, (0, 0, 0)), ("I", 51, (51, 51, 51)),
-        ("I", 257 * 51, (51, 51, 51)), ("F", 51.0, (51, 51, 51)), ("F", -7.0, (0, 0, 0)),
-        ("F", float("nan"), (0, 0, 0)), ("F", float("inf"), (255, 255, 255))])
+        ("LA", (100, 255), 100), ("LA", (100, 51), 224), ("I;16", 257 * 51, 51), ("I;16", 200, 0),
+        ("I", 51, 51), ("I", 257 * 51, 51), ("F", 51.0, 51), ("F", -7.0, 0), ("F", float("nan"), 0),
+        ("F", float("inf"), 255)])
     @pytest.mark.filterwarnings("error")
     def test_any_mode_becomes_eight_bits_of_three_colours(self, mode, pixel, want):
         picture = Image.new(mode, (3, 2), pixel)
         compare(f"of {mode}", to_rgb(picture), np.full((2, 3, 3), want), within=1)
         assert picture.mode == mode, "the caller's picture is changed"
 
-    @pytest.mark.parametrize("mode, clear", [("RGB", (9, 8, 7)), ("L", 9), ("P", 0)])
-    def test_the_transparent_colour_is_white(self, mode, clear):
+    @pytest.mark.parametrize("mode, clear, other", [("RGB", (9, 8, 7), (5, 5, 5)), ("L", 9, 5), ("P", 0, 1)])
+    def test_the_transparent_colour_is_white(self, mode, clear, other):
         picture = Image.new(mode, (2, 1), clear)
         if mode == "P":
             picture.putpalette([9, 8, 7, 5, 5, 5])
-        picture.putpixel((1, 0), (5, 5, 5) if mode == "RGB" else 1 if mode == "P" else 5)
+        picture.putpixel((1, 0), other)
         picture.info["transparency"] = clear
         compare(mode, to_rgb(picture), [[(255, 255, 255), (5, 5, 5)]])
 
     @pytest.mark.parametrize("orientation, turned", [
         (1, lambda p: p), (2, ImageOps.mirror), (3, lambda p: p.rotate(180)), (4, ImageOps.flip),
-        (5, lambda p: p.transpose(Image.Transpose.TRANSPOSE)),
-        (6, lambda p: p.rotate(-90, expand=True)),
-        (7, lambda p: p.transpose(Image.Transpose.TRANSVERSE)),
-        (8, lambda p: p.rotate(90, expand=True))])
+        (5, lambda p: p.transpose(Image.Transpose.TRANSPOSE)), (6, lambda p: p.rotate(-90, expand=True)),
+        (7, lambda p: p.transpose(Image.Transpose.TRANSVERSE)), (8, lambda p: p.rotate(90, expand=True))])
     def test_exif_says_which_side_is_up(self, orientation, turned):
         for mode in ("RGB", "L", "1", "LA", "RGBA", "CMYK", "I", "F"):
             picture = noise(7, 5).convert("RGB" if mode == "CMYK" else "L").convert(mode)
@@ -208,51 +185,43 @@ class TestToRgb:
             compare(f"of {mode}, orientation {orientation}", to_rgb(picture), want)
 
 
-def numbered(count, size=(8, 6)):
-    """Frames, number i of them i * 20 bright."""
-    return [Image.new("RGB", size, (20 * i % 256, 20 * i // 256, 0)) for i in range(count)]
+def film(path, count):
+    """A clip of frames that are 20 i bright; WebP and PNG keep them exactly."""
+    first, *rest = (Image.new("RGB", (8, 6), (20 * i % 256, 20 * i // 256, 0)) for i in range(count))
+    path.write_bytes(encoded(first, path.suffix[1:].upper(), *rest, duration=40, lossless=True))
+    return path
 
 
 def numbers(frames):
-    pixels = [frame.convert("RGB").getpixel((0, 0)) for frame in frames]
-    return [(red + 256 * green) // 20 for red, green, _ in pixels]
-
-
-def film(path, count, size=(8, 6)):
-    first, *rest = numbered(count, size)
-    path.write_bytes(encoded(first, path.suffix[1:].upper(), *rest, duration=40, lossless=True))
-    return path
+    """i of each frame."""
+    assert {frame.mode for frame in frames} == {"RGB"}
+    return [(red + 256 * green) // 20 for red, green, _ in (f.getpixel((0, 0)) for f in frames)]
 
 
 class TestOpenFrames:
     @pytest.mark.parametrize("name", ["a.png", "a.webp", "a.gif"])
     def test_an_animation_is_its_frames_in_order(self, tmp_path, name):
-        frames = open_frames(film(tmp_path / name, 5))
-        assert numbers(frames) == [0, 1, 2, 3, 4] and {frame.mode for frame in frames} == {"RGB"}
+        assert numbers(open_frames(film(tmp_path / name, 5))) == [0, 1, 2, 3, 4]
 
     def test_every_frame_is_turned_and_laid_over_white(self, tmp_path):
         first, *rest = (Image.new("RGBA", (8, 6), (20 * i, 0, 0, 0)) for i in range(4))
-        data = encoded(first, "WEBP", *rest, lossless=True, exact=True, exif=exif(6))
+        data = encoded(first, "WEBP", *rest, lossless=True, exact=True, orientation=6)
         (tmp_path / "a.webp").write_bytes(data)
         found = [(frame.size, frame.getpixel((0, 0))) for frame in open_frames(tmp_path / "a.webp")]
         assert found == [((6, 8), (255, 255, 255))] * 4
 
-    def test_a_picture_at_rest_is_one_frame(self, tmp_path):
+    def test_a_picture_at_rest_is_one_frame_whatever_else_its_file_holds(self, tmp_path):
         for kind in KINDS:
-            (tmp_path / "a").write_bytes(encoded(noise(7, 5), kind))
+            more = [noise(4, 3)] if kind in ("MPO", "TIFF") else []
+            (tmp_path / "a").write_bytes(encoded(noise(7, 5), kind, *more))
             frame, = open_frames(tmp_path / "a")
             compare(kind, frame, open_image(tmp_path / "a"))
 
-    @pytest.mark.parametrize("kind", ["MPO", "TIFF"])
-    def test_a_photo_with_a_second_picture_in_its_file_is_no_clip(self, tmp_path, kind):
-        (tmp_path / "a").write_bytes(encoded(noise(40, 30), kind, noise(8, 6)))
-        assert [frame.size for frame in open_frames(tmp_path / "a")] == [(40, 30)]
-
     def test_a_folder_is_its_pictures_by_name(self, tmp_path):
-        for i, frame in enumerate(numbered(4)):
-            frame.save(tmp_path / f"{(i + 2) % 4}.png")
-        assert numbers(open_frames(tmp_path)) == [2, 3, 0, 1]
-        assert numbers(open_frames(tmp_path, 2)) == [2, 1]
+        for name, i in (("2", 0), ("10", 1), ("1", 2), ("a", 3)):
+            Image.new("RGB", (8, 6), (20 * i, 0, 0)).save(tmp_path / f"{name}.png")
+        assert numbers(open_frames(tmp_path)) == [2, 0, 1, 3]
+        assert numbers(open_frames(tmp_path, 2)) == [2, 3]
 
     @pytest.mark.parametrize("count, most, want", [
         (9, 5, [0, 2, 4, 6, 8]), (9, 2, [0, 8]), (9, 1, [0]), (3, 5, [0, 1, 2]),
@@ -266,22 +235,18 @@ class TestOpenFrames:
         path = film(tmp_path / "a.png", 8)
         monkeypatch.setattr(images, "MOST_FRAMES", 8)
         assert len(open_frames(path)) == 8
-        monkeypatch.setattr(images, "MOST_FRAMES", 7)
-        with one_line("a.png.* 7 "):
-            open_frames(path)
-        monkeypatch.setattr(images, "MOST_PIXELS", 48)                    # four frames of these
-        with one_line("a.png.* 4 "):
-            open_frames(path)
+        for limit, value, number in (("FRAMES", 7, 7), ("PIXELS", 48, 4)):     # four frames of 48
+            monkeypatch.setattr(images, f"MOST_{limit}", value)
+            with one_line(f"a.png.* {number} "):
+                open_frames(path)
 
-    def test_what_is_no_clip_is_refused_in_one_line(self, tmp_path):
+    def test_what_is_no_clip_is_refused_and_of_a_cut_one_comes_the_beginning(self, tmp_path):
         (tmp_path / "empty").mkdir()
         (tmp_path / "notes.txt").write_text("not a picture")
         for name in ("empty", "notes.txt", "absent.gif"):
             with one_line(name):
                 open_frames(tmp_path / name)
-
-    def test_an_animation_that_is_cut_off_is_refused_or_comes_without_its_end(self, tmp_path):
-        data = film(tmp_path / "a.gif", 5, (40, 30)).read_bytes()
+        data = film(tmp_path / "a.gif", 5).read_bytes()
         for cut in range(1, len(data), 7):
             (tmp_path / "cut.gif").write_bytes(data[:cut])
             with one_line("cut.gif", maybe=True):
@@ -290,16 +255,9 @@ class TestOpenFrames:
 
 
 class TestCenterCrop:
-    @pytest.mark.parametrize("W, H", [(12, 4), (4, 12)])
-    def test_it_is_the_middle_square(self, W, H):
-        picture = Image.new("RGB", (W, H), "black")
-        picture.paste("white", ((W - 4) // 2, (H - 4) // 2, (W + 4) // 2, (H + 4) // 2))
-        compare(f"of {W} x {H}", center_crop(picture, 4), np.full((4, 4, 3), 255))
-
     def test_an_odd_margin_is_cut_where_torchvision_cuts_it(self):
         columns = np.arange(7, dtype=np.uint8)[None, :, None].repeat(4, 0).repeat(3, 2)
-        crop = np.array(center_crop(Image.fromarray(columns), 4))
-        assert crop[0, :, 0].tolist() == [2, 3, 4, 5]          # round(1.5) columns are left out
+        compare("of columns", center_crop(Image.fromarray(columns), 4), columns[:, 2:6])   # round(1.5)
 
     @pytest.mark.parametrize("W, H", [(64, 47), (47, 64), (100, 37), (31, 90), (13, 11), (23, 23)])
     def test_it_is_resizing_the_shorter_side_and_then_cutting(self, W, H):
@@ -312,25 +270,24 @@ class TestCenterCrop:
         compare(f"of {W} x {H}", center_crop(picture, size), want, within=1)
 
     def test_a_sliver_costs_no_memory(self):
-        assert center_crop(Image.new("RGB", (1_000_000, 1)), 16).size == (16, 16)
+        assert center_crop(Image.new("RGB", (10_000_000, 1)), 16).size == (16, 16)
 
 
 class TestRandomCrop:
     """A picture whose red is the column and whose green is the row: a crop says where it lay."""
 
-    def crops(self, width, height, *least, count=300):
+    def crops(self, width, height, *least):
         where = np.zeros((height, width, 3), dtype=np.uint8)
         where[..., 0], where[..., 1] = np.arange(width), np.arange(height)[:, None]
         rng = random.Random(0)
-        made = [random_crop(Image.fromarray(where), 23, rng, *least) for _ in range(count)]
+        made = [random_crop(Image.fromarray(where), 23, rng, *least) for _ in range(300)]
         assert {crop.size for crop in made} == {(23, 23)}
         return np.stack([np.array(crop, float) for crop in made])
 
     @pytest.mark.parametrize("width, height", [(200, 71), (71, 200)])
     def test_the_shorter_side_is_whole_and_the_longer_is_cut_anywhere(self, width, height):
-        crops = self.crops(width, height, 1)
         along, across = (0, 1) if width > height else (1, 0)
-        middle = crops[:, 11, 11]
+        middle = self.crops(width, height, 1)[:, 11, 11]
         assert np.ptp(middle[:, across]) == 0 and middle[0, across] == pytest.approx(35, abs=1)
         low, high = 35, 200 - 36         # the middles of the first and the last square
         assert middle[:, along].min() < low + 3 and middle[:, along].max() > high - 3
@@ -341,8 +298,8 @@ class TestRandomCrop:
         crops, smallest = self.crops(100, 100, *least), 100 * (least or (0.9,))[0] ** 0.5
         sides = (crops[:, 11, -1, 0] - crops[:, 11, 0, 0]) * 23 / 22
         assert smallest - 1.5 < sides.min() < smallest + 2.2 and 98 < sides.max() < 101
-        assert_close("sides of a crop", (crops[:, -1, 11, 1] - crops[:, 0, 11, 1]) * 23 / 22, sides,
-                     tolerance=1.5)
+        high = (crops[:, -1, 11, 1] - crops[:, 0, 11, 1]) * 23 / 22
+        assert_close("sides of a crop", high, sides, tolerance=1.5)
         assert crops[:, 11, 11, 0].std() > 0.5 < crops[:, 11, 11, 1].std()
 
     def test_it_is_a_function_of_the_rng(self):
@@ -359,29 +316,28 @@ class TestRandomCrop:
 class TestToTensor:
     def test_rows_are_height_and_channels_come_first(self):
         made = to_tensor([noise(7, 5, seed) for seed in (1, 2)])
-        assert made.dtype == torch.uint8
         want = [[[[noise(7, 5, seed).getpixel((x, y))[c] for x in range(7)] for y in range(5)]
                  for c in range(3)] for seed in (1, 2)]
         assert_close("images (B, 3, H, W)", made, want)
+        assert made.dtype == torch.uint8
 
 
 class TestNormalizePixels:
     def test_it_has_the_published_values(self):
         pixels = torch.tensor([[0, 0, 0], [255, 255, 255], [124, 117, 104]], dtype=torch.uint8)
-        made = normalize_pixels(pixels[:, :, None, None])
-        assert_close("pixels (B, C)", made[:, :, 0, 0], [[-1.7922625, -1.7520971, -1.4802198],
-                                                         [1.9303361, 2.0748837, 2.1458969],
-                                                         [0.0179424, 0.0038118, -0.0013330]])
+        assert_close("pixels (B, C)", normalize_pixels(pixels[:, :, None, None])[:, :, 0, 0], [
+            [-1.7922625, -1.7520971, -1.4802198], [1.9303361, 2.0748837, 2.1458969],
+            [0.0179424, 0.0038118, -0.0013330]])
 
     def test_a_pixel_is_scaled_by_its_channel(self):
         images = torch.randint(256, (2, 3, 5, 7), dtype=torch.uint8)
-        mean, std = (0.2, 0.3, 0.7), (0.5, 0.25, 0.4)
-        made, before = normalize_pixels(images, mean, std), images.clone()
+        before, mean, std = images.clone(), (0.2, 0.3, 0.7), (0.5, 0.25, 0.4)
         want = [[[[(x / 255 - mean[c]) / std[c] for x in row] for row in channel]
                  for c, channel in enumerate(image)] for image in images.tolist()]
+        made = normalize_pixels(images, mean, std)
         assert_close("pixels (B, 3, H, W)", made, torch.tensor(want))
-        assert made.dtype == torch.float32
         assert_close("the caller's images", images, before)
+        assert made.dtype == torch.float32
 
 
 class TestOpenFolder:
@@ -405,6 +361,6 @@ class TestOpenFolder:
 
 class TestByNumbers:
     def test_runs_of_digits_are_numbers(self):
-        names = ["1.png", "2.png", "10.png", "9" * 9999, "a2b1.png", "a2b10.png", "a10.png", "b.png"]
+        names = ["1.png", "2.png", "10.png", "9" * 9999, "a2b1.png", "a2b10.png", "a10.png", "b"]
         mixed = [Path(name) for name in names[::-1]]
         assert [path.name for path in sorted(mixed, key=by_numbers)] == names
