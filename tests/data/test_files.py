@@ -187,16 +187,6 @@ class TestTar:
         assert [texts for _, texts in records] == [["two"]]
         assert len(refused) == 1 and "s.tar: 1: " in refused[0]
 
-    def test_damage_costs_the_rest_of_one_shard(self, tmp_path):
-        spec = shards(tmp_path, [9, 2])
-        (tmp_path / "02.tar").mkdir()
-        whole = (tmp_path / "00.tar").read_bytes()
-        (tmp_path / "00.tar").write_bytes(whole[:whole.rindex(b"number 7") + 3])
-        records, refused = found("tar", spec.partition(":")[2])
-        assert [record[-1] for record in records] == [[f"number {n}"] for n in range(7)] + [[]] + [
-            ["number 9"], ["number 10"]]
-        assert [re.search(r"\d+\.tar", reason)[0] for reason in refused] == ["00.tar", "02.tar"]
-
 
 class TestShards:
     @pytest.mark.parametrize("pattern, wanted", [
@@ -383,9 +373,8 @@ class TestFiles:
         assert len(seen) > 3
 
     def test_other_formats_are_in_any_order(self, tmp_path):
-        world = opened(tmp_path, count=40, shuffle=1)
-        made = [world.order(torch.Generator().manual_seed(seed)).tolist() for seed in (3, 3, 4)]
-        assert made[0] == made[1] != made[2] and sorted(made[0]) == list(range(35)) != made[0]
+        order = opened(tmp_path, count=40, shuffle=1).order(torch.Generator().manual_seed(3)).tolist()
+        assert sorted(order) == list(range(35)) != order
 
     @pytest.mark.parametrize("kind", FORMATS)
     def test_a_damaged_file_is_read_or_refused_in_one_line_and_nothing_is_written(

@@ -14,7 +14,6 @@ from PIL import Image, ImageOps
 from common.data import images
 from common.data.images import (by_numbers, center_crop, decoding, normalize_pixels, open_folder,
                                 open_frames, open_image, random_crop, to_rgb, to_tensor)
-from common.data.safe_read import MOST_BYTES
 from tests.fuzz import limit, mutations, one_line
 from tests.helpers import assert_close
 
@@ -40,19 +39,6 @@ def compare(name, picture, want, within=0):
     assert picture.mode == "RGB", f"{name}: mode {picture.mode}"
     assert_close(f"pixels (H, W, 3) {name}", np.array(picture, float), np.array(want, float),
                  tolerance=within)
-
-
-def kinds():
-    """Files of many kinds of picture."""
-    plain = noise(13, 11)
-    wide = Image.fromarray(np.arange(143, dtype=np.uint16).reshape(11, 13) * 457)
-    files = [encoded(plain, kind) for kind in KINDS] + [
-        encoded(wide, kind) for kind in ("PNG", "PPM", "TIFF")]
-    files += [encoded(plain, kind, plain.rotate(180)) for kind in ("PNG", "GIF", "WEBP", "MPO")]
-    files += [encoded(plain.convert(mode), kind) for mode, kind in (
-        ("CMYK", "JPEG"), ("1", "PNG"), ("RGBA", "PNG"), ("LA", "PNG"), ("CMYK", "TIFF"))]
-    return files + [encoded(plain, orientation=6), encoded(plain.quantize(17), transparency=3),
-                    encoded(plain.convert("L").convert("F"), "TIFF", compression="tiff_lzw")]
 
 
 def png(width, height, *chunks):
@@ -87,8 +73,6 @@ class TestDecoding:
             with one_line("a.png"), decoding(tmp_path / "a.png") as picture:
                 assert picture.size == (7, 5)
                 raise error
-
-    def test_bytes_have_the_name_they_are_given(self):
         for name, want in (("s.tar: 7.jpg", "^s.tar: 7.jpg"), ("a\nb", "^a.b"), (None, "memory")):
             with one_line(want), decoding(b"nothing", name):
                 pass
@@ -129,26 +113,16 @@ class TestOpenImage:
         for name in (".", "none.png", "pipe", "/dev/zero", "/dev/null"):
             with limit(5), one_line(f"{name.strip('.')}.* picture"):
                 open_image(tmp_path / name)
-        for name in ("a\nb.png", "a\x1b[2Jb.png", "\udcff.png", "n" * 300, "a\0b"):
-            with one_line():
-                open_image(tmp_path / name)
-
-    def test_a_file_without_end_is_refused_by_its_size(self, tmp_path):
-        with open(tmp_path / "a.jpg", "wb") as file:
-            file.truncate(MOST_BYTES + 1)                    # takes no room on the disk
-        with one_line("a.jpg.*100,000,000"):
-            open_image(tmp_path / "a.jpg")
 
     def test_a_damaged_picture_is_opened_or_refused_in_one_line(self):
         refused = []
-        for data in kinds():
-            assert open_image(data).size in ((13, 11), (11, 13))
-            for damaged in mutations(data, 20):
+        for kind in KINDS:
+            for damaged in mutations(encoded(noise(13, 11), kind, orientation=6), 40):
                 with limit(5), one_line(maybe=True) as said:
                     picture = open_image(damaged)
                     assert picture.mode == "RGB" and min(picture.size) > 0
                 refused += said
-        assert 100 < len(refused) < 400
+        assert 60 < len(refused) < 260
 
 
 class TestToRgb:
@@ -165,12 +139,9 @@ class TestToRgb:
         compare(f"of {mode}", to_rgb(picture), np.full((2, 3, 3), want), within=1)
         assert picture.mode == mode, "the caller's picture is changed"
 
-    @pytest.mark.parametrize("mode, clear, other", [
-        ("RGB", (9, 8, 7), (5, 5, 5)), ("L", 9, 5), ("P", 0, 1)])
+    @pytest.mark.parametrize("mode, clear, other", [("RGB", (9, 8, 7), (5, 5, 5)), ("L", 9, 5)])
     def test_the_transparent_colour_is_white(self, mode, clear, other):
         picture = Image.new(mode, (2, 1), clear)
-        if mode == "P":
-            picture.putpalette([9, 8, 7, 5, 5, 5])
         picture.putpixel((1, 0), other)
         picture.info["transparency"] = clear
         compare(mode, to_rgb(picture), [[(255, 255, 255), (5, 5, 5)]])
@@ -243,18 +214,12 @@ class TestOpenFrames:
             with one_line(f"a.png.* {number} "):
                 open_frames(path)
 
-    def test_what_is_no_clip_is_refused_and_of_a_cut_one_comes_the_beginning(self, tmp_path):
+    def test_what_is_no_clip_is_refused_in_one_line(self, tmp_path):
         (tmp_path / "empty").mkdir()
         (tmp_path / "notes.txt").write_text("not a picture")
         for name in ("empty", "notes.txt", "absent.gif"):
             with one_line(name):
                 open_frames(tmp_path / name)
-        data = film(tmp_path / "a.gif", 5).read_bytes()
-        for cut in range(1, len(data), 7):
-            (tmp_path / "cut.gif").write_bytes(data[:cut])
-            with one_line("cut.gif", maybe=True):
-                found = numbers(open_frames(tmp_path / "cut.gif"))
-                assert found == list(range(len(found))) and found
 
 
 class TestCenterCrop:
@@ -326,21 +291,16 @@ class TestToTensor:
 
 
 class TestNormalizePixels:
-    def test_it_has_the_published_values(self):
-        pixels = torch.tensor([[0, 0, 0], [255, 255, 255], [124, 117, 104]], dtype=torch.uint8)
-        assert_close("pixels (B, C)", normalize_pixels(pixels[:, :, None, None])[:, :, 0, 0], [
-            [-1.7922625, -1.7520971, -1.4802198], [1.9303361, 2.0748837, 2.1458969],
-            [0.0179424, 0.0038118, -0.0013330]])
-
-    def test_a_pixel_is_scaled_by_its_channel(self):
-        images = torch.randint(256, (2, 3, 5, 7), dtype=torch.uint8)
-        before, mean, std = images.clone(), (0.2, 0.3, 0.7), (0.5, 0.25, 0.4)
-        want = [[[[(x / 255 - mean[c]) / std[c] for x in row] for row in channel]
-                 for c, channel in enumerate(image)] for image in images.tolist()]
-        made = normalize_pixels(images, mean, std)
-        assert_close("pixels (B, 3, H, W)", made, torch.tensor(want))
+    def test_it_is_by_channel_and_has_the_published_values(self):
+        images = torch.tensor([[0, 0, 0], [255, 255, 255], [124, 117, 104]]).byte()
+        images = images[:, :, None, None].expand(3, 3, 5, 7).clone()
+        made, before = normalize_pixels(images), images.clone()
+        want = torch.tensor([[-1.7922625, -1.7520971, -1.4802198],
+                             [1.9303361, 2.0748837, 2.1458969], [0.0179424, 0.0038118, -0.0013330]])
+        assert_close("pixels (B, 3, H, W)", made, want[:, :, None, None].expand(3, 3, 5, 7))
+        made = normalize_pixels(images, mean=(0.2, 0.0, 0.7), std=(0.5, 0.25, 1.0))[1, :, 0, 0]
+        assert_close("of 255 (3,)", made, [0.8 / 0.5, 1 / 0.25, 0.3])
         assert_close("the caller's images", images, before)
-        assert made.dtype == torch.float32
 
 
 class TestOpenFolder:
