@@ -373,7 +373,8 @@ class TestFiles:
         assert len(seen) > 3
 
     def test_other_formats_are_in_any_order(self, tmp_path):
-        order = opened(tmp_path, count=40, shuffle=1).order(torch.Generator().manual_seed(3)).tolist()
+        world = opened(tmp_path, count=40, shuffle=1)
+        order = world.order(torch.Generator().manual_seed(3)).tolist()
         assert sorted(order) == list(range(35)) != order
 
     @pytest.mark.parametrize("kind", FORMATS)
@@ -411,3 +412,9 @@ class TestAllRecords:
     def test_of_a_world_it_is_every_one(self):
         world = SimpleNamespace(size=len, record=lambda *place: place)
         assert all_records(world, "test") == [("test", index) for index in range(4)]
+
+    def test_of_the_users_own_files_it_is_every_readable_one(self, tmp_path):
+        world = opened(tmp_path)
+        (tmp_path / names(world, "train")[1]).write_bytes(b"")
+        found = [record["source"]["source"] for record in all_records(world, "train")]
+        assert found == names(world, "train")[:1] + names(world, "train")[2:]

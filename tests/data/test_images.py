@@ -37,8 +37,10 @@ def encoded(picture, kind="PNG", *frames, orientation=1, **more):
 def compare(name, picture, want, within=0):
     """Two pictures of one size, whose pixels differ by at most so much."""
     assert picture.mode == "RGB", f"{name}: mode {picture.mode}"
-    assert_close(f"pixels (H, W, 3) {name}", np.array(picture, float), np.array(want, float),
-                 tolerance=within)
+    got, want = np.array(picture, float), np.array(want, float)
+    if got.shape == want.shape:
+        got = np.where(abs(got - want) <= within, want, got)
+    assert_close(f"pixels (H, W, 3) {name}", got, want)
 
 
 def png(width, height, *chunks):
@@ -267,7 +269,7 @@ class TestRandomCrop:
         sides = (crops[:, 11, -1, 0] - crops[:, 11, 0, 0]) * 23 / 22
         assert smallest - 1.5 < sides.min() < smallest + 2.2 and 98 < sides.max() < 101
         high = (crops[:, -1, 11, 1] - crops[:, 0, 11, 1]) * 23 / 22
-        assert_close("sides of a crop", high, sides, tolerance=1.5)
+        assert abs(high - sides).max() < 1.5, "a crop is no square"
         assert crops[:, 11, 11, 0].std() > 0.5 < crops[:, 11, 11, 1].std()
 
     def test_it_is_a_function_of_the_rng(self):

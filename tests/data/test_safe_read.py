@@ -147,7 +147,8 @@ class TestParseJson:
 
 
 class TestReadJson:
-    @pytest.mark.parametrize("content", ['{"a": 3}', '\ufeff{"a": 3}', "{", "[]", '{"a": 12345678}', ""])
+    @pytest.mark.parametrize("content", [
+        '{"a": 3}', '\ufeff{"a": 3}', "{", "[]", '{"a": 12345678}', ""])
     def test_a_file_is_its_value_or_refused_by_name(self, tmp_path, content):
         (tmp_path / "a.json").write_text(content)
         with one_line("a.json: ", maybe="3}" in content):
