@@ -288,8 +288,8 @@ class TestOpenWorld:
         ("emoji:objects=3", "'objects'.* none"), ("shapes:noise=loud", "noise .*float.* 'loud'"),
         ("shapes:image_size=64", "'image_size'"), ("shapes:objects=many", "objects .*int.* 'many'"),
         ("shapes:objects", "objects .*int.* ''"), ("shapes:objects=2.5", "objects .*int.* '2.5'"),
-        ("shapes:objects=50", "50"), ("shapes --images in", "--images in: "),
-        ("jsonl:x --images none", "--images none: ")])
+        ("shapes:objects=50", "50"), ("shapes:noise=-1", ""),
+        ("shapes --images in", "--images in: "), ("jsonl:x --images none", "--images none: ")])
     def test_what_does_not_exist_is_refused_and_what_does_is_named(self, spec, value):
         spec, *images = spec.split(" --images ")
         with one_line(f"^--data {spec}: .*{value}"):

@@ -119,7 +119,7 @@ class TestTarMembers:
 
     def test_what_is_no_tar_is_refused(self, tmp_path):
         shard(tmp_path / "s.tar", MEMBERS)
-        (tmp_path / "gzip").write_bytes(gzip.compress((tmp_path / "s.tar").read_bytes()))
+        (tmp_path / "gzip").write_bytes(gzip.compress((tmp_path / "s.tar").read_bytes(), 0))
         (tmp_path / "folder").mkdir()
         for name in ("gzip", "folder", "none"):
             members, refused = self.found(tmp_path / name)
