@@ -209,7 +209,8 @@ class TestBatches:
 
 class TestStartWorker:
     def test_a_worker_has_one_thread_is_out_of_reach_of_ctrl_c_and_can_be_ended(self):
-        before = signal.signal(signal.SIGTERM, lambda number, frame: None)     # as a run's handler
+        before = {number: signal.signal(number, lambda number, frame: None)    # as a run's handler
+                  for number in (signal.SIGINT, signal.SIGTERM)}
         torch.set_num_threads(2)
         world = Numbers()
         world.record = lambda split, index, rng: {"draw": 0.0, "source": [
@@ -218,7 +219,8 @@ class TestStartWorker:
         try:
             (one,), = batches(world, batch_size=1).loader(0, 1, 1)
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
             torch.set_num_threads(1)
         group, *rest = one["index"][0].tolist()
         assert group != os.getpgrp() and rest == [1, signal.SIG_IGN, signal.SIG_DFL]
