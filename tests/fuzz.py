@@ -2,12 +2,13 @@
 import contextlib
 import json
 import random
+import re
 import signal
 
 import pytest
 
-NASTY = [None, True, -1, 0, 1.5, 2 ** 63, 10 ** 30, "", "x", "../x", "a\nb", [], {}, [[]], [1, "x"],
-         float("nan"), "\ud800"]
+NASTY = [None, True, -1, 0, 1.5, 2 ** 63, 10 ** 30, "", " \t\n", "x", "../x", "/x", "C:\\x.png",
+         "a\nb\x1b[2J", "a\0b", "n" * 5000, [], {}, [[]], [1, "x"], float("nan"), "\ud800"]
 
 
 def mutations(data, count, seed=0):
@@ -26,13 +27,17 @@ def mutations(data, count, seed=0):
 
 
 def edited(data, draw):
-    """JSON with one value replaced or dropped, anything else with some bytes overwritten."""
+    """JSON or JSON lines with one value replaced or dropped, else some bytes overwritten."""
     try:
-        value = json.loads(data)
+        return json.dumps(change(json.loads(data), draw)).encode()
     except ValueError:
-        at = draw.randrange(len(data))
+        lines, at = data.split(b"\n"), draw.randrange(len(data))
+    try:
+        k = draw.randrange(len(lines))
+        lines[k] = json.dumps(change(json.loads(lines[k]), draw)).encode()
+        return b"\n".join(lines)
+    except ValueError:
         return data[:at] + draw.randbytes(draw.randrange(1, 9)) + data[at + 5:]
-    return json.dumps(change(value, draw)).encode()
 
 
 def change(value, draw):
@@ -50,16 +55,19 @@ def change(value, draw):
 
 @contextlib.contextmanager
 def one_line(message=None, maybe=False):
-    """The block raises ValueError with one line that holds the pattern; maybe: or nothing."""
-    if not maybe:
-        with pytest.raises(ValueError, match=message) as caught:
-            yield
-        assert "\n" not in str(caught.value)
-        return
+    """The block raises ValueError with one line that holds the pattern; maybe: or nothing.
+
+    Yields a list, to which the line is added.
+    """
+    said = []
     try:
-        yield
+        yield said
     except ValueError as error:
-        assert type(error) is ValueError and "\n" not in str(error) and str(error)
+        said.append(str(error))
+        assert type(error) is ValueError and said[0].isprintable() and 0 < len(said[0]) < 2000, \
+            f"not one line: {error!r:.3000}"
+        assert message is None or re.search(message, said[0]), f"{message!r} is not in {said[0]!r}"
+    assert said or maybe, f"no ValueError, {message!r} was expected"
 
 
 @contextlib.contextmanager

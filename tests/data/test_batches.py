@@ -1,38 +1,59 @@
 """Batches: who draws what, and that it never depends on workers, processes or micro-batches."""
 import os
 import random
+import re
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 
-from common.data.batches import (REPLACEMENTS, Batches, DataSource, EvalData, draw_rng,
-                                 open_world, world_tokenizer)
+from common.data.batches import (REPLACEMENTS, WORLDS, Batches, DataSource, EvalData, draw_rng,
+                                 open_world, read_dials, world_tokenizer)
 from common.data.collators import ImageTextBatch
-from common.data.emoji.world import Emoji
 from common.data.files import Files
 from common.data.shapes.world import Shapes
 from common.data.tokenizer import Tokenizer
 from common.training import options
+from tests.fuzz import one_line
+from tests.helpers import assert_close, listed
+
+BAD = (5, 23, 31, 47)
+DRAWN = ("index", "draw", "later")
 
 
 class Numbers:
     """A world whose record is its index and a draw: batches can be read back."""
     name = "numbers"
 
+    def __init__(self, bad=()):
+        self.bad = set(bad)
+
     def size(self, split):
         return {"train": 52, "test": 5}[split]
 
     def record(self, split, index, rng=None):
-        return {"images": [Image.new("RGB", (4, 4))], "texts": ["a", "b"], "source": index,
-                "draw": rng.random() if rng else 0.0}
+        draw = rng.random() if rng else 0.0
+        if index in self.bad:
+            raise ValueError(f"record {index} is damaged")
+        return {"images": [Image.new("RGB", (4, 4))], "source": index, "draw": draw}
 
     def task(self, kind, rng):
-        return {"source": -2, "draw": rng.random()}
+        return {"source": {"square": -2, "line": -3}[kind], "draw": rng.random()}
 
     def text(self, rng):
         return {"source": -1, "draw": rng.random()}
+
+
+class Own(Numbers, Files):
+    """Files of the user's own; nothing is on a disk."""
+
+    def order(self, generator):
+        return 51 - torch.randperm(52, generator=generator)
+
+    def blank(self, split, index):
+        return {"source": -1 - index, "draw": 0.0}
 
 
 def together(records, rngs):
@@ -42,304 +63,255 @@ def together(records, rngs):
             "later": torch.tensor([rng.random() for rng in rngs])}
 
 
-class Damaged(Numbers):
-    def record(self, split, index, rng=None):
-        raise ValueError(f"record {index} is damaged")
-
-    def blank(self, split, index):
-        return {"source": index, "draw": 0.0}
+def batches(world=None, **more):
+    more = {"batch_size": 12, "seed": 3} | more
+    return Batches([DataSource(world or Numbers(), together)], **more)
 
 
-class Whereabouts(Numbers):
-    """Its records say in which process group they were made, and what signals do there."""
-
-    def record(self, split, index, rng=None):
-        handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-        return {"draw": 0.0, "source": [os.getpgrp(), *(
-            handler if isinstance(handler, int) else -1 for handler in handlers)]}
-
-
-class Patchy(Files):
-    """Files of 53 records, those of `bad` unreadable; nothing is on a disk."""
-    name, skip = "patchy", 0.05
-
-    def __init__(self, bad=()):
-        self.bad = set(bad)
-
-    def size(self, split):
-        return 53
-
-    def order(self, generator):
-        return torch.randperm(53, generator=generator)
-
-    def record(self, split, index, rng=None):
-        draw = rng.random()
-        if index in self.bad:
-            raise ValueError(f"record {index} is damaged")
-        return {"source": index, "draw": draw}
-
-    def blank(self, split, index):
-        return {"source": -1 - index, "draw": 0.0}
-
-
-def batches(world=None, collate=together, **more):
-    source = DataSource(world or Numbers(), collate)
-    return Batches([source], **{"batch_size": 12, "seed": 3, **more})
-
-
-def joined(parts):
-    """The micro-batches of one data set, whoever made them, as one."""
-    return {name: torch.cat([part[name] for part in parts]) if isinstance(value, torch.Tensor)
-            else sum([part[name] for part in parts], []) if isinstance(value, list) else value
-            for name, value in parts[0].items()}
+def several(**more):
+    sources = [DataSource(Own(BAD), together), DataSource(Numbers(), together, 2, 0.5),
+               DataSource(Numbers(), together, 3, 2.5, {"square": 1, "text": 3})]
+    return Batches(sources, **{"batch_size": 36, "seed": 3, **more})
 
 
 def whole(step, world=None, world_size=1, **more):
-    """What all processes see in a step, in their order: {name: (12,)}."""
-    return joined([part for rank in range(world_size) for part in batches(
-        world, rank=rank, world_size=world_size, **more)[step]])
+    """What all processes see in a step of one data set, in their order."""
+    parts = [part for rank in range(world_size)
+             for part in batches(world, rank=rank, world_size=world_size, **more)[step]]
+    return {"refused": sum((part["refused"] for part in parts), [])} | {
+        name: torch.cat([part[name] for part in parts]) for name in DRAWN}
 
 
-def same(one, other):
-    return one.keys() == other.keys() and all(
-        torch.equal(value, other[name]) if isinstance(value, torch.Tensor) else value == other[name]
-        for name, value in one.items())
+def compare(name, one, other):
+    """Two micro-batches."""
+    for key in DRAWN:
+        assert_close(f"{key} {name}", one[key], other[key], tolerance=0)
+    for key in one.keys() - DRAWN:
+        assert one[key] == other[key], f"{key} {name}"
+
+
+class TestDrawRng:
+    def test_it_is_a_function_of_seed_epoch_and_index(self):
+        keys = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 11, 1), (11, 1, 1), (1, 1, 11)]
+        draws = [[draw_rng(*key).random() for key in keys] for _ in range(2)]
+        assert draws[0] == draws[1] and len(set(draws[0])) == len(keys)
 
 
 class TestBatches:
-    @pytest.mark.parametrize("split", [{"accumulate": 4}, {"world_size": 3},
-                                       {"world_size": 2, "accumulate": 3}, {"world_size": 12}])
-    def test_processes_and_micro_batches_share_out_the_same_batch(self, split):
+    @pytest.mark.parametrize("world_size, accumulate", [(1, 4), (3, 1), (12, 1), (2, 3)])
+    @pytest.mark.parametrize("kind", [Numbers, Own])
+    def test_processes_and_micro_batches_share_out_the_same_batch(
+            self, kind, world_size, accumulate):
+        world = kind(BAD if kind is Own else ())
+        split = {"world_size": world_size, "accumulate": accumulate}
         for step in (0, 3, 4, 9):
-            assert same(whole(step, **split), whole(step))
+            compare(f"of step {step}", whole(step, world, **split), whole(step, world))
+        sizes = [len(part["index"]) for part in batches(world, **split)[1]]
+        assert sizes == [12 // world_size // accumulate] * accumulate
 
-    def test_micro_batches_are_equal_parts_of_a_process(self):
-        for rank in (0, 1):
-            made = batches(world_size=2, rank=rank, accumulate=3)[1]
-            assert [len(part["index"]) for part in made] == [2, 2, 2]
-            assert torch.equal(torch.cat([p["index"] for p in made]),
-                               whole(1)["index"][6 * rank:6 * rank + 6])
+    @pytest.mark.parametrize("workers", [0, 1, 2])
+    def test_workers_and_a_later_start_change_nothing(self, workers):
+        made = list(several(accumulate=2).loader(2, 7, workers))
+        assert len(made) == 5
+        for step, parts in zip(range(2, 7), made):
+            for part, want in zip(parts, several(accumulate=2)[step], strict=True):
+                compare(f"of step {step}", part, want)
 
-    @pytest.mark.parametrize("workers", [1, 2])
-    def test_workers_make_the_same_batches(self, workers):
-        alone, many = (list(batches(accumulate=2).loader(2, 9, count)) for count in (0, workers))
-        assert len(alone) == len(many) == 7
-        for one, other in zip(alone, many):
-            assert len(one) == 2 and all(same(*pair) for pair in zip(one, other))
+    @pytest.mark.parametrize("world", [Numbers, Own])
+    def test_an_epoch_uses_a_record_once_and_the_next_is_in_another_order(self, world):
+        made = [part for part, in batches(world()).loader(0, 12, 0)]
+        epochs = [torch.cat([part["index"] for part in made[k:k + 4]]).tolist() for k in (0, 4, 8)]
+        assert [len(set(epoch) & set(range(52))) for epoch in epochs] == [48] * 3
+        assert epochs[0] != epochs[1] != epochs[2] != epochs[0], "the order repeats"
+        assert len(set(map(frozenset, epochs))) > 1, "each epoch leaves out the same records"
+        draws = torch.cat([part["draw"] for part in made]).tolist()
+        assert len(set(draws)) == 3 * 48, "draws repeat in the next epoch"
 
-    def test_a_resumed_run_gets_the_same_steps(self):
-        through = list(batches().loader(0, 9, 0))
-        for step, late in zip(range(5, 9), batches().loader(5, 9, 0)):
-            assert same(through[step][0], late[0])
+    def test_a_world_with_an_order_of_its_own_is_read_in_it(self):
+        assert_close("index of step 5 (B,)", whole(5, Own())["index"], 51 - whole(5)["index"])
 
-    def test_an_epoch_uses_a_record_once(self):
-        for epoch in range(3):
-            steps = [whole(4 * epoch + place)["index"] for place in range(4)]
-            seen = torch.cat(steps).tolist()
-            assert len(seen) == len(set(seen)) == 48 and set(seen) <= set(range(52))
-
-    def test_epochs_differ_in_order_and_in_draws(self):
-        first, second = ({name: torch.cat([whole(step)[name] for step in steps])
-                          for name in ("index", "draw")} for steps in (range(4), range(4, 8)))
-        assert not torch.equal(first["index"], second["index"])
-        assert set(first["index"].tolist()) != set(second["index"].tolist())    # other leftovers
-        assert not set(first["draw"].tolist()) & set(second["draw"].tolist())
+    def test_worlds_of_one_run_have_orders_of_their_size(self):
+        small = Numbers()
+        small.size = lambda split: 13
+        sources = [DataSource(world, together) for world in (small, Numbers())]
+        one, two = (part["index"].tolist() for part in Batches(sources, batch_size=26)[0])
+        assert sorted(one) == list(range(13)) and max(two) > 13
 
     def test_a_draw_belongs_to_seed_epoch_and_index(self):
         made = whole(6)                                                  # epoch 1
-        for index, draw, later in zip(*(made[k].tolist() for k in ("index", "draw", "later"))):
-            rng = draw_rng(3, 1, index)
-            assert draw == pytest.approx(rng.random()) and later == pytest.approx(rng.random())
-        keys = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 11, 1), (11, 1, 1), (1, 1, 11)]
-        assert len({draw_rng(*key).random() for key in keys}) == len(keys)
+        rngs = [draw_rng(3, 1, index) for index in made["index"].tolist()]
+        for key in ("draw", "later"):
+            assert_close(f"{key} (B,)", made[key], [rng.random() for rng in rngs])
 
-    def test_seeds_differ(self):
-        assert not same(whole(0, seed=3), whole(0, seed=4))
-        orders = {tuple(whole(0, seed=seed)["index"].tolist()) for seed in (-5, 0, 10 ** 17)}
-        assert len(orders) == 3
+    def test_each_seed_has_its_order(self):
+        orders = {tuple(whole(step, seed=seed)["index"].tolist())
+                  for seed in (-5, 0, 3, 4, 10 ** 17) for step in (0, 4)}
+        assert len(orders) == 10
 
     def test_drawing_leaves_the_models_random_numbers_alone(self):
-        torch.manual_seed(0)
         random.seed(0)
         before, plain = torch.get_rng_state(), random.getstate()
-        list(batches().loader(0, 4, 0))
-        list(batches().loader(0, 4, 1))
-        assert torch.equal(torch.get_rng_state(), before) and random.getstate() == plain
+        for workers in (0, 1):
+            list(batches().loader(0, 4, workers))
+        assert_close("the state of torch's generator", torch.get_rng_state(), before)
+        assert random.getstate() == plain
 
-    def test_a_batch_as_large_as_the_data_is_an_epoch(self):
-        assert sorted(whole(0, batch_size=52)["index"].tolist()) == list(range(52))
-
-    def test_a_batch_larger_than_the_data_is_refused(self):
-        with pytest.raises(ValueError, match=r"53 is larger than the data \(52 records in numbers"):
-            batches(batch_size=53)
-
-    @pytest.mark.parametrize("more", [{"world_size": 5}, {"accumulate": 5},
-                                      {"world_size": 3, "accumulate": 8}])
-    def test_an_indivisible_batch_is_refused(self, more):
-        with pytest.raises(ValueError, match="batch_size 12 does not divide into"):
+    @pytest.mark.parametrize("more, numbers", [
+        ({"batch_size": 53}, "53 .*52 .*numbers"), ({"world_size": 5}, "12 .* 5 "),
+        ({"accumulate": 5}, "12 .* 5 "), ({"world_size": 3, "accumulate": 8}, "12 .* 3 .* 8 ")])
+    def test_an_impossible_batch_size_is_refused(self, more, numbers):
+        with one_line(numbers):
             batches(**more)
+        assert sorted(whole(0, batch_size=52)["index"].tolist()) == list(range(52))
 
     @pytest.mark.parametrize("workers", [0, 1])
     def test_a_mistake_in_a_world_is_raised_and_told_in_one_line(self, workers, capsys):
-        index = batches(seed=0, batch_size=1).keys(0, 0)[1][0]
         with pytest.raises(SystemExit):
-            options.run_main(lambda: list(
-                batches(Damaged(), seed=0, batch_size=1).loader(0, 1, workers)))
-        assert capsys.readouterr().err == f"error: record {index} is damaged\n"
+            options.run_main(lambda: list(batches(Numbers(range(52))).loader(0, 1, workers)))
+        assert re.fullmatch(r"error: record \d+ is damaged\n", capsys.readouterr().err)
 
-    def test_a_worker_is_out_of_reach_of_ctrl_c_and_can_be_ended(self):
-        before = signal.signal(signal.SIGTERM, lambda number, frame: None)     # as a run's handler
-        try:
-            one, = batches(Whereabouts(), batch_size=1).loader(0, 1, 1)
-        finally:
-            signal.signal(signal.SIGTERM, before)
-        group, interrupt, terminate = one[0]["index"][0].tolist()
-        assert group != os.getpgrp()
-        assert (interrupt, terminate) == (signal.SIG_IGN, signal.SIG_DFL)
-
-
-class TestRefusedRecords:
-    BAD = (5, 23, 31, 47)
-
-    def test_one_is_replaced_by_another_and_its_reason_is_with_the_batch(self):
+    def test_a_record_of_the_users_is_replaced_and_the_reason_is_with_the_batch(self):
         for step in range(8):
-            (part,), (clean,) = batches(Patchy(self.BAD))[step], batches(Patchy())[step]
+            (part,), (clean,) = batches(Own(BAD))[step], batches(Own())[step]
             wanted = clean["index"].tolist()
-            hit = [place for place, index in enumerate(wanted) if index in self.BAD]
-            reasons = {f"record {wanted[place]} is damaged" for place in hit}
-            assert reasons <= set(part["refused"])         # a replacement may be refused, too
-            assert len(part["refused"]) >= len(hit) and (hit or part["refused"] == [])
-            assert not set(part["index"].tolist()) & set(self.BAD) and part["index"].min() >= 0
-            for place in range(12):      # the others are as they were, draws and all
-                if place not in hit:
-                    assert all(part[k][place] == clean[k][place]
-                               for k in ("index", "draw", "later"))
-        assert clean["refused"] == []
+            hit = [place for place, index in enumerate(wanted) if index in BAD]
+            assert {f"record {wanted[place]} is damaged" for place in hit} <= set(part["refused"])
+            assert len(part["refused"]) >= len(hit)        # a replacement may be refused, too
+            assert (hit or part["refused"] == []) and clean["refused"] == []
+            assert not set(part["index"].tolist()) & set(BAD) and part["index"].min() >= 0
+            rest = [place for place in range(12) if place not in hit]
+            for key in DRAWN:
+                assert_close(f"{key} of the others", part[key][rest], clean[key][rest])
 
-    def test_replacements_differ_and_are_drawn_like_the_rest(self):
+    def test_replacements_are_drawn_by_epoch_and_index_and_draw_like_the_rest(self):
         found, draws = set(), set()
         for step in range(80):
-            (part,), wanted = batches(Patchy((5,)))[step], batches(Patchy((5,))).keys(0, step)[1]
-            if 5 in wanted:
-                place = wanted.index(5)
+            (part,), (clean,) = batches(Own((5,)))[step], batches(Own())[step]
+            if 5 in clean["index"]:
+                place = clean["index"].tolist().index(5)
                 found.add(part["index"][place].item())
                 draws.add(part["draw"][place].item())
                 assert part["later"][place] not in part["draw"]
         assert len(draws) >= 15 and len(found) > 8
-
-    def test_each_has_a_replacement_of_its_own(self):
-        steps = [batches(Patchy(range(0, 53, 2)))[step][0] for step in range(4)]     # one epoch
-        draws = torch.cat([part["draw"] for part in steps]).tolist()
-        assert len(set(draws)) == len(draws) == 48
-
-    @pytest.mark.parametrize("split", [{"world_size": 3}, {"world_size": 2, "accumulate": 3}])
-    def test_processes_and_micro_batches_share_out_the_same_batch(self, split):
-        for step in range(8):
-            assert same(whole(step, Patchy(self.BAD), **split), whole(step, Patchy(self.BAD)))
-
-    @pytest.mark.parametrize("workers", [1, 2])
-    def test_the_reasons_come_out_of_workers(self, workers):
-        alone, many = (list(batches(Patchy(self.BAD)).loader(0, 9, count))
-                       for count in (0, workers))
-        assert all(same(a, b) for (a,), (b,) in zip(alone, many, strict=True))
-        assert sum(len(part["refused"]) for (part,) in many) > 5
+        made = torch.cat([batches(Own(range(0, 52, 2)))[step][0]["draw"] for step in range(4)])
+        assert len(set(made.tolist())) == 48, "two of an epoch share their replacement"
 
     def test_after_so_many_tries_the_record_is_blank(self):
-        (part,) = batches(Patchy(range(53)))[0]
+        (part,), (clean,) = batches(Own(range(52)))[0], batches(Own())[0]
         assert len(part["refused"]) == 12 * (1 + REPLACEMENTS)
-        assert part["index"].tolist() == [-1 - index for index in batches(Patchy()).keys(0, 0)[1]]
+        assert_close("index (B,)", part["index"], -1 - clean["index"])
 
-    def test_other_mistakes_are_raised(self, monkeypatch):
-        def broken(*arguments):
-            raise TypeError("a mistake of the code")
-        monkeypatch.setattr(Patchy, "record", broken)
-        with pytest.raises(TypeError):
-            batches(Patchy())[0]
+    def test_other_mistakes_are_raised(self):
+        world = Own()
+        world.record = lambda *arguments: [][1]
+        with pytest.raises(IndexError):
+            batches(world)[0]
+
+
+class TestStartWorker:
+    def test_a_worker_has_one_thread_is_out_of_reach_of_ctrl_c_and_can_be_ended(self):
+        before = {number: signal.signal(number, lambda number, frame: None)    # as a run's handler
+                  for number in (signal.SIGINT, signal.SIGTERM)}
+        torch.set_num_threads(2)
+        world = Numbers()
+        world.record = lambda split, index, rng: {"draw": 0.0, "source": [
+            os.getpgrp(), torch.get_num_threads(), int(signal.getsignal(signal.SIGINT)),
+            int(signal.getsignal(signal.SIGTERM))]}
+        try:
+            (one,), = batches(world, batch_size=1).loader(0, 1, 1)
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            torch.set_num_threads(1)
+        group, *rest = one["index"][0].tolist()
+        assert group != os.getpgrp() and rest == [1, signal.SIG_IGN, signal.SIG_DFL]
 
 
 class TestDataSource:
-    """Several data sets, of captions and of tasks."""
-
-    def sources(self):
-        numbers = Numbers()
-        return [DataSource(numbers, together), DataSource(numbers, together, 2, 0.5),
-                DataSource(numbers, together, 3, 2.5, {"square": 1, "text": 3})]
-
-    def batches(self, **more):
-        return Batches(self.sources(), **{"batch_size": 36, "seed": 3, **more})
-
     def test_a_step_has_the_micro_batches_of_every_data_set_by_their_shares(self):
         for step in (0, 3, 9):
-            parts = self.batches(accumulate=3)[step]
-            assert [len(part["index"]) for part in parts] == [2] * 3 + [4] * 3 + [6] * 3
-            assert [(part["source"], part["weight"]) for part in parts] == (
-                [(0, 1.0)] * 3 + [(1, 0.5)] * 3 + [(2, 2.5)] * 3)
+            parts = several(accumulate=3)[step]
+            assert [(len(part["index"]), part["source"], part["weight"]) for part in parts] == (
+                [(2, 0, 1.0)] * 3 + [(4, 1, 0.5)] * 3 + [(6, 2, 2.5)] * 3)
 
-    def test_a_data_set_draws_as_if_it_were_alone(self):
-        for number, source in enumerate(self.sources()):
+    def test_a_data_set_draws_as_if_it_were_alone_and_in_parts_for_each_process(self):
+        for number, source in enumerate(several().sources):
             alone, = Batches([source], batch_size=6 * source.share, seed=3)[5]
-            assert same(self.batches()[5][number], alone | {"source": number})
+            halves = [several(rank=rank, world_size=2)[5][number] for rank in (0, 1)]
+            compare(f"of set {number}", several()[5][number], alone | {"source": number})
+            for key in DRAWN:
+                both = torch.cat([half[key] for half in halves])
+                assert_close(f"{key} of two processes", both, alone[key])
 
     def test_records_are_drawn_from_tasks_as_often_as_kinds_says(self):
-        source, found = self.sources()[2], []
-        for i in range(400):
-            rng = random.Random(i)
-            kind = random.Random(i).choices(["square", "text"], [1, 3])[0]
-            found.append(source.record(5, rng)["source"])
-            assert found[-1] == {"square": -2, "text": -1}[kind]
-        assert found.count(-1) == pytest.approx(300, abs=40)
-
-    def test_tasks_are_drawn_afresh_in_each_epoch_and_with_each_seed(self):
-        source = DataSource(Numbers(), together, kinds={"square": 1})
-        draws = [Batches([source], batch_size=52, seed=seed)[epoch][0]["draw"].tolist()
-                 for seed in (3, 4) for epoch in (0, 1)]
-        assert len(set(sum(draws, []))) == 4 * 52
-
-    @pytest.mark.parametrize("workers", [1, 2])
-    def test_workers_make_the_same_steps(self, workers):
-        alone, many = (list(self.batches(accumulate=2).loader(2, 7, count))
-                       for count in (0, workers))
-        assert len(alone) == len(many) == 5
-        for one, other in zip(alone, many):
-            assert all(same(*both) for both in zip(one, other, strict=True))
-
-    def test_processes_share_out_the_same_step(self):
-        parts = [self.batches(rank=rank, world_size=2)[4] for rank in (0, 1)]
-        for number, whole in enumerate(self.batches()[4]):
-            assert same(whole, joined([own[number] for own in parts]))
+        source = DataSource(Numbers(), together, kinds={"square": 1, "text": 4, "line": 3})
+        found = [source.record(5, random.Random(i))["source"] for i in range(800)]
+        counts = [found.count(kind) for kind in (-2, -1, -3)]
+        assert counts == pytest.approx([100, 400, 300], abs=50)
 
 
 class TestEvalData:
     def test_it_has_whole_splits_in_the_models_tensors(self):
         tokenizer = Tokenizer.train(["a red circle and a blue star"] * 9)
         data = EvalData(Numbers(), tokenizer, ImageTextBatch(tokenizer, 11, 8), "cpu")
-        assert [r["source"] for r in data.records("test")] == list(range(5))
+        assert [[r["source"] for r in data.records(split)] for split in ("test", "train")] == [
+            list(range(5)), list(range(52))]
         assert data.images(data.records("test")).shape == (5, 3, 8, 8)
-        assert data.ids(["a", "red circle " * 40]).shape == (2, 11)
+        texts = ["a", "red circle " * 40]
+        assert_close("ids (N, T)", data.ids(texts), tokenizer.batch(texts, 11))
+
+
+class TestReadDials:
+    def test_values_have_the_types_of_the_worlds_defaults(self):
+        made = read_dials("shapes", "objects=3,noise=1,style=outline")
+        assert repr(made) == "{'objects': 3, 'noise': 1.0, 'style': 'outline'}"
+        assert read_dials("shapes", "") == {}
 
 
 class TestOpenWorld:
     def test_worlds_by_name_with_their_dials(self):
-        world = open_world("shapes:objects=3,noise=1,style=outline", 16)
-        assert (world.objects, world.noise, world.style) == (3, 1.0, "outline")
-        assert world.image_size == 16 and type(world.noise) is float
-        assert isinstance(open_world("shapes", 32), Shapes)
-        assert isinstance(open_world("emoji", 32), Emoji)
+        for name, world in WORLDS.items():
+            assert isinstance(open_world(name, 32), world)
+        world = open_world("shapes:objects=3,noise=1", 16)
+        assert (world.objects, world.noise, world.image_size) == (3, 1.0, 16)
 
-    @pytest.mark.parametrize("spec, words", [
-        ("nothing", "no world 'nothing'; there are shapes, emoji.*, and coco:FILE, flickr:FILE"),
-        ("", "no world ''; there are shapes, emoji"),
-        ("shapes:sides=3", "shapes has no dial 'sides'; it has objects, noise, clutter, style"),
-        ("emoji:objects=3", "emoji has no dial 'objects'; it has none"),
-        ("shapes:image_size=64", "no dial 'image_size'"),
-        ("shapes:objects=many", "objects takes int, not 'many'"),
-        ("shapes:objects", "objects takes int, not ''"),
-        ("shapes:objects=2.5", "objects takes int, not '2.5'"),
-        ("shapes:noise=loud", "noise takes float, not 'loud'")])
-    def test_what_does_not_exist_is_refused_and_what_does_is_named(self, spec, words):
-        with pytest.raises(ValueError, match=words) as caught:
-            open_world(spec, 32)
-        assert "\n" not in str(caught.value) and f"--data {spec}" in str(caught.value)
+    def test_files_of_the_users_own_get_every_option(self, tmp_path):
+        spec = listed(tmp_path, 20)
+        (tmp_path / "data.jsonl").rename(tmp_path / "a:b")
+        (tmp_path / "in").mkdir()
+        world = open_world(f"jsonl:{tmp_path}/a:b", 16, f"{tmp_path}/in", 0.5, 3)
+        assert (world.image_size, world.skip, world.shuffle) == (16, 0.5, 3)
+        assert world.folder == f"{tmp_path}/in"
+        with one_line(f"--data {spec}: .*no such file"):
+            open_world(spec, 16)
 
-    def test_the_vocabulary_is_a_function_of_the_world(self):
-        assert world_tokenizer(Shapes()).model == world_tokenizer(Shapes()).model
+    @pytest.mark.parametrize("spec, value", [
+        ("nothing", "'nothing'.* shapes, emoji.* coco:FILE, flickr:FILE"), ("", "''.* shapes, em"),
+        ("shapes:sides=3", "'sides'.* objects, noise, clutter, style"),
+        ("emoji:objects=3", "'objects'.* none"), ("shapes:noise=loud", "noise .*float.* 'loud'"),
+        ("shapes:image_size=64", "'image_size'"), ("shapes:objects=many", "objects .*int.* 'many'"),
+        ("shapes:objects", "objects .*int.* ''"), ("shapes:objects=2.5", "objects .*int.* '2.5'"),
+        ("shapes:objects=50", "50"), ("shapes:noise=-1", ""),
+        ("shapes --images in", "--images in: "), ("jsonl:x --images none", "--images none: ")])
+    def test_what_does_not_exist_is_refused_and_what_does_is_named(self, spec, value):
+        spec, *images = spec.split(" --images ")
+        with one_line(f"^--data {spec}: .*{value}"):
+            open_world(spec, 32, *images)
+
+
+class TestWorldTokenizer:
+    def test_words_of_the_world_and_of_prompts_are_single_pieces(self):
+        tokenizer = world_tokenizer(Shapes())
+        words = "red circle triangle purple output : question : answer :"
+        assert len(tokenizer.encode(words.replace(" :", ":"))) == len(words.split())
+        assert len(tokenizer) == Shapes.vocab_size
+
+    def test_it_is_a_function_of_the_texts_of_a_world(self):
+        world = SimpleNamespace(name="mine", vocab_size=400, corpus=lambda: [
+            f"cat{n} dog{n * n}" for n in range(50)])
+        assert world_tokenizer(world).model == Tokenizer.train(world.corpus(), 400).model
+
+    def test_texts_that_cannot_be_read_aloud_are_one_line(self):
+        world = SimpleNamespace(name="mine", vocab_size=600, corpus=lambda: ["\u2581" * 9] * 20)
+        with one_line("^mine: "):
+            world_tokenizer(world)

@@ -1,17 +1,18 @@
 """Collators: images, ids and labels of a batch, by hand."""
 import random
+from copy import deepcopy
 from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 
-from common import masks
 from common.data.collators import (ImageTextBatch, InterleavedCollator, PackedTexts, as_text,
                                    as_turns)
-from common.data.tokenizer import BOS, EOS, IMAGE, PAD, Tokenizer
+from common.data.tokenizer import BOS, EOS, IMAGE, PAD
 from flamingo import render_page
-from tests.helpers import Words, drawing, page
+from tests.fuzz import one_line
+from tests.helpers import Words, assert_close, drawing, page
 
 NO = -100
 
@@ -20,17 +21,9 @@ def rngs(count=1):
     return [random.Random(i) for i in range(count)]
 
 
-class TestImageTextBatch:
-    def test_images_are_cropped_and_the_rng_draws_one_text(self):
-        collate = ImageTextBatch(Tokenizer.train(["a red circle and a blue star"] * 9), 11, 8)
-        picture = Image.new("RGB", (24, 8), "black")
-        picture.paste("white", (8, 0, 16, 8))
-        texts = ["a", "red", "blue star"]
-        batch = collate([{"images": [picture], "texts": texts}] * 30, rngs(30))
-        assert batch["images"].shape == (30, 3, 8, 8) and batch["images"].min() == 255
-        found = [collate.tokenizer.decode(row) for row in batch["ids"].tolist()]
-        assert found == [random.Random(i).choice(texts) for i in range(30)]
-        assert set(found) == set(texts)
+def drawn(texts, count=30):
+    """The text that each of so many rngs draws first."""
+    return [random.Random(i).choice(texts) for i in range(count)]
 
 
 class Letters:
@@ -39,12 +32,30 @@ class Letters:
     def encode(self, text):
         return [ord(letter) for letter in text]
 
+    def batch(self, texts, context_length):
+        return torch.tensor([[len(text), ord(text[0]), context_length] for text in texts])
+
+
+class TestImageTextBatch:
+    def test_it_has_the_middle_of_the_first_image_and_one_text_drawn_by_the_rng(self):
+        collate = ImageTextBatch(Letters(), 11, 8)
+        picture = Image.new("RGB", (24, 8), "black")
+        picture.paste((250, 9, 7), (8, 0, 16, 8))
+        record = {"images": [picture, Image.new("RGB", (8, 8))], "texts": ["a", "red", "blue star"]}
+        before = deepcopy(record)
+        batch = collate([record] * 30, rngs(30))
+        want = torch.tensor([250, 9, 7], dtype=torch.uint8)[:, None, None].expand(30, 3, 8, 8)
+        assert_close("images (B, 3, H, W)", batch["images"], want)
+        assert_close("ids (B, T)", batch["ids"], Letters().batch(drawn(record["texts"]), 11))
+        assert record == before, "the caller's record is changed"
+
 
 def packed(texts, context_length=37, length=11):
     """What PackedTexts makes of records with one text each: (ids, labels), lists of lists."""
-    batch = PackedTexts(Letters(), context_length, length)(
-        [{"texts": [text]} for text in texts], [random.Random(0)] * len(texts))
-    assert batch["ids"].dtype == batch["labels"].dtype == torch.int64
+    records = [{"texts": [text]} for text in texts]
+    before = deepcopy(records)
+    batch = PackedTexts(Letters(), context_length, length)(records, rngs(len(texts)))
+    assert batch["ids"].dtype == batch["labels"].dtype == torch.int64 and records == before
     return batch["ids"].tolist(), batch["labels"].tolist()
 
 
@@ -55,180 +66,159 @@ class TestPackedTexts:
         assert ids == [[BOS, a, a, a, EOS, BOS, b, b, EOS], [BOS, c, EOS, BOS, d, d, d, d, EOS]]
         assert labels == [[NO if i == BOS else i for i in row] for row in ids]
 
-    def test_a_row_may_be_full_to_the_last_token(self):
+    def test_a_row_may_be_full_to_the_last_token_and_padding_is_no_label(self):
         ids, labels = packed(["aaa", "bbbb", "c"])
-        assert [len(row) for row in ids] == [11, 11]
-        assert ids[0][-1] == EOS and ids[1] == [BOS, ord("c"), EOS] + [PAD] * 8
+        assert [len(row) for row in ids] == [11, 11] and ids[0][-1] == EOS
+        assert ids[1] == [BOS, ord("c"), EOS] + [PAD] * 8
         assert labels[1] == [NO, ord("c"), EOS] + [NO] * 8
 
     def test_no_text_is_lost_and_their_order_stays(self):
         rng = random.Random(3)
         texts = [rng.choice("abcdef") * rng.randint(0, 9) for _ in range(50)]
         ids, _ = packed(texts)
-        flat = [i for row in ids for i in row if i not in (BOS, PAD)]
-        assert flat == [i for text in texts for i in (*map(ord, text), EOS)]
-        assert all(len(row) <= 11 for row in ids)
+        assert [i for row in ids for i in row if i not in (BOS, PAD)] == [
+            i for text in texts for i in (*map(ord, text), EOS)]
+        assert all(len(row) <= 11 and row[0] == BOS for row in ids)
 
-    def test_a_longer_text_is_cut_before_its_end_token(self):
-        assert packed(["a" * 30, "b"])[0] == [[BOS] + [97] * 9 + [EOS],
-                                             [BOS, 98, EOS] + [PAD] * 8]
-
-    def test_a_row_is_never_longer_than_the_context(self):
-        assert packed(["a" * 30], context_length=5)[0] == [[BOS, 97, 97, 97, EOS]]
+    @pytest.mark.parametrize("context_length, length, letters", [(37, 11, 9), (5, 11, 3)])
+    def test_a_longer_text_is_cut_before_its_end_token(self, context_length, length, letters):
+        ids, _ = packed(["a" * 30, "b"], context_length, length)
+        assert ids == [[BOS] + [97] * letters + [EOS], [BOS, 98, EOS] + [PAD] * (letters - 1)]
 
     def test_the_rng_draws_one_text_of_a_record(self):
         batch = PackedTexts(Letters(), 200, 200)([{"texts": ["a", "b", "c"]}] * 30, rngs(30))
-        found = [chr(i) for i in batch["ids"].flatten().tolist() if i > 90]
-        assert found == [random.Random(i).choice("abc") for i in range(30)]
+        assert [chr(i) for i in batch["ids"].flatten().tolist() if i > 90] == drawn("abc")
 
 
 class TestAsText:
     def test_of_captions_it_is_one_drawn_by_the_rng_or_the_first(self):
         record = {"texts": ["a", "b", "c"]}
-        assert [as_text(record, random.Random(i)) for i in range(9)] == [
-            random.Random(i).choice("abc") for i in range(9)]
-        assert as_text(record) == "a"
+        assert [as_text(record, rng) for rng in rngs(9)] == drawn("abc", 9)
+        assert as_text(record) == "a" and record == {"texts": ["a", "b", "c"]}
 
     def test_of_turns_it_is_descriptions_questions_and_answers(self):
         record = {"turns": [{"description": "a red cat", "prompt": "", "answer": "a cat"},
                             {"description": "", "prompt": "what is this?", "answer": "dog"}]}
-        want = "a red cat. output: a cat. question: what is this? answer: dog"
-        assert as_text(record) == f"{want}." and as_text(record | {"end": "!"}) == (
+        before = deepcopy(record)
+        want = "a red cat. output: a cat. question: what is this? answer: dog."
+        assert as_text(record) == want and as_text(record | {"end": "!"}) == (
             "a red cat. output: a cat! question: what is this? answer: dog!")
+        assert record == before, "the caller's record is changed"
 
 
 class TestAsTurns:
     def test_a_captioned_image_is_one_turn_with_one_caption(self):
         record = {"images": drawing("red", "blue"), "texts": ["a", "b", "c"]}
-        turn, = as_turns(record)
-        assert turn == {"images": [record["images"][:1]], "prompt": "", "answer": "a",
-                        "caption": True}
-        assert [as_turns(record, random.Random(i))[0]["answer"] for i in range(9)] == [
-            random.Random(i).choice("abc") for i in range(9)]
-
-    def test_turns_stay_as_they_are(self):
-        record = page(("red", "", "a cat"))
-        assert as_turns(record) is record["turns"]
+        assert as_turns(record) == [{"images": [record["images"][:1]], "prompt": "", "answer": "a",
+                                     "caption": True}]
+        assert [as_turns(record, rng)[0]["answer"] for rng in rngs(9)] == drawn("abc", 9)
+        turns = page(("red", "", "a cat"))
+        assert as_turns(turns) == turns["turns"]
 
 
-DOCUMENT = page(("red", "", "a red cat"), ("blue", "what is this ?", "dog"))
-CAPTION = {"images": drawing("red"), "texts": ["a cat"]}
+def document():
+    return page(("red", "", "a red cat"), ("blue", "what is this ?", "dog"))
 
 
-def collator(context_length=37, **more):
-    config = SimpleNamespace(context_length=context_length, image_size=15)
-    return InterleavedCollator(Words(), config, render_page, **more)
+def caption(*texts):
+    return {"images": drawing("red"), "texts": texts}
+
+
+def clip(*colours, size=15):
+    return {"turns": [{"images": [drawing(*colours, size=size)], "prompt": "", "answer": "a cat"}]}
+
+
+def spelled(rows):
+    return [Words().spell(row.tolist()) for row in rows]
 
 
 class TestInterleavedCollator:
     """With Flamingo's wording of a page (paper, Figures 7 and 8)."""
 
-    def spelled(self, record, **more):
-        """The ids and the labels of one record, as words."""
-        batch = collator(**more)([record], rngs())
-        return [Words().spell(batch[key][0].tolist()) for key in ("ids", "labels")]
+    def collator(self, context_length=37, **more):
+        config = SimpleNamespace(context_length=context_length, image_size=15)
+        return InterleavedCollator(Words(), config, render_page, **more)
 
-    def test_a_caption(self):
-        assert self.spelled(CAPTION) == [
-            "<bos> <image> output: a cat <eoc> <eos>",
-            "- - - a cat <eoc> -"]
-
-    def test_a_page(self):
-        assert self.spelled(DOCUMENT) == [
-            "<bos> <image> a red cat <eoc> "
-            "<image> question: what is this ? answer: dog <eoc> <eos>",
-            "- - a red cat <eoc> - - - - - - - dog <eoc> -"]
-
-    def test_what_stands_before_the_first_image_is_not_learned(self):
-        assert self.spelled(page(("", "", "a cat dog"), ("red", "", "red"))) == [
-            "<bos> a cat dog <eoc> <image> red <eoc> <eos>",
-            "- - - - - - red <eoc> -"]
-
-    def test_a_turn_may_be_left_unlearned(self):
-        record = page(("red", "", "red"), ("blue", "", "blue"))
-        record["turns"][0]["learn"] = False
-        assert self.spelled(record)[1] == "- - - - - blue <eoc> -"
-
-    def test_text_that_attends_to_the_next_image_stands_before_it(self):
-        batch = collator(p_next_image=1.0)([DOCUMENT], rngs())
-        assert [Words().spell(batch[key][0].tolist()) for key in ("ids", "labels")] == [
-            "<bos> a red cat <eoc> <image> "
-            "question: what is this ? answer: dog <eoc> <image> <eos>",
-            "- a red cat <eoc> - - - - - - - dog <eoc> - -"]
-        index = masks.image_index(batch["ids"] == IMAGE, 0, batch["attend_next"][:, None])
-        assert index[0].tolist() == [1] * 6 + [2] * 9 + [0]
-
-    @pytest.mark.parametrize("context_length", [13, 14])
-    def test_what_the_cut_leaves_without_its_image_is_not_learned(self, context_length):
-        ids, labels = self.spelled(DOCUMENT, p_next_image=1.0, context_length=context_length)
-        assert len(ids.split()) == context_length
-        assert labels.split() == "- a red cat <eoc>".split() + ["-"] * (context_length - 5)
-
-    def test_a_clip_has_one_image_token(self):
-        record = page(("", "", "a cat"))
-        record["turns"][0]["images"] = [drawing("red", "blue", "red")]
-        batch = collator()([record], rngs())
-        assert Words().spell(batch["ids"][0].tolist()) == "<bos> <image> a cat <eoc> <eos>"
-        assert batch["images"].shape == (1, 1, 3, 3, 15, 15)
-
-    def test_a_row_has_as_many_image_tokens_as_images(self):
-        record = page(("red blue", "", "a cat"), ("", "", "dog"), ("red", "", "cat"))
-        batch = collator()([record, CAPTION], rngs(2))
-        assert (batch["ids"] == IMAGE).sum(dim=1).tolist() == [3, 1]
-        assert batch["images"].shape[1] == 3
-
-    def test_padding_is_not_learned(self):
-        batch = collator()([DOCUMENT, CAPTION], rngs(2))
-        ids, labels = (Words().spell(batch[key][1].tolist()) for key in ("ids", "labels"))
-        assert ids == "<bos> <image> output: a cat <eoc> <eos>" + " <pad>" * 9
-        assert labels == "- - - a cat <eoc> -" + " -" * 9
+    def test_ids_and_labels_are_those_of_the_pages_and_padding_is_not_learned(self):
+        batch = self.collator()([document(), caption("a cat")], rngs(2))
+        assert spelled(batch["ids"]) == [
+            "<bos> <image> a red cat <eoc> <image> question: what is this ? answer: dog <eoc> "
+            "<eos>", "<bos> <image> output: a cat <eoc> <eos>" + " <pad>" * 9]
+        assert spelled(batch["labels"]) == ["- - a red cat <eoc> - - - - - - - dog <eoc> -",
+                                            "- - - a cat <eoc> -" + " -" * 9]
         assert batch["ids"].dtype == batch["labels"].dtype == torch.int64
 
-    def test_what_exceeds_the_context_is_cut_and_a_page_without_labels_is_refused(self):
-        assert self.spelled(DOCUMENT, context_length=4) == ["<bos> <image> a red", "- - a red"]
-        with pytest.raises(ValueError, match="its first label is token 3, beyond the context of 2"):
-            self.spelled(DOCUMENT, context_length=2)
+    @pytest.mark.parametrize("context_length, p_next_image, learned", [
+        (4, 0.0, "a red"), (3, 0.0, "a"), (37, 1.0, "a red cat <eoc> dog <eoc>"),
+        (6, 1.0, "a red cat <eoc>"), (13, 1.0, "a red cat <eoc>"),      # without the image of "dog"
+        (5, 1.0, ""), (2, 1.0, "")])                                    # without any image
+    def test_what_exceeds_the_context_is_cut_and_not_learned_without_its_image(
+            self, context_length, p_next_image, learned):
+        batch = self.collator(context_length, p_next_image=p_next_image)([document()] * 2, rngs(2))
+        whole = ["<bos> <image> a red", "<bos> a red cat <eoc> <image> question: what is this ? "
+                 "answer: dog <eoc> <image> <eos>"][int(p_next_image)].split()[:context_length]
+        assert spelled(batch["ids"]) == [" ".join(whole)] * 2
+        counts = batch["labels"] != NO
+        assert_close("labels that count", batch["labels"][counts], batch["ids"][counts])
+        assert Words().spell(batch["labels"][0][counts[0]].tolist()) == learned
+        assert batch["images"].shape == (2, 2, 1, 3, 15, 15)      # also those that are cut off
 
-    def test_rows_with_fewer_images_end_in_black(self):
-        small = {"turns": [{"images": [drawing("blue", size=40)], "prompt": "", "answer": "a"}]}
-        images = collator()([DOCUMENT, small, page(("red", "", "a"))], rngs(3))["images"]
-        assert images.shape == (3, 2, 1, 3, 15, 15) and images.dtype == torch.uint8
+    def test_a_page_whose_labels_are_all_cut_off_is_refused(self):
+        with one_line("3.* 2"):
+            self.collator(context_length=2)([document()], rngs())
+
+    def test_images_are_cropped_and_rows_with_fewer_end_in_black(self):
+        pages = [document(), clip("blue", size=40), page(("red blue", "", "a"), ("", "", "dog")),
+                 page(("", "", "a"), ("red", "", "a"))]
+        batch = self.collator()(pages, rngs(4))
         red, blue, black = [255, 0, 0], [0, 0, 255], [0, 0, 0]
-        assert images[:, :, 0, :, 7, 7].tolist() == [[red, blue], [blue, black], [red, black]]
+        want = torch.tensor([[red, blue], [blue, black], [red, blue], [red, black]]).byte()
+        assert_close("images (B, N, F, 3, H, W)", batch["images"],
+                     want[:, :, None, :, None, None].expand(4, 2, 1, 3, 15, 15))
+        assert (batch["ids"] == IMAGE).sum(dim=1).tolist() == [2, 1, 2, 1]
+        none = self.collator().images([page(("", "", "a"))["turns"]] * 2)
+        assert_close("images of texts", none, torch.zeros(2, 1, 1, 3, 15, 15).byte())
 
-    def test_a_batch_of_text_has_one_black_image(self):
-        images = collator().images([page(("", "", "a"))["turns"]] * 2)
-        assert images.shape == (2, 1, 1, 3, 15, 15) and not images.any()
+    def test_a_clip_has_one_image_token_and_all_its_frames_in_order(self):
+        batch = self.collator()([clip("red", "blue", "white")], rngs())
+        assert spelled(batch["ids"]) == ["<bos> <image> a cat <eoc> <eos>"]
+        want = torch.tensor([[[[255, 0, 0], [0, 0, 255], [255, 255, 255]]]]).byte()
+        assert_close("images (B, N, F, 3, H, W)", batch["images"],
+                     want[..., None, None].expand(1, 1, 3, 3, 15, 15))
 
     def test_images_and_clips_in_one_batch_are_refused(self):
-        mixed = page(("red", "", "a"), ("", "", "a"))
-        mixed["turns"][1]["images"] = [drawing("red", "blue")]
-        for records in ([mixed], [DOCUMENT, {"turns": mixed["turns"][1:]}]):
-            with pytest.raises(ValueError, match="clips of 1 and 2 frames: all images and clips"):
-                collator()(records, rngs(2))
+        both = {"turns": page(("red", "", "a"))["turns"] + clip("red", "blue")["turns"]}
+        for records in ([both], [document(), clip("red", "blue")]):
+            with one_line("1 .* 2 "):
+                self.collator()(records, rngs(2))
 
     def test_the_rng_draws_a_caption(self):
         texts = ["a cat", "a dog", "red"]
-        batch = collator()([{"images": drawing("red"), "texts": texts}] * 30, rngs(30))
-        found = [Words().decode(row).removeprefix("output: ") for row in batch["ids"].tolist()]
-        assert found == [random.Random(i).choice(texts) for i in range(30)]
+        ids = self.collator()([caption(*texts)] * 30, rngs(30))["ids"].tolist()
+        assert [Words().decode(row).removeprefix("output: ") for row in ids] == drawn(texts)
 
     @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
     def test_such_a_share_of_rows_attends_to_the_next_image(self, share):
-        batch = collator(p_next_image=share)([DOCUMENT] * 400, rngs(400))
-        assert batch["attend_next"].dtype == torch.bool
+        batch = self.collator(p_next_image=share)([document()] * 400, rngs(400))
+        assert_close("text first (B,)", batch["ids"][:, 1] != IMAGE, batch["attend_next"])
         assert batch["attend_next"].float().mean().item() == pytest.approx(share, abs=0.07)
-        assert torch.equal(batch["ids"][:, 1] != IMAGE, batch["attend_next"])
 
     def test_prompts_end_where_the_answer_begins_and_are_padded_left_and_never_cut(self):
         long = page(("red", "", "a " * 30), ("blue", "what ?", "dog"))["turns"]
-        batch = collator(context_length=3).prompts([DOCUMENT["turns"], long])
-        first, second = (Words().spell(row) for row in batch["ids"].tolist())
-        assert second == ("<bos> <image>" + " a" * 30 + " <eoc> "
-                          "<image> question: what ? answer:")
+        batch = self.collator(context_length=3).prompts([document()["turns"], long])
         asked = "<bos> <image> a red cat <eoc> <image> question: what is this ? answer:"
-        pads = batch["ids"].shape[1] - len(asked.split())
-        assert first == "<pad> " * pads + asked
-        assert batch["mask"].tolist() == [[False] * pads + [True] * len(asked.split()),
-                                          [True] * batch["ids"].shape[1]]
+        want = "<bos> <image>" + " a" * 30 + " <eoc> <image> question: what ? answer:"
+        pads = len(want.split()) - len(asked.split())
+        assert spelled(batch["ids"]) == ["<pad> " * pads + asked, want]
+        assert_close("mask (B, T)", batch["mask"], batch["ids"] != PAD)
         assert batch["images"].shape == (2, 2, 1, 3, 15, 15)
+
+    def test_the_callers_pages_are_never_changed(self):
+        records = [document(), caption("a cat", "dog"), clip("red", size=20)]
+        collate = self.collator(9, p_next_image=0.5)
+        before = deepcopy(records)
+        first = collate(records, rngs(3))
+        collate.prompts([records[0]["turns"], records[2]["turns"]])
+        assert records == before
+        for name, value in collate(records, rngs(3)).items():
+            assert_close(f"{name}, once more", value, first[name])
