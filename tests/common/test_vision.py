@@ -93,11 +93,6 @@ class TestResizePositions:
         assert_same("positions (1 + G * G, D)", resize_positions(table, new),
                     torch.cat([table[:1], grid.view(-1, 11)]), table=table)
 
-    def test_of_a_ramp_two_steps_make_one_when_the_grid_doubles(self):
-        ramp = torch.cat([torch.tensor([9.0]), torch.arange(6.0).repeat_interleave(6)])[:, None]
-        rows = resize_positions(ramp, 12)[1:].view(12, 12)
-        assert_close("row r + 2 minus row r", rows[5:9] - rows[3:7], torch.ones(4, 12))
-
 
 class TestViT:
     @pytest.mark.parametrize("norms", [True, False])
