@@ -32,7 +32,8 @@ class TestPadding:
         real = [[True, True, False, True, False], [True, False, False, False, False]]
         mask = padding(torch.tensor(real))
         assert_close("padding (B, 1, 1, S)", mask, [[[row]] for row in real])
-        assert_close("causal & padding (B, 1, T, S)", torch.ones(5, 5).tril().bool() & mask, torch.stack(
+        both = torch.ones(5, 5).tril().bool() & mask
+        assert_close("causal & padding (B, 1, T, S)", both, torch.stack(
             [table(5, 5, lambda t, s: s <= t and row[s])[None] for row in real]))
 
 
@@ -65,7 +66,7 @@ class TestImageIndex:
 
     def test_where_attend_next_a_token_belongs_to_the_next_image_at_or_after_it(self, tags):
         for rows in ([True, True, True], [True, False, False], [False, True, True]):
-            expected = [(self.upcoming if ahead else self.latest)[b] for b, ahead in enumerate(rows)]
+            expected = [(self.upcoming if x else self.latest)[b] for b, x in enumerate(rows)]
             got = image_index(tags, attend_next=torch.tensor(rows)[:, None])
             assert_close(f"images of {self.texts} with attend_next {rows} (B, T)", got, expected)
 
@@ -87,8 +88,9 @@ class TestMedia:
         ([], int.__eq__), ([True], int.__eq__), ([False], int.__le__)])
     def test_a_token_attends_to_its_own_image_or_to_all_up_to_it(self, arguments, may_attend):
         numbers, N, Q = [[0, 1, 1, 3, 2], [2, 0, 0, 1, 3]], 3, 7
-        assert_close("media (B, 1, T, N * Q)", media(torch.tensor(numbers), N, Q, *arguments), torch.stack(
-            [table(5, N * Q, lambda t, s: may_attend(1 + s // Q, row[t]))[None] for row in numbers]))
+        expected = [table(5, N * Q, lambda t, s: may_attend(1 + s // Q, row[t])) for row in numbers]
+        got = media(torch.tensor(numbers), N, Q, *arguments)
+        assert_close("media (B, 1, T, N * Q)", got, torch.stack(expected)[:, None])
 
 
 class TestDraw:

@@ -26,9 +26,9 @@ class Mixer(nn.Module):
 
 def make(norms=True, **changes):
     ln_pre, ln_post = (nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)) if norms else (None, None)
-    arguments = dict(image_size=15, patch_size=5, width=WIDTH, blocks=[Mixer(), Mixer(), Mixer()],
-                     ln_pre=ln_pre, ln_post=ln_post, patch_bias=norms) | changes
-    return randomize(ViT(**arguments)).double()
+    return randomize(ViT(**dict(
+        image_size=15, patch_size=5, width=WIDTH, blocks=[Mixer(), Mixer(), Mixer()], ln_pre=ln_pre,
+        ln_post=ln_post, patch_bias=norms) | changes)).double()
 
 
 def draw(B=2, size=15):
@@ -36,16 +36,12 @@ def draw(B=2, size=15):
     return torch.randn(B, 3, size, size)
 
 
-def embedded(vit, images):
-    """The patch embedding as a convolution, the class token and the positions; then ln_pre."""
+def hidden(vit, images, blocks):
+    """Patches by a strided convolution, the class token, positions, ln_pre; then the blocks."""
     weight = vit.patch_embed.weight.view(WIDTH, 3, 5, 5)
     x = F.conv2d(images.double(), weight, vit.patch_embed.bias, stride=5).flatten(2).transpose(1, 2)
     x = torch.cat([vit.cls_token.expand(len(x), 1, WIDTH), x], dim=1) + vit.pos_embed
-    return vit.ln_pre(x) if vit.ln_pre else x
-
-
-def hidden(vit, images, blocks=3):
-    x = embedded(vit, images)
+    x = vit.ln_pre(x) if vit.ln_pre else x
     for block in vit.transformer.blocks[:blocks]:
         x = block(x)
     return x
@@ -94,37 +90,35 @@ class TestResizePositions:
                     torch.cat([table[:1], grid.view(-1, 11)]), table=table)
 
 
+@pytest.mark.parametrize("norms", [True, False])
 class TestViT:
-    @pytest.mark.parametrize("norms", [True, False])
-    def test_a_patch_is_embedded_by_a_strided_convolution(self, norms):
+    @pytest.mark.parametrize("skip", [0, 1, 3])
+    def test_hidden_tokens_are_those_before_the_last_norm_and_blocks(self, norms, skip):
         vit, images = make(norms), draw()
-        assert_same("first block's input (B, 1 + N, D)", vit.embed(images), embedded(vit, images), vit)
+        tokens = hidden(vit, images, 3 - skip)
+        assert_same("hidden (B, 1 + N, D)", vit.hidden(images, skip_blocks=skip), tokens, vit)
+        patches = vit.patches(images, skip_blocks=skip)
+        assert_same("patches (B, N, D)", patches, tokens[:, 1:], vit)
+        if skip == 3:
+            assert_same("first block's input (B, 1 + N, D)", vit.embed(images), tokens, vit)
 
-    @pytest.mark.parametrize("norms", [True, False])
     def test_forward_norms_all_tokens_and_pooled_takes_the_class_token(self, norms):
         vit, images = make(norms), draw()
-        tokens = hidden(vit, images)
+        tokens = hidden(vit, images, 3)
         tokens = vit.ln_post(tokens) if norms else tokens
         assert_same("tokens after the norm (B, 1 + N, D)", vit(images), tokens, vit)
         assert_same("class token (B, D)", vit.pooled(images), tokens[:, 0], vit)
 
-    @pytest.mark.parametrize("skip", [0, 1, 3])
-    def test_hidden_tokens_are_those_before_the_last_norm_and_blocks(self, skip):
-        vit, images = make(), draw()
-        expected = hidden(vit, images, 3 - skip)
-        assert_same("hidden (B, 1 + N, D)", vit.hidden(images, skip_blocks=skip), expected, vit)
-        assert_same("patches (B, N, D)", vit.patches(images, skip_blocks=skip), expected[:, 1:], vit)
-        assert_close("none skipped (B, N, D)", vit.patches(images), hidden(vit, images)[:, 1:])
-
-    def test_tokens_and_positions_start_with_the_deviation_of_the_width(self):
-        vit = ViT(image_size=80, patch_size=5, width=400, blocks=[])
-        assert vit.pos_embed.shape == (257, 400) and vit.patch_embed.bias is None
+    def test_tokens_and_positions_start_with_the_deviation_of_the_width(self, norms):
+        bias = {"patch_bias": True} if norms else {}
+        vit = ViT(image_size=80, patch_size=5, width=400, blocks=[], **bias)
+        assert vit.pos_embed.shape == (257, 400) and (vit.patch_embed.bias is not None) == norms
         for name in ("cls_token", "pos_embed"):
             assert_close(f"deviation of {name}", getattr(vit, name).std(), 400 ** -0.5, 8e-3)
 
-    def test_sizes_that_do_not_divide_and_other_images_raise(self):
+    def test_a_patch_size_that_does_not_divide_and_other_images_raise(self, norms):
         with pytest.raises(ValueError, match="15.*4"):
-            make(patch_size=4)
-        for of in (make(), make().hidden, make().pooled):
+            make(norms, patch_size=4)
+        for of in (make(norms), make(norms).hidden, make(norms).pooled):
             with pytest.raises(ValueError, match="20, 20.*15, 15"):
                 of(draw(size=20))
