@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from common.cache import KVCache, extend
-from tests.helpers import assert_close
+from tests.helpers import assert_close, assert_same
 
 ROWS, HEADS, K = 3, 2, 5
 CHUNKS = [[6], [4, 1, 1], [1] * 80, [3, 60, 1, 1]]
@@ -59,10 +59,10 @@ class TestExtend:
     def test_gradients_reach_the_past_and_the_new(self):
         past, new = (torch.randn(ROWS, HEADS, n, K, requires_grad=True) for n in (3, 2))
         first, buffer = extend(past, new, None)
-        loss = first.square().sum()                          # backward needs `first` as it was
-        (loss + 3 * extend(first, new, buffer)[0].sum()).backward()
-        assert_close("gradient of past", past.grad, 2 * past + 3)
-        assert_close("gradient of new", new.grad, 2 * new + 6)
+        got = [first.square(), extend(first, new, buffer)[0]]  # backward needs `first` as it was
+        whole = torch.cat([past, new], dim=2)
+        assert_same("first squared, and second (B, H, S, K)", torch.cat(got, dim=2),
+                    torch.cat([whole.square(), whole, new], dim=2), past=past, new=new)
 
 
 class TestKVCache:
@@ -78,7 +78,7 @@ class TestKVCache:
         context = cache.get_or_compute("cross", 4, lambda: draw(4))
         check("the first layer", cache, *entry)
         check("the second layer", cache, *other, "other")
-        assert cache.get_or_compute("cross", 4, None) is context, "cross-attention's entry changed"
+        assert cache.get_or_compute("cross", 4, lambda: draw(4)) is context, "cross-attention's"
         assert cache.length == 5
 
     @pytest.mark.parametrize("chunks", [[6], [4, 1, 1]])
@@ -87,25 +87,35 @@ class TestKVCache:
         cache.get_or_compute("cross", 9, lambda: context)
         cache.state["images"] = torch.tensor([5, 6, 7])
         cache.reorder(rows)
-        for letter, *pair in zip("kv", cache.get_or_compute("cross", 9, None), context):
+        for letter, *pair in zip("kv", cache.get_or_compute("cross", 9, lambda: draw(9)), context):
             assert_close(f"cross-attention's {letter} (B', H, S, K)", pair[0], pair[1][rows])
         assert_close("state (B')", cache.state["images"], [7, 5, 5, 6])
         check("reordered", cache, k[rows], v[rows])
 
     @pytest.mark.parametrize("chunks", [[4], [6], [4, 1, 1], [4, 40, 1]])
-    @pytest.mark.parametrize("repeated", [True, False])
-    def test_beams_of_one_prompt_exchange_what_came_after_it(self, gradients, chunks, repeated):
+    @pytest.mark.parametrize("selected", [True, False])
+    def test_beams_of_one_prompt_exchange_what_came_after_it(self, gradients, chunks, selected):
         (k, v), rows = draw(sum(chunks)), torch.tensor([2, 0, 0])
         k[:, :, :4], v[:, :, :4] = k[:1, :, :4], v[:1, :, :4]
         given, copies, cache = (k, v), (k.clone(), v.clone()), filled(chunks, k, v)[0]
         cache.state["images"] = torch.tensor([5, 6, 7])
-        if repeated:
-            cache.reorder(torch.arange(ROWS))
+        if selected:
+            cache = cache.select(torch.arange(ROWS))
         for times in ("once", "twice"):
             cache.reorder(rows, since=4)
             k, v = check(f"reordered {times}", cache, k[rows], v[rows])
         assert_close("state (B)", cache.state["images"], [5, 7, 7])
         assert_close("the caller's k and v afterwards", torch.stack(given), torch.stack(copies))
+
+    def test_gradients_reach_what_was_cached(self):
+        k, cache, rows = torch.randn(HEADS, 4, K).repeat(ROWS, 1, 1, 1), KVCache(), [2, 0, 0]
+        k.requires_grad_()
+        squared = cache.append("self", k, k)[0].square()      # backward needs the entry as it was
+        cache.reorder(torch.tensor(rows), since=2)
+        values = cache.append("self", k[:, :, :1], k[:, :, :1])[1]
+        gradient, = torch.autograd.grad(squared.sum() + values.sum(), k)
+        expected = 2 * k.sum(0) + ROWS * torch.tensor([2, 1, 1, 1])[:, None]
+        assert_close("gradient of all rows' keys and values (H, S, K)", gradient.sum(0), expected)
 
     def test_a_selection_and_its_original_leave_each_other_alone(self, gradients):
         (cache, k, v), rows = filled([4, 1, 1]), torch.tensor([1, 1])
