@@ -60,24 +60,16 @@ class TestImageIndex:
         """bool (B, T): True at the letter I."""
         return torch.tensor([[letter == "I" for letter in text] for text in self.texts])
 
-    def test_a_token_belongs_to_the_latest_image_at_or_before_it(self, tags):
-        assert_close(f"images of {self.texts} (B, T)", image_index(tags), self.latest)
-        assert image_index(tags).dtype == torch.int64
-
-    def test_where_attend_next_a_token_belongs_to_the_next_image_at_or_after_it(self, tags):
-        for rows in ([True, True, True], [True, False, False], [False, True, True]):
-            expected = [(self.upcoming if x else self.latest)[b] for b, x in enumerate(rows)]
-            got = image_index(tags, attend_next=torch.tensor(rows)[:, None])
-            assert_close(f"images of {self.texts} with attend_next {rows} (B, T)", got, expected)
-
-    @pytest.mark.parametrize("ahead", [None, [[True]] * 3, [[True], [False], [True]]])
-    def test_the_images_of_a_cached_text_count_in_each_row(self, tags, ahead):
-        expected = torch.tensor([(self.upcoming if ahead and ahead[b][0] else self.latest)[b]
-                                 for b in range(3)])
-        for cut in range(9):
-            before = torch.tensor([[text[:cut].count("I")] for text in self.texts])
-            got = image_index(tags[:, cut:], before, None if ahead is None else torch.tensor(ahead))
-            assert_close(f"images behind {cut} cached tokens (B, T)", got, expected[:, cut:])
+    @pytest.mark.parametrize("ahead", [None, [True] * 3, [True, False, False], [False, True, True]])
+    @pytest.mark.parametrize("cut", range(9))
+    def test_a_token_belongs_to_the_latest_or_else_the_next_image(self, tags, ahead, cut):
+        numbers = [self.upcoming[b] if ahead and ahead[b] else self.latest[b] for b in range(3)]
+        before = torch.tensor([[text[:cut].count("I")] for text in self.texts]) if cut else 0
+        ahead_rows = None if ahead is None else torch.tensor(ahead)[:, None]
+        got = image_index(tags[:, cut:], before, attend_next=ahead_rows)
+        assert got.dtype == torch.int64
+        name = f"images of {self.texts} with attend_next {ahead}, {cut} tokens cached (B, T)"
+        assert_close(name, got, torch.tensor(numbers)[:, cut:])
 
     def test_one_number_of_cached_images_counts_in_all_rows(self, tags):
         assert_close("images (B, T)", image_index(tags, before=3), 3 + torch.tensor(self.latest))
