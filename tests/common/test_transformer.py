@@ -44,15 +44,17 @@ def linear(layer, x):
     return x @ layer.weight.T + (0 if layer.bias is None else layer.bias)
 
 
-def rotated(x, angles):
-    """The pairs (i, i + K/2) of x (B, H, T, K) as complex numbers, turned by angles (..., K/2)."""
-    pairs = torch.complex(*x.chunk(2, dim=-1)) * torch.polar(torch.ones_like(angles), angles)
-    return torch.cat([pairs.real, pairs.imag], dim=-1)
-
-
 def rope_of(angles):
-    cos, sin = angles.cos(), angles.sin()
+    """What `rope_table` gives for angles (..., T, K/2)."""
+    cos, sin = angles.cos().float(), angles.sin().float()
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+
+
+def rotated(x, angles):
+    """The pairs (i, i + K/2) of x (B, H, T, K) as complex numbers; angles (..., T, K/2)."""
+    turn = torch.complex(*(part.float().to(x.dtype) for part in (angles.cos(), angles.sin())))
+    pairs = torch.complex(*x.chunk(2, dim=-1)) * turn
+    return torch.cat([pairs.real, pairs.imag], dim=-1)
 
 
 def attend_by_hand(layer, x, context=None, *, heads=3, kv_heads=None, scale=None, mask=None,
