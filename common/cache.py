@@ -15,10 +15,11 @@ def extend(past, new, buffer):
     torch.cat copies the whole past for each new token, which took a quarter of a tiny model's
     step. A buffer is longer than what it holds, so new tokens are written behind the past, and the
     result is a view. With gradients on we copy: backward needs the past as it was. Then the buffer
-    is None.
+    is the result itself. `past` and `new` stay as they are.
     """
     if torch.is_grad_enabled():
-        return torch.cat([past, new], dim=2), None
+        whole = torch.cat([past, new], dim=2)
+        return whole, whole
     (B, H, P, K), S = past.shape, past.shape[2] + new.shape[2]
     if buffer is None or buffer.shape[2] < S:
         buffer = past.new_empty(B, H, S + 32 + P // 8, K)
@@ -39,16 +40,15 @@ class KVCache:
         self.state = {}                  # name -> tensor (B, ...): what else a model remembers
         self.context = None              # what cross-attention's entries were computed from
         self.entries = {}                # attention layer -> (k, v), each (B, H, S, K)
-        self.buffers = {}                # attention layer -> (k's buffer, v's), longer, or None
+        self.buffers = {}                # attention layer -> what k and v of its entry view
 
     def append(self, layer, k, v):
         """Add k and v (B, H, T, K) to the layer's entry; returns the whole entry, (B, H, S, K)."""
-        if layer in self.entries:
-            past_k, past_v = self.entries[layer]
-            k_buffer, v_buffer = self.buffers.get(layer, (None, None))
-            k, k_buffer = extend(past_k, k, k_buffer)
-            v, v_buffer = extend(past_v, v, v_buffer)
-            self.buffers[layer] = k_buffer, v_buffer
+        past_k, past_v = self.entries.get(layer, (k[:, :, :0], v[:, :, :0]))
+        k_buffer, v_buffer = self.buffers.get(layer, (None, None))
+        k, k_buffer = extend(past_k, k, k_buffer)
+        v, v_buffer = extend(past_v, v, v_buffer)
+        self.buffers[layer] = k_buffer, v_buffer
         self.entries[layer] = k, v
         self.length = k.shape[2]
         return k, v
@@ -75,11 +75,12 @@ class KVCache:
                 buffer[:, :, since:self.length] = buffer[rows, :, since:self.length]
         else:
             self.entries = {layer: (k[rows], v[rows]) for layer, (k, v) in self.entries.items()}
-            self.buffers = {}            # the next append makes new ones
+            self.buffers = {layer: self.entries[layer] for layer in self.buffers}
 
     def select(self, rows):
         """A new cache with the rows `rows`, int64 (B',); this one stays as it is."""
         new = KVCache()
-        new.length, new.state, new.entries = self.length, self.state, self.entries
+        new.length, new.state = self.length, self.state
+        new.entries, new.buffers = self.entries, self.buffers
         new.reorder(rows)
         return new

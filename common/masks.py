@@ -59,7 +59,7 @@ def image_index(is_image, before=0, attend_next=None):
 
     is_image bool (B, T): True at <image>. By default the latest image, at or before the token; in
     rows where attend_next bool (B, 1) is True the next one, at or after it (Flamingo, A.3.2).
-    before int or int64 (B, 1): how many <image> tokens the cached text has (not with attend_next).
+    before int or int64 (B, 1): how many <image> tokens the cached text has; they count first.
 
     >>> is_image = torch.tensor([[False, True, False, True, False]])
     >>> image_index(is_image).tolist()

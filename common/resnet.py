@@ -47,6 +47,7 @@ class AttentionPool(Attention):
 
     The query is the mean feature; keys and values are the mean and all grid cells. No norm, MLP or
     residual follows: out_proj, with a bias, maps to the joint space. grid_size: cells of a side.
+    Weights and positions start with deviation width ** -0.5.
     """
 
     def __init__(self, *, grid_size, width, heads, embed_dim):
@@ -131,6 +132,7 @@ class ModifiedResNet(nn.Module):
 def freeze_bn_stats(model):
     """Inside it, forward in train mode gives the same outputs but updates no running statistics.
 
+    Behind it, also after an exception, they are updated as before.
     For an extra forward pass over the same images, such as CLIP's feature caching.
     """
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]

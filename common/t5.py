@@ -17,7 +17,13 @@ class RelativeBias(nn.Module):
         self.buckets, self.max_distance, self.bidirectional = buckets, max_distance, bidirectional
 
     def bucket(self, distance):
-        """distance int64 = key position - query position -> bucket numbers of the same shape."""
+        """distance int64 = key position - query position -> bucket numbers of the same shape.
+
+        Of n buckets, the first e = n // 2 are for the distances 0 .. e - 1. Distance d >= e is in
+        bucket min(e + floor(log(d / e) / log(max_distance / e) * (n - e)), n - 1). Bidirectional:
+        n = buckets // 2, and keys after the query are in buckets n .. 2n - 1. Else n = buckets, and
+        a key after the query has distance 0.
+        """
         buckets, side = self.buckets, torch.zeros_like(distance)
         if self.bidirectional:
             buckets //= 2

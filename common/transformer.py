@@ -42,7 +42,10 @@ def attention(q, k, v, mask=None, bias=None, scale=None):
 # ------------------------------------------------------------------ positions
 
 class LearnedPositions(nn.Module):
-    """One learned vector for each of `count` positions. OPT's tables begin at row offset = 2."""
+    """One learned vector for each of `count` positions, at first of deviation 0.02.
+
+    OPT's tables begin at row offset = 2.
+    """
 
     def __init__(self, *, count, width, offset=0):
         super().__init__()
@@ -50,7 +53,7 @@ class LearnedPositions(nn.Module):
         self.offset = offset
 
     def forward(self, positions):
-        """positions int64 (...) -> (..., D)."""
+        """positions int64 (...) -> (..., D): position p has row offset + p."""
         return F.embedding(positions + self.offset, self.weight)
 
     def span(self, past, T):
@@ -65,7 +68,8 @@ def rope_table(positions, head_width, theta=10000.0):
     """The (cos, sin) of rotary positions (RoFormer, 3.2), for `apply_rope`.
 
     positions (T,) or (B, T), int64 or float -> two float32 tensors, (T, K) or (B, 1, T, K). Pair i
-    turns by the angle position * theta ** (-2i / K). The halves are cos | cos and -sin | sin.
+    of K/2 turns by angle i = position * theta ** (-2i / K). The tensors are cos(angles) twice, and
+    -sin(angles) followed by sin(angles).
     """
     # float32 even under bf16, where an angle at position 4,000 is off by several radians.
     steps = torch.arange(0, head_width, 2, device=positions.device, dtype=torch.float32)
@@ -76,8 +80,9 @@ def rope_table(positions, head_width, theta=10000.0):
 
 
 def apply_rope(x, rope):
-    """Rotate the pairs (i, i + K/2) of x (B, H, T, K), as Hugging Face's LLaMA.
+    """Rotate the pairs (i, i + K/2) of x (B, H, T, K), as Hugging Face's LLaMA -> x's dtype.
 
+    A pair (a, b) becomes (a cos - b sin, a sin + b cos), computed in float32 or float64.
     Meta's rotates the pairs (2i, 2i + 1): the same after permuting the rows of q_proj and k_proj.
     """
     cos, sin = rope
@@ -91,7 +96,8 @@ class Attention(nn.Module):
     """Multi-head attention: self-attention, or cross-attention when forward gets a context.
 
     kv_heads < heads is grouped-query attention: neighbouring query heads share keys and values.
-    context_width: D of the context, if other than width.
+    head_width: K, by default width // heads. context_width: D of the context, if other than width.
+    scale: of the scores, see `attention`. ValueError for heads that do not divide.
     """
 
     def __init__(self, *, width, heads, kv_heads=None, head_width=None, context_width=None,
@@ -119,8 +125,10 @@ class Attention(nn.Module):
     def forward(self, x, context=None, *, mask=None, bias=None, rope=None, cache=None):
         """x (B, T, D), and for cross-attention context (B, S, C) -> (B, T, D).
 
-        mask bool and bias float: broadcastable to (B, H, T, S). rope: the (cos, sin) of
-        `rope_table` for the T positions. cache: a KVCache; S then counts the cached keys too.
+        mask bool and bias float, broadcastable to (B, H, T, S): as in `attention`, in each head.
+        rope: the (cos, sin) of `rope_table` for the T positions; q and k are rotated. cache: a
+        KVCache. Self-attention appends its k and v to it, and S counts all keys; the k and v of a
+        context are computed once.
         """
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, self.heads, self.head_width).transpose(1, 2)   # (B, H, T, K)
@@ -343,7 +351,7 @@ def fused_attention(q, k, v, mask=None, bias=None, scale=None):
 
 
 def attend(q, k, v, mask=None, bias=None, scale=None):
-    """`attention` or `fused_attention`, as ATTENTION says."""
+    """`attention` or `fused_attention`, as ATTENTION says; "auto": by hand where it is faster."""
     small = q.device.type == "cpu" and q.shape[2] * k.shape[2] <= FASTER_BY_HAND.get(q.dtype, 0)
     by_hand = ATTENTION == "hand" or ATTENTION == "auto" and small
     return (attention if by_hand else fused_attention)(q, k, v, mask, bias, scale)

@@ -31,7 +31,8 @@ def resize_positions(pos_embed, grid_size):
     """Interpolate learned positions to another grid of patches (as CLIP and BLIP do).
 
     pos_embed float (1 + G * G, D), class token first (the mean, in a ResNet's pool) ->
-    (1 + grid_size ** 2, D): the first row unchanged, the patches' rows by bicubic interpolation.
+    (1 + grid_size ** 2, D): the first row unchanged, the patches' rows by bicubic interpolation
+    (F.interpolate without align_corners).
     """
     cls, patches = pos_embed[:1], pos_embed[1:]
     G = round(len(patches) ** 0.5)
@@ -44,8 +45,9 @@ class ViT(nn.Module):
     """Vision Transformer (An Image is Worth 16x16 Words, 3.1) with a class token.
 
     blocks: a list of Block. ln_pre: CLIP's norm before the blocks, or None. ln_post: the norm after
-    them, or None. patch_bias: BLIP's patch embedding has a bias, CLIP's has none. Raises ValueError
-    when patch_size does not divide image_size.
+    them, or None. patch_bias: BLIP's patch embedding has a bias, CLIP's has none. The class token
+    and the positions start with deviation width ** -0.5. Raises ValueError when patch_size does not
+    divide image_size, and for images of another size.
     """
 
     def __init__(self, *, image_size, patch_size, width, blocks, ln_pre=None, ln_post=None,

@@ -60,6 +60,17 @@ def assert_close(name, got, expected, tolerance=None):
     raise AssertionError(text)
 
 
+def assert_same(name, got, expected, module=None, **inputs):
+    """The same values, and the same gradients of the module's parameters and of the inputs."""
+    assert_close(name, got, expected)
+    assert got.requires_grad, f"{name}: no gradient passes through it"
+    variables = inputs | dict(module.named_parameters() if module else ())
+    gradients = [torch.autograd.grad(y.cos().sum(), tuple(variables.values()), retain_graph=True,
+                                     materialize_grads=True) for y in (got, expected)]
+    for key, *pair in zip(variables, *gradients):
+        assert_close(f"{name}: gradient of {key}", *pair)
+
+
 def grid(mask):
     """A bool tensor (..., T, S) as text, # where True; at most three of its matrices."""
     matrices = mask.reshape(-1, *mask.shape[-2:])[:3].tolist()

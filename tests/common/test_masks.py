@@ -1,94 +1,91 @@
-"""Masks: the pictures in their docstrings, and what each of them promises."""
+"""Masks: the pictures in their docstrings, and each against the rule for one query and one key."""
 import doctest
 
+import pytest
 import torch
 
 from common import masks
-from common.masks import causal, draw, media, padding, image_index, prefix
+from common.masks import causal, draw, image_index, media, padding, prefix
+from tests.helpers import assert_close
 
 
 def test_the_pictures_in_the_docstrings_are_true():
     result = doctest.testmod(masks)
-    assert result.attempted >= 4 and result.failed == 0
+    assert result.attempted and not result.failed
 
 
-def test_causal_sees_itself_and_the_past_at_every_cache_length():
-    for T in (1, 2, 5):
-        for past in (0, 1, 3):
-            mask = causal(T, past)
-            assert mask.shape == (T, past + T) and mask.dtype == torch.bool
-            for t in range(T):
-                for s in range(past + T):
-                    assert mask[t, s] == (s <= past + t), f"query {t}, key {s}:\n{draw(mask)}"
+def table(T, S, may_attend):
+    """The rule of query t and key s as a mask (T, S)."""
+    return torch.tensor([[bool(may_attend(t, s)) for s in range(S)] for t in range(T)])
 
 
-def test_causal_rows_behind_a_cache_are_the_last_rows_of_the_whole():
-    assert torch.equal(causal(2, past=5), causal(7)[5:]), draw(causal(2, past=5))
+class TestCausal:
+    @pytest.mark.parametrize("T", [1, 2, 5])
+    @pytest.mark.parametrize("past", [0, 1, 3])
+    def test_query_t_attends_to_the_past_and_up_to_itself(self, T, past):
+        assert_close("causal (T, past + T)", causal(T, past),
+                     table(T, past + T, lambda t, s: s <= past + t))
 
 
-def test_padding_hides_keys_in_every_row_and_head():
-    real = torch.tensor([[True, True, False], [True, False, False]])
-    mask = padding(real)
-    assert mask.shape == (2, 1, 1, 3)
-    assert torch.equal((causal(3) & mask)[1, 0], torch.tensor([[1, 0, 0]] * 3).bool()), draw(mask)
+class TestPadding:
+    def test_every_query_of_a_row_attends_to_its_real_tokens_alone(self):
+        real = [[True, True, False, True, False], [True, False, False, False, False]]
+        mask = padding(torch.tensor(real))
+        assert_close("padding (B, 1, 1, S)", mask, [[[row]] for row in real])
+        both = torch.ones(5, 5).tril().bool() & mask
+        assert_close("causal & padding (B, 1, T, S)", both, torch.stack(
+            [table(5, 5, lambda t, s: s <= t and row[s])[None] for row in real]))
 
 
-def test_prefix_is_open_inside_and_causal_after():
-    mask = prefix(5, 2)
-    for t in range(5):
-        for s in range(5):
-            assert mask[t, s] == (s < 2 or s <= t), f"query {t}, key {s}:\n{draw(mask)}"
-    assert torch.equal(prefix(5, 0), causal(5)) and prefix(5, 5).all()
+class TestPrefix:
+    @pytest.mark.parametrize("length", [0, 2, 5])
+    @pytest.mark.parametrize("past", [0, 3])
+    def test_it_is_open_up_to_its_length_and_causal_after(self, length, past):
+        assert_close("prefix (T, past + T)", prefix(5, length, past),
+                     table(5, 5 + past, lambda t, s: s < length or s <= past + t))
+
+    def test_each_row_may_have_its_own_length(self):
+        assert_close("prefix (B, 1, T, past + T)", prefix(3, torch.tensor([0, 4, 1]), past=2),
+                     torch.stack([table(3, 5, lambda t, s: s < length or s <= 2 + t)[None]
+                                  for length in (0, 4, 1)]))
 
 
-def test_prefix_takes_a_length_for_each_row_and_a_cache():
-    mask = prefix(3, torch.tensor([0, 4]), past=2)
-    assert mask.shape == (2, 1, 3, 5)
-    assert torch.equal(mask[0, 0], causal(3, 2)) and torch.equal(mask[1, 0], prefix(3, 4, past=2))
+class TestImageIndex:
+    texts = ["..I..II.", "I......I", "........"]
+    latest = [[0, 0, 1, 1, 1, 2, 3, 3], [1, 1, 1, 1, 1, 1, 1, 2], [0] * 8]
+    upcoming = [[1, 1, 1, 2, 2, 2, 3, 0], [1, 2, 2, 2, 2, 2, 2, 2], [0] * 8]
+
+    @pytest.fixture
+    def tags(self):
+        """bool (B, T): True at the letter I."""
+        return torch.tensor([[letter == "I" for letter in text] for text in self.texts])
+
+    @pytest.mark.parametrize("ahead", [None, [True] * 3, [True, False, False], [False, True, True]])
+    @pytest.mark.parametrize("cut", range(8))
+    def test_a_token_belongs_to_the_latest_or_else_the_next_image(self, tags, ahead, cut):
+        numbers = [self.upcoming[b] if ahead and ahead[b] else self.latest[b] for b in range(3)]
+        before = torch.tensor([[text[:cut].count("I")] for text in self.texts]) if cut else 0
+        ahead_rows = None if ahead is None else torch.tensor(ahead)[:, None]
+        got = image_index(tags[:, cut:], before, attend_next=ahead_rows)
+        assert got.dtype == torch.int64
+        name = f"images of {self.texts} with attend_next {ahead}, {cut} tokens cached (B, T)"
+        assert_close(name, got, torch.tensor(numbers)[:, cut:])
+
+    def test_one_number_of_cached_images_counts_in_all_rows(self, tags):
+        assert_close("images (B, T)", image_index(tags, before=3), 3 + torch.tensor(self.latest))
 
 
-def rows(*texts):
-    """Tags from pictures of texts, I where one stands."""
-    return torch.tensor([[letter == "I" for letter in text] for text in texts])
+class TestMedia:
+    @pytest.mark.parametrize("arguments, may_attend", [
+        ([], int.__eq__), ([True], int.__eq__), ([False], int.__le__)])
+    def test_a_token_attends_to_its_own_image_or_to_all_up_to_it(self, arguments, may_attend):
+        numbers, N, Q = [[0, 1, 1, 3, 2], [2, 0, 0, 1, 3]], 3, 7
+        expected = [table(5, N * Q, lambda t, s: may_attend(1 + s // Q, row[t])) for row in numbers]
+        got = media(torch.tensor(numbers), N, Q, *arguments)
+        assert_close("media (B, 1, T, N * Q)", got, torch.stack(expected)[:, None])
 
 
-def test_a_token_belongs_to_the_last_tag_up_to_it_in_its_own_row():
-    tags = rows("..I..II.", "I......I", "........")
-    numbers = image_index(tags)
-    assert numbers.dtype == torch.int64
-    for b in range(3):
-        for t in range(8):
-            assert numbers[b, t] == tags[b, :t + 1].sum(), (b, t)
-
-
-def test_the_tags_of_a_cache_count_in_each_row():
-    tags = rows("..I..II.", "I......I", "........")
-    for cut in range(9):
-        before = tags[:, :cut].sum(dim=1, keepdim=True)
-        assert torch.equal(image_index(tags[:, cut:], before), image_index(tags)[:, cut:])
-    assert image_index(rows(".I"), before=3).tolist() == [[3, 4]]
-
-
-def test_a_token_belongs_to_the_next_tag_where_its_row_says_so():
-    tags = rows("..I..II.", "I......I", "........")
-    ahead = [[1, 1, 1, 2, 2, 2, 3, 0], [1] + [2] * 7, [0] * 8]
-    assert image_index(tags, attend_next=torch.tensor([[True]] * 3)).tolist() == ahead
-    mixed = image_index(tags, attend_next=torch.tensor([[True], [False], [True]]))
-    assert mixed.tolist() == [ahead[0], [1] * 7 + [2], ahead[2]]
-
-
-def test_media_are_seen_by_their_own_text_or_by_all_that_comes_after():
-    pictures, N, Q = torch.tensor([[0, 1, 1, 3, 2], [2, 0, 0, 1, 3]]), 3, 5
-    for only_latest_image in (True, False):
-        mask = media(pictures, N, Q, only_latest_image)
-        assert mask.shape == (2, 1, 5, N * Q) and mask.dtype == torch.bool
-        for b in range(2):
-            for t in range(5):
-                for s in range(N * Q):
-                    own, number = pictures[b, t].item(), 1 + s // Q
-                    want = number == own if only_latest_image else number <= own
-                    assert mask[b, 0, t, s] == want, f"row {b}, token {t}, key {s}"
-
-
-def test_draw_shows_each_head_below_the_other():
-    assert draw(torch.eye(2).bool().expand(2, 1, 2, 2)) == "#.\n.#\n\n#.\n.#"
+class TestDraw:
+    def test_each_head_stands_below_the_other(self):
+        mask = torch.tensor([[[[1, 0, 0], [0, 1, 1]], [[0, 0, 1], [1, 1, 1]]]]).bool()
+        assert draw(mask) == "#..\n.##\n\n..#\n###" and draw(mask[0, 0]) == "#..\n.##"

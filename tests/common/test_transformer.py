@@ -1,392 +1,506 @@
-"""Attention, norms, MLPs, positions and blocks against torch's own layers and slow loops."""
+"""Attention, positions, norms, MLPs and blocks: each equals its formula, written as plain loops."""
 import math
 from functools import partial
+from itertools import accumulate, product
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from common import transformer
-from common.masks import causal, draw, padding
-from common.t5 import RelativeBias
 from common.transformer import (MLP, Attention, Block, GatedMLP, LayerNorm, LearnedPositions,
-                                Transformer, attention, fused_attention, gelu, RMSNorm, bert_block,
-                                gelu_tanh, gpt2_block, llama_block, opt_block, quick_gelu,
-                                apply_rope, rope_table, squared_relu, t5_block,
-                                vit_block)
-from tests.helpers import randomize
+                                RMSNorm, Transformer, apply_rope, attend, attention, bert_block,
+                                fused_attention, llama_block, quick_gelu, rope_table,
+                                squared_relu, t5_block, to_float32, vit_block)
+from tests.helpers import assert_close, assert_same, randomize
 
-B, H, T, S, K, V = 2, 3, 5, 7, 11, 13       # distinct primes: a transposed axis cannot pass
-
-
-def qkv(dtype=torch.float64):
-    shapes = (B, H, T, K), (B, H, S, K), (B, H, S, V)
-    return [(3 * torch.randn(shape, dtype=dtype)).requires_grad_() for shape in shapes]
+B, H, T, S, K, V, C = 2, 3, 5, 7, 11, 13, 17    # distinct primes: a transposed axis cannot pass
+WIDTH, HIDDEN = 12, 19
+gelu_tanh = partial(F.gelu, approximate="tanh")
 
 
-def slow_attention(q, k, v, mask, bias, scale):
-    """Three loops over what the definition says of one query."""
-    out = torch.zeros(B, H, T, V, dtype=q.dtype)
-    for b in range(B):
-        for h in range(H):
-            for t in range(T):
-                seen = [s for s in range(S) if mask[b, h, t, s]]
-                if seen:
-                    score = [(q[b, h, t] @ k[b, h, s]).item() * scale + float(bias[b, h, t, s])
-                             for s in seen]
-                    weight = [math.exp(x - max(score)) for x in score]
-                    for w, s in zip(weight, seen):
-                        out[b, h, t] += w / sum(weight) * v[b, h, s].detach()
-    return out
+def draw(*shape, scale=1.0):
+    return (scale * torch.randn(shape).double()).requires_grad_()
+
+
+# The definitions, as loops and plain products
+
+def slow_attention(q, k, v, mask=None, bias=None, scale=None):
+    """For one query after the other: a softmax over the keys it may attend to."""
+    (B, H, T, K), S, rows = q.shape, k.shape[2], []
+    mask = (torch.tensor(True) if mask is None else mask).expand(B, H, T, S)
+    bias = (torch.tensor(0.0) if bias is None else bias).expand(B, H, T, S)
+    for b, h, t in product(range(B), range(H), range(T)):
+        keys = mask[b, h, t].nonzero().flatten()
+        scores = k[b, h, keys] @ q[b, h, t] * (K ** -0.5 if scale is None else scale)
+        scores = scores + bias[b, h, t, keys]
+        shares = (scores - scores.max()).exp() if len(keys) else scores
+        rows.append(shares / shares.sum() @ v[b, h, keys])        # of no keys: zeros
+    return torch.stack(rows).view(B, H, T, -1)
+
+
+def linear(layer, x):
+    return x @ layer.weight.T + (0 if layer.bias is None else layer.bias)
+
+
+def rope_of(angles):
+    """What `rope_table` gives for angles (..., T, K/2)."""
+    cos, sin = angles.cos().float(), angles.sin().float()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+
+
+def rotated(x, angles):
+    """The pairs (i, i + K/2) of x (B, H, T, K) as complex numbers; angles (..., T, K/2)."""
+    turn = torch.complex(*(part.float().to(x.dtype) for part in (angles.cos(), angles.sin())))
+    pairs = torch.complex(*x.chunk(2, dim=-1)) * turn
+    return torch.cat([pairs.real, pairs.imag], dim=-1)
+
+
+def attend_by_hand(layer, x, context=None, *, heads=3, kv_heads=None, scale=None, mask=None,
+                   bias=None, angles=None):
+    """The attention layer; every head has its own slice of the features."""
+    kv_heads, context = kv_heads or heads, x if context is None else context
+    q = torch.stack(linear(layer.q_proj, x).chunk(heads, dim=-1), dim=1)
+    k, v = (torch.stack(linear(part, context).chunk(kv_heads, dim=-1), dim=1)
+            for part in (layer.k_proj, layer.v_proj))
+    if angles is not None:
+        q, k = rotated(q, angles), rotated(k, angles)
+    shared = [h * kv_heads // heads for h in range(heads)]     # neighbours share keys and values
+    out = slow_attention(q, k[:, shared], v[:, shared], mask, bias, scale)
+    return linear(layer.out_proj, torch.cat(out.unbind(dim=1), dim=-1))
+
+
+def layer_norm(norm, x, eps=1e-5):
+    centered = x - x.mean(-1, keepdim=True)
+    return rms_norm(norm, centered, eps) + norm.bias               # the variance divides by D
+
+
+def rms_norm(norm, x, eps=1e-6):
+    return x / (x ** 2).mean(-1, keepdim=True).add(eps).sqrt() * norm.weight
+
+
+def mlp_by_hand(mlp, x, act=F.gelu):
+    return linear(mlp.fc2, act(linear(mlp.fc1, x)))
+
+
+def gated_mlp(mlp, x, act=F.silu):
+    return linear(mlp.down_proj, act(linear(mlp.gate_proj, x)) * linear(mlp.up_proj, x))
+
+
+def block_by_hand(block, x, context=None, *, norm=layer_norm, mlp=mlp_by_hand, norm_first=True,
+                  context_mask=None, mask=None, bias=None, angles=None, **sizes):
+    attn = partial(attend_by_hand, mask=mask, bias=bias, angles=angles, **sizes)
+    cross = partial(attend_by_hand, context=context, mask=context_mask, **sizes)
+    parts = [(block.attn_norm, attn, block.attn), (block.cross_norm, cross, block.cross),
+             (block.mlp_norm, mlp, block.mlp)]
+    for layer, part, weights in parts[::2] if context is None else parts:
+        x = x + part(weights, norm(layer, x)) if norm_first else norm(layer, x + part(weights, x))
+    return x
+
+
+def inputs_of_a_block(heads=3, head_width=4, context_width=C):
+    """What a block gets besides x; and the same by hand."""
+    given = {"context": draw(B, S, context_width), "mask": torch.rand(B, 1, T, T) < 0.7,
+             "context_mask": torch.rand(B, 1, 1, S) < 0.7, "bias": draw(1, heads, T, T)}
+    angles = torch.randn(T, head_width // 2).double()
+    return given | {"rope": rope_of(angles)}, given | {"angles": angles}
+
+
+def check_block(block, count, inputs=None, crosses=False, **by_hand):
+    """It has so many parameters, and gives what its parts by hand give."""
+    x, (given, same) = draw(B, T, WIDTH), inputs or inputs_of_a_block()
+    same["context"] = given["context"] if crosses else None
+    assert sum(parameter.numel() for parameter in block.parameters()) == count, "parameters"
+    assert_same("block (B, T, D)", randomize(block).double()(x, **given),
+                block_by_hand(block, x, **same, **by_hand), block, x=x)
+
+
+# A cache, and texts in chunks
+
+class ToyCache:
+    """What attention asks of a cache, with a dictionary."""
+
+    def __init__(self):
+        self.entries = {}
+
+    def append(self, layer, k, v):
+        past = self.entries.get(layer, (k[:, :, :0], v[:, :, :0]))
+        self.entries[layer] = tuple(torch.cat(pair, dim=2) for pair in zip(past, (k, v)))
+        return self.entries[layer]
+
+    def get_or_compute(self, layer, length, compute):
+        if layer not in self.entries or self.entries[layer][0].shape[2] != length:
+            self.entries[layer] = compute()
+        return self.entries[layer]
+
+
+CHUNKS = [[7], [1] * 7, [4, 1, 2], [1, 6]]
+
+
+def in_chunks(forward, sizes, *contexts):
+    """Two texts, the first padded left, in calls with one cache; the first call has the context.
+
+    -> outputs (B, T, D), x, and for the whole text mask (B, 1, T, T), angles (B, 1, T, K/2).
+    """
+    x, outs, cache = draw(2, 7, WIDTH), [], ToyCache()
+    real = torch.tensor([[False] * 3 + [True] * 4, [True] * 7])
+    mask = torch.ones(7, 7).tril().bool() & real[:, None, None]
+    angles = (real.cumsum(1) - 1).clamp(min=0)[:, None, :, None] * torch.tensor([0.3, 2.0]).double()
+    for size, end in zip(sizes, accumulate(sizes)):
+        now = slice(end - size, end)
+        outs.append(forward(x[:, now], *contexts, mask=mask[..., now, :end], cache=cache,
+                            rope=rope_of(angles[..., now, :])))
+        contexts = [0 * context for context in contexts]
+    return torch.cat(outs, dim=1), x, {"mask": mask, "angles": angles}
+
+
+class TestToFloat32:
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+    def test_a_half_becomes_float32_and_any_other_tensor_stays_itself(self, dtype):
+        x, half = torch.randn(3, 5).to(dtype), dtype in (torch.bfloat16, torch.float16)
+        got = to_float32(x)
+        assert got.dtype == torch.float32 if half else got is x
+        assert_close("values", got, x.double())
 
 
 def masks():
-    some = torch.rand(B, H, T, S) < 0.5
-    some[0, 1, 2] = False                   # a query that may attend to nothing
-    some[1, 0, 3] = False
-    return {"full": torch.ones(B, H, T, S, dtype=torch.bool), "some": some}
+    """One of each shape; in the last two some queries may attend to nothing."""
+    padding, some = torch.ones(B, 1, 1, S).bool(), torch.rand(B, H, T, S) < 0.5
+    padding[0, ..., 4:], padding[1] = False, False
+    some[0, 1, 2] = some[1, 0, 3] = False
+    return {"none": None, "causal": torch.ones(T, S).tril(S - T).bool(), "padding": padding,
+            "some": some}
 
 
-@pytest.mark.parametrize("attend", [attention, fused_attention])
-class TestAttention:
-    @pytest.mark.parametrize("kind", ["full", "some"])
-    @pytest.mark.parametrize("scale", [None, 1.0])
-    def test_it_equals_the_definition_written_as_loops(self, attend, kind, scale):
-        q, k, v = qkv()
-        mask, bias = masks()[kind], torch.randn(B, H, T, S, dtype=torch.float64)
-        want = slow_attention(q, k, v, mask, bias, scale or K ** -0.5)
-        torch.testing.assert_close(attend(q, k, v, mask, bias, scale), want, msg=lambda m: (
-            f"attention under this mask is wrong:\n{draw(mask[0, 0])}\n{m}"))
+class Definition:
+    """What `attention` and `fused_attention` promise."""
 
-    def test_no_mask_equals_an_open_mask(self, attend):
-        q, k, v = qkv()
-        torch.testing.assert_close(attend(q, k, v), attend(q, k, v, masks()["full"]))
+    @pytest.mark.parametrize("mask, biased, scale", [
+        ("none", False, None), ("none", True, 0.3), ("causal", True, None), ("padding", False, 1.0),
+        ("some", False, None), ("some", True, 0.3), ("some", False, 0.0)])
+    def test_it_equals_the_definition_written_as_loops(self, mask, biased, scale):
+        inputs = {"q": draw(B, H, T, K, scale=3), "k": draw(B, H, S, K, scale=3),
+                  "v": draw(B, H, S, V, scale=3)} | ({"bias": draw(1, H, T, S)} if biased else {})
+        given = *list(inputs.values())[:3], masks()[mask], inputs.get("bias"), scale
+        assert_same("attention (B, H, T, V)", self.attend(*given), slow_attention(*given), **inputs)
 
-    def test_two_tokens_by_hand(self, attend):
-        # Scores 0 and 4 * ln 3 / sqrt(16) = ln 3: weights 1/4 and 3/4.
-        q = torch.zeros(1, 1, 1, 16)
-        q[..., 0] = 4 * math.log(3)
-        k = torch.zeros(1, 1, 2, 16)
-        k[..., 1, 0] = 1
-        v = torch.tensor([[[[0.0], [1.0]]]])
-        assert attend(q, k, v).item() == pytest.approx(0.75)
+    @pytest.mark.parametrize("scores, expected", [
+        ([0, math.log(3)], 0.75), ([5000, 5000], 0.5), ([-5000, 0], 1.0), ([0, -5000], 0.0)])
+    def test_two_keys_by_hand(self, scores, expected):
+        q, v = torch.full((1, 1, 1, 16), 0.25), torch.tensor([[[[0.0], [1.0]]]])
+        k = torch.tensor(scores).float().view(1, 1, 2, 1).repeat(1, 1, 1, 16)
+        assert_close("mean of the values 0 and 1", self.attend(q, k, v).item(), expected)
 
-    def test_an_empty_row_gives_zeros_and_no_gradient(self, attend):
-        q, k, v = qkv()
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_a_query_without_a_key_gives_zeros_and_no_gradient(self, dtype):
+        q, k, v = inputs = [draw(B, H, n, m).detach().to(dtype).requires_grad_()
+                            for n, m in ((T, K), (S, K), (S, V))]
         mask = masks()["some"]
-        out = attend(q, k, v, mask)
-        assert (out[0, 1, 2] == 0).all() and (out[1, 0, 3] == 0).all()
-        out.square().sum().backward()
-        assert all(x.grad.isfinite().all() for x in (q, k, v))
-        assert (q.grad[0, 1, 2] == 0).all()
-        k.grad = v.grad = None
-        attend(q, k, v, mask)[0, 1, 2].sum().backward()
-        assert (k.grad == 0).all() and (v.grad == 0).all()
-
-    def test_a_mask_broadcasts_over_batch_and_heads(self, attend):
-        q, k, v = qkv()
-        wide = causal(T, past=S - T).expand(B, H, T, S)
-        torch.testing.assert_close(attend(q, k, v, causal(T, past=S - T)), attend(q, k, v, wide))
-
-    def test_bfloat16_stays_bfloat16(self, attend):
-        q, k, v = qkv(torch.bfloat16)
-        assert attend(q, k, v, masks()["some"]).dtype == torch.bfloat16
+        alone = self.attend(q, k, v, mask)[~mask.any(dim=-1)]
+        assert alone.dtype == dtype, f"{dtype} became {alone.dtype}"
+        assert_close("its output", alone, torch.zeros_like(alone), 0)
+        for name, grad in zip("qkv", torch.autograd.grad(alone.sum(), inputs)):
+            assert_close(f"its gradient of {name}", grad, torch.zeros_like(grad), 0)
 
 
-@pytest.mark.parametrize("kind", ["full", "some"])
-def test_by_hand_and_fused_agree_in_values_and_gradients(kind):
-    bias = torch.randn(1, H, T, S, dtype=torch.float64)
-    results = []
-    for attend in (attention, fused_attention):
-        torch.manual_seed(1)
-        inputs = qkv()
-        out = attend(*inputs, masks()[kind], bias)
-        out.cos().sum().backward()
-        results.append([out, *(x.grad for x in inputs)])
-    for hand, fused in zip(*results):
-        torch.testing.assert_close(hand, fused)
+class TestAttention(Definition):
+    """The function `attention`, and the layer `Attention`."""
 
+    def attend(self, *inputs):
+        return attention(*inputs)
 
-def test_the_kernel_is_never_given_an_empty_row(monkeypatch):
-    given, kernel = [], F.scaled_dot_product_attention
+    @pytest.mark.parametrize("sizes, layer", [
+        (dict(heads=3), {}), (dict(heads=6, kv_heads=2), dict(bias=False)),
+        (dict(heads=5, kv_heads=1, scale=0.3), dict(head_width=4))])
+    def test_self_attention_equals_its_loops(self, sizes, layer):
+        layer = randomize(Attention(width=WIDTH, **sizes, **layer)).double()
+        x, bias = draw(B, T, WIDTH), draw(1, sizes["heads"], T, T)
+        mask = torch.rand(B, 1, T, T) < 0.7
+        angles, mask[1, :, 2] = torch.randn(T, layer.head_width // 2).double(), False
+        got = layer(x, mask=mask, bias=bias, rope=rope_of(angles))
+        assert_same("self-attention (B, T, D)", got, attend_by_hand(
+            layer, x, mask=mask, bias=bias, angles=angles, **sizes), layer, x=x)
 
-    def spy(*args, attn_mask=None, **kwargs):
-        given.append(attn_mask)
-        return kernel(*args, attn_mask=attn_mask, **kwargs)
-    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
-    for bias in (None, torch.randn(1, H, T, S, dtype=torch.float64)):
-        fused_attention(*qkv(), masks()["some"], bias)
-    assert given[0].any(dim=-1).all() and given[1].isfinite().any(dim=-1).all()
+    @pytest.mark.parametrize("context_width", [None, C])
+    def test_cross_attention_has_its_keys_and_values_from_the_context(self, context_width):
+        layer = randomize(Attention(width=WIDTH, heads=3, context_width=context_width)).double()
+        x, context, mask = draw(B, T, WIDTH), draw(B, S, context_width or WIDTH), masks()["some"]
+        assert_same("cross-attention (B, T, D)", layer(x, context, mask=mask), attend_by_hand(
+            layer, x, context, mask=mask), layer, x=x, context=context)
 
+    @pytest.mark.parametrize("bias", [True, False])
+    def test_its_parameters(self, bias):
+        layer = Attention(width=10, heads=6, kv_heads=2, head_width=4, context_width=C, bias=bias)
+        shapes = {"q_proj": (24, 10), "k_proj": (8, C), "v_proj": (8, C), "out_proj": (10, 24)}
+        expected = {f"{name}.weight": shape for name, shape in shapes.items()}
+        expected |= {f"{name}.bias": shape[:1] for name, shape in shapes.items() if bias}
+        assert {name: tuple(p.shape) for name, p in layer.named_parameters()} == expected
 
-def test_the_switch_chooses_the_implementation(monkeypatch):
-    called = []
-    monkeypatch.setattr(transformer, "attention", lambda *a: called.append("hand"))
-    monkeypatch.setattr(transformer, "fused_attention", lambda *a: called.append("fused"))
-    short, long = torch.zeros(1, 1, 3, 2), torch.zeros(1, 1, 300, 2)
-    for switch in ("hand", "fused", "auto"):
-        monkeypatch.setattr(transformer, "ATTENTION", switch)
-        transformer.attend(short, short, short)
-        transformer.attend(long, long, long)
-    assert called == ["hand", "hand", "fused", "fused", "hand", "fused"]
+    @pytest.mark.parametrize("chunks", CHUNKS)
+    def test_with_a_cache_every_chunking_equals_the_whole_text(self, chunks):
+        layer = randomize(Attention(width=WIDTH, heads=3, kv_heads=1)).double()
+        got, x, given = in_chunks(layer, chunks)
+        assert_same("self-attention in chunks (B, T, D)", got,
+                    attend_by_hand(layer, x, kv_heads=1, **given), layer, x=x)
 
+    def test_with_a_cache_the_keys_of_a_context_are_computed_once(self):
+        layer, cache = randomize(Attention(width=WIDTH, heads=3)).double(), ToyCache()
+        x, context = draw(B, T, WIDTH), draw(B, S, WIDTH)
+        got = [layer(x[:, :3], context, cache=cache), layer(x[:, 3:], 0 * context, cache=cache)]
+        assert_close("cross-attention in chunks (B, T, D)", torch.cat(got, dim=1),
+                     attend_by_hand(layer, x, context))
 
-class TestMultiHead:
-    def reference(self, ours, width, heads):
-        theirs = nn.MultiheadAttention(width, heads, batch_first=True, dtype=torch.float64)
-        with torch.no_grad():
-            theirs.in_proj_weight.copy_(torch.cat(
-                [ours.q_proj.weight, ours.k_proj.weight, ours.v_proj.weight]))
-            theirs.in_proj_bias.copy_(torch.cat([ours.q_proj.bias, ours.k_proj.bias,
-                                                 ours.v_proj.bias]))
-            theirs.out_proj.load_state_dict(ours.out_proj.state_dict())
-        return theirs
-
-    def test_self_attention_equals_torch(self):
-        ours = randomize(Attention(width=12, heads=3).double())
-        x, real = torch.randn(B, T, 12).double(), torch.tensor([[1, 1, 1, 0, 0], [1] * 5]).bool()
-        want, _ = self.reference(ours, 12, 3)(x, x, x, key_padding_mask=~real, attn_mask=~causal(T))
-        torch.testing.assert_close(ours(x, mask=causal(T) & padding(real)), want)
-
-    def test_cross_attention_reads_keys_and_values_from_the_context(self):
-        ours = randomize(Attention(width=12, heads=3).double())
-        x, context = torch.randn(B, T, 12).double(), torch.randn(B, S, 12).double()
-        want, _ = self.reference(ours, 12, 3)(x, context, context)
-        torch.testing.assert_close(ours(x, context), want)
-
-    def test_a_context_of_another_width(self):
-        ours = Attention(width=12, heads=3, context_width=17)
-        assert ours(torch.randn(B, T, 12), torch.randn(B, S, 17)).shape == (B, T, 12)
-
-    def test_grouped_queries_share_keys_in_neighbouring_heads(self):
-        grouped = randomize(Attention(width=24, heads=6, kv_heads=2).double())
-        full = Attention(width=24, heads=6).double()
-        full.load_state_dict(grouped.state_dict() | {
-            f"{name}.{part}": getattr(getattr(grouped, name), part).unflatten(0, (2, 4))
-            .repeat_interleave(3, dim=0).flatten(0, 1)
-            for name in ("k_proj", "v_proj") for part in ("weight", "bias")})
-        x = torch.randn(B, T, 24).double()
-        torch.testing.assert_close(grouped(x), full(x))
-
-    def test_sizes_that_do_not_divide_are_told(self):
-        with pytest.raises(ValueError, match="width 10 does not divide into 3 heads"):
+    def test_sizes_that_do_not_divide_raise(self):
+        with pytest.raises(ValueError, match="10.*3"):
             Attention(width=10, heads=3)
-        with pytest.raises(ValueError, match="6 heads do not divide into 4 key-value heads"):
+        with pytest.raises(ValueError, match="6.*4"):
             Attention(width=12, heads=6, kv_heads=4)
 
 
-class TestNorms:
-    @pytest.fixture
-    def by_hand(self, monkeypatch):
-        monkeypatch.setattr(transformer, "ATTENTION", "hand")
+class TestLearnedPositions:
+    @pytest.mark.parametrize("offset", [0, 2])
+    def test_position_p_has_row_offset_plus_p(self, offset):
+        table, positions = LearnedPositions(count=5, width=3, offset=offset), [[0, 4], [3, 3]]
+        positions, rows = torch.tensor(positions), table.weight[offset:]
+        assert_same("positions (B, T, D)", table(positions), rows[positions], table)
+        assert_same("span of 1 and 2 (T, D)", table.span(1, 2), rows[1:3], table)
+        assert_close("span of all (T, D)", table.span(0, 5), rows)
+        with pytest.raises(ValueError, match="6.*5"):
+            table.span(2, 4)
 
+    def test_it_has_a_row_for_each_position_and_starts_small(self):
+        weight = LearnedPositions(count=500, width=30, offset=2).weight
+        assert weight.shape == (502, 30)
+        assert_close("deviation", weight.std(), 0.02, 1e-3)
+
+
+class TestRopeTable:
+    @pytest.mark.parametrize("positions, changes, theta, tolerance", [
+        ([0, 1, 5, 9], {}, 10000.0, 1e-6), ([0.5, 2.25, 0.0], {"theta": 100.0}, 100.0, 1e-6),
+        ([[0, 1, 5], [7, 3, 2]], {}, 10000.0, 1e-6), ([4099], {}, 10000.0, 5e-4)])
+    def test_pair_i_turns_by_its_angle(self, positions, changes, theta, tolerance):
+        positions, steps = torch.tensor(positions), torch.tensor([0.0, -2 / 6, -4 / 6]).double()
+        angles = positions[..., None] * theta ** steps
+        angles = angles[:, None] if positions.dim() == 2 else angles          # (B, 1, T, K / 2)
+        got = torch.stack(rope_table(positions, 6, **changes))
+        assert got.dtype == torch.float32
+        assert_close("cos and sin (2, ..., T, K)", got, torch.stack(rope_of(angles)), tolerance)
+
+
+class TestApplyRope:
+    @pytest.mark.parametrize("shape", [(T, 3), (B, 1, T, 3)])
     @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-    def test_layer_norm_by_hand_equals_torch(self, dtype, by_hand):
-        norm, x = randomize(LayerNorm(7, eps=0.3)).to(dtype), (5 * torch.randn(B, T, 7) + 3).to(dtype)
-        want = F.layer_norm(x, (7,), norm.weight, norm.bias, 0.3)
-        torch.testing.assert_close(norm(x), want)
-
-    def test_rms_norm_equals_torch_and_keeps_the_mean(self, by_hand):
-        norm, x = randomize(RMSNorm(7, eps=0.3)).double(), torch.randn(B, T, 7).double() + 3
-        torch.testing.assert_close(norm(x), F.rms_norm(x, (7,), norm.weight, 0.3))
-        assert not torch.allclose(norm(x), norm(x - 3))
-
-    @pytest.mark.parametrize("attention", ["hand", "auto"])
-    def test_rms_norm_rounds_before_the_weight(self, attention, monkeypatch):
-        monkeypatch.setattr(transformer, "ATTENTION", attention)
-        norm, x = randomize(RMSNorm(7, eps=0.1)).bfloat16(), torch.randn(50, 7).bfloat16()
-        scaled = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 0.1)
-        assert torch.equal(norm(x), scaled.bfloat16() * norm.weight)
-
-    @pytest.mark.parametrize("layer", [LayerNorm, RMSNorm])
-    def test_the_layer_is_the_same_by_hand_and_fused(self, layer, monkeypatch):
-        norm, x = randomize(layer(7, eps=0.2)), torch.randn(B, T, 7)
-        fused, halves = norm(x), norm(x.bfloat16())
-        monkeypatch.setattr(transformer, "ATTENTION", "hand")
-        torch.testing.assert_close(norm(x), fused)
-        torch.testing.assert_close(norm(x.bfloat16()), halves)
+    def test_the_pairs_i_and_i_plus_half_are_rotated(self, shape, dtype):
+        x, angles = draw(B, H, T, 6).detach().to(dtype), 3 * torch.randn(shape).double()
+        got = apply_rope(x.requires_grad_(), rope_of(angles))
+        assert got.dtype == dtype
+        assert_same("rotated (B, H, T, K)", got, rotated(x.double(), angles), x=x)
 
 
-class TestActivationsAndMLPs:
-    x = torch.tensor([-30.0, -1.7, -0.1, 0.0, 0.4, 2.3, 30.0])
+class Norm:
+    """What both norms promise, by hand and by torch's kernel."""
 
-    @pytest.mark.parametrize("act, want", [
-        (gelu, lambda x: x * (1 + torch.erf(x / 2 ** 0.5)) / 2),
-        (gelu_tanh, lambda x: x / 2 * (1 + torch.tanh((2 / math.pi) ** 0.5 * (x + 0.044715 * x ** 3)))),
-        (quick_gelu, lambda x: x / (1 + torch.exp(-1.702 * x))),
-        (squared_relu, lambda x: torch.where(x > 0, x * x, 0))])
-    def test_an_activation_is_its_formula(self, act, want):
-        torch.testing.assert_close(act(self.x), want(self.x))
+    @pytest.fixture(autouse=True, params=["hand", "auto"])
+    def switch(self, request, monkeypatch):
+        monkeypatch.setattr(transformer, "ATTENTION", request.param)
 
-    def test_the_gelus_differ_as_published(self):
-        x = torch.linspace(-6, 6, 10001)
-        assert (gelu(x) - quick_gelu(x)).abs().max().item() == pytest.approx(0.0203, abs=1e-4)
-        assert 0 < (gelu(x) - gelu_tanh(x)).abs().max() < 1e-3
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_it_equals_its_formula(self, dtype):
+        norm, x = randomize(self.make(7, eps=0.3)).to(dtype), 3 + 2 * torch.randn(B, T, 7)
+        x = x.to(dtype).requires_grad_()
+        assert_same("norm (B, T, D)", norm(x), self.formula(norm, x, 0.3), norm, x=x)
 
-    def test_mlp_is_two_layers_with_four_times_the_width(self):
-        mlp, x = randomize(MLP(width=3, act=F.relu)), torch.randn(B, T, 3)
-        assert mlp.fc1.out_features == 12
-        want = F.relu(x @ mlp.fc1.weight.T + mlp.fc1.bias) @ mlp.fc2.weight.T + mlp.fc2.bias
-        torch.testing.assert_close(mlp(x), want)
-
-    def test_gated_mlp_puts_the_activation_on_the_gate(self):
-        mlp, x = randomize(GatedMLP(width=3, hidden=5)), torch.randn(B, T, 3)
-        gate, up = x @ mlp.gate_proj.weight.T, x @ mlp.up_proj.weight.T
-        torch.testing.assert_close(mlp(x), (gate * torch.sigmoid(gate) * up) @ mlp.down_proj.weight.T)
-        assert mlp.gate_proj.bias is None
+    def test_it_starts_with_weight_one_bias_zero_and_its_epsilon(self):
+        x, start = 1e-3 * torch.randn(B, T, 7), SimpleNamespace(weight=1, bias=0)
+        assert_close("norm (B, T, D)", self.make(7)(x), self.formula(start, x))
 
 
-class TestPositions:
-    def test_learned_positions_with_an_offset_start_at_that_row(self):
-        table = LearnedPositions(count=5, width=3, offset=2)
-        assert torch.equal(table(torch.tensor([[0, 4]])), table.weight[None, [2, 6]])
-        assert torch.equal(table.span(1, 2), table.weight[3:5])
+class TestLayerNorm(Norm):
+    make, formula = LayerNorm, staticmethod(layer_norm)
 
-    def test_past_the_end_of_the_table_is_told(self):
-        with pytest.raises(ValueError, match="6 positions, but the context is 5"):
-            LearnedPositions(count=5, width=3, offset=2).span(2, 4)
-
-    def test_rope_turns_the_pair_i_by_its_angle(self):
-        x = torch.randn(1, 1, 4, 6)
-        positions = torch.tensor([0, 1, 5, 9])
-        got = apply_rope(x, rope_table(positions, 6, theta=100.0))
-        for t, position in enumerate(positions.tolist()):
-            for i in range(3):
-                turn = torch.polar(torch.tensor(1.0), torch.tensor(position * 100.0 ** (-2 * i / 6)))
-                want = torch.complex(x[0, 0, t, i], x[0, 0, t, i + 3]) * turn
-                torch.testing.assert_close(
-                    torch.complex(got[0, 0, t, i], got[0, 0, t, i + 3]), want)
-
-    def test_attention_with_rope_sees_relative_positions_alone(self):
-        layer, x = randomize(Attention(width=12, heads=2).double()), torch.randn(B, T, 12).double()
-        near, far = (layer(x, mask=causal(T), rope=rope_table(torch.arange(T) + start, 6))
-                     for start in (0, 31))
-        torch.testing.assert_close(near, far, atol=1e-5, rtol=1e-5)   # the angles are float32
-        assert not torch.allclose(near, layer(x, mask=causal(T)))
-
-    def test_positions_of_each_row_give_a_table_of_each_row(self):
-        layer, x = randomize(Attention(width=12, heads=2)), torch.randn(B, T, 12)
-        positions = torch.stack([torch.arange(T), 2 * torch.arange(T)])
-        both = layer(x, rope=rope_table(positions, 6))
-        for b in range(B):
-            torch.testing.assert_close(both[b], layer(x[b:b + 1], rope=rope_table(positions[b], 6))[0])
-
-    def test_angles_keep_float32_at_far_positions(self):
-        cos, _ = rope_table(torch.tensor([4096]), 8)
-        want = [math.cos(4096 * 10000 ** (-2 * i / 8)) for i in range(4)]
-        assert cos.dtype == torch.float32
-        torch.testing.assert_close(cos[0].double(), torch.tensor(want + want).double(), atol=2e-4, rtol=0)
-
-    @pytest.mark.parametrize("bidirectional", [True, False])
-    def test_t5_buckets_split_near_and_far(self, bidirectional):
-        bias = RelativeBias(heads=3, buckets=8, max_distance=20, bidirectional=bidirectional)
-        distances = torch.tensor([-50, -20, -6, -3, -1, 0, 1, 3, 6, 20, 50])
-        want = ([3, 3, 2, 2, 1, 0, 5, 6, 6, 7, 7] if bidirectional
-                else [7, 7, 5, 3, 1, 0, 0, 0, 0, 0, 0])
-        assert bias.bucket(distances).tolist() == want
-        assert bias(T, S).shape == (1, 3, T, S)
-        torch.testing.assert_close(bias(S, S)[:, :, S - T:], bias(T, S))
+    def test_the_mean_of_halves_is_taken_in_float32(self):
+        norm, x = randomize(LayerNorm(7)).bfloat16(), (300 + 5 * torch.randn(B, T, 7)).bfloat16()
+        assert norm(x).dtype == torch.bfloat16
+        assert_close("norm (B, T, D)", norm(x), layer_norm(norm.double(), x.double()))
 
 
-class TestBlocks:
-    """Each paper's block from parts, against torch's own layer of it."""
+class TestRMSNorm(Norm):
+    make, formula = RMSNorm, staticmethod(rms_norm)
 
-    def torch_layer(self, block, width, heads, hidden, activation, norm_first):
-        theirs = nn.TransformerEncoderLayer(width, heads, hidden, dropout=0, activation=activation,
-                                            batch_first=True, norm_first=norm_first,
-                                            layer_norm_eps=block.attn_norm.eps).double()
-        pairs = {"self_attn.out_proj": block.attn.out_proj, "linear1": block.mlp.fc1,
-                 "linear2": block.mlp.fc2, "norm1": block.attn_norm, "norm2": block.mlp_norm}
-        state = {f"{name}.{k}": v for name, part in pairs.items() for k, v in part.state_dict().items()}
-        parts = block.attn.q_proj, block.attn.k_proj, block.attn.v_proj
-        state["self_attn.in_proj_weight"] = torch.cat([p.weight for p in parts])
-        state["self_attn.in_proj_bias"] = torch.cat([p.bias for p in parts])
-        theirs.load_state_dict(state)
-        return theirs
-
-    @pytest.mark.parametrize("make, activation, norm_first", [
-        (vit_block, F.gelu, True), (partial(vit_block, act=quick_gelu), quick_gelu, True),
-        (gpt2_block, gelu_tanh, True), (opt_block, F.relu, True),
-        (bert_block, F.gelu, False)])
-    def test_a_block_equals_torch_with_the_same_weights(self, make, activation, norm_first):
-        block = randomize(make(width=12, heads=3, hidden=17).double())
-        theirs = self.torch_layer(block, 12, 3, 17, activation, norm_first)
-        x, mask = torch.randn(B, T, 12).double(), causal(T)
-        torch.testing.assert_close(block(x, mask=mask), theirs(x, src_mask=~mask))
-
-    @pytest.mark.parametrize("make", [vit_block, bert_block])
-    @pytest.mark.parametrize("mask", [None, causal(T)])
-    def test_reading_one_position_gives_what_forward_gives_there(self, make, mask):
-        blocks = [randomize(make(width=12, heads=3, hidden=17).double()) for _ in range(2)]
-        stack = Transformer(blocks, randomize(LayerNorm(12).double()))
-        x, rows = torch.randn(B, T, 12).double(), torch.tensor([1, T - 2])
-        torch.testing.assert_close(stack.forward_at(x, rows, mask), stack(x, mask=mask)[range(B), rows])
-
-    def test_a_decoder_block_equals_torch(self):
-        block = randomize(Block(Attention(width=12, heads=3), MLP(width=12, hidden=17, act=F.relu),
-                                partial(LayerNorm, 12), Attention(width=12, heads=3)).double())
-        theirs = nn.TransformerDecoderLayer(12, 3, 17, dropout=0, batch_first=True,
-                                            norm_first=True).double()
-        state = {"linear1": block.mlp.fc1, "linear2": block.mlp.fc2, "norm1": block.attn_norm,
-                 "norm2": block.cross_norm, "norm3": block.mlp_norm}
-        state = {f"{name}.{k}": v for name, part in state.items() for k, v in part.state_dict().items()}
-        for name, attn in (("self_attn", block.attn), ("multihead_attn", block.cross)):
-            parts = attn.q_proj, attn.k_proj, attn.v_proj
-            state[f"{name}.in_proj_weight"] = torch.cat([p.weight for p in parts])
-            state[f"{name}.in_proj_bias"] = torch.cat([p.bias for p in parts])
-            state |= {f"{name}.out_proj.{k}": v for k, v in attn.out_proj.state_dict().items()}
-        theirs.load_state_dict(state)
-        x, context = torch.randn(B, T, 12).double(), torch.randn(B, S, 12).double()
-        seen = torch.rand(B, S) < 0.7
-        want = theirs(x, context, tgt_mask=~causal(T), memory_key_padding_mask=~seen)
-        torch.testing.assert_close(
-            block(x, context, mask=causal(T), context_mask=padding(seen)), want)
-
-    def test_cross_attention_rests_without_a_context(self):
-        block = randomize(bert_block(width=12, heads=3, context_width=5))
-        plain = bert_block(width=12, heads=3)
-        plain.load_state_dict({k: v for k, v in block.state_dict().items() if "cross" not in k})
-        x = torch.randn(B, T, 12)
-        assert torch.equal(block(x), plain(x))
-
-    def test_the_stack_applies_its_blocks_in_order_and_its_norm_last(self):
-        blocks = [randomize(vit_block(width=12, heads=3)) for _ in range(2)]
-        norm, x = randomize(LayerNorm(12)), torch.randn(B, T, 12)
-        torch.testing.assert_close(Transformer(blocks, norm)(x), norm(blocks[1](blocks[0](x))))
-        torch.testing.assert_close(Transformer(blocks)(x), blocks[1](blocks[0](x)))
+    def test_halves_are_scaled_in_float32_and_rounded_before_the_weight(self):
+        norm, x = randomize(RMSNorm(7, eps=0.1)).bfloat16(), torch.randn(5, 7).bfloat16()
+        scaled = x.float() / (x.float() ** 2).mean(-1, keepdim=True).add(0.1).sqrt()
+        assert_close("norm (T, D)", norm(x), scaled.bfloat16() * norm.weight, 0)
 
 
-def stacks():
-    """name -> (a stack of two blocks, what its forward gets besides x) for each kind of block."""
-    rope, context = rope_table(torch.arange(T), 2), torch.randn(B, S, 12)
-    kinds = {"vit": (vit_block(width=12, heads=3), {}),
-             "bert": (bert_block(width=12, heads=3, context_width=12), {"context": context}),
-             "llama": (llama_block(width=12, heads=6, kv_heads=2, hidden=17), {"rope": rope}),
-             "t5": (t5_block(width=12, heads=3, head_width=5, mlp=MLP(width=12)),
-                    {"bias": torch.randn(1, 3, T, T)})}
-    return {name: (Transformer([block, block], LayerNorm(12)), inputs)
-            for name, (block, inputs) in kinds.items()}
+POINTS = [-30.0, -1.7, -0.1, 0.0, 0.4, 2.3, 30.0]
 
 
-@pytest.mark.parametrize("name", stacks())
-class TestDevices:
-    def test_compiling_finds_no_graph_break(self, name):
-        stack, inputs = stacks()[name]
-        x = torch.randn(B, T, 12)
-        found = [torch._dynamo.explain(stack)(x, mask=causal(T), **inputs)]
-        if name in ("vit", "bert"):
-            index = torch.tensor([1, T - 2])
-            found.append(torch._dynamo.explain(stack.forward_at)(x, index, causal(T)))
-        for report in found:
-            assert (report.graph_count, report.graph_break_count) == (1, 0), report.break_reasons
+class TestQuickGelu:
+    def test_it_is_x_times_sigmoid_of_1_702_x(self):
+        assert_close(f"quick_gelu at {POINTS}", quick_gelu(torch.tensor(POINTS)),
+                     [x / (1 + math.exp(-1.702 * x)) for x in POINTS])
 
-    def test_it_runs_on_the_meta_device(self, name):
-        stack, inputs = stacks()[name]
-        stack, x = stack.to("meta"), torch.empty(B, T, 12, device="meta")
-        inputs = {key: tuple(t.to("meta") for t in value) if key == "rope" else value.to("meta")
-                  for key, value in inputs.items()}
-        assert stack(x, mask=causal(T, device="meta"), **inputs).shape == (B, T, 12)
-        index = torch.zeros(B, dtype=torch.int64, device="meta")
-        assert stack.forward_at(x, index, causal(T, device="meta")).shape == (B, 12)
-        assert RelativeBias(heads=3).to("meta")(T, S).shape == (1, 3, T, S)
+
+class TestSquaredRelu:
+    def test_it_squares_what_is_positive(self):
+        assert_close(f"squared_relu at {POINTS}", squared_relu(torch.tensor(POINTS)),
+                     [max(x, 0) ** 2 for x in POINTS])
+
+
+class TestMLP:
+    @pytest.mark.parametrize("arguments, act, shapes", [
+        ({}, F.gelu, [(12, 3), (12,), (3, 12), (3,)]),
+        (dict(act=F.relu, hidden=5), F.relu, [(5, 3), (5,), (3, 5), (3,)]),
+        (dict(act=torch.tanh, bias=False), torch.tanh, [(12, 3), (3, 12)])])
+    def test_it_is_two_layers_with_four_times_the_width_unless_given(self, arguments, act, shapes):
+        mlp, x = randomize(MLP(width=3, **arguments)).double(), draw(B, T, 3)
+        assert [tuple(parameter.shape) for parameter in mlp.parameters()] == shapes
+        assert_same("MLP (B, T, D)", mlp(x), mlp_by_hand(mlp, x, act), mlp, x=x)
+
+
+class TestGatedMLP:
+    @pytest.mark.parametrize("arguments, act, biases", [
+        ({}, F.silu, []), (dict(act=gelu_tanh, bias=True), gelu_tanh, [(5,), (5,), (3,)])])
+    def test_the_activation_is_on_the_gate(self, arguments, act, biases):
+        mlp, x = randomize(GatedMLP(width=3, hidden=5, **arguments)).double(), draw(B, T, 3)
+        assert [tuple(p.shape) for p in mlp.parameters() if p.dim() == 1] == biases
+        assert_same("gated MLP (B, T, D)", mlp(x), gated_mlp(mlp, x, act), mlp, x=x)
+
+
+def make_block(cross=True, norm_first=True):
+    return randomize(Block(
+        Attention(width=WIDTH, heads=3), MLP(width=WIDTH, hidden=HIDDEN), partial(LayerNorm, WIDTH),
+        Attention(width=WIDTH, heads=3, context_width=C) if cross else None, norm_first)).double()
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+class TestBlock:
+    @pytest.mark.parametrize("cross", [True, False])
+    @pytest.mark.parametrize("with_context", [True, False])
+    def test_each_part_has_a_residual_and_a_norm_of_its_own(self, norm_first, cross, with_context):
+        given, by_hand = inputs_of_a_block()
+        given["context"] = given["context"] if with_context else None
+        count = 4 * WIDTH ** 2 + 2 * HIDDEN * WIDTH + HIDDEN + 9 * WIDTH
+        count += cross * (2 * WIDTH + 2 * C + 6) * WIDTH
+        check_block(make_block(cross, norm_first), count, (given, by_hand), cross and with_context,
+                    norm_first=norm_first)
+
+    @pytest.mark.parametrize("masked", [True, False])
+    def test_at_one_position_it_gives_what_forward_gives_there(self, norm_first, masked):
+        block, x, index = make_block(False, norm_first), draw(3, T, WIDTH), torch.tensor([1, 4, 0])
+        mask = torch.rand(T, T) < 0.5 if masked else None
+        whole = block_by_hand(block, x, norm_first=norm_first, mask=mask)
+        assert_same("block at an index (B, D)", block.forward_at(x, index, mask),
+                    whole[range(3), index], block, x=x)
+
+    @pytest.mark.parametrize("chunks", CHUNKS)
+    def test_with_a_cache_every_chunking_equals_the_whole_text(self, norm_first, chunks):
+        block, context = make_block(True, norm_first), draw(B, S, C)
+        got, x, given = in_chunks(block, chunks, context)
+        assert_close("block in chunks (B, T, D)", got,
+                     block_by_hand(block, x, context, norm_first=norm_first, **given))
+
+
+class TestTransformer:
+    def make(self, cross, norm):
+        blocks = [make_block(cross) for _ in range(3)]
+        return Transformer(blocks, randomize(LayerNorm(WIDTH)).double() if norm else None)
+
+    def by_hand(self, stack, x, **given):
+        for block in stack.blocks:
+            x = block_by_hand(block, x, **given)
+        return x if stack.norm is None else layer_norm(stack.norm, x)
+
+    @pytest.mark.parametrize("norm", [True, False])
+    def test_it_applies_its_blocks_in_order_and_its_norm_last(self, norm):
+        stack, x, (given, by_hand) = self.make(True, norm), draw(B, T, WIDTH), inputs_of_a_block()
+        expected = self.by_hand(stack, x, **by_hand)
+        assert_same("stack (B, T, D)", stack(x, **given), expected, stack, x=x)
+
+    @pytest.mark.parametrize("norm", [True, False])
+    @pytest.mark.parametrize("masked", [True, False])
+    def test_at_one_position_it_gives_what_forward_gives_there(self, norm, masked):
+        stack, x, index = self.make(False, norm), draw(3, T, WIDTH), torch.tensor([1, 4, 0])
+        mask = torch.rand(T, T) < 0.5 if masked else None
+        assert_same("stack at an index (B, D)", stack.forward_at(x, index, mask),
+                    self.by_hand(stack, x, mask=mask)[range(3), index], stack, x=x)
+
+
+class TestVitBlock:
+    @pytest.mark.parametrize("name, changes, act, eps", [
+        ("vit_block", {}, F.gelu, 1e-5), ("gpt2_block", {}, gelu_tanh, 1e-5),
+        ("opt_block", {}, F.relu, 1e-5), ("vit_block", dict(act=F.silu, eps=0.3), F.silu, 0.3)])
+    @pytest.mark.parametrize("hidden", [None, HIDDEN])
+    def test_each_paper_has_its_activation(self, name, changes, act, eps, hidden):
+        make, size = getattr(transformer, name), hidden or 4 * WIDTH
+        check_block(make(width=WIDTH, heads=3, hidden=hidden, **changes),
+                    4 * WIDTH ** 2 + 2 * size * WIDTH + size + 9 * WIDTH,
+                    norm=partial(layer_norm, eps=eps), mlp=partial(mlp_by_hand, act=act))
+
+
+class TestLlamaBlock:
+    @pytest.mark.parametrize("changes, eps", [({}, 1e-5), ({"eps": 0.3}, 0.3)])
+    def test_it_has_grouped_queries_rms_norms_a_gated_silu_and_no_biases(self, changes, eps):
+        block = llama_block(width=WIDTH, heads=6, kv_heads=2, hidden=HIDDEN, **changes)
+        count = 2 * WIDTH * (WIDTH + 4) + 3 * WIDTH * HIDDEN + 2 * WIDTH
+        check_block(block, count, inputs_of_a_block(6, 2), norm=partial(rms_norm, eps=eps),
+                    mlp=gated_mlp, heads=6, kv_heads=2)
+
+
+class TestBertBlock:
+    @pytest.mark.parametrize("changes, eps", [({}, 1e-12), ({"eps": 0.3}, 0.3)])
+    @pytest.mark.parametrize("cross", [True, False])
+    def test_its_norms_come_last_and_a_context_has_a_cross_attention(self, cross, changes, eps):
+        block = bert_block(width=WIDTH, heads=3, context_width=C if cross else None, **changes)
+        count = (12 * WIDTH + 13 + cross * (2 * WIDTH + 2 * C + 6)) * WIDTH
+        norm = partial(layer_norm, eps=eps)
+        check_block(block, count, crosses=cross, norm=norm, norm_first=False)
+
+
+class TestT5Block:
+    @pytest.mark.parametrize("changes, eps", [({}, 1e-6), ({"eps": 0.3}, 0.3)])
+    @pytest.mark.parametrize("decoder", [True, False])
+    def test_its_scores_are_not_scaled_and_a_decoder_has_a_context(self, decoder, changes, eps):
+        mlp = GatedMLP(width=WIDTH, hidden=HIDDEN)
+        block = t5_block(width=WIDTH, heads=3, head_width=6, decoder=decoder, mlp=mlp, **changes)
+        count = (1 + decoder) * (4 * 18 + 1) * WIDTH + 3 * WIDTH * HIDDEN + WIDTH
+        check_block(block, count, inputs_of_a_block(3, 6, WIDTH), decoder, scale=1.0,
+                    mlp=gated_mlp, norm=partial(rms_norm, eps=eps))
+
+
+class TestFusedAttention(Definition):
+    def attend(self, *inputs):
+        return fused_attention(*inputs)
+
+    @pytest.mark.parametrize("biased", [True, False])
+    def test_it_holds_with_a_kernel_that_gives_nan_without_a_key(self, biased, monkeypatch):
+        def kernel(q, k, v, attn_mask=None, scale=None):
+            scores = q @ k.mT * (K ** -0.5 if scale is None else scale)
+            if attn_mask is not None and attn_mask.dtype == torch.bool:
+                attn_mask = torch.zeros_like(scores).masked_fill(~attn_mask, -torch.inf)
+            return (scores if attn_mask is None else scores + attn_mask).softmax(dim=-1) @ v
+        monkeypatch.setattr(F, "scaled_dot_product_attention", kernel)
+        self.test_it_equals_the_definition_written_as_loops("some", biased, 0.3)
+
+
+class TestAttend:
+    @pytest.mark.parametrize("switch", ["hand", "fused", "auto"])
+    def test_every_switch_gives_attention(self, switch, monkeypatch):
+        monkeypatch.setattr(transformer, "ATTENTION", switch)
+        given = *(draw(B, H, *shape) for shape in ((T, K), (S, K), (S, V))), masks()["some"], \
+            draw(B, H, T, S), 0.3
+        assert_close("attention (B, H, T, V)", attend(*given), slow_attention(*given))
+
+    @pytest.mark.parametrize("T, S, device, dtype, auto", [
+        (5, 3, "cpu", "float32", "hand"), (4, 4, "cpu", "float32", "fused"),
+        (5, 3, "meta", "float32", "fused"), (5, 3, "cpu", "float64", "fused")])
+    def test_auto_is_by_hand_where_small(self, T, S, device, dtype, auto, monkeypatch):
+        monkeypatch.setattr(transformer, "FASTER_BY_HAND", {torch.float32: 15})
+        monkeypatch.setattr(transformer, "attention", lambda *a, **k: "hand")
+        monkeypatch.setattr(transformer, "fused_attention", lambda *a, **k: "fused")
+        q, k = (torch.zeros(1, 1, n, 2, device=device, dtype=getattr(torch, dtype)) for n in (T, S))
+        for switch, expected in (("hand", "hand"), ("fused", "fused"), ("auto", auto)):
+            monkeypatch.setattr(transformer, "ATTENTION", switch)
+            assert attend(q, k, k) == expected, switch

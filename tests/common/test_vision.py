@@ -4,108 +4,121 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.transformer import LayerNorm, vit_block
-from common.vision import ViT, patchify, resize_positions
+from common.vision import ViT, check_image_size, patchify, resize_positions
+from tests.helpers import assert_close, assert_same, randomize
+
+WIDTH = 11
 
 
-def make(ln_pre=True, ln_post=True):
-    width = 12
-    vit = ViT(image_size=15, patch_size=5, width=width, blocks=[vit_block(width=width, heads=3)],
-              ln_pre=LayerNorm(width) if ln_pre else None,
-              ln_post=LayerNorm(width) if ln_post else None, patch_bias=True).double()
-    for parameter in vit.parameters():
-        nn.init.normal_(parameter, std=0.5)
-    return vit
+class Mixer(nn.Module):
+    """A block: each token becomes a mixture of itself and the mean of all."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x, *unused, **arguments):
+        return self.fc(x).tanh() + x.mean(dim=1, keepdim=True)
+
+    def forward_at(self, x, index, mask=None):
+        return self(x)[torch.arange(len(x)), index]
 
 
-def test_patches_are_cut_row_by_row_channel_first():
-    images = torch.arange(2 * 3 * 4 * 6).view(2, 3, 4, 6)
-    patches = patchify(images, 2)
-    assert patches.shape == (2, 6, 12)
-    for row in range(2):
-        for column in range(3):
-            want = images[:, :, 2 * row:2 * row + 2, 2 * column:2 * column + 2].flatten(1)
-            assert torch.equal(patches[:, 3 * row + column], want), f"patch at {row}, {column}"
+def make(norms=True, **changes):
+    ln_pre, ln_post = (nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)) if norms else (None, None)
+    return randomize(ViT(**dict(
+        image_size=15, patch_size=5, width=WIDTH, blocks=[Mixer(), Mixer(), Mixer()], ln_pre=ln_pre,
+        ln_post=ln_post, patch_bias=norms) | changes)).double()
 
 
-def test_the_patch_embedding_is_the_strided_convolution():
-    vit, images = make(ln_pre=False), torch.randn(2, 3, 15, 15).double()
-    weight = vit.patch_embed.weight.view(12, 3, 5, 5)
-    want = F.conv2d(images, weight, vit.patch_embed.bias, stride=5).flatten(2).transpose(1, 2)
-    torch.testing.assert_close(vit.embed(images)[:, 1:], want + vit.pos_embed[1:])
+def draw(B=2, size=15):
+    """Images, float32, for a tower of float64."""
+    return torch.randn(B, 3, size, size)
 
 
-def test_a_change_in_one_patch_changes_one_token_of_the_embedding():
-    vit, images = make(), torch.randn(1, 3, 15, 15).double()
-    other = images.clone()
-    other[:, :, 5:10, 10:] += 1             # row 1, column 2: patch 5
-    changed = (vit.embed(images) != vit.embed(other)).any(-1)[0]
-    assert changed.nonzero().flatten().tolist() == [1 + 5]
+def hidden(vit, images, blocks):
+    """Patches by a strided convolution, the class token, positions, ln_pre; then the blocks."""
+    weight = vit.patch_embed.weight.view(WIDTH, 3, 5, 5)
+    x = F.conv2d(images.double(), weight, vit.patch_embed.bias, stride=5).flatten(2).transpose(1, 2)
+    x = torch.cat([vit.cls_token.expand(len(x), 1, WIDTH), x], dim=1) + vit.pos_embed
+    x = vit.ln_pre(x) if vit.ln_pre else x
+    for block in vit.transformer.blocks[:blocks]:
+        x = block(x)
+    return x
 
 
-def test_the_class_token_comes_first_with_the_first_position():
-    vit = make(ln_pre=False)
-    token = vit.embed(torch.randn(1, 3, 15, 15).double())[0, 0]
-    torch.testing.assert_close(token, vit.cls_token + vit.pos_embed[0])
+class TestCheckImageSize:
+    def test_rgb_images_of_the_size_pass(self):
+        check_image_size(torch.zeros(2, 3, 15, 15), 15)
+
+    @pytest.mark.parametrize("shape", [(3, 15, 20), (3, 20, 15), (3, 10, 10), (1, 15, 15)])
+    def test_others_raise_and_both_shapes_are_named(self, shape):
+        with pytest.raises(ValueError, match=f"{shape[0]}, {shape[1]}, {shape[2]}.*3, 15, 15"):
+            check_image_size(torch.zeros(2, *shape), 15)
 
 
-def test_the_pre_norm_takes_the_scale_of_the_patches_away():
-    vit, images = make(), torch.randn(1, 3, 15, 15).double()
-    nn.init.zeros_(vit.pos_embed)
-    nn.init.zeros_(vit.patch_embed.bias)
-    torch.testing.assert_close(vit.embed(images)[:, 1:], vit.embed(10 * images)[:, 1:],
-                               atol=1e-3, rtol=1e-3)
+class TestPatchify:
+    def test_patches_are_cut_row_by_row_and_flattened_channel_first(self):
+        images = torch.arange(2 * 5 * 6 * 9.0).view(2, 5, 6, 9)
+        expected = [images[:, :, y:y + 3, x:x + 3].flatten(1) for y in (0, 3) for x in (0, 3, 6)]
+        assert_close("patches (B, N, C * P * P)", patchify(images, 3), torch.stack(expected, dim=1))
+
+    @pytest.mark.parametrize("H, W", [(14, 20), (20, 14)])
+    def test_a_size_that_does_not_divide_raises(self, H, W):
+        with pytest.raises(ValueError, match=f"(?=.*{H})(?=.*{W}).*5"):
+            patchify(torch.zeros(1, 3, H, W), 5)
 
 
-def test_forward_norms_every_token_and_hidden_none():
-    vit, images = make(), torch.randn(2, 3, 15, 15).double()
-    torch.testing.assert_close(vit(images), vit.ln_post(vit.hidden(images)))
-    plain = make(ln_post=False)
-    assert torch.equal(plain(images), plain.hidden(images))
+def bicubic(old, new):
+    """The weights (new, old) of cubic convolution along one side (Keys, 1981, with a = -0.75)."""
+    weights = torch.zeros(new, old).double()
+    for i in range(new):
+        center = (i + 0.5) * old / new - 0.5
+        for j in range(int(center // 1) - 1, int(center // 1) + 3):
+            t = abs(center - j)
+            near, far = 1.25 * t ** 3 - 2.25 * t ** 2 + 1, -0.75 * (t ** 3 - 5 * t ** 2 + 8 * t - 4)
+            weights[i, min(max(j, 0), old - 1)] += near if t <= 1 else far
+    return weights
 
 
-def test_positions_tell_patches_apart():
-    vit, images = make(), torch.randn(1, 3, 15, 15).double()
-    moved = images.roll(5, dims=3)
-    assert not torch.allclose(vit(images)[:, 0], vit(moved)[:, 0])
+class TestResizePositions:
+    @pytest.mark.parametrize("old, new", [(4, 8), (5, 3), (3, 7), (3, 3)])
+    def test_the_grid_is_interpolated_and_the_first_row_stays(self, old, new):
+        table, weights = torch.randn(1 + old * old, 11).double().requires_grad_(), bicubic(old, new)
+        grid = torch.einsum("ia,jb,abd->ijd", weights, weights, table[1:].view(old, old, 11))
+        assert_same("positions (1 + G * G, D)", resize_positions(table, new),
+                    torch.cat([table[:1], grid.view(-1, 11)]), table=table)
 
 
-def test_resizing_keeps_the_class_row_and_the_layout():
-    table = torch.randn(1 + 9, 7)
-    assert torch.equal(resize_positions(table, 3)[0], table[0])
-    torch.testing.assert_close(resize_positions(table, 3), table)
-    ramp = torch.zeros(1 + 16, 2)
-    ramp[1:, 0], ramp[1:, 1] = torch.arange(16) // 4, torch.arange(16) % 4    # row, column
-    large = resize_positions(ramp, 8)[1:].view(8, 8, 2)
-    torch.testing.assert_close(large[..., 0], large[..., 1].T)
-    assert (large[2:6, 4, 0].diff() > 0.3).all() and large[4, 3, 0] == pytest.approx(large[4, 5, 0])
+@pytest.mark.parametrize("norms", [True, False])
+class TestViT:
+    @pytest.mark.parametrize("skip", [0, 1, 3])
+    def test_hidden_tokens_are_those_before_the_last_norm_and_blocks(self, norms, skip):
+        vit, images = make(norms), draw()
+        tokens = hidden(vit, images, 3 - skip)
+        assert_same("hidden (B, 1 + N, D)", vit.hidden(images, skip_blocks=skip), tokens, vit)
+        patches = vit.patches(images, skip_blocks=skip)
+        assert_same("patches (B, N, D)", patches, tokens[:, 1:], vit)
+        if skip == 3:
+            assert_same("first block's input (B, 1 + N, D)", vit.embed(images), tokens, vit)
 
+    def test_forward_norms_all_tokens_and_pooled_takes_the_class_token(self, norms):
+        vit, images = make(norms), draw()
+        tokens = hidden(vit, images, 3)
+        tokens = vit.ln_post(tokens) if norms else tokens
+        assert_same("tokens after the norm (B, 1 + N, D)", vit(images), tokens, vit)
+        assert_same("class token (B, D)", vit.pooled(images), tokens[:, 0], vit)
 
-@pytest.mark.parametrize("shape", [(3, 15, 20), (3, 10, 10), (1, 15, 15)])
-def test_pictures_of_another_size_are_told(shape):
-    with pytest.raises(ValueError, match=r"this tower takes \(3, 15, 15\)"):
-        make()(torch.zeros(1, *shape).double())
+    def test_tokens_and_positions_start_with_the_deviation_of_the_width(self, norms):
+        bias = {"patch_bias": True} if norms else {}
+        vit = ViT(image_size=80, patch_size=5, width=400, blocks=[], **bias)
+        assert vit.pos_embed.shape == (257, 400) and (vit.patch_embed.bias is not None) == norms
+        for name in ("cls_token", "pos_embed"):
+            assert_close(f"deviation of {name}", getattr(vit, name).std(), 400 ** -0.5, 8e-3)
 
-
-def test_a_size_that_does_not_divide_is_told():
-    with pytest.raises(ValueError, match="an image of 21x14 pixels does not divide into patches of 5"):
-        patchify(torch.zeros(1, 3, 14, 21), 5)
-
-
-def test_pooled_is_the_class_token_after_the_last_norm():
-    vit, images = make(), torch.randn(2, 3, 15, 15).double()
-    torch.testing.assert_close(vit.pooled(images), vit(images)[:, 0])
-    plain = make(ln_post=False)
-    torch.testing.assert_close(plain.pooled(images), plain.hidden(images)[:, 0])
-
-
-def test_patches_are_the_hidden_tokens_without_the_class_token():
-    vit, images = make(), torch.randn(2, 3, 15, 15).double()
-    assert torch.equal(vit.patches(images), vit.hidden(images)[:, 1:])
-    assert torch.equal(vit.hidden(images, skip_blocks=1), vit.embed(images))
-    assert torch.equal(vit.patches(images, skip_blocks=1), vit.embed(images)[:, 1:])
-
-
-def test_a_tower_runs_on_the_meta_device():
-    vit = make().to("meta")
-    assert vit.pooled(torch.empty(2, 3, 15, 15, device="meta")).shape == (2, 12)
+    def test_a_patch_size_that_does_not_divide_and_other_images_raise(self, norms):
+        with pytest.raises(ValueError, match="15.*4"):
+            make(norms, patch_size=4)
+        for of in (make(norms), make(norms).hidden, make(norms).pooled):
+            with pytest.raises(ValueError, match="20, 20.*15, 15"):
+                of(draw(size=20))
