@@ -183,7 +183,8 @@ def flamingo_config(**changes):
     return replace(FlamingoConfig(
         vision=CLIPConfig(
             image_size=15, patch_size=5, vision_width=22, vision_layers=3, vision_heads=2,
-            text_width=6, text_layers=1, text_heads=1, context_length=5, vocab_size=17, embed_dim=2),
+            text_width=6, text_layers=1, text_heads=1, context_length=5, vocab_size=17,
+            embed_dim=2),
         language=LanguageConfig(
             vocab_size=43, context_length=37, width=20, layers=3, heads=2, kv_heads=2, hidden=26),
         num_latents=7, resampler_layers=2, resampler_heads=5, resampler_head_width=3, max_frames=4,
@@ -341,7 +342,8 @@ def loop_gated_block(block, x, visual, images, heads=3, act="squared_relu"):
     x = torch.stack([
         x[t] + math.tanh(block.attn_gate.item()) * loop_attention(
             block.attn, queries[t], visual[images[t]].flatten(0, 1), heads) for t in range(len(x))])
-    return x + math.tanh(block.mlp_gate.item()) * loop_mlp(block.mlp, loop_norm(block.mlp_norm, x), act)
+    hidden = loop_mlp(block.mlp, loop_norm(block.mlp_norm, x), act)
+    return x + math.tanh(block.mlp_gate.item()) * hidden
 
 
 # The user's own data

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from flamingo import PRESETS, Flamingo, FlamingoConfig, paper_size
-from tests.helpers import (EOC, EOS, IMAGE, Words, assert_close, drawing, flamingo_config, images_of,
-                           loop_gated_block, loop_pixels, loop_resampler, make_batch,
+from tests.helpers import (EOC, EOS, IMAGE, Words, assert_close, drawing, flamingo_config,
+                           images_of, loop_gated_block, loop_pixels, loop_resampler, make_batch,
                            make_cache, make_ids, make_images, make_visual, page, toy_flamingo)
 
 RESNET = {"stages": (1, 1, 1, 1), "image_size": 64, "vision_width": 2, "vision_heads": 4}
@@ -124,9 +124,11 @@ class TestFlamingo:
         model = toy_flamingo()
         for part in (model.vision, model.lm.blocks):
             part.requires_grad_(False)
-        modes = [{m.training for m in part.modules()} for mode in (True, False)
-                 for part in (model.train(mode).vision, model.lm.blocks, model.gated, model.resampler)]
-        assert modes == [{False}, {False}, {True}, {True}] + [{False}] * 4, f"{modes}"
+        for mode in (True, False):
+            model.train(mode)
+            modes = [{m.training for m in part.modules()} for part in (
+                model.vision, model.lm.blocks, model.gated, model.resampler)]
+            assert modes == [{False}, {False}, {mode}, {mode}], f"train({mode}): {modes}"
 
     # encode_images
 
@@ -150,6 +152,12 @@ class TestFlamingo:
         assert visual.shape == (2, 3, 4 * 10, 22), f"{tuple(visual.shape)}"
 
     # logits
+
+    def ragged(self):
+        """Rows with 3, 1 and 0 images, padded left -> (ids, mask, visual)."""
+        rows = ("PPP..I....I..I...", "....I............", "PPPPPPPPP........")
+        mask = torch.tensor([[letter != "P" for letter in row] for row in rows])
+        return make_ids(*rows), mask, make_visual(3)
 
     @pytest.mark.parametrize("attend_next", [None, [False, True, True]])
     @pytest.mark.parametrize("changes", [
@@ -179,18 +187,12 @@ class TestFlamingo:
         assert_close("media mask (B, 1, T, N * Q)", mask,
                      expected.repeat_interleave(7, dim=1)[None, None])
 
-    def test_a_row_of_a_ragged_batch_is_that_row_alone_wherever_the_padding_is(self):
-        model, visual = toy_flamingo(), make_visual(3)
-        rows, lengths, images = ("..I...I.I..", "I...PPPPPPP", ".....I.PPPP"), (11, 4, 7), (3, 1, 1)
-        ids = make_ids(*rows)
-        right = model.logits(ids, visual=visual)
-        rolled = torch.stack([row.roll(11 - n) for row, n in zip(ids, lengths)])
-        mask = torch.arange(11) >= 11 - torch.tensor(lengths)[:, None]
-        left = model.logits(rolled, mask, visual=visual)
-        for b, (n, N) in enumerate(zip(lengths, images)):
-            alone = model.logits(ids[b:b + 1, :n], visual=visual[b:b + 1, :N])[0]
-            assert_close(f"logits of row {b}, padded right", right[b, :n], alone)
-            assert_close(f"logits of row {b}, padded left", left[b, 11 - n:], alone)
+    def test_a_row_of_a_ragged_batch_is_that_row_alone(self):
+        (ids, mask, visual), model = self.ragged(), toy_flamingo()
+        logits = model.logits(ids, mask, visual=visual)
+        for b in range(3):
+            alone = model.logits(ids[b:b + 1, mask[b]], visual=visual[b:b + 1])[0]
+            assert_close(f"logits of row {b}, padded left", logits[b, mask[b]], alone)
 
     def test_with_gates_at_0_it_is_the_language_model_bit_for_bit(self):
         for dtype in (torch.float64, torch.float32):
@@ -208,12 +210,6 @@ class TestFlamingo:
 
     # The cache
 
-    def ragged(self):
-        """Rows with 3, 1 and 0 images, padded left -> (ids, mask, visual)."""
-        rows = ("PPP..I....I..I...", "....I............", "PPPPPPPPP........")
-        mask = torch.tensor([[letter != "P" for letter in row] for row in rows])
-        return make_ids(*rows), mask, make_visual(3)
-
     @torch.no_grad()
     def chunks(self, model, ids, mask, sizes, visuals):
         """The logits of chunks of these sizes with these images, one after another in one cache."""
@@ -227,7 +223,8 @@ class TestFlamingo:
     @pytest.mark.parametrize("only_latest_image", [True, False])
     @pytest.mark.parametrize("sizes", [[1] * 17, [13, 1, 1, 1, 1], [6, 5, 6], [16, 1]])
     def test_any_chunks_give_the_logits_of_one_forward(self, sizes, only_latest_image):
-        (ids, mask, visual), model = self.ragged(), toy_flamingo(only_latest_image=only_latest_image)
+        model = toy_flamingo(only_latest_image=only_latest_image)
+        ids, mask, visual = self.ragged()
         got = self.chunks(model, ids, mask, sizes, [visual] * len(sizes))
         assert_close("logits at tokens", got[mask], model.logits(ids, mask, visual=visual)[mask])
 
@@ -281,14 +278,6 @@ class TestFlamingo:
                 learns = gate is None or name.endswith("_gate") or "lm.new" in name
                 assert (p.grad.abs().max() > 0) == learns, f"gradient of {name}"
 
-    def test_in_bf16_the_loss_and_its_gradients_are_finite(self):
-        model = toy_flamingo().float()
-        with torch.autocast("cpu", torch.bfloat16):
-            losses = [model(make_batch(*rows))["lm"] for rows in (["...."] * 2, ["..I.I", "....."])]
-        sum(losses).backward()
-        for name, value in [("loss", sum(losses)), *((n, p.grad) for n, p in model.named_parameters())]:
-            assert value is None or value.isfinite().all(), name
-
     # Prompts
 
     def test_prompts_leave_the_last_answer_open_padded_left_with_images_padded_right(self):
@@ -335,13 +324,13 @@ class TestFlamingo:
 
 class TestPaperSize:
     @pytest.mark.parametrize("name, layers, D, every, gated, table", [
-        ("3B", 24, 2048, 1, 24, 1.2e9), ("9B", 40, 4096, 4, 10, 1.6e9), ("80B", 80, 8192, 7, 12, 10e9)])
+        ("3B", 24, 2048, 1, 24, 1.2e9), ("9B", 40, 4096, 4, 10, 1.6e9),
+        ("80B", 80, 8192, 7, 12, 10e9)])
     def test_it_has_the_papers_layers_and_the_parameters_of_the_formula(
             self, name, layers, D, every, gated, table):
         config = paper_size(layers, D, every)
-        assert PRESETS[name] == config, name
-        assert (config.heads, config.head_width) == (D // 128, 128), "gated blocks' heads"
-        assert (config.resampler_heads, config.resampler_head_width) == (16, 96), "resampler's heads"
-        assert (config.num_latents, config.max_frames, config.resampler_layers) == (64, 8, 6)
-        assert (config.act, config.attn_init_scale, config.placement) == ("squared_relu", 1, "paper")
+        assert config == PRESETS[name] == replace(
+            config, heads=D // 128, head_width=128, resampler_heads=16, resampler_head_width=96,
+            num_latents=64, max_frames=8, resampler_layers=6, cross_attn_every=every,
+            act="squared_relu", attn_init_scale=1.0, placement="paper")
         check_sizes(config, D, 1536, gated, table)

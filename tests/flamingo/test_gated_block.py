@@ -32,9 +32,9 @@ class TestGatedBlock:
     def test_it_is_the_papers_loop(self, act):
         block, (x, visual, mask) = randomize(make(act)), inputs(*ROWS)
         before = x.clone()
-        expected = [loop_gated_block(block, x[b], visual[b], images_of(row), 3, act)
-                    for b, row in enumerate(ROWS)]
-        assert_close("outputs (B, T, D)", block(x, visual.flatten(1, 2), mask), torch.stack(expected))
+        expected = torch.stack([loop_gated_block(block, x[b], visual[b], images_of(row), 3, act)
+                                for b, row in enumerate(ROWS)])
+        assert_close("outputs (B, T, D)", block(x, visual.flatten(1, 2), mask), expected)
         assert_close("the caller's x", x, before)
 
     @pytest.mark.parametrize("gate, other", [("attn_gate", "mlp_gate"), ("mlp_gate", "attn_gate")])
@@ -61,8 +61,8 @@ class TestGatedBlock:
 
     def test_with_a_cache_later_text_attends_to_the_same_images(self):
         block, (x, visual, mask), cache = randomize(make()), inputs(*ROWS), make_cache()
-        visual = visual.flatten(1, 2)
-        got = [block(x[:, a:b], visual, mask[:, :, a:b], cache) for a, b in ((0, 8), (8, 9), (9, 11))]
+        visual, parts = visual.flatten(1, 2), (slice(0, 8), slice(8, 9), slice(9, 11))
+        got = [block(x[:, part], visual, mask[:, :, part], cache) for part in parts]
         assert_close("outputs (B, T, D)", torch.cat(got, dim=1), block(x, visual, mask))
 
     def test_gates_start_at_their_value_and_at_0_they_alone_have_a_gradient(self):

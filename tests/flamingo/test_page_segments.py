@@ -71,16 +71,27 @@ class TestPageSegments:
         assert given == before
 
 
-def spelled(*arguments, **more):
+def spelled(given, *arguments, **more):
     """The ids and the labels of a page, as words; "-" is an ignored label."""
-    return [Words().spell(row) for row in render_page(arguments[0], Words(), *arguments[1:], **more)]
+    return [Words().spell(row) for row in render_page(given, Words(), *arguments, **more)]
 
 
 class TestRenderPage:
-    def test_it_is_the_segments_as_tokens_with_the_labels_of_what_is_learned(self):
-        assert spelled(two_turns()) == [
-            f"<bos> <image> a red cat <eoc> <image> {ASKED} dog <eoc> <eos>",
-            "- - a red cat <eoc> - - - - - - - dog <eoc> -"]
+    def test_it_is_the_segments_as_tokens_cut_at_the_context_which_needs_a_label(self):
+        ids = f"<bos> <image> a red cat <eoc> <image> {ASKED} dog <eoc> <eos>"
+        labels = "- - a red cat <eoc> - - - - - - - dog <eoc> -"
+        for length in (16, 15, 13, 3):
+            assert spelled(two_turns(), length) == [
+                " ".join(text.split()[:length]) for text in (ids, labels)]
+        assert spelled(two_turns()) == [ids, labels]
+        before_an_image = turns(("", "", "a cat"), ("red", "", "a"))
+        for given, first, length in ((two_turns(), 3, 2), (before_an_image, 6, 4)):
+            with pytest.raises(ValueError, match=f"{first}.*{length}"):
+                spelled(given, length)
+
+    def test_a_prompt_ends_where_its_answer_begins(self):
+        assert spelled(two_turns(), is_prompt=True)[0] == \
+            f"<bos> <image> a red cat <eoc> <image> {ASKED}"
 
     def test_with_attend_next_text_behind_the_last_image_is_not_learned(self):
         given = turns(("red", "", "red"), ("", "", "a cat"))
@@ -97,16 +108,3 @@ class TestRenderPage:
             self, context_length, labels):
         ids = " ".join(WHOLE.split()[:context_length])
         assert spelled(two_turns(), context_length, True) == [ids, labels]
-
-    def test_a_page_is_cut_at_the_context_and_needs_a_label_in_it(self):
-        assert spelled(two_turns(), 6) == ["<bos> <image> a red cat <eoc>", "- - a red cat <eoc>"]
-        for given, length, first in ((two_turns(), 2, 3), (turns(("", "", "a cat"), ("red", "", "a")),
-                                                           4, 6)):
-            with pytest.raises(ValueError, match=f"{first}.*{length}"):
-                spelled(given, length)
-
-    @pytest.mark.parametrize("images, shots", [("red", "<image> "), ("", "")])
-    def test_a_prompts_shots_are_whole_and_its_query_is_open(self, images, shots):
-        given = turns((images, "", "a cat"), (images, "", "a dog"), ("red", "", ""), caption=True)
-        assert spelled(given, is_prompt=True)[0] == (
-            f"<bos> {shots}output: a cat <eoc> {shots}output: a dog <eoc> <image> output:")
