@@ -29,13 +29,6 @@ class TestTextTower:
         tower, ids = toy_clip().text, texts()
         assert_close("text features (B, D)", tower(F.pad(ids, (0, 4), value=pad_id)), tower(ids))
 
-    def test_every_token_up_to_the_end_changes_it(self):
-        tower, ids = toy_clip().text, texts(1)
-        other = ids.repeat(5, 1)
-        other[range(5), range(5)] = 0
-        for token, change in enumerate((tower(other) - tower(ids)).abs().amax(dim=1)):
-            assert change > 1e-6, f"token {token} of 5 has no effect"
-
     def test_the_gradient_reaches_positions_up_to_the_last_end_and_none_behind(self):
         tower = toy_clip().text
         tower(ragged((2, 6))).square().sum().backward()

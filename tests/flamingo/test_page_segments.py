@@ -8,8 +8,7 @@ from tests.helpers import BOS, EOC, EOS, IMAGE, Words, page
 
 ASK = "what is this ?"
 ASKED = "question: what is this ? answer:"
-WHOLE = ("<bos> a red cat <eoc> <image> "
-         "question: what is this ? answer: dog <eoc> <image> <eos>")
+BEGIN, PICTURE, END = (BOS, False), (IMAGE, False), (EOS, False)
 
 
 def turns(*given, **more):
@@ -22,21 +21,19 @@ def two_turns():
 
 
 def segments(*arguments, **more):
-    """The page's segments as (content, learn)."""
-    return [(segment.content, segment.learn) for segment in page_segments(*arguments, **more)]
+    """The page as (text or id, learn)."""
+    return [(item, part.learn) for part in page_segments(*arguments, **more) for item in (
+        [part.content] if isinstance(part.content, str) else part.content) if item != ""]
 
 
 def learned(text):
-    return [(f" {text}", True), ((EOC,), True)]
-
-
-BEGIN, PICTURE, END = ((BOS,), False), ((IMAGE,), False), ((EOS,), False)
+    return [(f" {text}", True), (EOC, True)]
 
 
 class TestPageSegments:
     def test_answers_and_their_eoc_are_learned(self):
-        assert segments(two_turns()) == [BEGIN, PICTURE, ("", False), *learned("a red cat"),
-                                         PICTURE, (ASKED, False), *learned("dog"), END]
+        assert segments(two_turns()) == [BEGIN, PICTURE, *learned("a red cat"), PICTURE,
+                                         (ASKED, False), *learned("dog"), END]
 
     def test_a_caption_has_its_own_prompt(self):
         assert segments(turns(("red", "", "a cat"), caption=True)) == [
@@ -44,24 +41,23 @@ class TestPageSegments:
 
     def test_a_prompt_is_its_page_without_the_last_answer(self):
         assert segments(two_turns(), is_prompt=True) == [
-            BEGIN, PICTURE, ("", False), *learned("a red cat"), PICTURE, (ASKED, False)]
+            BEGIN, PICTURE, *learned("a red cat"), PICTURE, (ASKED, False)]
 
     def test_with_attend_next_the_image_comes_after_its_text(self):
         assert segments(two_turns(), attend_next=True) == [
-            BEGIN, ("", False), *learned("a red cat"), PICTURE, (ASKED, False), *learned("dog"),
-            PICTURE, END]
+            BEGIN, *learned("a red cat"), PICTURE, (ASKED, False), *learned("dog"), PICTURE, END]
 
     def test_a_turn_has_an_image_token_for_each_image_or_clip_and_none_without(self):
         given = turns(("", "", "a"), ("red blue", "", "cat"), ("", "", "dog"))
         assert segments(given) == [
-            BEGIN, ("", False), (" a", False), ((EOC,), False),      # no image to attend to
-            PICTURE, PICTURE, ("", False), *learned("cat"), ("", False), *learned("dog"), END]
-        assert segments(given, attend_next=True)[1:4] == [("", False), *learned("a")]
+            BEGIN, (" a", False), (EOC, False),      # no image to attend to
+            PICTURE, PICTURE, *learned("cat"), *learned("dog"), END]
+        assert segments(given, attend_next=True)[:3] == [BEGIN, *learned("a")]
 
     def test_a_turn_may_be_left_out_of_the_loss(self):
         first, second = two_turns()
         assert segments([first | {"learn": False}, second]) == [
-            BEGIN, PICTURE, ("", False), (" a red cat", False), ((EOC,), False),
+            BEGIN, PICTURE, (" a red cat", False), (EOC, False),
             PICTURE, (ASKED, False), *learned("dog"), END]
 
     def test_the_callers_turns_stay_as_they_are(self):
@@ -106,5 +102,5 @@ class TestRenderPage:
         (5, "- - - - -")])               # before the first image
     def test_a_cut_that_removes_the_next_image_removes_the_labels_of_its_text(
             self, context_length, labels):
-        ids = " ".join(WHOLE.split()[:context_length])
-        assert spelled(two_turns(), context_length, True) == [ids, labels]
+        ids = f"<bos> a red cat <eoc> <image> {ASKED} dog <eoc> <image> <eos>".split()
+        assert spelled(two_turns(), context_length, True) == [" ".join(ids[:context_length]), labels]

@@ -19,11 +19,6 @@ def make_features(B=2, N=3, frames=1):
     return torch.randn(B, N, frames, 9, 22).double()
 
 
-def for_each_image(function, features):
-    """A function of (F, S, D) for every image of (B, N, F, S, D)."""
-    return torch.stack([torch.stack([function(image) for image in row]) for row in features])
-
-
 def count(module):
     return sum(p.numel() for p in module.parameters())
 
@@ -82,8 +77,9 @@ class TestResampler:
     @pytest.mark.parametrize("frames, act", [(1, "squared_relu"), (4, "gelu")])
     def test_it_is_the_papers_loop_for_each_image_or_clip(self, frames, act):
         resampler, features = self.make(act), make_features(frames=frames)
-        expected = for_each_image(lambda image: loop_resampler(resampler, image, 5, act), features)
-        assert_close("visual tokens (B, N, Q, D)", resampler(features), expected)
+        expected = [loop_resampler(resampler, image, 5, act) for row in features for image in row]
+        assert_close("visual tokens (B, N, Q, D)", resampler(features),
+                     torch.stack(expected).unflatten(0, (2, 3)))
 
     def test_its_parts_have_weights_of_their_own(self):
         expected = 3 * LAYER + 7 * 22 + 4 * 22 + 2 * 22      # latents, frames, the last norm
@@ -101,13 +97,9 @@ class TestMLPResampler:
     @pytest.mark.parametrize("act", ["squared_relu", "gelu"])
     def test_every_feature_becomes_a_token_by_itself(self, act):
         resampler, features = make(MLPResampler, act, max_frames=4), make_features(frames=4)
-
-        def loop(image):
-            x = torch.stack([feature + resampler.frames.weight[f]
-                             for f, frame in enumerate(image) for feature in frame])
-            x = x + loop_mlp(resampler.mlp, loop_norm(resampler.mlp_norm, x), act)
-            return loop_norm(resampler.norm, x)
+        x = (features + resampler.frames.weight[:, None]).flatten(2, 3)
+        x = x + loop_mlp(resampler.mlp, loop_norm(resampler.mlp_norm, x), act)
         assert_close("visual tokens (B, N, F * S, D)", resampler(features),
-                     for_each_image(loop, features))
+                     loop_norm(resampler.norm, x))
         expected = 2 * 22 * 88 + 4 * 22 + 4 * 22      # MLP, two norms with biases, frames
         assert count(resampler) == expected, f"{count(resampler)} parameters, not {expected}"
