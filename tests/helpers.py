@@ -258,6 +258,7 @@ def linear(layer, x):
 
 def loop_norm(norm, x):
     """x (..., D)."""
+    assert norm is not None, "a norm is missing"
     return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias)
 
 

@@ -46,9 +46,9 @@ class TestCLIPConfig:
 class TestImageTower:
     @pytest.mark.parametrize("act", ["gelu", "quick_gelu"])
     def test_a_vit_has_norms_before_and_after_its_blocks_and_is_read_at_the_class_token(self, act):
-        config = CLIPConfig(image_size=15, patch_size=5, vision_width=12, vision_layers=3,
-                            vision_heads=4, act=act)
-        tower, images = randomize(image_tower(config)).double(), torch.randn(2, 3, 15, 15).double()
+        tower = randomize(image_tower(CLIPConfig(
+            image_size=15, patch_size=5, vision_width=12, vision_layers=3, vision_heads=4, act=act)))
+        tower, images = tower.double(), torch.randn(2, 3, 15, 15).double()
         expected = torch.stack([loop_norm(tower.ln_post, loop_vit(tower, image, 4, act)[0])
                                 for image in images])
         assert_close("image features (B, D)", tower.pooled(images), expected)
@@ -76,6 +76,7 @@ class TestFeatureGradients:
         loss.backward()
         for name, x, g, parts in zip(("image features", "text features", "scale", "bias"), features,
                                      given, (1, 1, 5, 5)):
+            assert x.grad is not None, f"no gradient of {name}"
             assert_close(f"gradient of {name}", x.grad, g / parts)
 
 
@@ -97,7 +98,8 @@ def whole_loss(model, image, text):
 def gradients(model, loss):
     model.zero_grad()
     loss.backward()
-    return {name: p.grad.clone() for name, p in model.named_parameters()}
+    return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
+            for name, p in model.named_parameters()}
 
 
 def split(batch, sizes):

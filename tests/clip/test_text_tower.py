@@ -1,4 +1,4 @@
-"""The text tower: a causal transformer over loops, read at the end token."""
+"""The text tower: a causal transformer, read at the first end token."""
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,9 +7,9 @@ from tests.helpers import CLIP_EOS, assert_close, loop_text, texts, toy_clip
 
 
 def ragged(ends, T=11):
-    """Ids (B, T) of all kinds, with the first end token at these places and others behind it."""
-    ids = torch.randint(28, (len(ends), T))
-    ids += ids >= CLIP_EOS               # 0 to 28 without the end token
+    """Ids (B, T), first 0, with the first end token at these places and others behind it."""
+    ids = torch.randint(CLIP_EOS + 1, 29, (len(ends), T))
+    ids[:, 0] = 0
     for row, end in zip(ids, ends):
         row[[end, *range(end + 2, T, 3)]] = CLIP_EOS
     return ids

@@ -14,7 +14,7 @@ from tests.helpers import (EOC, EOS, IMAGE, Words, assert_close, drawing, flamin
                            make_cache, make_ids, make_images, make_visual, page, toy_flamingo)
 
 RESNET = {"stages": (1, 1, 1, 1), "image_size": 64, "vision_width": 2, "vision_heads": 4}
-ROWS = ("..I...I.I..", "I..........", "...........")
+ROWS = ("..I...I.I..", "I..........", "...........")         # I is <image>
 TRAINED = ("resampler.", "gated.", "lm.new.")
 
 
@@ -101,8 +101,6 @@ def loop_loss(model, batch):
 
 
 class TestFlamingo:
-    # The parts
-
     @pytest.mark.parametrize("name, D, C, gated", [("tiny", 128, 128, 4), ("small", 512, 384, 4)])
     def test_our_presets_have_the_parameters_of_the_formula(self, name, D, C, gated):
         check_sizes(PRESETS[name], D, C, gated)
@@ -167,10 +165,9 @@ class TestFlamingo:
         before = ids.clone()
         flags = None if attend_next is None else torch.tensor(attend_next)
         expected = loop_logits(model, ROWS, ids, visual, attend_next or [False] * 3)
-        for name, last, part in (("logits (B, T, V)", False, expected),
-                                 ("last logits (B, 1, V)", True, expected[:, -1:])):
+        for last, part in ((False, expected), (True, expected[:, -1:])):
             got = model.logits(ids, last=last, visual=visual, attend_next=flags)
-            assert_close(name, got, part)
+            assert_close(f"logits (B, T, V) with last={last}", got, part)
         assert_close("the caller's ids", ids, before)
 
     @pytest.mark.parametrize("only_latest_image, attend_next, images", [

@@ -47,7 +47,7 @@ class TestGatedBlock:
             return block(x, visual.flatten(1, 2), mask) - x
         assert_close("added with both gates at 0", added(0.0), torch.zeros_like(x))
         assert_close(f"added with {gate} at -2", added(-2.0), added(1e9) * math.tanh(-2))
-        assert added(-2.0).abs().min() > 1e-6, f"{gate} opens nothing"
+        assert added(-2.0).abs().max() > 1e-3, f"{gate} opens nothing"
 
     def test_text_without_an_image_gets_exactly_0_from_the_attention(self):
         block, (x, visual, mask) = randomize(make()), inputs(*ROWS)

@@ -103,4 +103,5 @@ class TestRenderPage:
     def test_a_cut_that_removes_the_next_image_removes_the_labels_of_its_text(
             self, context_length, labels):
         ids = f"<bos> a red cat <eoc> <image> {ASKED} dog <eoc> <image> <eos>".split()
-        assert spelled(two_turns(), context_length, True) == [" ".join(ids[:context_length]), labels]
+        cut = " ".join(ids[:context_length])
+        assert spelled(two_turns(), context_length, True) == [cut, labels]
