@@ -29,7 +29,7 @@ def count(module):
 
 def check_sizes(config, D, C, gated, table=None):
     """Parameters of gated blocks (D wide) and resampler (C wide); the paper's table within 20%."""
-    with torch.device("meta"):
+    with torch.device("meta" if table else "cpu"):
         model = Flamingo(config)
     inner, layers = config.heads * config.head_width, config.resampler_layers
     resampler_inner = config.resampler_heads * config.resampler_head_width
