@@ -297,10 +297,7 @@ class Flamingo(nn.Module):
         return {"lm": losses.next_token_loss(logits, batch["labels"], batch.get("label_count"))}
 
     def prepare(self, records, tokenizer):
-        """Records whose last answer is to be written -> (ids, mask, {"visual"}), padded left.
-
-        No prompt is cut.
-        """
+        """Records, the last answer open -> (ids, mask, {"visual"}), padded left and never cut."""
         collator = InterleavedCollator(tokenizer, self.config, render_page)
         batch = collator.prompts([as_turns(record) for record in records])
         ids, mask, images = (batch[key].to(self.resampler.norm.weight.device)
