@@ -127,8 +127,6 @@ class TestFlamingo:
                 model.vision, model.lm.blocks, model.gated, model.resampler)]
             assert modes == [{False}, {False}, {mode}, {mode}], f"train({mode}): {modes}"
 
-    # encode_images
-
     @pytest.mark.parametrize("changes, encoder", [
         ({}, {}), ({"use_class_token": False}, {}), ({"act": "gelu"}, RESNET)])
     def test_images_are_resampled_from_all_tokens_before_the_encoders_last_norm(
@@ -141,14 +139,16 @@ class TestFlamingo:
         expected = torch.stack([torch.stack([loop_resampler(
             model.resampler, model.vision.hidden(loop_pixels(clip))[:, first:], 5, model.config.act)
             for clip in row]) for row in images])
-        assert_close("visual tokens (B, N, Q, D)", model.encode_images(images), expected, 1e-4)
+        visual = model.encode_images(images)
+        assert_close("visual tokens (B, N, Q, D)", visual, expected, 1e-4)
         assert_close("the caller's images", images, before)
+        visual.square().sum().backward()
+        learned = [name for name, p in model.vision.named_parameters() if p.grad is not None]
+        assert learned, "no gradient reaches the encoder, which is not frozen here"
 
     def test_with_the_mlp_resampler_every_feature_is_a_visual_token(self):
         visual = toy_flamingo(resampler="mlp").encode_images(make_images(2, 3, frames=4))
         assert visual.shape == (2, 3, 4 * 10, 22), f"{tuple(visual.shape)}"
-
-    # logits
 
     def ragged(self):
         """Rows with 3, 1 and 0 images, padded left -> (ids, mask, visual)."""
@@ -204,8 +204,6 @@ class TestFlamingo:
         with pytest.raises(ValueError, match="38.*37"):
             model.logits(make_ids("I" + "." * 37), visual=visual)
 
-    # The cache
-
     @torch.no_grad()
     def chunks(self, model, ids, mask, sizes, visuals):
         """The logits of chunks of these sizes with these images, one after another in one cache."""
@@ -247,8 +245,6 @@ class TestFlamingo:
         assert_close("logits of later tokens (B, T, V)", got,
                      model.logits(ids, mask, visual=visual)[rows, 12:])
 
-    # The loss
-
     def test_the_loss_is_the_mean_over_labels_each_predicted_from_the_token_before(self):
         model, batch = toy_flamingo(), make_batch("..I...I", "I......", attend_next=[False, True])
         before, (total, labels) = copy.deepcopy(batch), loop_loss(model, batch)
@@ -273,8 +269,6 @@ class TestFlamingo:
             if p.grad is not None:
                 learns = gate is None or name.endswith("_gate") or "lm.new" in name
                 assert (p.grad.abs().max() > 0) == learns, f"gradient of {name}"
-
-    # Prompts
 
     def test_prompts_leave_the_last_answer_open_padded_left_with_images_padded_right(self):
         ask, model = "what is this ?", toy_flamingo()
