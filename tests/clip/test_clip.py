@@ -46,9 +46,9 @@ class TestCLIPConfig:
 class TestImageTower:
     @pytest.mark.parametrize("act", ["gelu", "quick_gelu"])
     def test_a_vit_has_norms_before_and_after_its_blocks_and_is_read_at_the_class_token(self, act):
-        tower = randomize(image_tower(CLIPConfig(
-            image_size=15, patch_size=5, vision_width=12, vision_layers=3, vision_heads=4, act=act)))
-        tower, images = tower.double(), torch.randn(2, 3, 15, 15).double()
+        sizes = {"image_size": 15, "patch_size": 5, "vision_width": 12}
+        config = CLIPConfig(**sizes, vision_layers=3, vision_heads=4, act=act)
+        tower, images = randomize(image_tower(config)).double(), torch.randn(2, 3, 15, 15).double()
         expected = torch.stack([loop_norm(tower.ln_post, loop_vit(tower, image, 4, act)[0])
                                 for image in images])
         assert_close("image features (B, D)", tower.pooled(images), expected)
