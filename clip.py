@@ -58,6 +58,7 @@ class CLIPConfig:
 
     With stages the image encoder is a ResNet: vision_width is then the width of its stem,
     vision_heads are those of its pool; patch_size and vision_layers are not used.
+    Raises ValueError that names the field and its value for one that no model can have.
     """
     image_size: int = 32
     stages: tuple[int, ...] = ()         # blocks in each of a ResNet's four stages; empty: a ViT
@@ -96,7 +97,9 @@ class TextTower(nn.Module):
     def forward(self, ids):
         """ids int64 (B, T), each row with an EOS (the tokenizer adds it) -> (B, D).
 
+        The feature is that of the first EOS, found by its id, which need not be the largest.
         There is no padding mask: behind a causal mask, EOS does not attend to what follows it.
+        Raises ValueError with both numbers when T is larger than the context.
         """
         B, T = ids.shape
         if T > len(self.pos_embed):

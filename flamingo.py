@@ -56,7 +56,10 @@ RESAMPLERS, PLACEMENTS = ("perceiver", "mlp"), ("paper", "openflamingo")
 
 @dataclass(frozen=True)
 class FlamingoConfig:
-    """The configs of the two frozen models, and the sizes of the trained layers."""
+    """The configs of the two frozen models, and the sizes of the trained layers.
+
+    Raises ValueError that names field and value for one that no model can have.
+    """
     vision: CLIPConfig = CLIP_PRESETS["tiny"]
     language: LanguageConfig = LANGUAGE_PRESETS["tiny"]
     use_class_token: bool = True         # beside the patches; OpenFlamingo does not
@@ -133,7 +136,7 @@ class FrameEmbed(nn.Module):
         self.weight = nn.Parameter(0.3 * torch.randn(max_frames, width)) if max_frames else None
 
     def forward(self, features):
-        """features (B, N, F, S, D) -> (B, N, F, S, D)."""
+        """features (B, N, F, S, D) -> (B, N, F, S, D), in their dtype."""
         table, frames = self.weight, features.shape[2]
         if table is None:
             return features
@@ -254,8 +257,12 @@ class Flamingo(nn.Module):
         """Interleaved text: ids int64 (B, T) -> logits (B, T, V), with last (B, 1, V).
 
         visual (B, N, Q, D): from `encode_images`, in the order of each row's <image> tokens; rows
-        with fewer images are padded. mask, cache: as for the language model. attend_next bool (B,):
-        rows whose text attends to the next image instead of the latest one.
+        with fewer images are padded. attend_next bool (B,): rows whose text attends to the next
+        image instead of the latest one (not with a cache).
+        cache: a KVCache. The first call stores the prompt, later ones add the tokens that follow;
+        mask bool (B, S) and visual then cover all calls: visual is the same tensor again, or a new
+        one with more images or other rows. Raises ValueError for a mask of another shape and for
+        more tokens than the context.
         """
         media_mask = self.media_mask(ids, visual, attend_next, cache)
         x, inputs = self.lm.block_inputs(self.lm.embed(ids), mask, cache)        # (B, T, D)
@@ -290,7 +297,7 @@ class Flamingo(nn.Module):
         return {"lm": losses.next_token_loss(logits, batch["labels"], batch.get("label_count"))}
 
     def prepare(self, records, tokenizer):
-        """Records whose last answer is to be written -> (ids, mask, {"visual"}), padded left."""
+        """Records, the last answer open -> (ids, mask, {"visual"}), padded left and never cut."""
         collator = InterleavedCollator(tokenizer, self.config, render_page)
         batch = collator.prompts([as_turns(record) for record in records])
         ids, mask, images = (batch[key].to(self.resampler.norm.weight.device)
@@ -352,7 +359,10 @@ def page_segments(turns, attend_next=False, is_prompt=False):
 
 
 def render_page(turns, tokenizer, context_length=None, attend_next=False, is_prompt=False):
-    """Turns -> (ids, labels), `page_segments` as tokens; what exceeds the context is cut off."""
+    """Turns -> (ids, labels), `page_segments` as tokens; what exceeds the context is cut off.
+
+    Raises ValueError when that is all labels. Text whose next image is cut off has no labels.
+    """
     ids, labels = render(page_segments(turns, attend_next, is_prompt), tokenizer, context_length)
     if attend_next and not is_prompt:    # the cut may have removed the image of the last text
         last_image = max((i for i, token in enumerate(ids) if token == IMAGE), default=0)

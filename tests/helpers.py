@@ -159,7 +159,37 @@ def chain(*follows, vocab_size=V):
     return Table(logits)
 
 
-# Toy Flamingo
+# Toy CLIP and Flamingo
+
+CLIP_EOS = 5                             # not the largest id
+
+
+def toy_clip(**changes):
+    """A CLIP in float64 with random weights: 9 patches of images of 15 pixels, texts of 11 ids."""
+    from clip import CLIP, CLIPConfig
+    model = CLIP(replace(CLIPConfig(
+        image_size=15, patch_size=5, vision_width=12, vision_layers=2, vision_heads=3,
+        text_width=14, text_layers=3, text_heads=2, context_length=11, vocab_size=29,
+        eos_id=CLIP_EOS, embed_dim=7), **changes)).double()
+    randomize(model, 0.3)
+    model.logit_scale.data.fill_(1.7)
+    if model.logit_bias is not None:
+        model.logit_bias.data.fill_(-1.3)
+    return model
+
+
+def texts(rows=3, length=6):
+    """Ids that end in CLIP_EOS and have no other."""
+    ids = torch.randint(CLIP_EOS + 1, 29, (rows, length))
+    ids[:, -1] = CLIP_EOS
+    return ids
+
+
+def clip_batch(rows=5, size=15):
+    """A batch as of ImageTextBatch."""
+    return {"images": torch.randint(256, (rows, 3, size, size), dtype=torch.uint8),
+            "ids": texts(rows)}
+
 
 def flamingo_config(**changes):
     """An image has S = 9 features, 22 wide, and becomes Q = 7 visual tokens; the language model is
@@ -170,7 +200,8 @@ def flamingo_config(**changes):
     return replace(FlamingoConfig(
         vision=CLIPConfig(
             image_size=15, patch_size=5, vision_width=22, vision_layers=3, vision_heads=2,
-            text_width=6, text_layers=1, text_heads=1, context_length=5, vocab_size=17, embed_dim=2),
+            text_width=6, text_layers=1, text_heads=1, context_length=5, vocab_size=17,
+            embed_dim=2),
         language=LanguageConfig(
             vocab_size=43, context_length=37, width=20, layers=3, heads=2, kv_heads=2, hidden=26),
         num_latents=7, resampler_layers=2, resampler_heads=5, resampler_head_width=3, max_frames=4,
@@ -200,14 +231,15 @@ def make_ids(*rows):
     return ids
 
 
-def make_features(B=2, N=3, frames=1):
-    """Random features of the vision encoder, float64 (B, N, F, S, D)."""
-    return torch.randn(B, N, frames, 9, 22).double()
-
-
 def make_visual(B=2, N=3):
     """Random visual tokens, as of the resampler: float64 (B, N, Q, D)."""
     return torch.randn(B, N, 7, 22).double()
+
+
+def make_cache():
+    """An empty cache of keys and values."""
+    from common.cache import KVCache
+    return KVCache()
 
 
 def make_images(B=2, N=3, frames=1):
@@ -223,57 +255,113 @@ def make_batch(*rows, N=3, attend_next=None):
             "attend_next": torch.tensor(attend_next or [False] * len(rows))}
 
 
-# The paper in loops
+# The papers in loops
+
+ACTS = {"gelu": lambda x: x * (1 + torch.erf(x / 2 ** 0.5)) / 2,
+        "quick_gelu": lambda x: x / (1 + (-1.702 * x).exp()),
+        "squared_relu": lambda x: x.clamp(min=0) ** 2}
 
 
-def loop_norm(x, norm):
-    """x (D,), one vector."""
-    mean = sum(x) / len(x)
-    variance = sum((x - mean) ** 2) / len(x)
-    return (x - mean) / (variance + 1e-5) ** 0.5 * norm.weight + norm.bias
+def loop_pixels(images):
+    """uint8 (..., 3, H, W) -> float64, by CLIP's mean and deviation of each channel."""
+    mean, std = (torch.tensor(x, dtype=torch.float64)[:, None, None] for x in (
+        (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)))
+    return (images.double() / 255 - mean) / std
+
+
+def linear(layer, x):
+    return F.linear(x, layer.weight, layer.bias)
+
+
+def loop_norm(norm, x):
+    """x (..., D)."""
+    assert norm is not None, "a norm is missing"
+    return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias)
+
+
+def loop_mlp(mlp, x, act):
+    return linear(mlp.fc2, ACTS[act](linear(mlp.fc1, x)))
 
 
 def loop_attention(layer, query, keys, heads):
-    """One vector attends to a list of vectors; to none: 0."""
-    if not keys:
-        return torch.zeros(layer.out_proj.weight.shape[0]).double()
-    width, outputs = layer.q_proj.weight.shape[0] // heads, []
-    for h in range(heads):
-        rows = slice(h * width, (h + 1) * width)
-        q = layer.q_proj.weight[rows] @ query
-        scores = torch.stack([q @ (layer.k_proj.weight[rows] @ k) for k in keys]) / width ** 0.5
-        shares = scores.exp() / scores.exp().sum()
-        outputs.append(sum(s * (layer.v_proj.weight[rows] @ k) for s, k in zip(shares, keys)))
-    return layer.out_proj.weight @ torch.cat(outputs)
+    """One vector (D,) attends to vectors (S, C); to none: 0."""
+    if not len(keys):
+        return 0.0
+    q, k, v = linear(layer.q_proj, query), linear(layer.k_proj, keys), linear(layer.v_proj, keys)
+    outputs = []
+    for head in torch.arange(len(q)).chunk(heads):
+        shares = (k[:, head] @ q[head] / len(head) ** 0.5).softmax(dim=0)
+        outputs.append(shares @ v[:, head])
+    return linear(layer.out_proj, torch.cat(outputs))
 
 
-def loop_mlp(mlp, x):
-    return mlp.fc2.weight @ (mlp.fc1.weight @ x).clamp(min=0) ** 2
+def loop_block(block, x, heads, act, is_causal=False):
+    """A block of CLIP: x (T, D)."""
+    keys = loop_norm(block.attn_norm, x)
+    x = torch.stack([x[t] + loop_attention(block.attn, keys[t], keys[:t + 1] if is_causal else keys,
+                                           heads) for t in range(len(x))])
+    return x + loop_mlp(block.mlp, loop_norm(block.mlp_norm, x), act)
 
 
-def loop_resampler(resampler, features):
+def loop_vit(tower, image, heads, act="gelu"):
+    """image (3, H, W) -> its tokens before the last norm, (1 + N, D), the class token first."""
+    P = tower.patch_size
+    kernels = tower.patch_embed.weight.unflatten(1, (3, P, P))
+    patches = F.conv2d(image[None], kernels, stride=P)[0].flatten(1).T
+    x = loop_norm(tower.ln_pre, torch.cat([tower.cls_token[None], patches]) + tower.pos_embed)
+    for block in tower.transformer.blocks:
+        x = loop_block(block, x, heads, act)
+    return x
+
+
+def loop_text(tower, ids, heads, act="gelu"):
+    """ids (T,) -> (D,): the first end token, after the last norm."""
+    x = tower.token_embed.weight[ids] + tower.pos_embed[:len(ids)]
+    for block in tower.transformer.blocks:
+        x = loop_block(block, x, heads, act, is_causal=True)
+    return loop_norm(tower.transformer.norm, x[ids.tolist().index(CLIP_EOS)])
+
+
+def loop_resampler_layer(layer, latents, media, heads, act="squared_relu"):
+    """latents (Q, D), media (S, D) of one image."""
+    queries = loop_norm(layer.latents_norm, latents)
+    keys = torch.cat([queries, loop_norm(layer.media_norm, media)])
+    latents = torch.stack([vector + loop_attention(layer.attn, query, keys, heads)
+                           for vector, query in zip(latents, queries)])
+    return latents + loop_mlp(layer.mlp, loop_norm(layer.mlp_norm, latents), act)
+
+
+def loop_resampler(resampler, features, heads=5, act="squared_relu"):
     """features (F, S, D) of one image, or of a clip of max_frames frames."""
-    media = [v + resampler.frames.weight[f] for f, frame in enumerate(features) for v in frame]
-    latents = list(resampler.latents)
+    media = [features[f, s] + resampler.frames.weight[f]
+             for f in range(features.shape[0]) for s in range(features.shape[1])]
+    latents = resampler.latents
     for layer in resampler.layers:
-        queries = [loop_norm(v, layer.latents_norm) for v in latents]
-        keys = [loop_norm(v, layer.media_norm) for v in media] + queries
-        latents = [v + loop_attention(layer.attn, q, keys, 5) for v, q in zip(latents, queries)]
-        latents = [v + loop_mlp(layer.mlp, loop_norm(v, layer.mlp_norm)) for v in latents]
-    return torch.stack([loop_norm(v, resampler.norm) for v in latents])
+        latents = loop_resampler_layer(layer, latents, torch.stack(media), heads, act)
+    return loop_norm(resampler.norm, latents)
 
 
-def loop_gated_block(block, x, visual, ids):
-    """x (T, D), visual (N, Q, C), ids (T,) of one row."""
-    out = []
-    for t in range(len(x)):
-        image = sum(i == IMAGE for i in ids[:t + 1].tolist())
-        keys = list(visual[image - 1]) if image else []
-        y = x[t] + math.tanh(block.attn_gate.item()) * loop_attention(
-            block.attn, loop_norm(x[t], block.attn_norm), keys, 3)
-        out.append(y + math.tanh(block.mlp_gate.item()) * loop_mlp(
-            block.mlp, loop_norm(y, block.mlp_norm)))
-    return torch.stack(out)
+def images_of(row, only_latest_image=True, attend_next=False):
+    """The numbers of the images that each letter of a row attends to; I is an image, from 0."""
+    places = [t for t, letter in enumerate(row) if letter == "I"]
+    found = []
+    for t in range(len(row)):
+        if attend_next:                  # the image at or after t
+            number = min((n for n, place in enumerate(places) if place >= t), default=-1)
+        else:
+            number = max((n for n, place in enumerate(places) if place <= t), default=-1)
+        found.append([number] * (number >= 0) if only_latest_image else list(range(number + 1)))
+    return found
+
+
+def loop_gated_block(block, x, visual, images, heads=3, act="squared_relu"):
+    """x (T, D), visual (N, Q, C) and images (see `images_of`) of one row."""
+    queries = loop_norm(block.attn_norm, x)
+    x = torch.stack([
+        x[t] + math.tanh(block.attn_gate.item()) * loop_attention(
+            block.attn, queries[t], visual[images[t]].flatten(0, 1), heads) for t in range(len(x))])
+    hidden = loop_mlp(block.mlp, loop_norm(block.mlp_norm, x), act)
+    return x + math.tanh(block.mlp_gate.item()) * hidden
 
 
 # Command lines
