@@ -17,8 +17,8 @@ NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
 
 def pair(**changes):
     """A large red circle at the top left and a small blue square at the right, on grey."""
-    red, blue = Item("red", "circle", "large", 0.25, 0.3), Item("blue", "square", "small", 0.75, 0.5)
-    return Scene(**{"items": (red, blue), "background": "grey", **changes})
+    items = Item("red", "circle", "large", 0.25, 0.3), Item("blue", "square", "small", 0.75, 0.5)
+    return Scene(**{"items": items, "background": "grey", **changes})
 
 
 def odd():
@@ -69,13 +69,9 @@ def exceeds(a, b):
     return a > b
 
 
-def yes(fact):
-    return "yes" if fact else "no"
-
-
 ASK = (r"(?:is it true that|does the picture show|can you see|is|are there|does|is there)"
        r"(?: there is| there are)?")
-READERS = [                               # the more special first
+READERS = [                               # the more special first; True is "yes"
     (r"(?:what|which) (colour|shape|size) (?:is|does) the (.+?)(?: have)?\?",
      lambda s, what, x: getattr(one(x, s), what)),
     (r"(?:what is the|of which) (colour|shape) (?:of|is) the (.+)\?",
@@ -84,24 +80,23 @@ READERS = [                               # the more special first
     (r"(?:can you see )?(?:how many|what is the number of) (.+?)"
      r"(?: are there| there are| does the picture show)?\?",
      lambda s, x: NUMBERS[len(fitting(x, s))]),
-    (r"(?:is|where is|what is true of) (the .+?)(?:,(?: is it)?)? (left or right of|above or below)"
-     r" (the .+)\?",
-     lambda s, x, r, y: r.split()[0] if beside(one(x, s), r, one(y, s)) else r.split()[2]),
-    (ASK + r" (the .+?) (?:is |look )?(larger|smaller) than (the .+)\?",
-     lambda s, x, c, y: yes(
-         exceeds(SIZES[one(x, s).size], SIZES[one(y, s).size]) == (c == "larger"))),
-    (ASK + r" (more|fewer) (.+) than (.+)\?",
-     lambda s, c, x, y: yes(exceeds(len(fitting(x, s)), len(fitting(y, s))) == (c == "more"))),
+    (r"(?:is|where is|what is true of) (the .+?)(?:,(?: is it)?)? (left|above) or (right|below)"
+     r"(?: of)? (the .+)\?", lambda s, x, a, b, y: a if beside(one(x, s), a, one(y, s)) else b),
+    (ASK + r" (the .+?) (?:is |look )?(larger|smaller) than (the .+)\?", lambda s, x, c, y:
+     exceeds(SIZES[one(x, s).size], SIZES[one(y, s).size]) == (c == "larger")),
+    (ASK + r" (more|fewer) (.+) than (.+)\?", lambda s, c, x, y:
+     exceeds(len(fitting(x, s)), len(fitting(y, s))) == (c == "more")),
     (ASK + r" (the .+?) (?:is )?(left of|right of|above|below) (the .+)\?",
-     lambda s, x, r, y: yes(beside(one(x, s), r, one(y, s)))),
-    (ASK + r" (an? .+?)(?: in the picture)?\?", lambda s, x: yes(fitting(x, s)))]
+     lambda s, x, r, y: beside(one(x, s), r, one(y, s))),
+    (ASK + r" (an? .+?)(?: in the picture)?\?", lambda s, x: bool(fitting(x, s)))]
 
 
 def resolve(question, scene):
     """The answer to a question, from the objects of the scene."""
     for pattern, answer in READERS:
         if found := re.fullmatch(pattern, question):
-            return answer(scene, *found.groups())
+            value = answer(scene, *found.groups())
+            return {True: "yes", False: "no"}.get(value, value)
     raise AssertionError(f"not a question of the world: {question!r}")
 
 

@@ -8,35 +8,28 @@ import pytest
 
 from common.data.shapes.questions import FORMS, balanced_question, probes, questions
 from common.data.shapes.scene import HELD_OUT
-from tests.shapes.judge import (ask_and_answer, blind, held_out, many, odd, pair, pairs_in, resolve,
-                                shows)
+from tests.shapes.judge import (ask_and_answer, blind, held_out, many, odd, pair, pairs_in, resolve)
 
 TRAINED = ("colour", "shape", "count", "relation", "existence", "comparison")
 KINDS = {"train": TRAINED, "test": (*TRAINED, "size")}
 
 
 def test_the_judge_itself_is_right():
-    """On a scene worked out by hand."""
     for question, answer in (
-            ("what colour is the circle?", "red"), ("what shape is the small object?", "square"),
+            ("what colour is the circle?", "red"), ("what size is the circle?", "large"),
             ("which shape does the object at the top left have?", "circle"),
             ("how many circles are there?", "one"), ("how many green objects are there?", "zero"),
-            ("is the red circle left of the blue square?", "yes"),
-            ("is the red circle below the blue square?", "no"),
+            ("is the red circle below the blue square?", "no"), ("is there a blue object?", "yes"),
             ("is the blue square above or below the red circle?", "below"),
-            ("is there a blue circle?", "no"), ("is there a blue object?", "yes"),
-            ("is the blue square larger than the red circle?", "no"),
-            ("are there fewer stars than squares?", "yes"), ("what size is the circle?", "large")):
+            ("are there fewer stars than squares?", "yes"), ("is there a blue circle?", "no")):
         assert resolve(question, pair()) == answer
-    for bad in ("what colour is the object?", "what colour is the star?", "how are you?",
-                "are there more circles than squares?"):
+    for undecided in ("what colour is the object?", "what colour is the star?", "how are you?"):
         with pytest.raises(AssertionError):
-            resolve(bad, pair())
+            resolve(undecided, pair())
 
 
 @pytest.fixture(scope="module")
 def drawn():
-    """{split: [(scene, question), ...]}."""
     return {split: [(scene, record) for scene, rng in many(500, (1, 5))
                     for record in questions(scene, rng, split, side=None)] for split in KINDS}
 
@@ -55,7 +48,6 @@ class TestQuestions:
     def test_the_splits_share_no_question_and_use_all_their_wordings(self, drawn):
         said = {split: {ask_and_answer(record)[0] for _, record in drawn[split]} for split in KINDS}
         assert not said["train"] & said["test"]
-        assert not any(re.search("what size|small or large", question) for question in said["train"])
         for _, *wordings in (form for forms in FORMS.values() for form in forms.values()):
             for split, group in zip(said, wordings, strict=True):
                 for wording in group:
@@ -69,9 +61,9 @@ class TestQuestions:
                 for record in questions(scene, rng, side=None):
                     answers[record["form"]][ask_and_answer(record)[1]] += 1
             for form, counts in answers.items():
-                total = sum(counts.values())
                 if set(counts) <= {"yes", "no"}:
-                    assert abs(counts["yes"] / total - 0.5) < 2 / math.sqrt(total), (objects, form)
+                    limit = math.sqrt(counts.total())
+                    assert abs(counts["yes"] - counts["no"]) < 4 * limit, (objects, form)
 
     def test_in_composition_a_held_out_name_is_no_sign_of_yes(self):
         answers = Counter()
@@ -82,10 +74,6 @@ class TestQuestions:
                 answers[answer] += bool(held_out(question) and record["form"] == "pair")
         assert min(answers["yes"], answers["no"]) > 12, answers
 
-    def test_the_picture_is_that_of_the_scene(self):
-        records = [*questions(pair(), random.Random(0), side=40), *probes(pair(), random.Random(0), 40)]
-        assert all(shows(record, [pair()], 40) for record in records)
-
 
 class TestBalancedQuestion:
     @pytest.mark.parametrize("split", KINDS)
@@ -93,10 +81,9 @@ class TestBalancedQuestion:
         """By the exact words of a question and by any of its words."""
         chance = {"colour": 1 / 7, "shape": 1 / 5, "count": 1 / 3}
         for kind in KINDS[split]:
-            rng = random.Random(kind)
+            rng, limit = random.Random(kind), chance.get(kind, 1 / 2) + 0.08
             records = [balanced_question(rng, kind, split, side=None) for _ in range(700)]
             asked = [ask_and_answer(record) for record in records]
-            limit = chance.get(kind, 1 / 2) + 0.08
             assert blind([(q.replace(" ", "_"), a) for q, a in asked]) < limit, kind
             if kind != "relation":        # left, right, above, below are told apart by the form
                 assert blind(asked) < limit, kind
@@ -107,8 +94,7 @@ class TestBalancedQuestion:
             assert set(counts) == set(FORMS[kind])
             for form, own in counts.items():
                 answers = FORMS[kind][form][0][:3 if kind == "count" else None]
-                assert set(own) == set(answers), form
-                assert max(own.values()) < 1.6 * sum(own.values()) / len(own), (form, own)
+                assert set(own) == set(answers) and max(own.values()) < 1.6 * own.total() / len(own)
 
     def test_what_it_asks_depends_on_the_number_of_objects(self):
         rng = random.Random(0)
@@ -128,15 +114,15 @@ class TestProbes:
                 (setting, answer) for setting in ("random", "popular", "adversarial")
                 for answer in ("yes", "no")]
             there = pairs_in(scene)
-            colours, shapes = map(set, zip(*there))
+            colours, shapes = zip(*there)
             for record in records:
                 question, answer = ask_and_answer(record)
                 assert resolve(question, scene) == answer and not held_out(question)
-                asked = re.fullmatch(r"is there an? (\w+) (\w+) in the picture\?", question).groups()
-                if answer == "no" and record["setting"] == "popular":
-                    assert asked[0] in ("cyan", "pink")     # the colours without a held-out pair
-                if answer == "no" and record["setting"] == "adversarial":
-                    both = {(c, s) for c in colours for s in shapes} - there - HELD_OUT
-                    assert asked in both or not both and (asked[0] in colours or asked[1] in shapes)
-                    hard[bool(both)] += 1
-        assert min(hard[True], hard[False]) > 40 and not {"cyan", "pink"} & {c for c, _ in HELD_OUT}
+                colour, shape = re.search(r"(\w+) (\w+) in the picture", question).groups()
+                if (record["setting"], answer) == ("popular", "no"):
+                    assert colour not in {held for held, _ in HELD_OUT}
+                if (record["setting"], answer) == ("adversarial", "no"):
+                    near = {(c, s) for c in colours for s in shapes} - there - HELD_OUT
+                    hard[bool(near)] += 1
+                    assert (colour, shape) in near if near else colour in colours or shape in shapes
+        assert min(hard[True], hard[False]) > 40
