@@ -106,6 +106,12 @@ def ask_and_answer(record):
     return turn["prompt"], turn["answer"]
 
 
+def scenes_of(record):
+    """The scenes of a record's pictures, in order; () of a record without a scene."""
+    source = record.get("source", ())
+    return source if isinstance(source, tuple) else (source,)
+
+
 def shows(record, scenes, side):
     """Whether the record's pictures, or the frames of its clips, are exactly these scenes."""
     pictures = record["images"] if "images" in record else [
@@ -125,9 +131,9 @@ def held_out(text):
 
 
 def blind(pairs):
-    """The accuracy of a guesser who learns from half of (text, answer) and is asked the rest.
+    """The accuracy of naive Bayes on words, which learns from half of (text, answer) pairs.
 
-    It is naive Bayes on the words of a text: what the words alone give away.
+    It is what the words alone give away of the answers to the other half.
     """
     half = len(pairs) // 2
     seen, words = Counter(answer for _, answer in pairs[:half]), defaultdict(Counter)

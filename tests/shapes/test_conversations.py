@@ -60,8 +60,8 @@ class TestInstruction:
             if "taken away" in question:
                 before, after = re.fullmatch(rf"there (is .+|are .+s)\. without the {name}, "
                                              r"(.+) would be left\.", answer).groups()
-                counts = ["no objects", "one object", "two objects", "three objects", "four objects"]
-                assert (before.split(" ", 1)[1], after) == (counts[n], counts[n - 1])
+                assert before.split()[1] == NUMBERS[n] and after == (
+                    "one object" if n == 2 else f"{('no', *NUMBERS[1:])[n - 1]} objects")
             elif "left to right" in question:
                 assert all(item.x < i.x - 0.12 for i in others) and "left of all" in answer
             elif "top to bottom" in question:

@@ -11,7 +11,7 @@ from common.data.shapes.interleaved import (CLIPS, DOCUMENT_KINDS, LABELS, QUEST
 from common.data.shapes.scene import COLOURS, HELD_OUT, SHAPES, SIZES
 from common.data.shapes.words import is_true
 from tests.shapes.judge import (NUMBERS, ask_and_answer, blind, held_out, one, pairs_in, resolve,
-                                shows)
+                                scenes_of, shows)
 
 
 @pytest.fixture(scope="module")
@@ -27,10 +27,6 @@ def answers_of(record):
 
 def words_of(record):
     return record.get("texts") or [(turn["prompt"], turn["answer"]) for turn in record["turns"]]
-
-
-def scenes_of(record):
-    return record["source"] if isinstance(record["source"], tuple) else (record["source"],)
 
 
 def named(record, by):
@@ -60,7 +56,8 @@ class TestTasks:
         bare = [TASKS[kind](random.Random(i), side=None) for i in range(200)]
         for i, (one, record) in enumerate(zip(bare, drawn[kind])):
             assert (words_of(one), one["source"]) == (words_of(record), record["source"])
-            assert shows(one, (), 16) and (i % 9 or record == TASKS[kind](random.Random(i), side=16))
+            assert shows(one, (), 16)
+            assert i > 9 or record == TASKS[kind](random.Random(i), side=16)
         assert len({str(words_of(record)) for record in bare}) > 70
         for record in bare:
             assert not held_out(str(words_of(record)))
@@ -158,8 +155,9 @@ class TestEpisode:
                 votes = Counter(label for name, label in zip(classes, labels) if name == asked)
                 liked = [label for label in votes if votes[label] == max(votes.values())]
                 right[n] += (answer in liked) / len(liked)
-                assert set(Counter(labels).values()) == set(Counter(classes).values()) == {shots // 2}
-                assert set(labels) == set(record["candidates"]) and len(classes) == shots
+                for labelled in (classes, labels):
+                    assert sorted(Counter(labelled).values()) == [shots // 2, shots // 2]
+                assert set(labels) == set(record["candidates"])
             meanings[answer].add(asked)
             places[record["candidates"].index(answer)] += 1
             assert 1 in (len(set(named(record, by))) for by in ("colour", "shape"))

@@ -14,20 +14,22 @@ from common.data.shapes.words import (OPENINGS, at, describe, is_true, listed, n
 from tests.shapes.judge import NUMBERS, fitting, many, odd, one, pair
 
 # Sentences on `pair`: true ones, false ones, and what is no sentence. A relation joins two objects.
-SENTENCES = {True: """a red circle. A Red Circle. red circle. a large object. a red object and a shape.
+SENTENCES = {
+    True: """a red circle. A Red Circle. red circle. a large object. a red object and a shape.
     a red circle and a blue square. a blue square, a red circle. a red circle at the top left.
     a red circle at the left. a red circle on the top. the red circle is at the top left.
     a red circle left of a blue square. the red circle is to the left of the blue square.
     there are two shapes. a photo of a red circle. there is a red circle. no green star.
     an image with a small blue square. this is a red thing. we see a blue square. i see a circle""",
-    False: """a small red circle. a blue circle. a red circle and a blue ring. no red circle. two red circles.
+    False: """a small red circle. a blue circle. a red circle and a blue ring. two red circles.
     a green star and a red circle. a red circle on a red background. a red circle in the centre.
     a red circle right of a blue square. a red circle left of a red circle. no objects""",
-    None: """no red circle left of a blue square. two red circles above a blue square. and. ,. a. red.
-    a red circle left of a blue square and a circle. the left. a dog. a red red circle. a circle red.
-    a red circle and. a red circle and a dog. a red circle a blue square. left of a blue square.
-    a red circle left of. a red circle left of a dog. a red circle at the middle. on a grey background.
-    a red circle on a grey background and a blue square. what colour is the circle?. \t\0 <image> 7"""}
+    None: """no red circle left of a blue square. two red circles above a blue square. and. ,. red.
+    a red circle left of a blue square and a circle. the left. a dog. a red red circle. a. a circle
+    red. a red circle and. a red circle and a dog. a red circle a blue square. left of a blue square.
+    a red circle left of. a red circle left of a dog. a red circle at the middle. on a grey
+    background. a red circle on a grey background and a blue square. what colour is the circle?.
+    \t\0 <image> 7"""}
 
 
 class TestIsTrue:
@@ -40,27 +42,27 @@ class TestIsTrue:
         truths = Counter()
         for scene, rng in many(1500):
             items = [*scene.items, *sample(rng, 1).items]
-            a, b = (" ".join([rng.choice([i.size, ""]), rng.choice([i.colour, ""]),
-                              rng.choice([i.shape, "object"])]).split()
-                    for i in rng.choices(items, k=2))
-            a, b, many_a = "the " + " ".join(a), "the " + " ".join(b), " ".join(a)
+            a, b = (" ".join(filter(None, (rng.choice([item.size, ""]), rng.choice([item.colour, ""]),
+                                           rng.choice([item.shape, "object"]))))
+                    for item in rng.choices(items, k=2))
             there, others = fitting(a, scene), fitting(b, scene)
-            n, ground = rng.randrange(4), rng.choice(list(BACKGROUNDS))
-            place, relation = at(rng.choice(items)), rng.choice(["left of", "right of", "above", "below"])
-            plural = re.sub("crosss", "crosses", many_a + "s")
-            for text, truth in (
-                    (f"{a} {place}", fitting(f"{a} {place}", scene)),
-                    (f"{a} {relation} {b}", [x for x in there for y in others if 0.12 < {
-                        "l": y.x - x.x, "r": x.x - y.x, "a": y.y - x.y, "b": x.y - y.y}[relation[0]]]),
-                    (f"{a} on a {ground} background", there and ground == scene.background),
-                    (f"{('no', *NUMBERS[1:])[n]} {plural}", len(there) == n),
-                    (f"{a}, {b}", there and others)):
+            n, ground, place = rng.randrange(4), rng.choice(list(BACKGROUNDS)), at(rng.choice(items))
+            relation = rng.choice(["left of", "right of", "above", "below"])
+            gaps = [{"l": y.x - x.x, "r": x.x - y.x, "a": y.y - x.y, "b": x.y - y.y}[relation[0]]
+                    for x in there for y in others]
+            plural = f"{a}s".replace("crosss", "crosses")
+            for text, truth in ((f"the {a} {place}", fitting(f"{a} {place}", scene)),
+                                (f"the {a} {relation} the {b}", max(gaps, default=0) > 0.12),
+                                (f"a {a} on a {ground} background",
+                                 there and ground == scene.background),
+                                (f"{('no', *NUMBERS[1:])[n]} {plural}", len(there) == n),
+                                (f"{a}, the {b}", there and others)):
                 assert is_true(text, scene) is bool(truth), (text, scene)
                 truths[bool(truth)] += 1
         assert min(truths.values()) > 2000, truths
 
     def test_what_names_an_object_by_colour_and_shape(self):
-        for text in ("a circle and a large blue star", "two red circles", "a circle above a blue star"):
+        for text in ("a circle and a large blue star", "two red rings", "a star above a blue star"):
             assert names_an_object(text), text
         for text in ("a circle", "a red object", "a large thing", "no red circle", "nonsense", ""):
             assert not names_an_object(text), text
@@ -85,7 +87,8 @@ class TestDescribe:
     def test_the_long_ones_say_more(self):
         short, long, either = ({describe(pair(), random.Random(i), length) for i in range(300)}
                                for length in ("short", "long", None))
-        assert len(short) == 2 * len(set(OPENINGS)) and either & short and either - short <= long
+        assert len(short) == 2 * len(set(OPENINGS))
+        assert either & short and either - short and either <= short | long
         said = ("large", "left of", "right of", "above", "below", "at the", "background")
         assert not any(word in text for text in short for word in said)
         assert all(any(word in text for text in long) for word in said)
@@ -95,7 +98,8 @@ class TestDescribe:
 class TestPhrases:
     def test_articles_and_lists(self):
         orange = replace(pair().items[0], colour="orange")
-        assert phrase(orange) == "an orange circle" and phrase(orange, True) == "a large orange circle"
+        assert phrase(orange) == "an orange circle"
+        assert phrase(orange, size=True) == "a large orange circle"
         assert list(map(listed, ("x", "xy", "xyz"))) == ["x", "x and y", "x, y and z"]
 
     def test_where_divides_the_picture_in_thirds(self):
