@@ -4,6 +4,7 @@ import io
 import json
 import pickle
 import random
+import re
 import zipfile
 from pathlib import Path
 
@@ -50,12 +51,10 @@ def statements(entry):
 class TestArchive:
     def test_it_is_small_flat_and_reproducible(self, archive):
         assert archive.testzip() is None and (FOLDER / "emoji.zip").stat().st_size < 6_000_000
-        assert sum(info.file_size for info in archive.infolist()) < 8_000_000
         for info in archive.infolist():
             assert info.date_time == (1980, 1, 1, 0, 0, 0)
-            name = info.filename.removeprefix("licences/")
-            assert name and not {"/", "\\"} & set(name) and name != ".."
-            assert (info.compress_type == zipfile.ZIP_STORED) == name.endswith(".png")
+            assert re.fullmatch(r"(licences/)?[\w-]+[\w.-]+", info.filename)
+            assert (info.compress_type == zipfile.ZIP_STORED) == info.filename.endswith(".png")
 
     def test_every_picture_is_64_pixels_and_unlike_all_others(self, world, archive):
         pictures = dict(world.named_pictures())
@@ -64,17 +63,15 @@ class TestArchive:
         for name, picture in pictures.items():
             with Image.open(io.BytesIO(archive.read(name))) as packed:
                 assert packed.size == picture.size == (64, 64) and packed.format == "PNG", name
-            assert picture.mode == "RGB" and min(picture.tobytes()) < 250, name    # not empty
+            assert picture.mode == "RGB" and min(picture.getextrema())[0] < 250, name    # not empty
         assert pictures["grinning-cat.png"].getpixel((0, 0)) == (255, 255, 255)
 
     def test_licences_lie_inside_and_beside(self, archive):
-        inside = "".join(archive.read(name).decode() for name in archive.namelist()
-                         if name.startswith("licences/"))
-        for text in (inside, (FOLDER / "LICENSES-emoji.txt").read_text(encoding="utf-8")):
-            for phrase in ("SIL OPEN FONT LICENSE Version 1.1", "Apache License", "Google Inc.",
-                           "Version 2.0, January 2004", "COPYRIGHT AND PERMISSION NOTICE",
-                           "Unicode, Inc."):
-                assert phrase in text, phrase
+        beside = (FOLDER / "LICENSES-emoji.txt").read_text(encoding="utf-8")
+        inside = "".join(archive.read(f"licences/{name}").decode() for name in build.LICENCES)
+        for words in ("SIL OPEN FONT LICENSE Version 1.1", "Apache License", "Google Inc.",
+                      "Version 2.0, January 2004", "COPYRIGHT AND PERMISSION", "Unicode, Inc."):
+            assert words in inside and words in beside, words
 
     def test_its_index_names_every_emoji_once(self, archive):
         index = json.loads(archive.read("index.json"))
@@ -82,10 +79,8 @@ class TestArchive:
         for field in ("name", "phrase", "file", "codepoints"):
             assert len({entry[field] for entry in index}) == len(index), field
         for entry in index:
-            assert set(entry) == {"file", "codepoints", "name", "phrase", "keywords", "group",
-                                  "subgroup", "base", "tones"}
-            assert {TONES.get(c) for c in entry["codepoints"].split()} - {None} == {*entry["tones"]}
-            assert "; " not in entry["name"] and entry["name"] == entry["name"].strip()
+            tones = {TONES[code] for code in entry["codepoints"].split() if code in TONES}
+            assert tones == set(entry["tones"]) and entry["base"] and "; " not in entry["name"]
             assert all(word and not {",", ";"} & {*word} for word in entry["keywords"])
 
 
@@ -95,7 +90,8 @@ class TestMakeSplits:
         assert len(test) == 400 and sorted(train + test) == sorted(e["name"] for e in world.entries)
         assert hashlib.sha256("\n".join(test).encode()).hexdigest()[:16] == "7f718b0399086620"
         assert {entry["held_out"] for entry in entries["train"]} == {None}
-        assert entries["composition"] == [e for e in entries["test"] if e["held_out"] == "combination"]
+        combinations = [entry for entry in entries["test"] if entry["held_out"] == "combination"]
+        assert entries["composition"] == combinations
         toned = [entry["base"] for entry in world.entries if entry["tones"]]
         toneless = sum(entry["base"] not in toned for entry in world.entries)
         assert world.size("composition") == round(400 * len(toned) / (len(toned) + toneless))
@@ -118,8 +114,8 @@ class TestMakeSplits:
         assert {tone for entry in train for tone in entry["tones"]} == {"light", "medium", "dark"}
 
     def test_training_says_no_test_name(self, world, records, entries):
-        varied = (world.record("train", i, random.Random(i)) for i in range(world.size("train")))
-        said = {text for own in (records["train"], varied) for record in own for text in record["texts"]}
+        varied = [world.record("train", i, random.Random(i)) for i in range(world.size("train"))]
+        said = {text for record in records["train"] + varied for text in record["texts"]}
         assert {*world.corpus()} <= said
         words = {word for entry in entries["train"] for word in entry["keywords"]}
         for entry in entries["test"]:
@@ -135,7 +131,8 @@ class TestRecord:
             assert picture.mode == "RGB" and picture.size == (32, 32)
             assert texts[0] == record["source"]["name"] and len(set(texts)) == len(texts)
             assert all(world.is_true(text, record["source"]) for text in texts)
-        assert (sum(map(len, (r["texts"] for r in varied))) < 4.1 * len(varied)) == (split == "train")
+        few = sum(len(record["texts"]) for record in varied) < 4.1 * len(varied)
+        assert few == (split == "train")         # one template each time, and some of the keywords
         with pytest.raises(IndexError):
             world.record(split, world.size(split))
 
@@ -149,9 +146,8 @@ class TestRecord:
     @pytest.mark.parametrize("name", ["flag: United States", "open file folder", "satellite",
                                       "speaking head"])
     def test_a_variation_is_small_and_never_mirrored(self, world, records, name):
-        (index, plain), = ((i, np.asarray(record["images"][0], float)) for i, record in
-                           enumerate(records["train"]) if record["source"]["name"] == name)
-        rng = random.Random(0)
+        index, rng = [r["texts"][0] for r in records["train"]].index(name), random.Random(0)
+        plain = np.asarray(records["train"][index]["images"][0], float)
         varied = [np.asarray(world.record("train", index, rng)["images"][0]) for _ in range(60)]
         mean = np.mean(varied, axis=0)
         shown, upright, mirrored = (p - p.mean() for p in (mean, plain, plain[:, ::-1]))
@@ -160,7 +156,7 @@ class TestRecord:
 
     @pytest.mark.parametrize("size", [16, 48, 224])
     def test_its_picture_is_whole_on_a_light_background_in_the_worlds_size(self, size, records):
-        index, = (i for i, r in enumerate(records["train"]) if r["source"]["name"] == "grinning face")
+        index = [record["texts"][0] for record in records["train"]].index("grinning face")
         for rng in (None, random.Random(0)):
             picture = np.asarray(Emoji(image_size=size).record("train", index, rng)["images"][0])
             assert picture.shape == (size, size, 3)
@@ -214,8 +210,8 @@ class TestEntry:
          "flag-st-barthelemy"),
         ("family: man, woman, girl, boy", "family of man, woman, girl and boy",
          "family: man, woman, girl, boy", [], "family-man-woman-girl-boy"),
-        ("man: dark skin tone, bald", "man with dark skin tone and bald head", "man: bald", ["dark"],
-         "man-dark-skin-tone-bald"),
+        ("man: dark skin tone, bald", "man with dark skin tone and bald head", "man: bald",
+         ["dark"], "man-dark-skin-tone-bald"),
         ("kiss: woman, man, light skin tone, dark skin tone",
          "kiss of woman and man with light skin tone and dark skin tone", "kiss: woman, man",
          ["light", "dark"], "kiss-woman-man-light-skin-tone-dark-skin-tone")])

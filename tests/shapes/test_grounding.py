@@ -5,9 +5,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from common.data.shapes.grounding import GLYPHS, box_of, glyphs, referring
-from common.data.shapes.scene import SIZES, Item, draw
-from tests.shapes.judge import ask_and_answer, many, one, shows
+from common.data.shapes.grounding import GLYPHS, glyphs, referring
+from tests.shapes.judge import ask_and_answer, many, one, pair, shows
 
 
 class TestReferring:
@@ -18,11 +17,7 @@ class TestReferring:
             question, answer = ask_and_answer(record)
             item, (box,) = one(record["phrase"], scene), record["boxes"]
             assert record["item"] == item and shows(record, [scene], 9)
-            alone = replace(scene, items=(replace(item, tint=(0, 0, 0)),), background="white")
-            ink = np.abs(np.asarray(draw(alone, 250)).astype(int) - 250).sum(-1) > 60
-            (top, bottom), (left, right) = ((v.min(), v.max() + 1) for v in np.nonzero(ink))
-            assert np.abs(4 * np.array((left, top, right, bottom)) - box).max() < 16, item
-            assert all(type(v) is int and 0 <= v < 1000 for v in box)
+            assert box == tuple(min(999, int(1000 * v)) for v in item.box)
             text = "({},{}),({},{})".format(*box)
             if record["kind"] == "ground":
                 assert (question, answer) == (f"give the box of the {record['phrase']}.", text)
@@ -32,11 +27,8 @@ class TestReferring:
             kinds.add(record["kind"])
         assert kinds == {"ground", "name"} == {
             referring(scene, rng, kind)["kind"] for kind in kinds for scene, rng in many(5)}
-
-    def test_a_box_is_in_thousandths_of_the_side_below_1000(self):
-        low, high = int(1000 * (0.5 - SIZES["small"])), int(1000 * (0.5 + SIZES["small"]))
-        assert box_of(Item("red", "circle", "small", 0.5, 0.5)) == (low, low, high, high)
-        assert max(box_of(Item("red", "circle", "large", 1 - SIZES["large"], 0.5))) == 999
+        edge = pair(items=(replace(pair().items[0], x=0.8, y=0.3),))
+        assert max(referring(edge, random.Random(0))["boxes"][0]) == 999
 
 
 class TestGlyphs:

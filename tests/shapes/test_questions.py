@@ -14,18 +14,11 @@ TRAINED = ("colour", "shape", "count", "relation", "existence", "comparison")
 KINDS = {"train": TRAINED, "test": (*TRAINED, "size")}
 
 
-def test_the_judge_itself_is_right():
-    for question, answer in (
-            ("what colour is the circle?", "red"), ("what size is the circle?", "large"),
-            ("which shape does the object at the top left have?", "circle"),
-            ("how many circles are there?", "one"), ("how many green objects are there?", "zero"),
-            ("is the red circle below the blue square?", "no"), ("is there a blue object?", "yes"),
-            ("is the blue square above or below the red circle?", "below"),
-            ("are there fewer stars than squares?", "yes"), ("is there a blue circle?", "no")):
-        assert resolve(question, pair()) == answer
-    for undecided in ("what colour is the object?", "what colour is the star?", "how are you?"):
-        with pytest.raises(AssertionError):
-            resolve(undecided, pair())
+@pytest.mark.parametrize("question", ["what colour is the object?", "what colour is the star?",
+                                      "are there more circles than squares?", "how are you?"])
+def test_the_judge_refuses_what_a_scene_does_not_decide(question):
+    with pytest.raises(AssertionError):
+        resolve(question, pair())
 
 
 @pytest.fixture(scope="module")
@@ -54,16 +47,13 @@ class TestQuestions:
                     pattern = re.sub(r"\\{\w\\}", ".+", re.escape(wording))
                     assert any(re.fullmatch(pattern, q) for q in said[split]), wording
 
-    def test_yes_and_no_are_even_in_scenes_of_any_size(self):
-        for objects in (1, 2, 3):
-            answers = defaultdict(Counter)
-            for scene, rng in many(300, objects):
-                for record in questions(scene, rng, side=None):
-                    answers[record["form"]][ask_and_answer(record)[1]] += 1
-            for form, counts in answers.items():
-                if set(counts) <= {"yes", "no"}:
-                    limit = math.sqrt(counts.total())
-                    assert abs(counts["yes"] - counts["no"]) < 4 * limit, (objects, form)
+    def test_yes_and_no_are_even(self, drawn):
+        answers = defaultdict(Counter)
+        for scene, record in drawn["train"] + drawn["test"]:
+            answers[record["form"]][ask_and_answer(record)[1]] += 1
+        for form, counts in answers.items():
+            limit = 4 * math.sqrt(counts.total())
+            assert "yes" not in counts or abs(counts["yes"] - counts["no"]) < limit, form
 
     def test_in_composition_a_held_out_name_is_no_sign_of_yes(self):
         answers = Counter()

@@ -26,7 +26,7 @@ SENTENCES = {
     a red circle right of a blue square. a red circle left of a red circle. no objects""",
     None: """no red circle left of a blue square. two red circles above a blue square. and. ,. red.
     a red circle left of a blue square and a circle. the left. a dog. a red red circle. a. a circle
-    red. a red circle and. a red circle and a dog. a red circle a blue square. left of a blue square.
+    red. a red circle and. a red circle and a dog. a red circle a blue square. left of a square.
     a red circle left of. a red circle left of a dog. a red circle at the middle. on a grey
     background. a red circle on a grey background and a blue square. what colour is the circle?.
     \t\0 <image> 7"""}
@@ -42,12 +42,11 @@ class TestIsTrue:
         truths = Counter()
         for scene, rng in many(1500):
             items = [*scene.items, *sample(rng, 1).items]
-            a, b = (" ".join(filter(None, (rng.choice([item.size, ""]), rng.choice([item.colour, ""]),
-                                           rng.choice([item.shape, "object"]))))
-                    for item in rng.choices(items, k=2))
+            a, b = (rng.choice([item.size + " ", ""]) + rng.choice([item.colour + " ", ""])
+                    + rng.choice([item.shape, "object"]) for item in rng.choices(items, k=2))
             there, others = fitting(a, scene), fitting(b, scene)
-            n, ground, place = rng.randrange(4), rng.choice(list(BACKGROUNDS)), at(rng.choice(items))
-            relation = rng.choice(["left of", "right of", "above", "below"])
+            n, ground = rng.randrange(4), rng.choice(list(BACKGROUNDS))
+            place, relation = at(items[-1]), rng.choice(["left of", "right of", "above", "below"])
             gaps = [{"l": y.x - x.x, "r": x.x - y.x, "a": y.y - x.y, "b": x.y - y.y}[relation[0]]
                     for x in there for y in others]
             plural = f"{a}s".replace("crosss", "crosses")

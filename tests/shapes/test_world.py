@@ -71,7 +71,8 @@ class TestShapes:
         world, dials = Shapes(objects=4, noise=0.25, clutter=3, image_size=20), {}
         if kind in ("caption", "album", "question", "document"):
             dials = {"objects": (1, 4), "noise": 0.25, "clutter": 3}
-        for split, more in (("train", {}), ("test", {}), ("train", {"noise": 0.5} if dials else {})):
+        changed = {"noise": 0.5} if dials else {}
+        for split, more in (("train", {}), ("test", {}), ("train", changed)):
             record = world.task(kind, random.Random(7), split, **more)
             assert record == TASKS[kind](random.Random(7), split, 20, **dials | more)
         assert world.tasks == tuple(TASKS)
