@@ -71,31 +71,39 @@ def exceeds(a, b):
 
 ASK = (r"(?:is it true that|does the picture show|can you see|is|are there|does|is there)"
        r"(?: there is| there are)?")
-READERS = [                               # the more special first; True is "yes"
-    (r"(?:what|which) (colour|shape|size) (?:is|does) the (.+?)(?: have)?\?",
-     lambda s, what, x: getattr(one(x, s), what)),
-    (r"(?:what is the|of which) (colour|shape) (?:of|is) the (.+)\?",
-     lambda s, what, x: getattr(one(x, s), what)),
-    (r"is the (.+) small or large\?", lambda s, x: one(x, s).size),
-    (r"(?:can you see )?(?:how many|what is the number of) (.+?)"
-     r"(?: are there| there are| does the picture show)?\?",
-     lambda s, x: NUMBERS[len(fitting(x, s))]),
-    (r"(?:is|where is|what is true of) (the .+?)(?:,(?: is it)?)? (left|above) or (right|below)"
-     r"(?: of)? (the .+)\?", lambda s, x, a, b, y: a if beside(one(x, s), a, one(y, s)) else b),
-    (ASK + r" (the .+?) (?:is |look )?(larger|smaller) than (the .+)\?", lambda s, x, c, y:
-     exceeds(SIZES[one(x, s).size], SIZES[one(y, s).size]) == (c == "larger")),
-    (ASK + r" (more|fewer) (.+) than (.+)\?", lambda s, c, x, y:
-     exceeds(len(fitting(x, s)), len(fitting(y, s))) == (c == "more")),
-    (ASK + r" (the .+?) (?:is )?(left of|right of|above|below) (the .+)\?",
-     lambda s, x, r, y: beside(one(x, s), r, one(y, s))),
-    (ASK + r" (an? .+?)(?: in the picture)?\?", lambda s, x: bool(fitting(x, s)))]
+
+
+def readers(scene):
+    """[(pattern of a question, its answer), ...], the more special first; True is "yes"."""
+    def said(x):
+        return one(x, scene)
+
+    def count(x):
+        return len(fitting(x, scene))
+    return [
+        (r"(?:what|which) (colour|shape|size) (?:is|does) the (.+?)(?: have)?\?",
+         lambda what, x: getattr(said(x), what)),
+        (r"(?:what is the|of which) (colour|shape) (?:of|is) the (.+)\?",
+         lambda what, x: getattr(said(x), what)),
+        (r"is the (.+) small or large\?", lambda x: said(x).size),
+        (r"(?:can you see )?(?:how many|what is the number of) (.+?)"
+         r"(?: are there| there are| does the picture show)?\?", lambda x: NUMBERS[count(x)]),
+        (r"(?:is|where is|what is true of) (the .+?)(?:,(?: is it)?)? (left|above) or (right|below)"
+         r"(?: of)? (the .+)\?", lambda x, a, b, y: a if beside(said(x), a, said(y)) else b),
+        (ASK + r" (the .+?) (?:is |look )?(larger|smaller) than (the .+)\?", lambda x, c, y:
+         exceeds(SIZES[said(x).size], SIZES[said(y).size]) == (c == "larger")),
+        (ASK + r" (more|fewer) (.+) than (.+)\?",
+         lambda c, x, y: exceeds(count(x), count(y)) == (c == "more")),
+        (ASK + r" (the .+?) (?:is )?(left of|right of|above|below) (the .+)\?",
+         lambda x, relation, y: beside(said(x), relation, said(y))),
+        (ASK + r" (an? .+?)(?: in the picture)?\?", lambda x: count(x) > 0)]
 
 
 def resolve(question, scene):
     """The answer to a question, from the objects of the scene."""
-    for pattern, answer in READERS:
+    for pattern, answer in readers(scene):
         if found := re.fullmatch(pattern, question):
-            value = answer(scene, *found.groups())
+            value = answer(*found.groups())
             return {True: "yes", False: "no"}.get(value, value)
     raise AssertionError(f"not a question of the world: {question!r}")
 

@@ -58,10 +58,10 @@ class TestInstruction:
             item, n = one(name, scene), len(scene.items)
             others = [i for i in scene.items if i != item]
             if "taken away" in question:
-                before, after = re.fullmatch(rf"there (is .+|are .+s)\. without the {name}, "
-                                             r"(.+) would be left\.", answer).groups()
-                assert before.split()[1] == NUMBERS[n] and after == (
-                    "one object" if n == 2 else f"{('no', *NUMBERS[1:])[n - 1]} objects")
+                now, left = (f"{('no', *NUMBERS[1:])[k]} object{'' if k == 1 else 's'}"
+                             for k in (n, n - 1))
+                assert answer == (f"there {'is' if n == 1 else 'are'} {now}. "
+                                  f"without the {name}, {left} would be left.")
             elif "left to right" in question:
                 assert all(item.x < i.x - 0.12 for i in others) and "left of all" in answer
             elif "top to bottom" in question:
@@ -71,6 +71,7 @@ class TestInstruction:
                 assert "nearest" in question and answer.startswith(f"the {name} is nearest")
             kinds[question.split()[1]] += 1
         assert min(kinds.values()) > 50, kinds
+
 
 class TestMultipleChoice:
     def test_the_answer_is_the_sum_and_nothing_else_betrays_it(self):

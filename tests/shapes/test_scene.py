@@ -46,6 +46,7 @@ class TestSample:
         for count, sizes in ((4, set(SIZES)), (5, {"small"})):      # five large ones find no room
             assert {item.size for scene, _ in many(50, count) for item in scene.items} == sizes
         assert len({shape for _, shape in HELD_OUT}) == len(HELD_OUT) == 6
+        assert {v for scene in scenes for i in scene.items for v in i.tint} == {*range(-12, 13)}
 
     def test_noise_clutter_and_style_change_no_object(self):
         plain = sample(random.Random(3), 2)

@@ -75,6 +75,7 @@ class TestText:
                 assert {name.split()[-1] for name, _ in parts} < {*COLOURS, *SHAPES}
                 assert {len(name.split()) for name, _ in parts} == {3 if kind == "phrase" else 1}
         assert sizes == {3, 4, 5, 6, 7, 8} and ends.pop("page") == {"."} and ends.pop("caption")
+        assert {"", ".", ","} < {*ENDS}          # recall must not depend on one end
         assert ends == dict.fromkeys(("list", *FORMS), {*ENDS}) and min(counts.values()) > 30
         assert abs(counts["list"] - 200) < 40 and abs(sum(map(counts.get, FORMS)) - 200) < 40
 
@@ -163,7 +164,7 @@ class TestCorpus:
 
     def test_it_names_no_held_out_pair_and_is_always_the_same(self, heard):
         assert not any(map(held_out, heard)) and len(heard) > 9000
-        assert heard[3500:5500] == list(itertools.islice(corpus(), 3500, 5500))
+        assert heard[3800:4400] == list(itertools.islice(corpus(), 3800, 4400))
 
     def test_one_vocabulary_does_for_all(self, heard, drawn):
         words = set(re.findall(r"\w+", " ".join(heard)))
