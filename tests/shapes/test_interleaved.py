@@ -14,6 +14,11 @@ from tests.shapes.judge import (NUMBERS, ask_and_answer, blind, held_out, one, p
                                 scenes_of, shows)
 
 
+# How many turns a record has.
+LENGTHS = {"caption": {0}, "album": {2, 3}, "names": {4, 5, 6, 7, 8}, "question": {1, 2, 3},
+           "document": {2, 3, 4}, "episode": {3, 5, 7, 9}, "glossary": {3, 4, 5}, "clip": {1}}
+
+
 @pytest.fixture(scope="module")
 def drawn():
     """{kind: 60 records}, with pictures of 16 pixels a side."""
@@ -50,6 +55,7 @@ class TestTasks:
                 context = {"names": first, "glossary": not last}.get(kind, False)
                 assert turn["answer"] and turn.get("learn", True) is not context
             assert not re.search("output|question|answer|[<:]", str(words_of(record)))
+        assert {len(record.get("turns", ())) for record in drawn[kind]} == LENGTHS[kind]
 
     @pytest.mark.parametrize("kind", TASKS)
     def test_a_record_is_a_function_of_its_rng_without_held_out_pairs(self, drawn, kind):
@@ -66,17 +72,15 @@ class TestTasks:
     def test_a_caption_and_each_text_of_an_album_are_true(self, drawn):
         for record in drawn["caption"] + drawn["album"]:
             assert all(map(is_true, answers_of(record), scenes_of(record)))
-        assert {len(record["turns"]) for record in drawn["album"]} == {2, 3}
 
     def test_names_are_all_colours_or_all_shapes_as_the_first_one_tells(self, drawn):
-        found, undecided = set(), 0
+        found, undecided = Counter(), 0
         for record in drawn["names"]:
             by = "colour" if answers_of(record)[0] in COLOURS else "shape"
             assert answers_of(record) == named(record, by)
             undecided += all(len(set(named(record, by))) > 1 for by in ("colour", "shape"))
-            found.add((by, len(record["turns"])))
-        assert found == {(by, n) for by in ("colour", "shape") for n in range(4, 9)}
-        assert undecided > 40
+            found[by] += 1
+        assert min(found["colour"], found["shape"]) > 15 and undecided > 40
 
     def test_a_glossary_tells_two_to_four_classes_once_each_before_the_picture(self, drawn):
         for record in drawn["glossary"]:
@@ -84,7 +88,6 @@ class TestTasks:
             names, labels = zip(*map(str.split, words))
             assert sorted(labels) == sorted(record["candidates"]) and len(set(names)) == len(names)
             assert [names[labels.index(answer)]] == named(record, record["by"])
-        assert {len(record["turns"]) - 1 for record in drawn["glossary"]} == {2, 3, 4}
 
 
 def kind_of(prompt, answer):
@@ -98,7 +101,7 @@ def kind_of(prompt, answer):
 class TestQuestion:
     def test_answers_are_right_and_kinds_and_wordings_differ(self):
         said = {"train": set(), "test": set()}
-        for split, counts in (("train", {1, 2, 3}), ("test", {1})):
+        for split in said:
             records = [question(random.Random(i), split, None) for i in range(100)]
             for record in records:
                 pairs = words_of(record)
@@ -107,9 +110,9 @@ class TestQuestion:
                 assert len(set(kinds)) == len(kinds) and kinds[-1] == record["kind"]
                 said[split].update(prompt for prompt, _ in pairs)
             assert {record["kind"] for record in records} == set(QUESTION_KINDS)
-            assert {len(record["turns"]) for record in records} == counts
         assert not said["train"] & said["test"]
-        assert {len(question(random.Random(i), asks=1)["turns"]) for i in range(9)} == {1}
+        records += [question(random.Random(i), asks=1) for i in range(9)]
+        assert {len(record["turns"]) for record in records} == {1}       # in tests, or if asked for
 
 
 class TestDocument:
@@ -134,9 +137,6 @@ class TestDocument:
         assert not {*said["train"]} & {*said["test"]}
         for own in said.values():                # no text says what the other pictures show
             assert blind([text for text in own.values() if text[1] in ("yes", "no")]) < 0.7
-
-    def test_it_has_two_to_four_pictures(self, drawn):
-        assert {len(record["turns"]) for record in drawn["document"]} == {2, 3, 4}
 
 
 class TestEpisode:
@@ -164,8 +164,7 @@ class TestEpisode:
         assert right[0] == 400 and abs(right[1] - 200) < 40 and abs(places[0] - 200) < 45
         assert set(meanings) == set(LABELS) and min(map(len, meanings.values())) > 5
 
-    def test_shots_and_classes_are_as_many_as_asked_for(self, drawn):
-        assert {len(record["turns"]) - 1 for record in drawn["episode"]} == {2, 4, 6, 8}
+    def test_shots_and_classes_are_as_many_as_asked_for(self):
         for shots, classes in ((0, 2), (6, 3)):
             record = episode(random.Random(0), side=None, shots=shots, classes=classes)
             assert len(record["turns"]) == shots + 1 and len(set(record["candidates"])) == classes
