@@ -13,7 +13,7 @@ from common.data.shapes.conversations import (SURE, TEACHERS, dialogue, instruct
 from common.data.shapes.scene import COLOURS, SHAPES, Item, sample
 from common.data.shapes.words import is_true
 from tests.shapes.judge import (NUMBERS, ask_and_answer, blind, exceeds, fitting, held_out, many,
-                                one, pair, resolve)
+                                odd, one, pair, resolve, shows)
 
 
 class TestInstruction:
@@ -157,3 +157,5 @@ class TestTwoScenes:
             total = sum(counts.values())
             assert abs(counts["true"] / total - 0.5) < 2.2 / math.sqrt(total), (form, counts)
         assert len(forms) > 15 and "more" in forms and blind(asked) < 0.57
+        record = two_scenes(pair(), odd(), random.Random(0), side=9)
+        assert shows(record, [pair(), odd()], 9)
