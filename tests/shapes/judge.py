@@ -1,24 +1,33 @@
-"""A second judge of the shapes world: it answers questions by their words, from the objects alone.
+"""A second judge of the shapes world: it answers a question by its words, from the objects alone.
 
 It shares the vocabulary with the world and nothing else. It fails when a question has no answer or
-several.
+several. Beside it: scenes to ask about, and a guesser who sees no picture.
 """
 import math
 import random
 import re
 from collections import Counter, defaultdict
 
-from common.data.shapes.scene import COLOURS, HELD_OUT, SHAPES, SIZES, Item, Scene, sample
-from common.data.shapes.words import NUMBERS
+from common.data.shapes.scene import COLOURS, HELD_OUT, SHAPES, SIZES, Item, Scene, draw, sample
 
 NOUNS = {**{s: s for s in SHAPES}, **{s + "s": s for s in SHAPES}, "crosses": "cross",
          "object": None, "objects": None}
-TWO = Scene((Item("red", "circle", "large", 0.3, 0.3), Item("blue", "square", "small", 0.75, 0.7)))
-ODD = Scene((Item("red", "star", "large", 0.5, 0.5),))         # a held-out pair
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six")
+
+
+def pair(**changes):
+    """A large red circle at the top left and a small blue square at the right, on grey."""
+    items = Item("red", "circle", "large", 0.25, 0.3), Item("blue", "square", "small", 0.75, 0.5)
+    return Scene(**{"items": items, "background": "grey", **changes})
+
+
+def odd():
+    """A scene with a held-out pair."""
+    return Scene((Item("red", "star", "large", 0.5, 0.5),))
 
 
 def many(n, objects=(1, 3), **dial):
-    """n pairs of a scene and an rng."""
+    """n pairs of a scene and an rng, always the same."""
     for i in range(n):
         rng = random.Random(f"tasks/{i}")
         yield sample(rng, objects, **dial), rng
@@ -35,7 +44,7 @@ def fitting(said, scene):
     """The objects that fit words such as "the small red circle", "objects at the top left"."""
     said, _, place = re.sub(r"^(an?|the) ", "", said).partition(" the ")
     *adjectives, noun = re.sub(r" (at|in)$", "", said).split()
-    assert noun in NOUNS and set(adjectives) <= set(COLOURS) | set(SIZES), said
+    assert noun in NOUNS and set(adjectives) <= {*COLOURS, *SIZES}, f"no object: {said!r}"
     return [i for i in scene.items if NOUNS[noun] in (None, i.shape)
             and set(adjectives) <= {i.colour, i.size} and set(place.split()) <= thirds(i)]
 
@@ -55,63 +64,72 @@ def beside(a, relation, b):
     return distance > 0
 
 
-def larger(a, b):
-    assert a.size != b.size, "equal sizes"
-    return a.size == "large"
-
-
-def more(n, m):
-    assert n != m, "equal numbers"
-    return n > m
-
-
-def yes(fact):
-    return "yes" if fact else "no"
+def exceeds(a, b):
+    assert a != b, f"both are {a}"
+    return a > b
 
 
 ASK = (r"(?:is it true that|does the picture show|can you see|is|are there|does|is there)"
        r"(?: there is| there are)?")
-READERS = [                               # the more special first
-    (r"(?:what|which) (colour|shape) (?:is|does) the (.+?)(?: have)?\?",
-     lambda s, what, x: getattr(one(x, s), what)),
-    (r"what is the (colour|shape) of the (.+)\?", lambda s, what, x: getattr(one(x, s), what)),
-    (r"of which (colour|shape) is the (.+)\?", lambda s, what, x: getattr(one(x, s), what)),
-    (r"what size is the (.+)\?", lambda s, x: one(x, s).size),
-    (r"is the (.+) small or large\?", lambda s, x: one(x, s).size),
-    (r"(?:can you see )?how many (.+?) (?:are there|there are|does the picture show)\?",
-     lambda s, x: ("zero", *NUMBERS[1:])[len(fitting(x, s))]),
-    (r"what is the number of (.+)\?", lambda s, x: ("zero", *NUMBERS[1:])[len(fitting(x, s))]),
-    (r"(?:is|where is|what is true of) (the .+?)(?:,(?: is it)?)? (left or right of|above or below)"
-     r" (the .+)\?",
-     lambda s, x, r, y: r.split()[0] if beside(one(x, s), r, one(y, s)) else r.split()[2]),
-    (ASK + r" (the .+?) (?:is |look )?(larger|smaller) than (the .+)\?", lambda s, x, c, y: yes(
-        larger(one(x, s), one(y, s)) == (c == "larger"))),
-    (ASK + r" (more|fewer) (.+) than (.+)\?", lambda s, c, x, y: yes(
-        more(len(fitting(x, s)), len(fitting(y, s))) == (c == "more"))),
-    (ASK + r" (the .+?) (?:is )?(left of|right of|above|below) (the .+)\?",
-     lambda s, x, r, y: yes(beside(one(x, s), r, one(y, s)))),
-    (ASK + r" (an? .+?)(?: in the picture)?\?", lambda s, x: yes(fitting(x, s)))]
+
+
+def readers(scene):
+    """[(pattern of a question, its answer), ...], the more special first; True is "yes"."""
+    def said(x):
+        return one(x, scene)
+
+    def count(x):
+        return len(fitting(x, scene))
+    return [
+        (r"(?:what|which) (colour|shape|size) (?:is|does) the (.+?)(?: have)?\?",
+         lambda what, x: getattr(said(x), what)),
+        (r"(?:what is the|of which) (colour|shape) (?:of|is) the (.+)\?",
+         lambda what, x: getattr(said(x), what)),
+        (r"is the (.+) small or large\?", lambda x: said(x).size),
+        (r"(?:can you see )?(?:how many|what is the number of) (.+?)"
+         r"(?: are there| there are| does the picture show)?\?", lambda x: NUMBERS[count(x)]),
+        (r"(?:is|where is|what is true of) (the .+?)(?:,(?: is it)?)? (left|above) or (right|below)"
+         r"(?: of)? (the .+)\?", lambda x, a, b, y: a if beside(said(x), a, said(y)) else b),
+        (ASK + r" (the .+?) (?:is |look )?(larger|smaller) than (the .+)\?", lambda x, c, y:
+         exceeds(SIZES[said(x).size], SIZES[said(y).size]) == (c == "larger")),
+        (ASK + r" (more|fewer) (.+) than (.+)\?",
+         lambda c, x, y: exceeds(count(x), count(y)) == (c == "more")),
+        (ASK + r" (the .+?) (?:is )?(left of|right of|above|below) (the .+)\?",
+         lambda x, relation, y: beside(said(x), relation, said(y))),
+        (ASK + r" (an? .+?)(?: in the picture)?\?", lambda x: count(x) > 0)]
 
 
 def resolve(question, scene):
     """The answer to a question, from the objects of the scene."""
-    for pattern, answer in READERS:
-        found = re.fullmatch(pattern, question)
-        if found:
-            return answer(scene, *found.groups())
+    for pattern, answer in readers(scene):
+        if found := re.fullmatch(pattern, question):
+            value = answer(*found.groups())
+            return {True: "yes", False: "no"}.get(value, value)
     raise AssertionError(f"not a question of the world: {question!r}")
 
 
 def ask_and_answer(record):
     """The prompt and the answer of a record of one turn."""
     turn, = record["turns"]
-    return [turn["prompt"], turn["answer"]]
+    return turn["prompt"], turn["answer"]
 
 
-def picture_of(record):
-    """The one picture of a record of one turn."""
-    (picture,), = record["turns"][0]["images"]
-    return picture
+def scenes_of(record):
+    """The scenes of a record's pictures, in order; () of a record without a scene."""
+    source = record.get("source", ())
+    return source if isinstance(source, tuple) else (source,)
+
+
+def shows(record, scenes, side):
+    """Whether the record's pictures, or the frames of its clips, are exactly these scenes."""
+    pictures = record["images"] if "images" in record else [
+        picture for turn in record["turns"] for frames in turn["images"] for picture in frames]
+    return [p.tobytes() for p in pictures] == [draw(scene, side).tobytes() for scene in scenes]
+
+
+def pairs_in(*scenes):
+    """The (colour, shape) of every object."""
+    return {(item.colour, item.shape) for scene in scenes for item in scene.items}
 
 
 def held_out(text):
@@ -120,21 +138,17 @@ def held_out(text):
     return HELD_OUT & set(zip(words, words[1:]))
 
 
-def guesser(pairs):
-    """A naive Bayes guesser of answers from the words of a text: what the words alone give away."""
-    words, seen = defaultdict(Counter), Counter()
-    for text, answer in pairs:
-        seen[answer] += 1
+def blind(pairs):
+    """The accuracy of naive Bayes on words, which learns from half of (text, answer) pairs.
+
+    It is what the words alone give away of the answers to the other half.
+    """
+    half = len(pairs) // 2
+    seen, words = Counter(answer for _, answer in pairs[:half]), defaultdict(Counter)
+    for text, answer in pairs[:half]:
         words[answer].update(set(text.split()))
 
     def guess(text):
         return max(sorted(seen), key=lambda a: math.log(seen[a]) + sum(
             math.log((words[a][w] + 0.5) / (seen[a] + 1)) for w in set(text.split())))
-    return guess
-
-
-def blind(pairs):
-    """The accuracy of a guesser that learns from half of (text, answer) and is asked the rest."""
-    half = len(pairs) // 2
-    guess = guesser(pairs[:half])
     return sum(guess(text) == answer for text, answer in pairs[half:]) / (len(pairs) - half)

@@ -7,293 +7,206 @@ from collections import Counter, defaultdict
 import pytest
 
 from common.data.shapes.interleaved import (CLIPS, DOCUMENT_KINDS, LABELS, QUESTION_KINDS, TASKS,
-                                            class_names, clip, episode)
-from common.data.shapes.questions import FORMS, decidable
-from common.data.shapes.scene import COLOURS, HELD_OUT, SHAPES, SIZES, draw
-from common.data.shapes.words import is_true, names_held_out
-from tests.shapes.judge import ask_and_answer, blind, held_out, one, resolve
-
-PAGES = tuple(kind for kind in TASKS if kind != "caption")        # records of turns
+                                            clip, document, episode, question)
+from common.data.shapes.scene import COLOURS, HELD_OUT, SHAPES, SIZES
+from common.data.shapes.words import is_true
+from tests.shapes.judge import (NUMBERS, ask_and_answer, blind, held_out, one, pairs_in, resolve,
+                                scenes_of, shows)
 
 
-def drawn(kind, /, count=60, split="train", side=None, **more):
-    return [TASKS[kind](random.Random(i), split, side, **more) for i in range(count)]
+# How many turns a record has.
+LENGTHS = {"caption": {0}, "album": {2, 3}, "names": {4, 5, 6, 7, 8}, "question": {1, 2, 3},
+           "document": {2, 3, 4}, "episode": {3, 5, 7, 9}, "glossary": {3, 4, 5}, "clip": {1}}
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """{kind: 60 records}, with pictures of 16 pixels a side."""
+    return {kind: [task(random.Random(i), side=16) for i in range(60)]
+            for kind, task in TASKS.items()}
 
 
 def answers_of(record):
-    return [turn["answer"] for turn in record["turns"]]
+    return record.get("texts") or [turn["answer"] for turn in record["turns"]]
 
 
-def all_texts(record):
-    return [text for turn in record["turns"] for text in (turn["prompt"], turn["answer"])] \
-        if "turns" in record else record["texts"]
+def words_of(record):
+    return record.get("texts") or [(turn["prompt"], turn["answer"]) for turn in record["turns"]]
 
 
-def true_answers(scene, kind, question, split):
-    """The answers of the scene to a question in one of the split's wordings."""
-    return {answer for form, answer, slots in decidable(scene, kind)
-            for words in FORMS[kind][form][1 if split == "train" else 2]
-            if words.format(**slots) == question}
+def named(record, by):
+    """The colour or the shape of the one object in each picture."""
+    assert all(len(scene.items) == 1 for scene in record["source"])
+    return [getattr(scene.items[0], by) for scene in record["source"]]
 
 
-# ---------------------------------------------------------------- what all of them share
+class TestTasks:
+    @pytest.mark.parametrize("kind", TASKS)
+    def test_a_record_shows_its_scenes_and_the_model_words_it(self, drawn, kind):
+        for record in drawn[kind]:
+            assert shows(record, scenes_of(record), 16)
+            for number, turn in enumerate(record.get("turns", ()), 1):
+                first, last = number == 1, number == len(record["turns"])
+                pictured = {"question": first, "glossary": last}.get(kind, True)
+                frames = [len(frames) for frames in turn["images"]]
+                assert frames == [8 if kind == "clip" else 1] * pictured
+                asked = kind in ("question", "clip") or number - 1 == record.get("asked")
+                assert turn["prompt"].endswith("?") if asked else turn["prompt"] == ""
+                context = {"names": first, "glossary": not last}.get(kind, False)
+                assert turn["answer"] and turn.get("learn", True) is not context
+            assert not re.search("output|question|answer|[<:]", str(words_of(record)))
+        assert {len(record.get("turns", ())) for record in drawn[kind]} == LENGTHS[kind]
 
-def test_the_tasks_are_those_that_the_papers_need():
-    assert list(TASKS) == ["caption", "album", "names", "question", "document", "episode",
-                           "glossary", "clip"]
+    @pytest.mark.parametrize("kind", TASKS)
+    def test_a_record_is_a_function_of_its_rng_without_held_out_pairs(self, drawn, kind):
+        bare = [TASKS[kind](random.Random(i), side=None) for i in range(200)]
+        for i, (one, record) in enumerate(zip(bare, drawn[kind])):
+            assert (words_of(one), one["source"]) == (words_of(record), record["source"])
+            assert shows(one, (), 16)
+            assert i > 9 or record == TASKS[kind](random.Random(i), side=16)
+        assert len({str(words_of(record)) for record in bare}) > 70
+        for record in bare:
+            assert not held_out(str(words_of(record)))
+            assert not pairs_in(*scenes_of(record)) & HELD_OUT
 
+    def test_a_caption_and_each_text_of_an_album_are_true(self, drawn):
+        for record in drawn["caption"] + drawn["album"]:
+            assert all(map(is_true, answers_of(record), scenes_of(record)))
 
-@pytest.mark.parametrize("kind", PAGES)
-def test_turns_have_their_pictures_and_clips(kind):
-    for record in drawn(kind, 20, side=23):
-        turns = record["turns"]
-        counts = [len(turn["images"]) for turn in turns]
-        if kind == "question":                           # the later ones are on the same picture
-            assert counts == [1] + [0] * (len(turns) - 1)
-        elif kind == "glossary":
-            assert counts == [0] * (len(turns) - 1) + [1]
-        else:
-            assert counts == [1] * len(turns)
-        clips = [frames for turn in turns for frames in turn["images"]]
-        assert {len(frames) for frames in clips} == ({8} if kind == "clip" else {1})
-        assert [p.tobytes() for frames in clips for p in frames] == [
-            draw(scene, 23).tobytes() for scene in record["source"]]
+    def test_names_are_all_colours_or_all_shapes_as_the_first_one_tells(self, drawn):
+        found, undecided = Counter(), 0
+        for record in drawn["names"]:
+            by = "colour" if answers_of(record)[0] in COLOURS else "shape"
+            assert answers_of(record) == named(record, by)
+            undecided += all(len(set(named(record, by))) > 1 for by in ("colour", "shape"))
+            found[by] += 1
+        assert min(found["colour"], found["shape"]) > 15 and undecided > 40
 
-
-@pytest.mark.parametrize("kind", PAGES)
-def test_turns_have_prompts_and_answers_without_a_models_wording(kind):
-    for record in drawn(kind):
-        asked = record.get("asked", -1)
-        for number, turn in enumerate(record["turns"]):
-            has_prompt = kind in ("question", "clip") or kind == "document" and number == asked
-            assert turn["prompt"].endswith("?") if has_prompt else turn["prompt"] == ""
-            assert turn["answer"] and set(turn) <= {"images", "prompt", "answer", "learn"}
-            context = kind == "names" and number == 0 or \
-                kind == "glossary" and turn is not record["turns"][-1]
-            assert turn.get("learn", True) is not context
-        for text in all_texts(record):
-            assert text == text.strip() and not re.search("output|question|answer|<|:", text)
-
-
-@pytest.mark.parametrize("kind", TASKS)
-def test_a_record_is_a_function_of_its_rng_and_its_pictures_draw_nothing_from_it(kind):
-    for i in range(9):
-        first, again, bare = (TASKS[kind](random.Random(i), side=side) for side in (16, 16, None))
-        assert first == again and all_texts(first) == all_texts(bare)
-        assert first["source"] == bare["source"]
-        assert not any(turn["images"] for turn in bare.get("turns", [bare]))
-    assert len({str(all_texts(record)) for record in drawn(kind)}) > 20
-
-
-@pytest.mark.parametrize("kind", TASKS)
-def test_training_shows_and_names_no_held_out_pair(kind):
-    for record in drawn(kind, 200):
-        assert not any(map(names_held_out, all_texts(record)))
-        scenes = (record["source"],) if kind == "caption" else record["source"]
-        assert not {(item.colour, item.shape) for s in scenes for item in s.items} & HELD_OUT
+    def test_a_glossary_tells_two_to_four_classes_once_each_before_the_picture(self, drawn):
+        for record in drawn["glossary"]:
+            *words, answer = answers_of(record)
+            names, labels = zip(*map(str.split, words))
+            assert sorted(labels) == sorted(record["candidates"]) and len(set(names)) == len(names)
+            assert [names[labels.index(answer)]] == named(record, record["by"])
 
 
-# ---------------------------------------------------------------- pages and questions
-
-def test_a_caption_is_true_of_its_scene():
-    for record in drawn("caption", side=16):
-        text, = record["texts"]
-        picture, = record["images"]
-        assert is_true(text, record["source"])
-        assert picture.tobytes() == draw(record["source"], 16).tobytes()
+def kind_of(prompt, answer):
+    """The kind of a question, told by its answer or its words."""
+    for kind, answers in (("colour", COLOURS), ("shape", SHAPES), ("count", NUMBERS)):
+        if answer in answers:
+            return kind
+    return "relation" if re.search("left|right|above|below", prompt) else "existence"
 
 
-def test_an_album_is_pictures_with_a_true_caption_each():
-    for record in drawn("album"):
-        for text, scene in zip(answers_of(record), record["source"], strict=True):
-            assert is_true(text, scene)
-    assert {len(record["turns"]) for record in drawn("album")} == {2, 3}
+class TestQuestion:
+    def test_answers_are_right_and_kinds_and_wordings_differ(self):
+        said = {"train": set(), "test": set()}
+        for split in said:
+            records = [question(random.Random(i), split, None) for i in range(100)]
+            for record in records:
+                pairs = words_of(record)
+                assert all(resolve(prompt, *record["source"]) == answer for prompt, answer in pairs)
+                kinds = [kind_of(*pair) for pair in pairs]
+                assert len(set(kinds)) == len(kinds) and kinds[-1] == record["kind"]
+                said[split].update(prompt for prompt, _ in pairs)
+            assert {record["kind"] for record in records} == set(QUESTION_KINDS)
+        assert not said["train"] & said["test"]
+        records += [question(random.Random(i), asks=1) for i in range(9)]
+        assert {len(record["turns"]) for record in records} == {1}       # in tests, or if asked for
 
 
-def test_names_are_all_colours_or_all_shapes_as_the_first_one_tells():
-    found, both = set(), 0
-    for record in drawn("names"):
-        texts, items = answers_of(record), [scene.items for scene in record["source"]]
-        assert all(len(own) == 1 for own in items)
-        by = "colour" if texts[0] in COLOURS else "shape"
-        assert texts == [getattr(own[0], by) for own in items]
-        both += min(len({getattr(own[0], name) for own in items})
-                    for name in ("colour", "shape")) > 1
-        found.add((by, len(texts)))
-    assert found == {(by, n) for by in ("colour", "shape") for n in (4, 5, 6, 7, 8)} and both > 40
+class TestDocument:
+    def test_its_own_picture_alone_decides_the_question(self):
+        kinds, places, said = Counter(), Counter(), {"train": {}, "test": {}}
+        for i in range(1000):
+            split = ("train", "test")[i % 2]
+            record = document(random.Random(i), split, None, images=3)
+            asked, others, captions = record["asked"], [*record["source"]], answers_of(record)
+            scene, answer = others.pop(asked), captions.pop(asked)
+            prompt = record["turns"][asked]["prompt"]
+            # `resolve` fails where another scene has no single answer.
+            assert resolve(prompt, scene) == answer not in [resolve(prompt, s) for s in others]
+            assert all(map(is_true, captions, others)) and len(captions) == 2
+            assert not {*" ".join(captions).split()} & {*COLOURS, *SHAPES}     # would tell a no
+            assert kind_of(prompt, answer) == record["kind"]
+            kinds[record["kind"]] += 1
+            places[asked] += 1
+            said[split][prompt] = (" ".join([prompt, *captions]), answer)
+        assert set(kinds) == set(DOCUMENT_KINDS) and min(kinds.values()) > 160
+        assert len(places) == 3 and min(places.values()) > 270
+        assert not {*said["train"]} & {*said["test"]}
+        for own in said.values():                # no text says what the other pictures show
+            assert blind([text for text in own.values() if text[1] in ("yes", "no")]) < 0.7
 
 
-@pytest.mark.parametrize("split", ["train", "test"])
-def test_a_question_has_its_splits_wording_and_one_answer(split):
-    kinds, counts = set(), set()
-    for record in drawn("question", 120, split):
-        scene, = record["source"]
-        fits = [{kind for kind in QUESTION_KINDS if true_answers(
-            scene, kind, turn["prompt"], split) == {turn["answer"]}} for turn in record["turns"]]
-        assert all(len(own) == 1 for own in fits) and fits[-1] == {record["kind"]}
-        assert len(set.union(*fits)) == len(fits)             # no kind twice
-        kinds.add(record["kind"]), counts.add(len(fits))
-    assert kinds == set(QUESTION_KINDS) and counts == ({1, 2, 3} if split == "train" else {1})
-    assert {len(record["turns"]) for record in drawn("question", 9, asks=1)} == {1}
-
-
-@pytest.mark.parametrize("split", ["train", "test"])
-def test_the_question_of_a_document_is_decided_by_its_own_picture(split):
-    kinds, places, existence = Counter(), Counter(), []
-    for record in drawn("document", 600, split, images=3):
-        asked, turns = record["asked"], record["turns"]
-        question, answer = turns[asked]["prompt"], turns[asked]["answer"]
-        assert len(turns) == 3 and not held_out(question)
-        for number, (turn, scene) in enumerate(zip(turns, record["source"], strict=True)):
-            assert (resolve(question, scene) == answer) == (number == asked)
-            # none without the form: a scene with no star cannot be asked for a star's colour
-            found = true_answers(scene, record["kind"], question, split)
-            assert found == {answer} if number == asked else found and answer not in found
-            if number != asked:
-                assert is_true(turn["answer"], scene)
-                assert not set(turn["answer"].split()) & {*COLOURS, *SHAPES}    # would tell a no
-        kinds[record["kind"]] += 1
-        places[asked] += 1
-        if record["kind"] == "existence":
-            existence.append((" ".join([question] + [t["answer"] for n, t in enumerate(turns)
-                                                     if n != asked]), answer))
-    assert set(kinds) == set(DOCUMENT_KINDS) and min(kinds.values()) > 100
-    assert set(places) == {0, 1, 2} and min(places.values()) > 150
-    assert blind(existence) < 0.7            # no text says what the other pictures show
-
-
-def test_documents_have_two_to_four_pictures():
-    assert {len(record["turns"]) for record in drawn("document", 30)} == {2, 3, 4}
-
-
-# ---------------------------------------------------------------- episodes
-
-@pytest.mark.parametrize("shots", (0, 2, 4, 8))
-def test_the_shots_of_an_episode_tell_its_labels(shots):
-    meanings, answers = defaultdict(set), Counter()
-    for record in drawn("episode", 200, shots=shots):
-        labels, values = answers_of(record), class_names(record)
-        assert len(labels) == len(record["source"]) == shots + 1
-        assert all(len(scene.items) == 1 for scene in record["source"])
-        assert labels[-1] in record["candidates"] and len(set(record["candidates"])) == 2
-        assert set(record["candidates"]) <= set(LABELS)
-        other = "shape" if record["by"] == "colour" else "colour"
-        assert len({getattr(scene.items[0], other) for scene in record["source"]}) == 1
-        assert values == [getattr(scene.items[0], record["by"]) for scene in record["source"]]
-        told = list(zip(values, labels))
-        for value, label in told:
-            meanings[label].add(value)
-        if shots:
-            assert set(Counter(told[:-1]).values()) == {shots // 2}       # as many of each class
-            assert len(set(told)) == len(set(labels)) == len(set(values)) == 2
-            assert set(labels) == set(record["candidates"])
-        answers[record["candidates"].index(labels[-1])] += 1
-    assert abs(answers[0] - 100) < 30
-    assert not shots or min(map(len, meanings.values())) > 5      # a label means nothing by itself
-
-
-def test_shuffled_shots_say_nothing():
-    """Someone who believes the shots is always right, and with shuffled labels at chance."""
-    for shots in (2, 4, 8):
-        right, changed = Counter(), 0
+class TestEpisode:
+    @pytest.mark.parametrize("shots", (2, 4, 8))
+    def test_the_shots_alone_tell_the_label_and_shuffled_ones_nothing(self, shots):
+        """Someone who believes the shots is always right, and at chance with shuffled labels."""
+        right, meanings, places = [0, 0], defaultdict(set), Counter()
         for seed in range(400):
-            plain, mixed = (episode(random.Random(seed), side=None, shots=shots, shuffled=shuffled)
-                            for shuffled in (False, True))
-            assert plain["source"] == mixed["source"]
-            assert answers_of(plain)[-1] == answers_of(mixed)[-1]        # the truth stays
-            changed += answers_of(plain) != answers_of(mixed)
-            for shuffled, record in enumerate((plain, mixed)):
-                *values, asked = class_names(record)
+            records = [episode(random.Random(seed), side=None, shots=shots, shuffled=shuffled)
+                       for shuffled in (False, True)]
+            assert records[0]["source"] == records[1]["source"]
+            assert answers_of(records[0])[-1] == answers_of(records[1])[-1]        # the truth stays
+            for n, record in enumerate(records):
+                *classes, asked = named(record, record["by"])
                 *labels, answer = answers_of(record)
-                votes = Counter(label for value, label in zip(values, labels) if value == asked)
-                best = max(votes.values())
-                liked = sorted(label for label in votes if votes[label] == best)
-                right[shuffled] += (answer in liked) / len(liked)
-        assert right[0] == 400 and abs(right[1] - 200) < 40 and changed > 150, right
+                votes = Counter(label for name, label in zip(classes, labels) if name == asked)
+                liked = [label for label in votes if votes[label] == max(votes.values())]
+                right[n] += (answer in liked) / len(liked)
+                for labelled in (classes, labels):
+                    assert sorted(Counter(labelled).values()) == [shots // 2, shots // 2]
+                assert set(labels) == set(record["candidates"])
+            meanings[answer].add(asked)
+            places[record["candidates"].index(answer)] += 1
+            assert 1 in (len(set(named(record, by))) for by in ("colour", "shape"))
+        assert right[0] == 400 and abs(right[1] - 200) < 40 and abs(places[0] - 200) < 45
+        assert set(meanings) == set(LABELS) and min(map(len, meanings.values())) > 5
+
+    def test_shots_and_classes_are_as_many_as_asked_for(self):
+        for shots, classes in ((0, 2), (6, 3)):
+            record = episode(random.Random(0), side=None, shots=shots, classes=classes)
+            assert len(record["turns"]) == shots + 1 and len(set(record["candidates"])) == classes
+            assert len(set(named(record, record["by"]))) == (classes if shots else 1)
 
 
-def test_episodes_with_other_classes_and_shots():
-    assert {len(record["turns"]) - 1 for record in drawn("episode")} == {2, 4, 6, 8}
-    record = episode(random.Random(0), side=None, shots=6, classes=3)
-    assert len(set(class_names(record))) == len(record["candidates"]) == 3
-
-
-def test_a_glossary_is_an_episode_in_words_but_for_its_last_picture():
-    for i in range(40):
-        rng = random.Random(i)
-        record, classes = TASKS["glossary"](random.Random(i), side=9), rng.randint(2, 4)
-        whole = episode(rng, side=9, shots=classes, classes=classes)
-        assert record["turns"][-1] == whole["turns"][-1]
-        assert record["turns"][:-1] == [
-            {"images": [], "prompt": "", "answer": f"{name} {label}", "learn": False}
-            for name, label in zip(class_names(whole)[:-1], answers_of(whole))]
-        assert record["source"] == whole["source"][-1:]
-        assert record["candidates"] == whole["candidates"]
-
-
-def test_a_glossary_tells_two_to_four_classes_once_each():
-    found = drawn("glossary", 60)
-    assert {len(record["turns"]) - 1 for record in found} == {2, 3, 4}
-    for record in found:
-        *words, answer = answers_of(record)
-        names, labels = zip(*[text.split() for text in words])
-        assert sorted(labels) == sorted(record["candidates"]) and answer in labels
-        assert len(set(names)) == len(names)
-        item = record["source"][0].items[0]
-        assert names[labels.index(answer)] in (item.colour, item.shape)
-
-
-# ---------------------------------------------------------------- clips
-
-def watch(question, frames):
+def watch(prompt, frames):
     """The answer to a question on a clip, from the objects of its frames; None if there is none."""
-    if question.startswith("which colour"):
-        named = re.search(r"first, (\w+) or (\w+)\?", question).groups()
-        seen = [[n for n, frame in enumerate(frames) if any(i.colour == c for i in frame.items)]
-                for c in named]
-        return named[seen[0][0] > seen[1][0]] if seen[0][0] != seen[1][0] else None
-    name = re.search(r"did the (\w+ \w+)", question)[1]
-    track = [one(name, f) for f in frames]
-    if "grow or shrink" in question:
-        radii = [SIZES[i.size] for i in track]
-        steps = [b - a for a, b in zip(radii, radii[1:]) if a != b]
-        return None if len(steps) != 1 else "grew" if steps[0] > 0 else "shrank"
-    axis = "x" if "left or right" in question else "y"
-    steps = [getattr(b, axis) - getattr(a, axis) for a, b in zip(track, track[1:])]
-    if not (all(s > 0 for s in steps) or all(s < 0 for s in steps)):
-        return None
-    return {"x": ("left", "right"), "y": ("up", "down")}[axis][steps[0] > 0]
+    if colours := re.search(r"did the picture show first, (\w+) or (\w+)\?", prompt):
+        first = [[any(i.colour == colour for i in frame.items) for frame in frames].index(True)
+                 for colour in colours.groups()]
+        return colours[1 + (first[0] > first[1])] if first[0] != first[1] else None
+    track = [one(re.search(r"did the (\w+ \w+)", prompt)[1], frame) for frame in frames]
+    words = re.search(r"(\w+) or (\w+)\?", prompt).groups()
+    values = [{"up": i.y, "left": i.x, "grow": -SIZES[i.size]}[words[0]] for i in track]
+    steps = [b > a for a, b in zip(values, values[1:]) if a != b]
+    clear = len(set(steps)) == 1 and len(steps) == (1 if "grow" in words else len(frames) - 1)
+    return {"grow": "grew", "shrink": "shrank"}.get(w := words[steps[0]], w) if clear else None
 
 
-@pytest.mark.parametrize("kind", CLIPS)
-def test_clips_are_decided_by_the_order_of_frames(kind):
-    pairs = []
-    for seed in range(300):
-        frames = 8 if seed % 2 else 5
-        record = clip(random.Random(seed), side=None, frames=frames, kind=kind)
-        question, answer = ask_and_answer(record)
-        assert len(record["source"]) == frames and record["kind"] == kind
-        assert watch(question, record["source"]) == answer
-        other = watch(question, record["source"][::-1])
-        assert other is not None and other != answer      # the same frames, the other answer
-        assert other in question or kind == "growth"
-        assert len({s.background for s in record["source"]}) == 1
-        for scene in record["source"]:
-            for item in scene.items:
-                x1, y1, x2, y2 = item.box
-                assert min(x1, y1) > 0 or item.shape == "star" and kind == "first"
-                assert max(x2, y2) < 1 or kind == "first"
-            for a, b in zip(scene.items, scene.items[1:]):
-                assert math.hypot(a.x - b.x, a.y - b.y) > SIZES[a.size] + SIZES[b.size]
-        pairs.append((question, answer))
-    counts = Counter(a for _, a in pairs)
-    if kind == "first":
-        assert 110 < sum(q.split()[-3].rstrip(",") == a for q, a in pairs) < 190
-    else:
-        assert max(counts.values()) < 1.35 * 300 / len(counts), counts
-        assert len(counts) == (4 if kind == "direction" else 2)
+class TestClip:
+    @pytest.mark.parametrize("kind", CLIPS)
+    def test_the_order_of_the_frames_alone_decides(self, kind):
+        answers = Counter()
+        for seed in range(300):
+            count = 8 if seed % 2 else 5
+            record = clip(random.Random(seed), side=None, frames=count, kind=kind)
+            (prompt, answer), frames = ask_and_answer(record), record["source"]
+            assert len(frames) == count and record["kind"] == kind
+            backwards = watch(prompt, frames[::-1])
+            assert watch(prompt, frames) == answer != backwards and backwards is not None
+            assert len({frame.background for frame in frames}) == 1
+            for items in [frame.items for frame in frames]:
+                assert kind == "first" or all(0 < v < 1 for item in items for v in item.box)
+                for a, b in zip(items, items[1:]):
+                    assert math.hypot(a.x - b.x, a.y - b.y) > SIZES[a.size] + SIZES[b.size]
+            named_first = kind == "first" and prompt.index(answer) < prompt.index(backwards)
+            answers[named_first if kind == "first" else answer] += 1
+        assert len(answers) == (4 if kind == "direction" else 2)
+        assert max(answers.values()) < 1.35 * 300 / len(answers), answers
 
-
-def test_clips_of_a_given_length():
-    (frames,), = [turn["images"] for turn in clip(random.Random(0), frames=16, side=40)["turns"]]
-    assert len(frames) == 16 and {frame.size for frame in frames} == {(40, 40)}
+    def test_kinds_are_drawn_and_frames_are_as_many_as_asked_for(self, drawn):
+        assert {record["kind"] for record in drawn["clip"]} == set(CLIPS)
+        (frames,), = [turn["images"] for turn in clip(random.Random(0), frames=16)["turns"]]
+        assert len(frames) == 16 and {frame.size for frame in frames} == {(32, 32)}

@@ -9,135 +9,102 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from common.data.shapes import texts
-from common.data.shapes.world import Shapes
+from common.data.__main__ import main
 from common.data.shapes.interleaved import TASKS
-from common.data.shapes.scene import HELD_OUT, STYLES
-from common.data.shapes.words import phrase
-from tests.shapes.judge import held_out
+from common.data.shapes.scene import HELD_OUT, PAIRS, STYLES
+from common.data.shapes.words import vague
+from common.data.shapes.world import Shapes
+from tests.shapes.judge import held_out, pairs_in, shows
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_splits_of_the_world():
-    world = Shapes(objects=3)
-    for index in range(150):
-        record = world.record("train", index, random.Random(index))
-        for r in (record, world.record("train", index), world.record("test", index)):
-            assert not {(i.colour, i.shape) for i in r["source"].items} & HELD_OUT
-            assert not any(map(held_out, r["texts"]))
-            assert all(world.is_true(t, r["source"]) for t in r["texts"])
-    assert not any(map(held_out, world.corpus()))
-    tested = [world.scene("composition", i) for i in range(world.size("composition"))]
-    pairs = [(s.items[0].colour, s.items[0].shape) for s in tested]
-    assert set(pairs) == HELD_OUT and {pairs.count(p) for p in HELD_OUT} == {50}
-    assert all(len(s.items) == 1 for s in tested)
+class TestShapes:
+    def test_a_record_is_a_picture_and_a_true_text_without_a_held_out_pair(self):
+        world = Shapes(objects=3, noise=0.02, clutter=1, image_size=20)
+        for index in range(100):
+            rng = random.Random(index)
+            for record in (world.record("train", index, rng), world.record("train", index),
+                           world.record("test", index)):
+                scene = record["source"]
+                assert shows(record, [scene], 20) and not pairs_in(scene) & HELD_OUT
+                assert all(world.describes(text, scene) for text in record["texts"])
+                assert world.is_true(vague(scene), scene)
+                assert not world.describes(vague(scene), scene)
+                assert not any(map(held_out, record["texts"]))
+                assert scene.noise == 0.02 and len(scene.clutter) == 1
+
+    def test_only_training_scenes_depend_on_an_rng(self):
+        world = Shapes()
+        for split in world.splits:
+            fresh = [world.record(split, 5, random.Random(n))["source"] for n in (1, 1, 2)]
+            assert fresh[0] == fresh[1] and (fresh[0] != fresh[2]) == (split == "train")
+            assert world.record(split, 5) == Shapes().record(split, 5) != world.record(split, 6)
+        scenes = [world.scene("test", index) for index in range(world.size("test"))]
+        assert len(set(scenes)) == 1000 and {len(scene.items) for scene in scenes} == {1, 2}
+
+    def test_single_and_composition_have_each_of_their_classes_equally_often(self):
+        world = Shapes(objects=3)
+        assert len(world.all_classes) == 48 and world.all_classes[:42] == world.classes
+        for split, pairs, times in (("single", set(PAIRS), 24), ("composition", HELD_OUT, 50)):
+            scenes = [world.scene(split, index) for index in range(world.size(split))]
+            assert pairs_in(*scenes) == pairs and all(len(scene.items) == 1 for scene in scenes)
+            labels = [world.label(scene) for scene in scenes]
+            assert {labels.count(n) for n in labels} == {times}
+            assert len(scenes) == times * len(pairs)
+            for n, label in enumerate(labels):
+                assert world.describes(world.all_classes[label], scenes[n])
+                assert not world.describes(world.all_classes[label], scenes[n - 1])
+        assert min(labels) == len(world.classes)
+
+    def test_shifted_shows_the_scenes_of_single_in_every_other_style(self):
+        world, styles = Shapes(), set()
+        for index in range(world.size("shifted")):
+            shifted = world.scene("shifted", index)
+            assert replace(shifted, style="plain") == world.scene("single", index)
+            styles.add((world.label(shifted), shifted.style))
+        assert len(styles) == 3 * 42 and {style for _, style in styles} == set(STYLES[1:])
+        assert Shapes(style="outline").scene("test", 1).style == "outline"
+
+    @pytest.mark.parametrize("kind", TASKS)
+    def test_a_task_has_the_worlds_dials_unless_arguments_change_them(self, kind):
+        world, dials = Shapes(objects=4, noise=0.25, clutter=3, image_size=20), {}
+        if kind in ("caption", "album", "question", "document"):
+            dials = {"objects": (1, 4), "noise": 0.25, "clutter": 3}
+        changed = {"noise": 0.5} if dials else {}
+        for split, more in (("train", {}), ("test", {}), ("train", changed)):
+            record = world.task(kind, random.Random(7), split, **more)
+            assert record == TASKS[kind](random.Random(7), split, 20, **dials | more)
+        assert world.tasks == tuple(TASKS)
+
+    @pytest.mark.parametrize("setting, words", [({"objects": 0}, "objects=0.*1 to 6"),
+                                                ({"objects": 7}, "objects=7.*1 to 6"),
+                                                ({"style": "sketch"}, "sketch.*outline")])
+    def test_more_objects_than_fit_and_no_such_style_are_refused(self, setting, words):
+        with pytest.raises(ValueError, match=words):
+            Shapes(**setting)
+
+    def test_pictures_are_named_by_what_they_show(self):
+        world, files = Shapes(image_size=20), []
+        for index, (file, picture) in enumerate(world.named_pictures()):
+            shown = re.fullmatch(rf"{index:03d}-([a-z-]+)\.png", file)[1].replace("-", " ")
+            assert world.is_true(shown, world.scene("test", index)), shown
+            assert shows({"images": [picture]}, [world.scene("test", index)], 20)
+            files.append(file)
+        assert len(files) == 100
 
 
-def test_single_has_each_class_equally_often():
-    world = Shapes()
-    labels = [world.label(world.scene("single", i)) for i in range(world.size("single"))]
-    assert sorted(set(labels)) == list(range(len(world.classes)))
-    assert {labels.count(n) for n in set(labels)} == {24}
-    first = world.scene("single", 0).items[0]
-    assert world.all_classes[labels[0]] == phrase(first)
-    assert len(world.all_classes) == 48 and world.all_classes[:42] == world.classes
+class TestTheCommand:
+    def test_it_writes_pictures(self, tmp_path):
+        command = [sys.executable, "-m", "common.data", "shapes", tmp_path / "new"]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        assert (done.returncode, done.stdout) == (0, f"100 pictures in {tmp_path / 'new'}\n")
+        with Image.open(sorted((tmp_path / "new").iterdir())[99]) as picture:
+            assert picture.size == (96, 96) and picture.format == "PNG"
 
-
-def test_records_of_the_world():
-    world = Shapes(objects=2, noise=0.02, clutter=1, image_size=40)
-    one, other = world.record("test", 5), world.record("test", 6)
-    assert one["images"][0].size == (40, 40) and one["source"] != other["source"]
-    assert one["texts"] == world.record("test", 5)["texts"]
-    assert one["source"].noise == 0.02 and len(one["source"].clutter) == 1
-    assert world.scene("test", 5, random.Random(1)) == one["source"]         # no rng moves a test
-    fresh = [world.scene("train", 5, random.Random(n)) for n in (1, 1, 2)]
-    assert fresh[0] == fresh[1] != fresh[2]
-    assert Shapes(style="outline").scene("test", 1).style == "outline"
-    for index in range(60):
-        plain, shifted = world.scene("single", index), world.scene("shifted", index)
-        assert shifted.style in STYLES[1:] and replace(shifted, style="plain") == plain
-
-
-def test_the_tasks_have_the_worlds_dials_and_size():
-    world = Shapes(objects=4, noise=0.25, clutter=3, image_size=20)
-    assert world.tasks == tuple(TASKS)
-    counts = set()
-    for kind in ("caption", "album", "question", "document"):
-        for i in range(12):
-            record = world.task(kind, random.Random(i))
-            scenes = (record["source"],) if kind == "caption" else record["source"]
-            counts |= {len(scene.items) for scene in scenes}
-            assert {(s.noise, len(s.clutter)) for s in scenes} == {(0.25, 3)}
-            picture = record["images"][0] if kind == "caption" else \
-                record["turns"][0]["images"][0][0]
-            assert picture.size == (20, 20)
-    assert max(counts) == 4 and min(counts) == 1
-    for kind in ("names", "episode", "glossary", "clip"):
-        assert world.task(kind, random.Random(0))["turns"][-1]["images"][0][0].size == (20, 20)
-
-
-def test_arguments_of_a_task_come_before_the_worlds_dials():
-    record = Shapes(objects=4).task("caption", random.Random(0), "test", objects=(3, 3))
-    assert len(record["source"].items) == 3
-    record = Shapes().task("clip", random.Random(0), "test", kind="growth", frames=4)
-    assert record["kind"] == "growth" and len(record["turns"][0]["images"][0]) == 4
-
-
-def test_the_split_and_the_texts_reach_their_functions():
-    world = Shapes()
-    for i in range(9):
-        assert world.text(random.Random(i)) == texts.text(random.Random(i))
-        assert world.labelled(random.Random(i)) == texts.labelled(random.Random(i))
-        test = world.task("question", random.Random(i), "test")
-        assert test == TASKS["question"](random.Random(i), "test", 32, objects=(1, 2))
-        train = world.task("question", random.Random(i), asks=1)
-        assert train["turns"][0]["prompt"] != test["turns"][0]["prompt"]
-    assert next(world.corpus()) == next(texts.corpus())
-
-
-def test_a_caption_describes_when_it_is_true_and_names_an_object():
-    world = Shapes()
-    record = world.record("single", 0)
-    name = phrase(record["source"].items[0])
-    assert world.describes(f"there is {name}", record["source"])
-    assert world.is_true("one object", record["source"])
-    assert not world.describes("one object", record["source"])
-    other = next(world.record("single", i) for i in range(9)
-                 if phrase(world.record("single", i)["source"].items[0]) != name)
-    assert not world.describes(f"there is {name}", other["source"])
-
-
-def test_more_objects_than_fit_and_no_such_style_are_refused():
-    for objects in (0, 7):
-        with pytest.raises(ValueError, match=f"objects={objects}: a scene has 1 to 6"):
-            Shapes(objects=objects)
-    with pytest.raises(ValueError, match="sketch.*outline"):
-        Shapes(style="sketch")
-
-
-def test_pictures_are_named_by_what_they_show():
-    world = Shapes(image_size=20)
-    for index, (file, picture) in enumerate(world.named_pictures()):
-        assert file.startswith(f"{index:03d}-") and file.endswith(".png")
-        shown = file[4:-4].replace("-", " ")
-        assert world.is_true(shown, world.scene("test", index)), shown
-        assert picture.tobytes() == world.record("test", index)["images"][0].tobytes()
-    assert index == 99
-
-
-def test_the_command_writes_pictures_and_says_in_one_line_what_is_wrong(tmp_path):
-    def command(*arguments):
-        return subprocess.run([sys.executable, "-m", "common.data", *map(str, arguments)],
-                              capture_output=True, text=True, cwd=ROOT)
-    done = command("shapes", tmp_path / "new")
-    assert (done.returncode, done.stdout) == (0, f"100 pictures in {tmp_path / 'new'}\n")
-    with Image.open(sorted((tmp_path / "new").iterdir())[99]) as picture:
-        assert picture.size == (96, 96) and picture.format == "PNG"
-    (tmp_path / "file").write_text("")
-    for arguments, message in (((), "usage: "), (("shapes",), "usage: "),
-                               (("moon", "x"), "usage: "), (("emoji", "x", "y"), "usage: "),
-                               (("emoji", tmp_path / "file"), "cannot write to ")):
-        done = command(*arguments)
-        assert done.returncode == 1 and done.stdout == ""
-        assert re.fullmatch(f"{message}.*\n", done.stderr), done.stderr
+    @pytest.mark.parametrize("arguments, words", [
+        ([], "usage: "), (["shapes"], "usage: "), (["moon", "x"], "usage: "),
+        (["emoji", "x", "y"], "usage: "), (["emoji", __file__], f"cannot write to {__file__}")])
+    def test_it_says_in_one_line_what_is_wrong(self, arguments, words):
+        with pytest.raises(SystemExit, match=f"^{words}.*$"):
+            main(arguments)
