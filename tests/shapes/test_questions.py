@@ -47,13 +47,15 @@ class TestQuestions:
                     pattern = re.sub(r"\\{\w\\}", ".+", re.escape(wording))
                     assert any(re.fullmatch(pattern, q) for q in said[split]), wording
 
-    def test_yes_and_no_are_even(self, drawn):
+    def test_forms_and_yes_and_no_are_even(self, drawn):
         answers = defaultdict(Counter)
         for scene, record in drawn["train"] + drawn["test"]:
             answers[record["form"]][ask_and_answer(record)[1]] += 1
         for form, counts in answers.items():
             limit = 4 * math.sqrt(counts.total())
             assert "yes" not in counts or abs(counts["yes"] - counts["no"]) < limit, form
+        forms = Counter(r["form"] for _, r in drawn["train"] if r["kind"] == "existence")
+        assert max(forms.values()) < 1.4 * min(forms.values()) and len(forms) == 3
 
     def test_in_composition_a_held_out_name_is_no_sign_of_yes(self):
         answers = Counter()
