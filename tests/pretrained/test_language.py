@@ -2,7 +2,6 @@
 import functools
 import io
 import json
-import re
 
 import pytest
 import sentencepiece
@@ -14,7 +13,9 @@ from common.pretrained.language import Pieces, config_fields, read, read_model, 
 from common.training import checkpoint
 from tests.fuzz import one_line
 from tests.helpers import assert_close, randomize
-from tests.pretrained.writers import byte_vocabulary, write_run, write_vocabulary
+from tests.parity import hugging_face_layout
+from tests.pretrained.writers import (byte_vocabulary, check_weights, write_run,
+                                      write_vocabulary)
 
 WIDTH, VOCAB = 24, 263
 CONFIGS = {
@@ -27,19 +28,6 @@ CONFIGS = {
               "num_hidden_layers": 2, "num_attention_heads": 3, "num_key_value_heads": 1,
               "intermediate_size": 37, "max_position_embeddings": 19}}
 FIELDS = dict(vocab_size=VOCAB, context_length=19, width=WIDTH, layers=2, heads=3, hidden=37)
-# Patterns of our names and their parts, replaced one after the other; a norm's name misleads in
-# OPT ("final", of a layer) and LLaMA ("post" attention).
-WORDS = {
-    "gpt2": {"token_embed": "transformer.wte", "pos_embed": "transformer.wpe",
-             "blocks": "transformer.h", "^norm": "transformer.ln_f", "attn_norm": "ln_1",
-             "mlp_norm": "ln_2", "attn.out_proj": "attn.c_proj", "fc1": "c_fc", "fc2": "c_proj"},
-    "opt": {"attn_norm": "self_attn_layer_norm", "mlp_norm": "final_layer_norm", "[.]mlp": "",
-            "[.]attn": ".self_attn", "blocks": "model.decoder.layers",
-            "^norm": "model.decoder.final_layer_norm", "pos_embed": "model.decoder.embed_positions",
-            "token_embed": "model.decoder.embed_tokens"},
-    "llama": {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm",
-              "[.]attn": ".self_attn", "out_proj": "o_proj", "blocks": "model.layers",
-              "^norm": "model.norm", "token_embed": "model.embed_tokens", "^output": "lm_head"}}
 
 
 def fields(kind, **changes):
@@ -49,20 +37,8 @@ def fields(kind, **changes):
 def both(kind, vocab_size=VOCAB):
     """Random weights under our names and under theirs."""
     lm = LanguageModel(LanguageConfig(**fields(kind, vocab_size=vocab_size)))
-    ours, theirs = randomize(lm).state_dict(), {}
-    for name, weight in ours.items():
-        if kind == "gpt2" and "q_proj" in name:          # three in one
-            weight = torch.cat([ours[name.replace("q_proj", f"{part}_proj")] for part in "qkv"])
-            name = name.replace("q_proj", "c_attn")
-        for word, other in WORDS[kind].items():
-            name = re.sub(word, other, name)
-        if kind != "gpt2" or "k_proj" not in name and "v_proj" not in name:
-            turned = kind == "gpt2" and ".c_" in name    # it is multiplied from the right
-            theirs[name] = weight.mT if turned and weight.ndim == 2 else weight
-    return ours, theirs | {              # what files hold besides: masks, frequencies
-        "gpt2": {"transformer.h.0.attn.bias": torch.ones(1, 1, 5, 5),
-                 "transformer.h.0.attn.masked_bias": torch.tensor(-1e4)},
-        "llama": {"model.layers.1.self_attn.rotary_emb.inv_freq": torch.ones(4)}}.get(kind, {})
+    ours = randomize(lm).state_dict()
+    return ours, hugging_face_layout.language(ours, kind)
 
 
 def write_folder(path, kind, weights, **changes):
@@ -195,20 +171,6 @@ class TestTranslated:
         theirs = both("gpt2")[1] | {"lm_head.weight": torch.ones(VOCAB, WIDTH)}
         assert "output.weight" not in translated(theirs, fields("gpt2"), "F")
 
-    @pytest.mark.parametrize("change, message", [
-        (lambda w: w.pop("model.layers.1.mlp.up_proj.weight"), "missing blocks.1.mlp.up_proj"),
-        (lambda w: w.update({"model.layers.1.self_attn.q_proj.bias": torch.ones(WIDTH)}),
-         "unexpected layers.1.self_attn.q_proj.bias"),
-        (lambda w: w.pop("lm_head.weight"), "missing output.weight"),
-        (lambda w: w.update({"model.layers.1.self_attn.k_proj.weight": torch.ones(24, WIDTH)}),
-         r"blocks.1.attn.k_proj.weight is \(24, 24\), the model's \(8, 24\)")])
-    def test_missing_extra_and_other_weights_are_told(self, change, message):
-        theirs = both("llama")[1]
-        change(theirs)
-        with one_line(f"^F: .*{message}"):
-            checkpoint.load_weights(LanguageModel(LanguageConfig(**fields("llama"))),
-                                    translated(theirs, fields("llama"), "F"), "F")
-
 
 @functools.cache
 def sentencepieces(**more):
@@ -250,15 +212,12 @@ class TestFromPretrained:
         lm, tokenizer = from_pretrained(write_folder(tmp_path, kind, theirs))
         assert lm.config == LanguageConfig(**fields(kind), eos_id=256, pad_id=pad_id)
         assert not lm.training and tokenizer.decode(tokenizer.encode("ab")) == "ab"
-        for name, weight in lm.state_dict().items():
-            assert_close(name, weight, ours[name], 0)
+        check_weights(lm, ours)
 
     def test_weights_in_half_precision(self, tmp_path):
         ours, theirs = both("opt")
         lm, _ = from_pretrained(write_folder(tmp_path, "opt", theirs), torch.bfloat16)
-        for name, weight in lm.state_dict().items():
-            assert_close(name, weight, ours[name].bfloat16(), 0)
-            assert weight.dtype == torch.bfloat16, name
+        check_weights(lm, {name: weight.bfloat16() for name, weight in ours.items()})
 
     def test_llama_comes_with_a_sentencepiece_vocabulary(self, tmp_path):
         size = len(Pieces(sentencepieces()))
@@ -279,8 +238,7 @@ class TestFromPretrained:
                               {f"lm.{name}": weight for name, weight in lm.state_dict().items()})
         found, known = from_pretrained(tmp_path)
         assert found.config == lm.config and not found.training and known.model == tokenizer.model
-        for name, weight in found.state_dict().items():
-            assert_close(name, weight, lm.state_dict()[name], 0)
+        check_weights(found, lm.state_dict())
 
     def test_anything_else_is_one_line(self, tmp_path):
         with one_line("none: no run here .*python train.py lm --out .*none"):

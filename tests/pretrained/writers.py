@@ -8,6 +8,7 @@ import torch
 from common.data.tokenizer import Tokenizer
 from common.pretrained.bpe import BYTES
 from common.training import checkpoint
+from tests.helpers import assert_close
 
 CODES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
          torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
@@ -52,3 +53,11 @@ def write_run(folder, name, config, weights):
     (folder / "tokenizer.model").write_bytes(tokenizer.model)
     checkpoint.save(folder, {"model": weights})
     return tokenizer
+
+
+def check_weights(model, expected):
+    """The parameters and buffers of a model are these, in these dtypes."""
+    assert set(model.state_dict()) == set(expected)
+    for name, weight in model.state_dict().items():
+        assert_close(name, weight, expected[name], 0)
+        assert weight.dtype == expected[name].dtype, name
