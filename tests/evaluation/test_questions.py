@@ -208,8 +208,9 @@ class TestRetrievedShots:
         assert retrieved == [[said[i], *said[:3], asked[i]] for i in range(13)]
         assert [turns[-1] for turns in found] == asked and {len(turns) for turns in found} == {5}
         assert len({str(turns[:-1]) for turns in found}) > 9
-        want = [s["turns"][0]["answer"] == q["turns"][0]["answer"] for s, q in zip(support, queries)]
-        assert figures["vqa_accuracy_4_retrieved_shots"] == sum(want) / 13
+        right = [a["turns"][0]["answer"] == b["turns"][0]["answer"]
+                 for a, b in zip(support, queries)]
+        assert figures["vqa_accuracy_4_retrieved_shots"] == sum(right) / 13
         assert set(figures) == {"vqa_accuracy_4_retrieved_shots", "vqa_accuracy_4_random_shots"}
         assert figures == retrieved_shots(writer, world, 13, select)
         assert prompts(writer.asked[2]) == found     # random shots are the same in each evaluation

@@ -82,8 +82,8 @@ class TestZeroShotClassifier:
         vectors = F.normalize(torch.randn(13, 5), dim=-1)
         means = torch.stack([sum(vectors[n] for n in own) / len(own) for own in numbers])
         for chunk in (256, 4, 2, 1):             # a chunk may end within a name
-            columns = zero_shot_classifier(Model(texts=vectors), Data().ids, names, templates, chunk)
-            assert_close("classifier (E, C)", columns, (means / means.norm(dim=1)[:, None]).T)
+            found = zero_shot_classifier(Model(texts=vectors), Data().ids, names, templates, chunk)
+            assert_close("classifier (E, C)", found, (means / means.norm(dim=1)[:, None]).T)
 
 
 class TestAccuracy:
@@ -123,8 +123,8 @@ class TestPool:
 
     def test_each_direction_ranks_what_its_name_says(self):
         # Both images point at text 0, image 0 more so; text 1 points at image 1.
-        found = self.pool(torch.tensor([[1.0, 0.0], [0.8, 0.6]]), torch.tensor([[1.0, 0.1], [0, 1]]),
-                          lambda text, source: int(text) == source).figures()
+        images, texts = torch.tensor([[1, 0], [0.8, 0.6]]), torch.tensor([[1, 0.1], [0, 1]])
+        found = self.pool(images, texts, lambda text, source: int(text) == source).figures()
         assert (found["image_to_text_recall@1"], found["text_to_image_recall@1"]) == (0.5, 1.0)
 
     @pytest.mark.parametrize("is_true, expected", [
@@ -148,7 +148,8 @@ class TestPool:
 
     def test_the_sheet_frames_what_is_true_green_and_what_is_false_red(self):
         for is_true, marks in ((Numbers().is_true, {GREEN, RED}),
-                               (lambda text, source: True, {GREEN})):
+                               (lambda text, source: True, {GREEN}),
+                               (lambda text, source: False, {RED})):
             page = make_pool(Model(), Data(is_true=is_true)).sheet(count=3)
             assert colours(page) & {GREEN, RED} == marks
 

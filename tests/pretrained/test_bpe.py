@@ -76,11 +76,6 @@ class TestBPE:
         for text, ids in GOLDEN["texts"].items():
             assert use.encode(text) == ids, text
 
-    def test_bytes_come_in_the_published_order_and_again_as_ends_of_words(self):
-        for i, byte in enumerate((*range(33, 127), *range(161, 173), *range(174, 256))):
-            assert GOLDEN["pieces"][BYTES[byte]] == i
-            assert GOLDEN["pieces"][BYTES[byte] + "</w>"] == 256 + i
-
     def test_a_batch_begins_ends_is_padded_with_zeros_and_cut_before_its_end(self):
         assert golden().batch(["a dog", "a photo of car", ""], 77).tolist() == [
             [49406, 320, 1929, 49407, 0, 0], [49406, 320, 1125, 539, 1615, 49407],
@@ -134,10 +129,6 @@ class TestBPE:
         for merges, pieces in ((["bc", "ab"], ["a", "bc"]), (["ab", "bc"], ["ab", "c"])):
             assert small(GPT2, [tuple(m) for m in merges]).join("abc") == pieces
 
-    def test_a_word_of_ten_thousand_letters_takes_no_minutes(self):
-        use = small(GPT2, [("a" * 2 ** n,) * 2 for n in range(8)])
-        assert use.join(list("a" * 10_000)) == ["a" * 256] * 39 + ["a" * 16]
-
     def test_each_vocabulary_remembers_its_own_words(self):
         use, other = small(), small(merges=SMALL[:1])
         assert use.encode("the cab the") == use.encode("the cab the")
@@ -150,19 +141,13 @@ class TestBPE:
         assert public <= set(dir(use)) and len(use) == len(GOLDEN["pieces"])
         assert use.encode("a dog") == [320, 1929] and use.eos_id == 49407
 
-    def test_the_whole_published_vocabulary_is_loaded(self, tmp_path):
-        free = set(range(49408)) - set(GOLDEN["pieces"].values())
-        write_vocabulary(tmp_path, GOLDEN["pieces"] | {f"filler {i}": i for i in free}, MERGES)
-        use = BPE.load(tmp_path, CLIP)
-        assert len(use) == 49408 and (use.bos_id, use.eos_id, use.pad_id) == (49406, 49407, 0)
-        assert use.encode("a diagram") == [320, 22697]
-
     @pytest.mark.parametrize("damage, message", [
         *((lambda v, m, x=x: v.update(th=x), "5.. pieces") for x in ("7", True, [], 0, 9999, -1)),
         (lambda v, m: m.append(("q", "z")), "'qz'"),
         (lambda v, m: v.update(other=v.pop("\u0100</w>")), "'\u0100</w>'"),
         (lambda v, m: v.update(other=v.pop("<|endoftext|>")), "'<.endoftext.>'"),
-        (lambda v, m: m.append(("a", "b", "c")), "'a b c'"), (lambda v, m: m.append(("a", "")), "'a '")])
+        (lambda v, m: m.append(("a", "b", "c")), "'a b c'"),
+        (lambda v, m: m.append(("a", "")), "'a '")])
     def test_a_vocabulary_that_lies_is_one_line(self, tmp_path, damage, message):
         vocab, merges = byte_vocabulary(CLIP, SMALL), list(SMALL)
         damage(vocab, merges)
@@ -224,14 +209,15 @@ class TestReadClip:
         use = BPE.load(tmp_path, CLIP)
         assert len(use) == 49408 and (use.bos_id, use.eos_id) == (49406, 49407)
         assert (use.vocab["!"], use.vocab["!</w>"], use.vocab["!!"]) == (0, 256, 512)
-        assert use.vocab["".join(pairs[48_893])] == 49405 and "".join(pairs[48_894]) not in use.vocab
+        last, beyond = map("".join, pairs[48_893:48_895])
+        assert use.vocab[last] == 49405 and beyond not in use.vocab
         with one_line(f"{tmp_path}: "):
             BPE.load(tmp_path, GPT2)
 
     @pytest.mark.parametrize("data, message", [
         (lambda: gzip.compress(b"#version\na b\nb c\n"), f"2 merges, .* {CLIP_MERGES}"),
         (lambda: gzip.compress(bytes(10_000_000)) * 20, "larger than 100,000,000 bytes"),
-        (lambda: b"not gzip", ""), (lambda: gzip.compress(random.Random(0).randbytes(999))[:-9], ""),
+        (lambda: b"not gzip", ""), (lambda: gzip.compress(bytes(99))[:-9], ""),
         (lambda: gzip.compress(bytes(99))[:5], ""),
         (lambda: gzip.compress(bytes(99))[:10] + b"\xff" * 20, "")],
         ids=["short", "bomb", "other", "cut", "cut early", "damaged"])

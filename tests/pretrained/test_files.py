@@ -1,5 +1,6 @@
 """The files in a published folder: weights in every usual format, and files that lie."""
 import json
+import math
 import os
 import zipfile
 
@@ -36,37 +37,29 @@ class TestIsPublished:
         assert files.is_published(tmp_path / "config.json")
 
 
-class TestGiven:
+class TestFields:
+    """`given`, `whole`, `positive` and `section` of a config."""
+
     def test_a_field_that_is_absent_or_null_has_its_default(self):
-        config = {"null": None, "zero": 0}
-        assert [files.given(config, name, 7) for name in ("absent", "null", "zero")] == [7, 7, 0]
+        for config in ({}, {"x": None}):
+            assert files.given(config, "x", "some") == "some"
+            assert files.whole(config, "x", 7, "here") == 7
+            assert files.positive(config, "x", 0.5, "here") == 0.5
+            assert files.section(config, "x", "here") == {}
 
-
-class TestWhole:
-    def test_it_is_a_number_from_1_to_a_million(self):
-        for value in (1, 1_000_000):
-            assert files.whole({"n": value}, "n", 7, "here") == value
-        assert files.whole({"n": None}, "n", 7, "here") == 7
-        for value in (0, -3, 1_000_001, 2.0, "2", True, []):
-            with one_line(f"here: n is {value!r}".replace("[", r"\[")):
-                files.whole({"n": value}, "n", 7, "here")
-
-
-class TestPositive:
-    def test_it_is_a_finite_number_above_0(self):
-        assert files.positive({"x": 5}, "x", 0.5, "here") == 5.0
-        assert files.positive({}, "x", 0.5, "here") == 0.5
-        for value in (0, -1.5, float("inf"), float("nan"), "2", True):
+    @pytest.mark.parametrize("read, good, bad", [
+        (lambda c: files.given(c, "x", 7), [0, False, "", []], []),
+        (lambda c: files.whole(c, "x", 7, "here"), [1, 10 ** 6],
+         [0, -3, 10 ** 6 + 1, 2.0, "2", True]),
+        (lambda c: files.positive(c, "x", 7, "here"), [5, 1e-9],
+         [0, -1.5, math.inf, math.nan, "2", True]),
+        (lambda c: files.section(c, "x", "here"), [{"a": 1}, {}], [3, "a", True])])
+    def test_other_values_are_named(self, read, good, bad):
+        for value in good:
+            assert read({"x": value}) == value
+        for value in bad:
             with one_line(f"here: x is {value!r}"):
-                files.positive({"x": value}, "x", 0.5, "here")
-
-
-class TestSection:
-    def test_it_is_an_object_and_empty_where_it_is_absent_or_null(self):
-        for config, value in (({"s": {"a": 1}}, {"a": 1}), ({"s": None}, {}), ({}, {})):
-            assert files.section(config, "s", "here") == value
-        with one_line(r"here: s is \[1\]"):
-            files.section({"s": [1]}, "s", "here")
+                read({"x": value})
 
 
 class TestReadWeights:
@@ -85,15 +78,14 @@ class TestReadWeights:
 
 
 class TestReadShards:
-    def test_shards_are_put_together(self, tmp_path):
+    def test_shards_are_put_together_safetensors_before_pickles(self, tmp_path):
         for name, value in WEIGHTS.items():
             torch.save({name: value}, tmp_path / f"{name}.bin")
+            write_safetensors(tmp_path / f"{name}.safetensors", {name: value})
         write_index(tmp_path, {"a": "a.bin", "b": "b.bin"}, "pytorch_model.bin.index.json")
         check(files.read_weights(tmp_path))
-        for name, value in WEIGHTS.items():
-            (tmp_path / f"{name}.bin").unlink()
-            write_safetensors(tmp_path / f"{name}.safetensors", {name: value})
         write_index(tmp_path, {"a": "a.safetensors", "b": "b.safetensors"})
+        (tmp_path / "b.bin").unlink()
         check(files.read_weights(tmp_path))
 
     @pytest.mark.parametrize("where, message", [
@@ -130,7 +122,7 @@ class Harm:
 
 class TestReadPickle:
     @pytest.mark.parametrize("wrap", [
-        dict, lambda w: {"state_dict": w, "epoch": 3}, lambda w: {"model_state_dict": w, "epoch": 1},
+        dict, lambda w: {"state_dict": w, "epoch": 3}, lambda w: {"model_state_dict": w},
         lambda w: {"model": w}, lambda w: {f"module.{name}": value for name, value in w.items()}])
     def test_tensors_are_found_plain_and_wrapped(self, tmp_path, wrap):
         torch.save(wrap(WEIGHTS), tmp_path / "pytorch_model.bin")

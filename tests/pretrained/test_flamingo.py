@@ -53,7 +53,8 @@ class TestLoadOpenflamingo:
         features, ids = torch.randn(2, 3, 1, 9, 22), torch.randint(6, 43, (2, 11))
         ids[0, [2, 5, 9]], ids[1, 0] = IMAGE, IMAGE
         visual = ours.resampler(features)
-        assert_close("visual tokens (Q, D)", visual[1, 2], theirs.perceiver(features[1, 2, 0][None])[0])
+        assert_close("visual tokens (Q, D)", visual[1, 2],
+                     theirs.perceiver(features[1, 2, 0][None])[0])
         want = theirs(ours, features, ids)
         assert_close("logits (B, T, V)", ours.logits(ids, visual=visual), want)
         assert (want - ours.lm(ids)).abs().max() > 0.1
@@ -86,7 +87,7 @@ class TestLoadOpenflamingo:
         ours, theirs, write = both
         load_openflamingo(ours, write(lambda w: {
             name.replace("model.layers", "transformer.blocks").replace(
-                "model.embed_tokens", "transformer.wte"): value for name, value in w.items()}), TAGS)
+                "model.embed_tokens", "transformer.wte"): x for name, x in w.items()}), TAGS)
         gates = theirs.lang_encoder.model.layers[3].gated_cross_attn_layer
         assert_close("attn_gate", ours.gated[3].attn_gate, gates.attn_gate, 0)
         assert_close("mlp_gate", ours.gated[3].mlp_gate, gates.ff_gate, 0)

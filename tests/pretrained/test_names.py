@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from common.pretrained import names
-from common.pretrained.names import Table, expand, plan, translate
+from common.pretrained.names import Table, expand, translate
 from tests.fuzz import one_line
 from tests.helpers import assert_close
 
@@ -37,54 +37,42 @@ class TestExpand:
         assert expand("plain", {}) == ["plain"] and expand("a.{n}", {"n": 0}) == []
 
 
-class TestUnder:
-    def test_both_sides_get_a_prefix_and_the_change_stays(self):
-        rows = names.under("h.{n}", "blocks.{n}", ((".a", ".b"), (".c", ".d", names.transpose)))
-        assert rows == (("h.{n}.a", "blocks.{n}.b"), ("h.{n}.c", "blocks.{n}.d", names.transpose))
-
-
-TABLE = Table((
-    ("h.{layers}.ln_{1,2}.bias", "blocks.{layers}.{attn,mlp}_norm.bias"),
-    ("h.{layers}.kv", "blocks.{layers}.{k,v}_proj.weight", names.halves),
-    ("h.{layers}.out", "blocks.{layers}.out_proj.weight", names.transpose),
-), ignored=("*.mask", "head.weight"))
-
-
-class TestPlan:
-    def test_each_of_their_names_has_its_own_targets(self):
-        found = plan(TABLE, {"layers": 2})
-        assert {name: targets for name, (targets, _) in found.items()} == {
-            f"h.{i}{theirs}": [f"blocks.{i}.{name}" for name in ours] for i in (0, 1)
-            for theirs, ours in ((".ln_1.bias", ["attn_norm.bias"]),
-                                 (".ln_2.bias", ["mlp_norm.bias"]), (".out", ["out_proj.weight"]),
-                                 (".kv", ["k_proj.weight", "v_proj.weight"]))}
+@pytest.fixture
+def table():
+    return Table(names.under("h.{layers}", "blocks.{layers}", (
+        (".ln_{1,2}.bias", ".{attn,mlp}_norm.bias"), (".out", ".out.weight", names.transpose),
+        (".kv", ".{k,v}_proj.weight", names.halves), (".conv", ".conv", names.flatten_patches))),
+        ignored=("*.mask", "head.weight"))
 
 
 class TestTranslate:
-    def test_tensors_are_renamed_taken_apart_and_ignored(self):
-        theirs = {"h.1.ln_2.bias": torch.randn(3).half(), "h.0.kv": torch.randn(4, 5),
-                  "h.1.out": torch.randn(3, 7), "h.0.mask": torch.ones(1), "head.weight": None}
-        ours = translate(theirs, TABLE, {"layers": 2}, "here")
-        for name, want in (("blocks.1.mlp_norm.bias", theirs["h.1.ln_2.bias"]),
+    def test_tensors_are_renamed_taken_apart_and_ignored(self, table):
+        theirs = {"h.1.ln_2.bias": torch.randn(3).half(), "h.1.ln_1.bias": torch.randn(5),
+                  "h.0.kv": torch.randn(4, 5), "h.1.out": torch.randn(3, 7),
+                  "h.0.mask": torch.ones(1), "head.weight": None}
+        ours = translate(theirs, table, {"layers": 2}, "here")
+        for name, want in (("blocks.1.attn_norm.bias", theirs["h.1.ln_1.bias"]),
+                           ("blocks.1.mlp_norm.bias", theirs["h.1.ln_2.bias"]),
                            ("blocks.0.k_proj.weight", theirs["h.0.kv"][:2]),
                            ("blocks.0.v_proj.weight", theirs["h.0.kv"][2:]),
-                           ("blocks.1.out_proj.weight", theirs["h.1.out"].T)):
+                           ("blocks.1.out.weight", theirs["h.1.out"].T)):
             assert_close(name, ours.pop(name), want, 0)
         assert not ours
 
-    def test_names_without_a_row_stay_on_one_line(self):
-        ours = translate(dict.fromkeys(("h.2.ln_1.bias", "odd\nname"), torch.ones(5)), TABLE,
-                         {"layers": 2}, "here")
+    def test_names_without_a_row_stay_on_one_line(self, table):
+        theirs = dict.fromkeys(("h.2.ln_1.bias", "odd\nname"), torch.ones(5))
+        ours = translate(theirs, table, {"layers": 2}, "here")
         assert list(ours) == ["h.2.ln_1.bias", "odd?name"]
 
-    @pytest.mark.parametrize("name, shape", [("h.0.out", (5,)), ("h.1.kv", ())])
-    def test_a_tensor_of_too_few_dimensions_is_named_with_its_shape(self, name, shape):
+    @pytest.mark.parametrize("name, shape", [("h.0.out", (5,)), ("h.1.kv", ()),
+                                             ("h.0.conv", (7, 3))])
+    def test_a_tensor_of_too_few_dimensions_is_named_with_its_shape(self, table, name, shape):
         with one_line(f"^here: {name} .*{re.escape(str(shape))}"):
-            translate({name: torch.zeros(shape)}, TABLE, {"layers": 2}, "here")
+            translate({name: torch.zeros(shape)}, table, {"layers": 2}, "here")
 
-    def test_parts_that_are_not_equal_have_another_shape_or_are_missing(self):
+    def test_parts_that_are_not_equal_have_another_shape_or_are_missing(self, table):
         for rows, shapes in ((5, [(3,), (2,)]), (1, [(1,)])):
-            ours = translate({"h.0.kv": torch.ones(rows)}, TABLE, {"layers": 2}, "here")
+            ours = translate({"h.0.kv": torch.ones(rows)}, table, {"layers": 2}, "here")
             assert [tuple(value.shape) for value in ours.values()] == shapes
 
 

@@ -50,14 +50,9 @@ class TestRead:
         with one_line(f"^{tmp_path / 'x'}: "):
             safetensors.read(write_header(tmp_path / "x", {"a": entry()}, bytes(24)))
 
-    def test_no_file_and_a_folder_are_told(self, tmp_path):
-        for path, message in ((tmp_path / "none", "none: no such file"), (tmp_path, "a folder")):
-            with one_line(message):
-                safetensors.read(path)
-
     @pytest.mark.parametrize("part", ["file", "header"])
     def test_damaged_files_are_tensors_or_one_line(self, tmp_path, part):
-        path = write_safetensors(tmp_path / "x", {"a": torch.ones(2, 3), "b": torch.zeros(5).half()})
+        path = write_safetensors(tmp_path / "x", {"a": torch.ones(2, 3), "b": torch.zeros(5)})
         whole = path.read_bytes()
         end = whole.rindex(b"}") + 1
         for data in mutations(whole if part == "file" else whole[8:end], 300):
