@@ -115,8 +115,7 @@ class TestHuggingFace:
         (part("text", num_hidden_layers=4), "missing text.transformer.blocks.3.attn"),
         (part("text", num_hidden_layers=2), "unexpected text_model.encoder.layers.2"),
         (part("vision", image_size=0), "vision_config: image_size is 0"),
-        (part("vision", patch_size=3), r"patch_embed.weight is \(24, 75\), the model's \(24, 27\)")],
-        ids=str)
+        (part("vision", patch_size=3), r"patch_embed.weight is \(24, 75\), .* \(24, 27\)")], ids=str)
     def test_a_config_at_odds_with_the_weights_is_one_line(self, tmp_path, change, message):
         hugging_face(tmp_path, **change)
         with one_line(message):
@@ -251,20 +250,18 @@ class TestFromPretrained:
         assert clip.from_pretrained(tmp_path / "model.pt", act="gelu").model.config.act == "gelu"
         assert not capsys.readouterr().err
 
-    def test_a_run_folder(self, tmp_path):
+    def test_a_run_folder_and_nothing_else(self, tmp_path):
+        with one_line(f"{tmp_path}: no run here"):
+            clip.from_pretrained(tmp_path)
+        write_run(tmp_path, "flamingo", PRESETS["tiny"], {})
+        with one_line("'flamingo', not of 'clip'"):
+            clip.from_pretrained(tmp_path)
         model = CLIP(replace(PRESETS["tiny"], act="quick_gelu"))
         tokenizer = write_run(tmp_path, "clip", model.config, model.state_dict())
         use = clip.from_pretrained(tmp_path)
         assert use.model.config == model.config and not use.model.training
         assert use.tokenizer.model == tokenizer.model
         check_weights(use.model, model.state_dict())
-
-    def test_anything_else_is_one_line(self, tmp_path):
-        with one_line("none: no run here"):
-            clip.from_pretrained(tmp_path / "none")
-        write_run(tmp_path, "flamingo", PRESETS["tiny"], {})
-        with one_line("'flamingo', not of 'clip'"):
-            clip.from_pretrained(tmp_path)
 
 
 class TestMain:
