@@ -18,10 +18,17 @@ from common.training import options
 from tests.fuzz import one_line
 from tests.helpers import Words, assert_close, drawing, page, toy_flamingo, toy_lm
 
-CAPTION = {"images": drawing("green"), "texts": [""]}
-RECORDS = [page(("red", "", "a red cat"), ("blue", "what is this ?", "")), CAPTION,
-           page(("blue", "", "cat"), ("white", "", "dog"), ("red", "what ?", ""))]
 CANDIDATES = [["cat", "a red dog"], ["blue cat", "dog"], ["red", "a blue blue dog"]]
+
+
+def caption():
+    return {"images": drawing("green"), "texts": [""]}
+
+
+@pytest.fixture
+def records():
+    return [page(("red", "", "a red cat"), ("blue", "what is this ?", "")), caption(),
+            page(("blue", "", "cat"), ("white", "", "dog"), ("red", "what ?", ""))]
 
 
 class Toy:
@@ -88,9 +95,9 @@ def next_logits(model, record, new):
 
 
 class TestWriter:
-    def test_it_writes_the_likeliest_token_that_is_not_banned_up_to_the_end(self, writer):
+    def test_it_writes_the_likeliest_token_that_is_not_banned_up_to_the_end(self, writer, records):
         texts, banned = [], 0
-        for record in RECORDS:
+        for record in records:
             written = []
             while len(written) < 7:
                 logits, likeliest = next_logits(writer.model, record, written)
@@ -99,48 +106,48 @@ class TestWriter:
                     break
                 written.append(logits[-1].argmax().item())
             texts.append(Words().decode(written).strip())
-        assert writer.generate(RECORDS, max_new_tokens=7) == texts and banned > 3
+        assert writer.generate(records, max_new_tokens=7) == texts and banned > 3
 
     @pytest.mark.parametrize("num_beams", [1, 3])
-    def test_records_together_are_written_as_alone(self, writer, num_beams):
+    def test_records_together_are_written_as_alone(self, writer, records, num_beams):
         how = {"max_new_tokens": 6, "num_beams": num_beams}
-        together = writer.generate(RECORDS, **how)
+        together = writer.generate(records, **how)
         assert len(set(together)) > 1
-        assert together == [writer.generate([record], **how)[0] for record in RECORDS]
-        assert together == writer.generate(RECORDS, **how, batch_size=2)
+        assert together == [writer.generate([record], **how)[0] for record in records]
+        assert together == writer.generate(records, **how, batch_size=2)
 
     @pytest.mark.parametrize("end", [EOC, EOS])
     @pytest.mark.parametrize("num_beams", [1, 3])
     def test_a_text_ends_with_either_stop_id_and_without_blanks(self, end, num_beams):
         writer = Writer(Follows(cat=end), Words())
         writer.tokenizer.decode = lambda ids: f" {Words().decode(ids)} "
-        assert writer.generate([CAPTION], max_new_tokens=9, num_beams=num_beams) == ["cat"]
+        assert writer.generate([caption()], max_new_tokens=9, num_beams=num_beams) == ["cat"]
         assert writer.generate([], num_beams=num_beams) == []
 
-    def test_options_are_those_of_generate(self, writer):
-        draws = {str(writer.generate(RECORDS, temperature=5.0, max_new_tokens=5,
+    def test_options_are_those_of_generate(self, writer, records):
+        draws = {str(writer.generate(records, temperature=5.0, max_new_tokens=5,
                                      generator=torch.Generator().manual_seed(seed)))
                  for seed in (0, 1, 0)}
         assert len(draws) == 2
 
-    def test_log_probabilities_of_candidates_have_their_end_and_no_banned_ids(self, writer):
+    def test_log_probabilities_of_candidates_have_their_end_and_no_banned_ids(self, writer, records):
         want = []
-        for record, texts in zip(RECORDS, CANDIDATES):
+        for record, texts in zip(records, CANDIDATES):
             for text in texts:
                 new = Words().encode(text) + [EOC]
                 logs = next_logits(writer.model, record, new)[0].log_softmax(-1)
                 want.append(sum(logs[t, token].item() for t, token in enumerate(new)))
         want = torch.tensor(want, dtype=torch.float64).view(3, 2)
         for batch_size in (256, 2, 1):                   # together, in parts, alone
-            scores = writer.score_candidates(RECORDS, CANDIDATES, batch_size=batch_size)
+            scores = writer.score_candidates(records, CANDIDATES, batch_size=batch_size)
             assert_close("log p (records, candidates)", torch.stack(scores), want, 1e-6)
         best = [texts[i] for texts, i in zip(CANDIDATES, want.argmax(dim=1))]
-        assert writer.choose(RECORDS, CANDIDATES) == best
-        assert writer.choose(RECORDS, [texts[::-1] for texts in CANDIDATES]) == best
+        assert writer.choose(records, CANDIDATES) == best
+        assert writer.choose(records, [texts[::-1] for texts in CANDIDATES]) == best
 
     def test_an_answer_that_would_go_on_is_not_the_likeliest(self):
         writer = Writer(Follows(cat="dog", dog=EOC), Words())
-        assert writer.choose([CAPTION], [["cat", "cat dog"]]) == ["cat dog"]
+        assert writer.choose([caption()], [["cat", "cat dog"]]) == ["cat dog"]
 
     def test_candidates_follow_the_prompt_after_a_space(self):
         class Spaced(Words):
@@ -148,7 +155,7 @@ class TestWriter:
 
             def encode(self, text):
                 return super().encode(text if text[0] == " " else "dog")
-        spaced, plain = (Writer(Toy(), tokenizer).score_candidates([CAPTION], [["cat"]])[0]
+        spaced, plain = (Writer(Toy(), tokenizer).score_candidates([caption()], [["cat"]])[0]
                          for tokenizer in (Spaced(), Words()))
         assert_close("log p", spaced, plain)
 

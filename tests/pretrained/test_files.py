@@ -47,19 +47,18 @@ class TestFields:
             assert files.positive(config, "x", 0.5, "here") == 0.5
             assert files.section(config, "x", "here") == {}
 
-    @pytest.mark.parametrize("read, good, bad", [
-        (lambda c: files.given(c, "x", 7), [0, False, "", []], []),
-        (lambda c: files.whole(c, "x", 7, "here"), [1, 10 ** 6],
-         [0, -3, 10 ** 6 + 1, 2.0, "2", True]),
-        (lambda c: files.positive(c, "x", 7, "here"), [5, 1e-9],
-         [0, -1.5, math.inf, math.nan, "2", True]),
-        (lambda c: files.section(c, "x", "here"), [{"a": 1}, {}], [3, "a", True])])
-    def test_other_values_are_named(self, read, good, bad):
+    @pytest.mark.parametrize("name, where, good, bad", [
+        ("given", [], [0, False, "", []], []),
+        ("whole", ["here"], [1, 10 ** 6], [0, -3, 10 ** 6 + 1, 2.0, "2", True]),
+        ("positive", ["here"], [5, 1e-9], [0, -1.5, math.inf, math.nan, "2", True]),
+        ("section", ["here"], [{"a": 1}, {}], [3, "a", True])])
+    def test_other_values_are_read_or_named(self, name, where, good, bad):
+        default = [] if name == "section" else [7]
         for value in good:
-            assert read({"x": value}) == value
+            assert getattr(files, name)({"x": value}, "x", *default, *where) == value
         for value in bad:
             with one_line(f"here: x is {value!r}"):
-                read({"x": value})
+                getattr(files, name)({"x": value}, "x", *default, *where)
 
 
 class TestReadWeights:
