@@ -130,7 +130,7 @@ class TestWriter:
                  for seed in (0, 1, 0)}
         assert len(draws) == 2
 
-    def test_log_probabilities_of_candidates_have_their_end_and_no_banned_ids(self, writer, records):
+    def test_log_probabilities_of_candidates_hold_their_end_and_no_banned_id(self, writer, records):
         want = []
         for record, texts in zip(records, CANDIDATES):
             for text in texts:
@@ -183,24 +183,22 @@ class Knows:
 
 
 class TestSamples:
-    def sheet(self, right, tasks, records=4):
-        class World(Shapes):
-            pass
-        World.tasks, world = tasks, World(image_size=16)
-        data = SimpleNamespace(world=world, records=lambda split: [
-            world.record(split, i) for i in range(records)])
-        return samples(Knows(right), data, count=2)
-
-    @pytest.mark.parametrize("tasks", [(), ("episode",)])
-    def test_right_and_wrong_answers_are_marked(self, tasks):
+    def test_right_and_wrong_answers_are_marked_and_episodes_show_their_shots(self):
         green, red = (20, 150, 60), (210, 40, 40)
-        for right, colour, other in ((True, green, red), (False, red, green)):
-            counts = {value: n for n, value in self.sheet(right, tasks).getcolors(1 << 20)}
-            assert counts[colour] > 300 and counts.get(other, 0) < 30
 
-    def test_episodes_follow_with_their_shots_where_the_world_has_them(self):
-        plain, more = (self.sheet(True, tasks) for tasks in ((), ("episode",)))
-        assert more.height > 1.8 * plain.height == 1.8 * self.sheet(True, (), records=2).height
+        def sheet(right, *tasks, records=4):
+            world = Shapes(image_size=16)
+            world.tasks = tasks
+            data = SimpleNamespace(world=world, records=lambda split: [
+                world.record(split, i) for i in range(records)])
+            return samples(Knows(right), data, count=2)
+        for tasks in ((), ("episode",)):
+            for right, colour, other in ((True, green, red), (False, red, green)):
+                counts = {value: n for n, value in sheet(right, *tasks).getcolors(1 << 20)}
+                assert counts[colour] > 300 and counts.get(other, 0) < 30
+        assert sheet(True).height == sheet(True, records=2).height       # of the first two
+        plain, more = sheet(True), sheet(True, "episode")
+        assert more.height > 1.8 * plain.height
         assert len(more.getcolors(1 << 20)) > 2 * len(plain.getcolors(1 << 20))
 
 
