@@ -22,6 +22,8 @@ class TestWrap:
         lines = wrap(text, 90)
         assert all(FONT.getlength(line) <= 90 for line in lines) and len(lines) > 5
         assert "".join(lines).replace(" ", "") == text.replace(" ", "")
+        assert {*"a few short words, then and an end".split()} <= {*" ".join(lines).split()}
+        assert wrap("W" * 40, 90)[0] and "".join(wrap("W" * 40, 90)) == "W" * 40
         assert wrap("two words", 900) == ["two words"] and wrap("", 90) == [""]
 
 

@@ -40,9 +40,8 @@ def hugging_face(folder, **changes):
     """Write a folder of random weights -> the weights under our names."""
     write_vocabulary(folder, byte_vocabulary(STYLE, MERGES), MERGES)
     (folder / "config.json").write_text(json.dumps(CONFIG | changes))
-    with torch.device("meta"):
-        shapes = {name: w.shape for name, w in CLIP(CLIPConfig(**FIELDS)).state_dict().items()}
-    ours = {name: torch.randn(shape) for name, shape in shapes.items()}
+    model = CLIP(CLIPConfig(**FIELDS))
+    ours = {name: torch.randn_like(weight) for name, weight in model.state_dict().items()}
     write_safetensors(folder / "model.safetensors", hugging_face_layout.clip(ours, FIELDS))
     return ours
 
