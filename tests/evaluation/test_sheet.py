@@ -43,6 +43,8 @@ class TestSheet:
             frame = 4 * CELL if picture else 0
             assert (made == has).all(-1).sum() > frame and not (made == lacks).all(-1).any()
         assert not any((neither == colour).all(-1).any() for colour in (GREEN, RED, INK))
+        words = page([("", None, [(picture, "words", None)])])
+        assert not any((words == colour).all(-1).any() for colour in (GREEN, RED))
         marks = [(made == colour).all(-1) for made, colour in ((good, GREEN), (bad, RED))]
         assert marks[0].shape == marks[1].shape
         assert (marks[0] != marks[1]).any()              # without colours: the drawn shapes differ
@@ -54,6 +56,9 @@ class TestSheet:
         lines = len(wrap(more[1], 2 * CELL))
         assert len(page([("asked", None, [more])])) - len(page([("asked", None, [words])])) \
             == (lines - 1) * LINE
+        title = "many words " * 30       # wrapped to the page's width of 6 cells
+        assert len(page([("", None, [])], title)) - len(page([("", None, [])], "words")) \
+            == (len(wrap(title, 6 * CELL - 16)) - 1) * LINE
         assert len(page([("", plain(), [words])])) - len(page([("", None, [words])])) \
             == CELL - LINE               # a picture alone has no room below it for a caption
 
