@@ -35,7 +35,7 @@ def write_tokenizer(folder, vocab, merges, added=()):
 
 class TestClipClean:
     def test_entities_are_read_twice_white_space_is_one_blank_letters_are_composed_and_small(self):
-        assert clip_clean(" It&amp;#39;s\u2003 \n CAFE\u0301 \x1c!\u200a") == "it's caf\u00e9 \x1c!"
+        assert clip_clean(" It&amp;#39;s\u2003 \n CAFE\u0301\u200a\x1c!\u3000") == "it's caf\u00e9 \x1c!"
 
 
 class TestCompiled:
@@ -170,9 +170,9 @@ class TestBPE:
 
 class TestReadPair:
     @pytest.mark.parametrize("first", ["#version: 0.2\r\n", ""])
-    def test_the_line_of_the_version_is_there_or_not(self, tmp_path, first):
+    def test_the_version_and_empty_lines_are_there_or_not(self, tmp_path, first):
         write_vocabulary(tmp_path, byte_vocabulary(CLIP, SMALL), SMALL)
-        (tmp_path / "merges.txt").write_text(first + "\r\n".join(map(" ".join, SMALL)))
+        (tmp_path / "merges.txt").write_text(first + "\r\n\n".join(map(" ".join, SMALL)))
         assert list(BPE.load(tmp_path, CLIP).ranks) == SMALL
         (tmp_path / "vocab.json").unlink()
         with one_line(f"{tmp_path}: .*vocab.json and merges.txt, .*tokenizer.json, .*{CLIP_FILE}"):
