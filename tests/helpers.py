@@ -140,6 +140,27 @@ def page(*turns):
                        "answer": answer} for images, prompt, answer in turns]}
 
 
+class Numbers:
+    """A world of red tones and words 0 .. 12; word w is true of the images w and w + 1."""
+    name, zero_shot, templates, tasks = "numbers", "single", ("{}", "{}"), ()
+    classes, all_classes = ["0", "1", "2"], ["0", "1", "2", "3"]
+    sizes = {"test": 13, "single": 5, "composition": 2}
+
+    def size(self, split):
+        return self.sizes[split]
+
+    def record(self, split, index):
+        number = {"test": index, "single": index % 3, "composition": 3}[split]
+        return {"images": drawing((20 * number, 0, 0), size=8), "texts": [str(number), "0"],
+                "source": number}
+
+    def is_true(self, text, source):
+        return int(text) in (source, source - 1)
+
+    def label(self, source):
+        return source
+
+
 class Table:
     """A model that knows one step: logits of the next token given the last, (V, V)."""
 

@@ -34,7 +34,7 @@ def view(data, entry, where):
     try:
         kind, shape, (begin, end) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
         part = data[begin:end]           # shorter where the file is cut off: its shape then fails
-        if part.data_ptr() % kind.itemsize:
+        if part.storage_offset() % kind.itemsize:
             part = part.clone()          # a tensor must start at a multiple of its item size
         return part.view(kind).view(shape)
     except (TypeError, KeyError, ValueError, RuntimeError, IndexError):

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.evaluation.sheet import FONT, GREEN, LINE, RED, sheet, wrap
+from common.evaluation.sheet import FONT, GREEN, INK, LINE, RED, sheet, wrap
 
 CELL = 40
 
@@ -22,24 +22,29 @@ class TestWrap:
         lines = wrap(text, 90)
         assert all(FONT.getlength(line) <= 90 for line in lines) and len(lines) > 5
         assert "".join(lines).replace(" ", "") == text.replace(" ", "")
+        assert {*"a few short words, then and an end".split()} <= {*" ".join(lines).split()}
+        assert wrap("W" * 40, 90)[0] and "".join(wrap("W" * 40, 90)) == "W" * 40
         assert wrap("two words", 900) == ["two words"] and wrap("", 90) == [""]
 
 
 class TestSheet:
     def test_every_picture_is_drawn_whole(self):
         red, green = plain((200, 30, 40), (6, 4)), plain((1, 99, 2), (6, 4))
-        made = page([("words", None, [(red, "red", None)] * 5),
+        made = page([("words", None, [(red, "red", right) for right in (None, True, False)]),
                      ("", green, [(None, "words alone", None)] * 2)])
-        assert (made == (200, 30, 40)).all(-1).sum() == 5 * CELL ** 2
+        assert (made == (200, 30, 40)).all(-1).sum() == 3 * CELL ** 2
         assert (made == (1, 99, 2)).all(-1).sum() == CELL ** 2
 
     @pytest.mark.parametrize("picture", [plain(), None])
     def test_right_and_wrong_have_colours_and_marks(self, picture):
-        good, bad, neither = (page([("", None, [(picture, "", right)])])
+        good, bad, neither = (page([("", None, [(picture, "", right)])], title="")
                               for right in (True, False, None))
         for made, has, lacks in ((good, GREEN, RED), (bad, RED, GREEN)):
-            assert (made == has).all(-1).any() and not (made == lacks).all(-1).any()
-        assert not (neither == GREEN).all(-1).any() and not (neither == RED).all(-1).any()
+            frame = 4 * CELL if picture else 0
+            assert (made == has).all(-1).sum() > frame and not (made == lacks).all(-1).any()
+        assert not any((neither == colour).all(-1).any() for colour in (GREEN, RED, INK))
+        words = page([("", None, [(picture, "words", None)])])
+        assert not any((words == colour).all(-1).any() for colour in (GREEN, RED))
         marks = [(made == colour).all(-1) for made, colour in ((good, GREEN), (bad, RED))]
         assert marks[0].shape == marks[1].shape
         assert (marks[0] != marks[1]).any()              # without colours: the drawn shapes differ
@@ -51,6 +56,9 @@ class TestSheet:
         lines = len(wrap(more[1], 2 * CELL))
         assert len(page([("asked", None, [more])])) - len(page([("asked", None, [words])])) \
             == (lines - 1) * LINE
+        title = "many words " * 30       # wrapped to the page's width of 6 cells
+        assert len(page([("", None, [])], title)) - len(page([("", None, [])], "words")) \
+            == (len(wrap(title, 6 * CELL - 16)) - 1) * LINE
         assert len(page([("", plain(), [words])])) - len(page([("", None, [words])])) \
             == CELL - LINE               # a picture alone has no room below it for a caption
 
@@ -77,6 +85,11 @@ class TestSheet:
         assert len(wrap(name, CELL)) > len(wrap("two words of three", CELL)) >= 2
         assert len(alone) == len(short)                  # two lines below a picture, no more
         assert (alone[:, second] == 255).all() and (alone[-6:] == 255).all()
+
+    def test_words_stay_left_of_the_next_words(self):
+        one, two = (page([("", None, [(None, "words " * 9, None), (None, more, None)])])
+                    for more in ("", "W " * 9))
+        assert (one != two).any() and (one[:, :2 * CELL] == two[:, :2 * CELL]).all()
 
     def test_letters_of_other_scripts_do_not_break_it(self):
         page([("猫 😀 é", None, [(None, "\u200b кот", None)])])

@@ -1,4 +1,4 @@
-"""The Writer of any model that writes, its sheet and its commands, on toy models."""
+"""The Writer of any model that writes, also of a Flamingo; its sheet, its shots, its commands."""
 import json
 import math
 import sys
@@ -12,27 +12,34 @@ from common.data.collators import as_turns
 from common.data.shapes.world import Shapes
 from common.data.tokenizer import BOS, EOC, EOS, IMAGE
 from common.evaluation import writing
-from common.evaluation.questions import draw_tasks
 from common.evaluation.writing import Writer, read_support, samples
 from common.prompts import collate
 from common.training import options
-from tests.helpers import Words, drawing, page, toy_lm
+from tests.fuzz import one_line
+from tests.helpers import Words, assert_close, drawing, page, toy_flamingo, toy_lm
 
-CAPTION = {"images": drawing("green"), "texts": [""]}
-RECORDS = [page(("red", "", "a red cat"), ("blue", "what is this ?", "")), CAPTION,
-           page(("blue", "", "cat"), ("white", "", "dog"), ("red", "what ?", ""))]
 CANDIDATES = [["cat", "a red dog"], ["blue cat", "dog"], ["red", "a blue blue dog"]]
+
+
+def caption():
+    return {"images": drawing("green"), "texts": [""]}
+
+
+@pytest.fixture
+def records():
+    return [page(("red", "", "a red cat"), ("blue", "what is this ?", "")), caption(),
+            page(("blue", "", "cat"), ("white", "", "dog"), ("red", "what ?", ""))]
 
 
 class Toy:
     """A random language model whose embeddings depend on the last image, too."""
-
     stop_ids, banned_ids = (EOC, EOS), (IMAGE,)
 
     def __init__(self):
         self.lm = toy_lm(vocab_size=28)
         self.config = self.lm.config
         self.lm.output.weight.data[:16] *= 0.4       # words are likelier than special tokens,
+        self.lm.output.weight.data[IMAGE] *= 5       # but for <image>,
         self.lm.pos_embed.weight.data *= 5           # and texts do not repeat one word
         self.shift = torch.randn(3, 24, dtype=torch.float64)
 
@@ -42,8 +49,8 @@ class Toy:
             *shots, last = as_turns(record)
             ids = [BOS]
             for shot in shots:
-                ids += [*tokenizer.encode(f"{shot['prompt']} {shot['answer']}"), EOC]
-            ids += tokenizer.encode(last["prompt"] or "output:")
+                ids += [*Words().encode(f"{shot['prompt']} {shot['answer']}"), EOC]
+            ids += Words().encode(last["prompt"] or "output:")
             rows.append((ids, ids))
             colours.append(last["images"][0][0].getpixel((0, 0)))
         batch = collate(rows, side="left")
@@ -57,10 +64,11 @@ class Toy:
 class Follows(Toy):
     """After each word comes the one of a table, else "dog"."""
 
-    def __init__(self, table):
+    def __init__(self, **table):
         super().__init__()
         ids = Words().encode
         self.table = {ids(a)[0]: ids(b)[0] if isinstance(b, str) else b for a, b in table.items()}
+        self.table[ids("output:")[0]], = ids("cat")
 
     def logits(self, x, mask=None, cache=None, last=False, *, visual):
         dog, = Words().encode("dog")
@@ -68,175 +76,150 @@ class Follows(Toy):
         return 50 * F.one_hot(follow[:, -1:] if last else follow, 28).double()
 
 
-@pytest.fixture
-def writer():
-    return Writer(Toy(), Words())
+@pytest.fixture(params=["toy", "flamingo", "flamingo with all images"])
+def writer(request):
+    if request.param == "toy":
+        return Writer(Toy(), Words())
+    model = toy_flamingo(only_latest_image=request.param == "flamingo")
+    model.lm.new.rows.data[0] *= 30                  # <image> is often the likeliest
+    return Writer(model, Words())
 
 
-class TestGenerate:
-    @pytest.mark.parametrize("num_beams", [1, 3])
-    def test_an_answer_ends_with_the_first_stop_id(self, num_beams):
-        for end in (EOC, EOS):
-            writer = Writer(Follows({"output:": "cat", "cat": end}), Words())
-            texts = writer.generate([CAPTION], max_new_tokens=9, num_beams=num_beams)
-            assert texts == ["cat"]
+def next_logits(model, record, new):
+    """Logits (T, V) after a record's prompt and new ids, without <image>, and the likeliest id."""
+    ids, _, state = model.prepare([record], Words())
+    logits = model.logits(torch.cat([ids, torch.tensor([new]).long()], dim=1), **state)[0]
+    likeliest = logits[-1].argmax().item()
+    logits[:, IMAGE] = -math.inf
+    return logits[ids.shape[1] - 1:], likeliest
 
-    @pytest.mark.parametrize("num_beams", [1, 3])
-    def test_records_together_are_written_as_alone(self, writer, num_beams):
-        together = writer.generate(RECORDS, max_new_tokens=6, num_beams=num_beams)
-        assert len(set(together)) == 3
-        assert together == [writer.generate([r], max_new_tokens=6, num_beams=num_beams)[0]
-                            for r in RECORDS]
-        assert together == writer.generate(RECORDS, max_new_tokens=6, num_beams=num_beams,
-                                           batch_size=2)
 
-    def test_it_writes_the_likeliest_token_that_is_not_banned_up_to_the_end(self, writer):
-        model, texts, banned = writer.model, [], 0
-        model.lm.output.weight.data[IMAGE] *= 5
-        for record in RECORDS:
-            ids, mask, state = model.prepare([record], Words())
+class TestWriter:
+    def test_it_writes_the_likeliest_token_that_is_not_banned_up_to_the_end(self, writer, records):
+        texts, banned = [], 0
+        for record in records:
             written = []
-            for _ in range(7):
-                logits = model.logits(ids, **state)[0, -1]
-                banned += logits.argmax().item() == IMAGE
-                logits[IMAGE] = -math.inf
-                ids = torch.cat([ids, logits.argmax().view(1, 1)], dim=1)
-                if ids[0, -1] in (EOC, EOS):
+            while len(written) < 7:
+                logits, likeliest = next_logits(writer.model, record, written)
+                banned += likeliest == IMAGE
+                if logits[-1].argmax().item() in (EOC, EOS):
                     break
-                written.append(ids[0, -1].item())
-            texts.append(Words().decode(written))
-        assert writer.generate(RECORDS, max_new_tokens=7) == texts and banned > 3
+                written.append(logits[-1].argmax().item())
+            texts.append(Words().decode(written).strip())
+        assert writer.generate(records, max_new_tokens=7) == texts and banned > 3
 
-    def test_options_are_those_of_generate(self, writer):
-        draws = [writer.generate(RECORDS, temperature=5.0, max_new_tokens=5,
-                                 generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)]
-        assert draws[0] != draws[1]
+    @pytest.mark.parametrize("num_beams", [1, 3])
+    def test_records_together_are_written_as_alone(self, writer, records, num_beams):
+        how = {"max_new_tokens": 6, "num_beams": num_beams}
+        together = writer.generate(records, **how)
+        assert len(set(together)) > 1
+        assert together == [writer.generate([record], **how)[0] for record in records]
+        assert together == writer.generate(records, **how, batch_size=2)
 
-    def test_a_prompt_beyond_the_context_is_refused(self, writer):
-        long = page(("red", "a " * 17, ""))
-        with pytest.raises(ValueError, match="a prompt of 18 tokens and 7 new ones are 25, but the "
-                                             "context is 23"):
-            writer.generate([long], max_new_tokens=7)
+    @pytest.mark.parametrize("end", [EOC, EOS])
+    @pytest.mark.parametrize("num_beams", [1, 3])
+    def test_a_text_ends_with_either_stop_id_and_without_blanks(self, end, num_beams):
+        writer = Writer(Follows(cat=end), Words())
+        writer.tokenizer.decode = lambda ids: f" {Words().decode(ids)} "
+        assert writer.generate([caption()], max_new_tokens=9, num_beams=num_beams) == ["cat"]
+        assert writer.generate([], num_beams=num_beams) == []
 
+    def test_options_are_those_of_generate(self, writer, records):
+        draws = {str(writer.generate(records, temperature=5.0, max_new_tokens=5,
+                                     generator=torch.Generator().manual_seed(seed)))
+                 for seed in (0, 1, 0)}
+        assert len(draws) == 2
 
-class TestScoreCandidates:
-    def scores(self, model, record, texts):
-        """By a loop, without cache, mask and batch."""
-        ids, _, state = model.prepare([record], Words())
-        found = []
-        for text in texts:
-            new = Words().encode(text) + [EOC]
-            logits = model.logits(torch.cat([ids, torch.tensor([new])], dim=1), **state)[0]
-            logits[:, IMAGE] = -math.inf
-            logs = logits.log_softmax(-1)
-            found.append(sum(logs[ids.shape[1] + i - 1, t].item() for i, t in enumerate(new)))
-        return found
-
-    def test_they_are_log_probabilities_with_the_end_and_without_banned_ids(self, writer):
-        writer.model.lm.output.weight.data[IMAGE] *= 5
-        scores = writer.score_candidates(RECORDS, CANDIDATES)
-        for record, texts, own in zip(RECORDS, CANDIDATES, scores, strict=True):
-            assert own.tolist() == pytest.approx(self.scores(writer.model, record, texts))
-
-    def test_records_together_are_scored_as_alone(self, writer):
-        together = torch.stack(writer.score_candidates(RECORDS, CANDIDATES))
-        for own in (torch.stack(writer.score_candidates(RECORDS, CANDIDATES, batch_size=2)),
-                    torch.cat([torch.stack(writer.score_candidates([r], [c]))
-                               for r, c in zip(RECORDS, CANDIDATES)])):
-            torch.testing.assert_close(own, together)
+    def test_log_probabilities_of_candidates_hold_their_end_and_no_banned_id(self, writer, records):
+        want = []
+        for record, texts in zip(records, CANDIDATES):
+            for text in texts:
+                new = Words().encode(text) + [EOC]
+                logs = next_logits(writer.model, record, new)[0].log_softmax(-1)
+                want.append(sum(logs[t, token].item() for t, token in enumerate(new)))
+        want = torch.tensor(want, dtype=torch.float64).view(3, 2)
+        for batch_size in (256, 2, 1):                   # together, in parts, alone
+            scores = writer.score_candidates(records, CANDIDATES, batch_size=batch_size)
+            assert_close("log p (records, candidates)", torch.stack(scores), want, 1e-6)
+        best = [texts[i] for texts, i in zip(CANDIDATES, want.argmax(dim=1))]
+        assert writer.choose(records, CANDIDATES) == best
+        assert writer.choose(records, [texts[::-1] for texts in CANDIDATES]) == best
 
     def test_an_answer_that_would_go_on_is_not_the_likeliest(self):
-        writer = Writer(Follows({"output:": "cat", "cat": "dog", "dog": EOC}), Words())
-        assert writer.choose([CAPTION], [["cat", "cat dog"]]) == ["cat dog"]
+        writer = Writer(Follows(cat="dog", dog=EOC), Words())
+        assert writer.choose([caption()], [["cat", "cat dog"]]) == ["cat dog"]
 
-    def test_candidates_follow_the_prompt_after_a_space(self, writer):
+    def test_candidates_follow_the_prompt_after_a_space(self):
         class Spaced(Words):
+            """Without a blank before it a word is another one."""
+
             def encode(self, text):
-                assert text == " cat"
-                return super().encode(text)
-        tokenizer, prepared = writer.tokenizer, writer.model.prepare([CAPTION], Words())
-        writer.tokenizer, writer.model.prepare = Spaced(), lambda records, tokenizer: prepared
-        scores, = writer.score_candidates([CAPTION], [["cat"]])
-        writer.tokenizer = tokenizer
-        assert torch.equal(scores, writer.score_candidates([CAPTION], [["cat"]])[0])
+                return super().encode(text if text[0] == " " else "dog")
+        spaced, plain = (Writer(Toy(), tokenizer).score_candidates([caption()], [["cat"]])[0]
+                         for tokenizer in (Spaced(), Words()))
+        assert_close("log p", spaced, plain)
 
-    def test_choose_takes_the_best(self, writer):
-        scores = writer.score_candidates(RECORDS, CANDIDATES)
-        want = [texts[own.argmax()] for texts, own in zip(CANDIDATES, scores)]
-        assert writer.choose(RECORDS, CANDIDATES) == want
-        assert writer.choose(RECORDS, [texts[::-1] for texts in CANDIDATES]) == want
-
-    def test_candidates_beyond_the_context_are_refused(self, writer):
-        with pytest.raises(ValueError, match="a prompt of 22 tokens and 3 of a candidate are 25, "
-                                             "but the context is 23"):
+    def test_a_prompt_or_candidates_beyond_the_context_are_refused(self):
+        writer = Writer(Toy(), Words())
+        with pytest.raises(ValueError, match="18 tokens .* 7 new .* 25, .* 23"):
+            writer.generate([page(("red", "a " * 17, ""))], max_new_tokens=7)
+        with pytest.raises(ValueError, match="22 tokens .* 3 of a candidate .* 25, .* 23"):
             writer.choose([page(("red", "a " * 21, ""))], [["cat", "a dog"]])
 
 
+class Knows:
+    """Writes true captions or false ones, and chooses the right label or the wrong one."""
+
+    def __init__(self, right):
+        self.right = right
+
+    def generate(self, records):
+        return [r["texts"][0] if self.right else "a photo of nothing" for r in records]
+
+    def choose(self, records, candidates):
+        answers = [record["turns"][-1]["answer"] for record in records]
+        return [next(c for c in own if (c == answer) == self.right)
+                for own, answer in zip(candidates, answers)]
+
+
 class TestSamples:
-    """Captions of test images; episodes where the world has them."""
-    green, red = (20, 150, 60), (210, 40, 40)
+    def test_right_and_wrong_answers_are_marked_and_episodes_show_their_shots(self):
+        green, red = (20, 150, 60), (210, 40, 40)
 
-    class Knows:
-        """Writes true captions or false ones, and chooses the right label or the wrong one."""
-
-        def __init__(self, right):
-            self.right = right
-
-        def generate(self, records):
-            return [r["texts"][0] if self.right else "a photo of nothing" for r in records]
-
-        def choose(self, records, candidates):
-            answers = [record["turns"][-1]["answer"] for record in records]
-            assert all(set(own) >= {answer} for own, answer in zip(candidates, answers))
-            return [next(c for c in own if (c == answer) == self.right)
-                    for own, answer in zip(candidates, answers)]
-
-    def sheet(self, right, world):
-        data = SimpleNamespace(world=world, records=lambda split: [
-            world.record(split, i) for i in range(4)])
-        return samples(self.Knows(right), data, count=2)
-
-    @pytest.mark.parametrize("tasks", [(), Shapes.tasks])
-    def test_right_and_wrong_answers_are_marked(self, tasks):
-        class World(Shapes):
-            pass
-        World.tasks = tasks
-        for right, colour, other in ((True, self.green, self.red), (False, self.red, self.green)):
-            page = self.sheet(right, World(image_size=16))
-            counts = {value: n for n, value in page.getcolors(1 << 20)}
-            assert counts[colour] > 300 and counts.get(other, 0) < 30
-
-    def test_episodes_show_their_shots(self):
-        world = Shapes(image_size=16)
-        plain = self.sheet(True, world).height
-        world.tasks = ()
-        assert plain > 1.8 * self.sheet(True, world).height
-        assert len(draw_tasks(Shapes(image_size=16), "episode", 1, shots=4)[0]["turns"]) == 5
+        def sheet(right, *tasks, records=4):
+            world = Shapes(image_size=16)
+            world.tasks = tasks
+            data = SimpleNamespace(world=world, records=lambda split: [
+                world.record(split, i) for i in range(records)])
+            return samples(Knows(right), data, count=2)
+        for tasks in ((), ("episode",)):
+            for right, colour, other in ((True, green, red), (False, red, green)):
+                counts = {value: n for n, value in sheet(right, *tasks).getcolors(1 << 20)}
+                assert counts[colour] > 300 and counts.get(other, 0) < 30
+        assert sheet(True).height == sheet(True, records=2).height       # of the first two
+        plain, more = sheet(True), sheet(True, "episode")
+        assert more.height > 1.8 * plain.height
+        assert len(more.getcolors(1 << 20)) > 2 * len(plain.getcolors(1 << 20))
 
 
 class TestReadSupport:
-    LINES = [{"image": "red.png", "question": "is it red?", "answer": "yes"},
-             {"image": "film.gif", "question": "what?", "answer": "a film"}]
-
     @pytest.fixture
-    def support(self, tmp_path):
+    def support(self, tmp_path, monkeypatch):
+        """support(*lines) -> the records of a file, beside which are its pictures."""
         red, blue = drawing("red", "blue", size=20)
-        red.save(tmp_path / "red.png")
-        red.save(tmp_path / "film.gif", save_all=True, append_images=[blue])
+        (tmp_path / "data").mkdir()
+        red.save(tmp_path / "data/red.png"), blue.save(tmp_path / "red.png")
+        red.save(tmp_path / "data/film.gif", save_all=True, append_images=[blue])
+        monkeypatch.chdir(tmp_path)
 
-        def write(lines):
-            path = tmp_path / "shots.jsonl"
-            path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line)
-                                      for line in lines))
-            return path
-        return write
+        def read(*lines):
+            (tmp_path / "data/shots.jsonl").write_text("\n".join(lines))
+            return read_support("data/shots.jsonl")
+        return read
 
-    def test_images_are_looked_for_beside_the_file(self, support, tmp_path, monkeypatch):
-        (tmp_path / "elsewhere").mkdir()
-        monkeypatch.chdir(tmp_path / "elsewhere")
-        for name in ("red.png", "film.gif"):
-            drawing("green")[0].save(name)
-        records = read_support(support(self.LINES))
+    def test_images_are_looked_for_beside_the_file(self, support):
+        records = support('{"image": "red.png", "question": "is it red?", "answer": "yes"}',
+                          '{"image": "film.gif", "question": "what?", "answer": "a film"}')
         turns = [turn for record in records for turn in record["turns"]]
         assert [(t["prompt"], t["answer"]) for t in turns] == [("is it red?", "yes"),
                                                                ("what?", "a film")]
@@ -244,21 +227,18 @@ class TestReadSupport:
         assert turns[0]["images"][0][0].getpixel((0, 0)) == (255, 0, 0)
 
     @pytest.mark.parametrize("line, words", [
-        ("{", "line 2: "), ("[1]", "line 2: "),
-        ('{"image": "red.png", "question": "what?"}',
-         "line 2: image, question and answer were expected"),
-        ('{"image": 3, "question": "what?", "answer": "a"}', "line 2: image, question and answer"),
-        ('{"image": "none.png", "question": "what?", "answer": "a"}', "none.png: no such picture")])
+        ("{", "line 2"), ("[1]", "line 2"), ('{"image": "red.png", "question": "?"}', "line 2.*an"),
+        ('{"image": 3, "question": "?", "answer": "a"}', "line 2.*image"),
+        ('{"image": "none.png", "question": "?", "answer": "a"}', "none.png")])
     def test_a_broken_line_is_refused_in_one_line(self, support, line, words):
-        with pytest.raises(ValueError, match=words) as caught:
-            read_support(support([self.LINES[0], line]))
-        assert "\n" not in str(caught.value)
+        with one_line(words):
+            support('{"image": "red.png", "question": "?", "answer": "yes"}', line)
 
 
 class TestMain:
     @pytest.fixture
     def call(self, tmp_path, monkeypatch, capsys):
-        """call(*argv) -> (what is printed, the records and options of generate, the writer)."""
+        """call(*argv) -> (what is printed, the record and options of generate)."""
         red, blue = drawing("red", "blue", size=20)
         red.save(tmp_path / "red.png"), blue.save(tmp_path / "blue.png")
         red.save(tmp_path / "film.gif", save_all=True, append_images=[blue, red])
@@ -266,21 +246,18 @@ class TestMain:
             {"image": "blue.png", "question": f"is it {i}?", "answer": str(i)}) + "\n"
             for i in range(5)))
         monkeypatch.chdir(tmp_path)
+        asked = []
 
         class Notes:
             def __init__(self, run):
-                assert run == "RUN"
-                self.model = self
+                self.model, self.run = self, run
 
             def select_shots(self, queries, support, count):
-                assert [len(frames) for frames in queries] == [1]
-                return [support[-count:]]
+                return [support[-count:] for _ in queries]
 
             def generate(self, records, **how):
-                self.asked = records, how
-                made.append(self)
-                return ["yes"]
-        made = []
+                asked.append((*records, how))
+                return [f"yes of {self.run}"]
 
         def call(*argv):
             monkeypatch.setattr(sys, "argv", ["model.py", "RUN", *argv])
@@ -288,28 +265,30 @@ class TestMain:
                 options.run_main(lambda: writing.main("about", Notes))
             out = capsys.readouterr()
             assert not caught.value.code, out.err
-            return out.out, *made[-1].asked
+            return out.out, *asked[-1]
         return call
 
-    def test_caption(self, call):
-        for name, frames in (("red.png", 1), ("film.gif", 3)):
-            out, (record,), how = call("caption", name)
-            assert out == "yes\n" and how == {"num_beams": 3}
-            (turn,) = record["turns"]
-            assert (turn["caption"], turn["answer"]) == (True, "") and len(turn["images"]) == 1
-            assert len(turn["images"][0]) == frames
+    @pytest.mark.parametrize("name, frames", [("red.png", 1), ("film.gif", 3)])
+    def test_caption(self, call, name, frames):
+        out, record, how = call("caption", name)
+        (turn,) = record["turns"]
+        assert out == "yes of RUN\n" and how["num_beams"] > 1
+        assert (turn["caption"], turn["answer"]) == (True, "")
+        assert [len(own) for own in turn["images"]] == [frames]
 
     def test_answer_after_shots(self, call):
-        out, (record,), how = call("answer", "red.png", "is it red?", "--shot", "blue.png",
-                                   "is it blue?", "yes", "--shot", "red.png", "and this?", "no")
-        assert out == "yes\n" and how == {"num_beams": 3}
-        assert [(t["prompt"], t["answer"]) for t in record["turns"]] == [
-            ("is it blue?", "yes"), ("and this?", "no"), ("is it red?", "")]
-        assert [t["images"][0][0].getpixel((0, 0)) for t in record["turns"]] == [
-            (0, 0, 255), (255, 0, 0), (255, 0, 0)]
+        out, record, how = call("answer", "red.png", "is it red?", "--shot", "blue.png",
+                                "is it blue?", "yes", "--shot", "red.png", "and this?", "no")
+        assert out == "yes of RUN\n" and how["num_beams"] > 1
+        assert [(t["prompt"], t["answer"], t["images"][0][0].getpixel((0, 0)))
+                for t in record["turns"]] == [("is it blue?", "yes", (0, 0, 255)),
+                                              ("and this?", "no", (255, 0, 0)),
+                                              ("is it red?", "", (255, 0, 0))]
 
-    @pytest.mark.parametrize("flags, numbers", [([], "1234"), (["--shots", "2"], "34")])
-    def test_answer_after_retrieved_shots(self, call, flags, numbers):
-        _, (record,), _ = call("answer", "red.png", "what?", "--support", "shots.jsonl", *flags)
-        assert "".join(turn["answer"] for turn in record["turns"][:-1]) == numbers
+    @pytest.mark.parametrize("flags, answers", [
+        ([], ["1", "2", "3", "4", ""]), (["--shots", "2"], ["3", "4", ""]),
+        (["--shots", "1", "--shot", "red.png", "?", "no"], ["no", "4", ""])])
+    def test_answer_after_retrieved_shots(self, call, flags, answers):
+        _, record, _ = call("answer", "red.png", "what?", "--support", "shots.jsonl", *flags)
+        assert [turn["answer"] for turn in record["turns"]] == answers
         assert record["turns"][-1]["prompt"] == "what?"

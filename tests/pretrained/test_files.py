@@ -1,0 +1,162 @@
+"""The files in a published folder: weights in every usual format, and files that lie."""
+import json
+import math
+import os
+import zipfile
+
+import pytest
+import torch
+
+from common.pretrained import files
+from tests.fuzz import mutations, one_line
+from tests.helpers import assert_close
+from tests.pretrained.writers import write_safetensors
+
+WEIGHTS = {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(5, dtype=torch.int64)}
+INDEX = "model.safetensors.index.json"
+
+
+def check(found):
+    """Weights as read are WEIGHTS."""
+    assert set(found) == set(WEIGHTS)
+    for name, value in WEIGHTS.items():
+        assert_close(name, found[name], value)
+
+
+def write_index(folder, where, name=INDEX):
+    (folder / name).write_text(json.dumps({"metadata": {}, "weight_map": where}))
+
+
+class TestIsPublished:
+    def test_it_is_a_file_or_a_folder_with_a_model_type(self, tmp_path):
+        assert not files.is_published(tmp_path) and not files.is_published(tmp_path / "none")
+        for text, published in (('{"model": "clip"}', False), ('["model_type"]', False),
+                                ('{"model_type": "clip"}', True)):
+            (tmp_path / "config.json").write_text(text)
+            assert files.is_published(tmp_path) == published, text
+        assert files.is_published(tmp_path / "config.json")
+
+
+class TestFields:
+    """`given`, `whole`, `positive` and `section` of a config."""
+
+    def test_a_field_that_is_absent_or_null_has_its_default(self):
+        for config in ({}, {"x": None}):
+            assert files.given(config, "x", "some") == "some"
+            assert files.whole(config, "x", 7, "here") == 7
+            assert files.positive(config, "x", 0.5, "here") == 0.5
+            assert files.section(config, "x", "here") == {}
+
+    @pytest.mark.parametrize("name, where, good, bad", [
+        ("given", [], [0, False, "", []], []),
+        ("whole", ["here"], [1, 10 ** 6], [0, -3, 10 ** 6 + 1, 2.0, "2", True]),
+        ("positive", ["here"], [5, 1e-9], [0, -1.5, math.inf, math.nan, "2", True]),
+        ("section", ["here"], [{"a": 1}, {}], [3, "a", True])])
+    def test_other_values_are_read_or_named(self, name, where, good, bad):
+        default = [] if name == "section" else [7]
+        for value in good:
+            assert getattr(files, name)({"x": value}, "x", *default, *where) == value
+        for value in bad:
+            with one_line(f"here: x is {value!r}"):
+                getattr(files, name)({"x": value}, "x", *default, *where)
+
+
+class TestReadWeights:
+    def test_safetensors_come_before_a_pickle(self, tmp_path):
+        (tmp_path / "pytorch_model.bin").write_bytes(b"not read")
+        write_safetensors(tmp_path / "model.safetensors", WEIGHTS)
+        check(files.read_weights(tmp_path))
+        check(files.read_weights(tmp_path / "model.safetensors"))
+
+    def test_nothing_found_names_what_was_looked_for(self, tmp_path):
+        with one_line(f"{tmp_path}: .*model.safetensors, {INDEX}, pytorch_model.bin, "
+                      "pytorch_model.bin.index.json"):
+            files.read_weights(tmp_path)
+        with one_line("none.pt: no such file"):
+            files.read_weights(tmp_path / "none.pt")
+
+
+class TestReadShards:
+    def test_shards_are_put_together_safetensors_before_pickles(self, tmp_path):
+        for name, value in WEIGHTS.items():
+            torch.save({name: value}, tmp_path / f"{name}.bin")
+            write_safetensors(tmp_path / f"{name}.safetensors", {name: value})
+        write_index(tmp_path, {"a": "a.bin", "b": "b.bin"}, "pytorch_model.bin.index.json")
+        check(files.read_weights(tmp_path))
+        write_index(tmp_path, {"a": "a.safetensors", "b": "b.safetensors"})
+        (tmp_path / "b.bin").unlink()
+        check(files.read_weights(tmp_path))
+
+    @pytest.mark.parametrize("where, message", [
+        *(({"a": shard}, "not in the folder of its index") for shard in (
+            "../x.safetensors", "/etc/passwd", "..", ".", "", "a/b", "a\nb")),
+        ({"a": "x.safetensors", "b": "none.safetensors"}, "none.safetensors: no such file"),
+        ({"a": "none.bin"}, "none.bin: no such file"),
+        ({"a": 3}, INDEX), ([], INDEX), (None, INDEX)], ids=str)
+    def test_an_index_that_lies_is_told(self, tmp_path, where, message):
+        (tmp_path / "in").mkdir()
+        for folder in (tmp_path, tmp_path / "in"):
+            write_safetensors(folder / "x.safetensors", WEIGHTS)
+        write_index(tmp_path / "in", where)
+        with one_line(message):
+            files.read_weights(tmp_path / "in")
+
+    def test_damaged_indexes_are_weights_or_one_line(self, tmp_path):
+        write_safetensors(tmp_path / "x.safetensors", WEIGHTS)
+        write_index(tmp_path, dict.fromkeys(WEIGHTS, "x.safetensors"))
+        for data in mutations((tmp_path / INDEX).read_bytes(), 300):
+            (tmp_path / INDEX).write_bytes(data)
+            with one_line(maybe=True):
+                files.read_weights(tmp_path)
+
+
+class Harm:
+    """A pickle that would run a command."""
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+class TestReadPickle:
+    @pytest.mark.parametrize("wrap", [
+        dict, lambda w: {"state_dict": w, "epoch": 3}, lambda w: {"model_state_dict": w},
+        lambda w: {"model": w}, lambda w: {f"module.{name}": value for name, value in w.items()}])
+    def test_tensors_are_found_plain_and_wrapped(self, tmp_path, wrap):
+        torch.save(wrap(WEIGHTS), tmp_path / "pytorch_model.bin")
+        check(files.read_weights(tmp_path))
+        check(files.read_weights(tmp_path / "pytorch_model.bin"))
+
+    def test_a_pickle_with_code_is_refused_and_not_run(self, tmp_path):
+        torch.save({"a": Harm(tmp_path / "harm")}, tmp_path / "x.pt")
+        with one_line("x.pt: .*refused"):
+            files.read_weights(tmp_path / "x.pt")
+        assert not (tmp_path / "harm").exists()
+
+    @pytest.mark.parametrize("cut", [0, 1, 100, -30])
+    def test_a_cut_file_is_told(self, tmp_path, cut):
+        torch.save(WEIGHTS, tmp_path / "x.pt")
+        (tmp_path / "x.pt").write_bytes((tmp_path / "x.pt").read_bytes()[:cut])
+        with one_line("x.pt: .*cut off"):
+            files.read_weights(tmp_path / "x.pt")
+
+
+class TestReadScript:
+    """That a whole archive is read as such is shown by OpenAI's files in test_clip.py."""
+
+    def test_a_damaged_archive_is_told(self, tmp_path):
+        with zipfile.ZipFile(tmp_path / "x.pt", "w") as archive:
+            archive.writestr("x/constants.pkl", b"nothing")
+        assert files.is_script(tmp_path / "x.pt")
+        with one_line("x.pt: .*TorchScript"):
+            files.read_weights(tmp_path / "x.pt")
+
+
+class TestTensors:
+    @pytest.mark.parametrize("state, message", [
+        ({"a": 3}, "x: 'a' is a int"), ([1], "x: no tensors"), ({}, "x: no tensors"),
+        ({1: WEIGHTS["a"]}, "x: 1 is a Tensor")])
+    def test_anything_but_tensors_is_told(self, state, message):
+        with one_line(message):
+            files.tensors(state, "x")
