@@ -65,8 +65,11 @@ def assert_same(name, got, expected, module=None, **inputs):
     assert_close(name, got, expected)
     assert got.requires_grad, f"{name}: no gradient passes through it"
     variables = inputs | dict(module.named_parameters() if module else ())
-    gradients = [torch.autograd.grad(y.cos().sum(), tuple(variables.values()), retain_graph=True,
-                                     materialize_grads=True) for y in (got, expected)]
+    try:
+        gradients = [torch.autograd.grad(y.cos().sum(), tuple(variables.values()), retain_graph=True,
+                                         materialize_grads=True) for y in (got, expected)]
+    except RuntimeError as error:
+        raise AssertionError(f"{name}: backward fails: {error}") from error
     for key, *pair in zip(variables, *gradients):
         assert_close(f"{name}: gradient of {key}", *pair)
 

@@ -244,6 +244,13 @@ class TestAttention(Definition):
         assert_same("self-attention in chunks (B, T, D)", got,
                     attend_by_hand(layer, x, kv_heads=1, **given), layer, x=x)
 
+    def test_with_a_cache_and_no_mask_a_token_attends_to_all_so_far(self):
+        layer, cache = randomize(Attention(width=WIDTH, heads=3)).double(), ToyCache()
+        x = draw(B, T, WIDTH)
+        layer(x[:, :3], cache=cache)
+        assert_close("self-attention (B, 2, D)", layer(x[:, 3:], cache=cache),
+                     attend_by_hand(layer, x)[:, 3:])
+
     def test_with_a_cache_the_keys_of_a_context_are_computed_once(self):
         layer, cache = randomize(Attention(width=WIDTH, heads=3)).double(), ToyCache()
         x, context = draw(B, T, WIDTH), draw(B, S, WIDTH)
