@@ -79,12 +79,11 @@ class TestRender:
         assert_close("labels", labels, [-100] * 3 + expected)
 
     @pytest.mark.parametrize("segments, length, values", [
-        (lambda: [Segment(tuple(range(20, 27))), Segment((30, 31), learn=True)], 7, "9.* 8.* 7"),
-        (lambda: [Segment((5,), learn=True), Segment((6,))], None, "2"),
-        (lambda: [Segment((5, 6)), Segment("", learn=True)], 9, "2")])
+        ([((20,) * 7,), ((30, 31), True)], 7, "9.* 8.* 7"), ([((5,), True), ((6,),)], None, "2"),
+        ([((5, 6),), ("", True)], 9, "2")])
     def test_a_row_that_would_train_nothing_is_refused(self, segments, length, values):
         with pytest.raises(ValueError, match=values):
-            render(segments(), Spaces(), length)
+            render([Segment(*segment) for segment in segments], Spaces(), length)
 
     def test_a_row_in_which_nothing_is_to_be_learned_is_cut_too(self):
         assert_close("labels", render([Segment((5, 6, 7))], None, 2)[1], [-100] * 2)
