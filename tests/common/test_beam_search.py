@@ -103,15 +103,6 @@ class TestBeamSearch:
         expected = [slow_search(random_logits, prompt, *rest) for prompt in PROMPTS]
         assert_close("ids (B, N)", search(Texts(random_logits, PROMPTS), *rest), padded(expected))
 
-    @pytest.mark.parametrize("length_penalty, expected", [(0.0, [4, STOP]), (1.0, [3, 3, STOP])])
-    def test_above_zero_the_length_penalty_favors_longer_texts(self, length_penalty, expected):
-        # p: 4 STOP 0.3 * 0.5 = 0.15 in two tokens; 3 3 STOP 0.5 ** 3 = 0.125 in three.
-        after = {(): [.1, .1, 0, .5, .3], (4,): [.2, .2, .5, .1, 0], (3,): [.1, .1, .1, .5, .2],
-                 (3, 3): [.1, .1, .5, .1, .2]}
-        texts = Texts(lambda text: torch.tensor(after.get(text[1:], [0.2] * 5)).log(), [(0,)])
-        texts.penalize = lambda scores: scores
-        assert_close("ids (B, N)", search(texts, 4, 4, length_penalty=length_penalty), [expected])
-
     @pytest.mark.parametrize("early_stopping, steps", [(True, 1), (False, 2)])
     def test_it_stops_early_or_when_no_beam_is_better_than_what_is_finished(self, early_stopping,
                                                                             steps):

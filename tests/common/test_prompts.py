@@ -144,22 +144,18 @@ class TestTemplate:
 
 
 class TestCollate:
-    @pytest.mark.parametrize("side, pad_id, ids, labels, mask", [
-        ("right", PAD, [[5, 6, 7], [8, PAD, PAD], [PAD, 9, PAD]],
+    @pytest.mark.parametrize("options, ids, labels, mask", [
+        ({}, [[5, 6, 7], [8, PAD, PAD], [PAD, 9, PAD]],
          [[5, 6, 7], [8, -100, -100], [PAD, 9, -100]], [[1, 1, 1], [1, 0, 0], [1, 1, 0]]),
-        ("left", 3, [[5, 6, 7], [3, 3, 8], [3, PAD, 9]],       # padding predicts no label
+        ({"side": "left", "pad_id": 3}, [[5, 6, 7], [3, 3, 8], [3, PAD, 9]],   # none after padding
          [[5, 6, 7], [-100] * 3, [-100, -100, 9]], [[1, 1, 1], [0, 0, 1], [0, 1, 1]])])
-    def test_padding_has_no_label_and_is_masked(self, side, pad_id, ids, labels, mask):
+    def test_padding_has_no_label_and_is_masked(self, options, ids, labels, mask):
         rows = [([5, 6, 7], [5, 6, 7]), ([8], [8]), ([PAD, 9], [PAD, 9])]
-        batch = collate(rows, pad_id, side)
+        batch = collate(rows, **options)
         assert_close("ids (B, T)", batch["ids"], ids)
         assert_close("labels (B, T)", batch["labels"], labels)
         assert_close("mask (B, T)", batch["mask"], torch.tensor(mask).bool())
         assert rows[1:] == [([8], [8]), ([PAD, 9], [PAD, 9])], f"the caller's rows became {rows}"
-
-    def test_it_pads_right_with_the_padding_token_by_default(self):
-        batch = collate([([5], [5]), ([6, 7], [6, 7])])
-        assert_close("ids (B, T)", batch["ids"], [[5, PAD], [6, 7]])
 
     @pytest.mark.parametrize("rows, values", [
         ([], "rows"), ([([5], [5]), ([], [])], "row 1: 0 .* 0"),
