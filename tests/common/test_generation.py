@@ -47,10 +47,10 @@ class TestKeepTopK:
 
 class TestKeepTopP:
     @pytest.mark.parametrize("p, kept", [
-        (0.01, [[0, 1, 0], [0, 0, 1]]), (0.49, [[0, 1, 0], [0, 0, 1]]),
+        (0.01, [[0, 1, 0], [0, 0, 1]]), (0.5, [[0, 1, 0], [0, 0, 1]]),
         (0.6, [[0, 1, 1], [0, 0, 1]]), (0.81, [[1, 1, 1], [0, 1, 1]]), (1.0, [[1] * 3] * 2)])
     def test_it_keeps_the_token_that_reaches_p_and_at_least_one(self, p, kept):
-        logits = torch.tensor([[0.2, 0.5, 0.3], [0.1, 0.2, 0.7]]).log() - 9
+        logits = torch.tensor([[0.2, 0.5, 0.3], [0.1, 0.2, 0.7]]).log() - torch.tensor([[0], [9]])
         expected = logits.masked_fill(~torch.tensor(kept).bool(), -torch.inf)
         with unchanged(logits=logits):
             assert_close("logits (B, V)", keep_top_p(logits, p), expected)

@@ -353,7 +353,7 @@ class TestLanguageModel:
                 parameter.zero_()
             lm.token_embed.weight.copy_(torch.eye(V, 36))
             lm.output.weight.copy_(torch.eye(V, 36).roll(1, dims=0))
-        ids, mask = torch.tensor([[1, 3], [4, 7]]), torch.tensor([[False, True], [True, True]])
+        ids, mask = torch.tensor([[3, 1], [4, 7]]), torch.tensor([[True, False], [True, True]])
         for options, expected in (({}, [[4, 5, 6, 7, 8, 9], [8, 9, 1, 1, 1, 1]]),
                                   ({"stop": 8, "pad_id": 2}, [[4, 5, 6, 7, 8], [8, 2, 2, 2, 2]])):
             new = lm.generate(ids, mask, max_new_tokens=17, **options)
