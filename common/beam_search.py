@@ -6,12 +6,13 @@ class BeamSearch:
     """The best texts of each prompt, found by extending its W = num_beams likeliest ones in step.
 
     Each step extends the W unfinished texts (beams) of a prompt by every token, keeps the W
-    likeliest unfinished results as the new beams and adds the finished ones to its W best so far.
+    likeliest unfinished results as the new beams and adds the finished ones (see `step`) to its W
+    best so far.
     A finished text scores log p / length ** length_penalty, where the length counts its new tokens
     and its end: a penalty above 0 favours long texts, below 0 short ones. A prompt is done when it
     has W finished texts and, unless early_stopping, its best beam scores no better at its present
-    length than the worst of them. At the last token every beam counts as finished. These are the
-    rules of transformers.
+    length than the worst of them. At the last token every beam counts as finished. The search ends
+    when every prompt is done. These are the rules of transformers.
 
     decoding: a DecodingState. stop: int64 (n,), the ids that end a text.
     """
@@ -46,7 +47,10 @@ class BeamSearch:
     def step(self, log_p, n):
         """Choose token n of every beam, given log_p (B, W, V) of that token -> (rows, token).
 
-        rows int64 (B * W,): the row of the batch that each new beam continues; token (B * W, 1).
+        rows int64 (B * W,): the row of the batch that each new beam continues; token (B * W, 1),
+        the likeliest beam of each prompt first. Of the W * V results in order of log p, those that
+        end among the first W become finished texts, and the first W that do not end go on. Equal
+        ones come in any order.
         """
         B, W, V = log_p.shape
         # Enough candidates for W unfinished ones even if every beam's likeliest tokens are ends.

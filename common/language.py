@@ -132,7 +132,10 @@ class NewTokens(nn.Module):
         self.output = None if output is None else rows(output)
 
     def embed(self, ids, table):
-        """ids int64 (B, T) -> (B, T, D): the learned rows for new tokens, else the table's."""
+        """ids int64 (B, T) -> (B, T, D): the learned rows for new tokens, else the table's.
+
+        Row i belongs to the i-th of the ids given, in any order. IndexError for an id of neither.
+        """
         one_hot = ids[..., None] == self.ids                          # (B, T, n)
         is_new = one_hot.any(dim=-1)                                  # (B, T)
         frozen = F.embedding(ids.masked_fill(is_new, 0), table)

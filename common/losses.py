@@ -71,7 +71,7 @@ def next_token_loss(logits, labels, label_count=None, label_smoothing=0.0):
 
 
 def count_labels(labels, gather=no_gather):
-    """The labels of a whole step, divided by the number of processes -> float32 scalar, at least 1.
+    """The labels of a whole step, at least 1, divided by the number of processes -> float32 scalar.
 
     labels: a list of int64 (B, T), one for each micro-batch of this process. Losses divided by it,
     summed over the micro-batches and averaged over the processes (as DDP averages gradients), give

@@ -45,8 +45,9 @@ def merge_texts(segments):
 def render(segments, tokenizer, context_length=None):
     """Segments -> (ids, labels), two lists of int of one length; labels are ids or -100.
 
-    What exceeds context_length is cut off at the end. Raises ValueError when segments are to be
-    learned and the cut leaves none of them: such a row would train nothing.
+    Texts are encoded after `merge_texts`. What exceeds context_length is cut off at the end. Raises
+    ValueError when segments are to be learned and none is left after the first token, which nothing
+    predicts: such a row would train nothing.
     """
     ids, labels = [], []
     for segment in merge_texts(segments):

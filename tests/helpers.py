@@ -81,6 +81,15 @@ def grid(mask):
                        for matrix in matrices)
 
 
+@contextlib.contextmanager
+def unchanged(**tensors):
+    """Inside it, these tensors of the caller stay as they are."""
+    before = {name: x.clone() for name, x in tensors.items()}
+    yield
+    for name, x in tensors.items():
+        assert_close(f"the caller's {name}", x, before[name])
+
+
 # Toy models and their inputs
 
 V, PAD, STOP = 13, 0, 2

@@ -1,378 +1,397 @@
 """generate and score_candidates against slow loops, on toy models whose answers are known."""
-from dataclasses import replace
-
 import pytest
 import torch
 import torch.nn.functional as F
 
-from common import generation
-from common.generation import (DecodingState, generate, keep_top_k, keep_top_p, pad_left, sample,
-                               score_candidates)
-from tests.helpers import PAD, STOP, Table, V, chain, prompts, toy_lm
+from common.generation import (DecodingState, check_options, check_prompt, contains_any, generate,
+                               keep_top_k, keep_top_p, later_log_p, pad_left, sample,
+                               score_candidates, tokens_in)
+from tests.helpers import PAD, STOP, Table, V, assert_close, chain, prompts, toy_lm, unchanged
 
 
-def slow_greedy(lm, text, tokens, stop):
-    """Without cache, mask or batch."""
-    for n in range(tokens):
-        text = torch.cat([text, lm(text)[:, -1:].argmax(dim=-1)], dim=1)
-        if text[0, -1] in stop:
-            break
-    return text
+def tinted(lm):
+    """The model with a state: a tint (B, V), which is added to all logits of a row."""
+    def model(x, mask=None, cache=None, last=False, *, tint):
+        return lm(x, mask=mask, cache=cache, last=last) + tint[:, None]
+    return model
 
 
-class TestChoosing:
-    def test_top_k_keeps_k_and_ties(self):
-        logits = torch.tensor([[1.0, 4.0, 3.0, 3.0, 2.0]])
-        assert keep_top_k(logits, 1).isfinite().tolist() == [[False, True, False, False, False]]
-        assert keep_top_k(logits, 2).isfinite().sum() == 3
-        assert keep_top_k(logits, 4).isfinite().sum() == 4
-        assert torch.equal(keep_top_k(logits, 99), logits)
+def tints(B):
+    return torch.randn(B, V, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
 
-    @pytest.mark.parametrize("p, kept", [(0.01, 1), (0.5, 1), (0.6, 2), (0.81, 3), (0.999, 3)])
-    def test_top_p_keeps_the_token_that_crosses_and_at_least_one(self, p, kept):
-        logits = torch.tensor([[0.2, 0.5, 0.3]]).log()
-        want = [[kept > 2, True, kept > 1]]
-        assert keep_top_p(logits, p).isfinite().tolist() == want
 
-    def test_temperature_comes_before_top_p(self):
-        # At temperature 1 top_p 0.6 keeps two of [.5 .3 .2]; at 0.25 the first alone has 0.87.
-        logits = torch.tensor([[0.5, 0.3, 0.2]]).log().expand(400, 3)
-        draws = torch.Generator().manual_seed(0)
-        assert set(sample(logits, 1.0, top_p=0.6, generator=draws).tolist()) == {0, 1}
-        assert set(sample(logits, 0.25, top_p=0.6, generator=draws).tolist()) == {0}
+def slow_logits(lm, text, tint=0):
+    """What the next token of a text (T,) is scored by, without cache, mask or batch: (V,)."""
+    return (lm(text[None])[0, -1] + tint).detach()
 
-    def test_top_k_comes_before_top_p(self):
-        # Of the two that top-k leaves, .5 and .3, the first alone holds 0.62 of what is left.
-        logits = torch.tensor([[0.5, 0.3, 0.2]]).log().expand(400, 3)
-        draws = torch.Generator().manual_seed(0)
-        assert set(sample(logits, 1.0, 2, 0.6, draws).tolist()) == {0}
+
+def draws(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def padded(rows):
+    longest = max(map(len, rows))
+    return [row + [PAD] * (longest - len(row)) for row in rows]
+
+
+class TestKeepTopK:
+    @pytest.mark.parametrize("k, kept", [
+        (1, [[0, 1, 0, 0, 0], [1, 0, 0, 0, 0]]), (2, [[0, 1, 1, 1, 0], [1, 0, 0, 0, 1]]),
+        (4, [[0, 1, 1, 1, 1], [1, 1, 0, 1, 1]]), (99, [[1] * 5] * 2)])
+    def test_it_keeps_the_k_largest_of_each_row_and_ties(self, k, kept):
+        logits = torch.tensor([[1.0, 4.0, 3.0, 3.0, 2.0], [-1.0, -7.0, -8.0, -6.0, -5.0]])
+        expected = logits.masked_fill(~torch.tensor(kept).bool(), -torch.inf)
+        with unchanged(logits=logits):
+            assert_close("logits (B, V)", keep_top_k(logits, k), expected)
+
+
+class TestKeepTopP:
+    @pytest.mark.parametrize("p, kept", [
+        (0.01, [[0, 1, 0], [0, 0, 1]]), (0.5, [[0, 1, 0], [0, 0, 1]]),
+        (0.6, [[0, 1, 1], [0, 0, 1]]), (0.81, [[1, 1, 1], [0, 1, 1]]), (1.0, [[1] * 3] * 2)])
+    def test_it_keeps_the_token_that_reaches_p_and_at_least_one(self, p, kept):
+        logits = torch.tensor([[0.2, 0.5, 0.3], [0.1, 0.2, 0.7]]).log() - torch.tensor([[0], [9]])
+        expected = logits.masked_fill(~torch.tensor(kept).bool(), -torch.inf)
+        with unchanged(logits=logits):
+            assert_close("logits (B, V)", keep_top_p(logits, p), expected)
+
+
+class TestSample:
+    @pytest.mark.parametrize("temperature, top_k, top_p, expected", [
+        (1.0, None, 0.6, {0, 1}), (0.25, None, 0.6, {0}),       # at 0.25 the first alone has 0.87
+        (1.0, 2, 0.6, {0}),             # of the two that top-k leaves the first alone has 0.62
+        (1.0, 2, 1.0, {0, 1}), (9.0, None, 1.0, {0, 1, 2}), (0, None, 1.0, {0})])
+    def test_temperature_is_before_top_k_before_top_p(self, temperature, top_k, top_p, expected):
+        logits = torch.tensor([0.5, 0.3, 0.2]).log().repeat(400, 1)
+        found = set(sample(logits, temperature, top_k, top_p, draws()).tolist())
+        assert found == expected, f"drew {found}, expected {expected}"
 
     def test_draws_follow_the_probabilities(self):
-        probabilities = torch.tensor([0.5, 0.3, 0.15, 0.05])
-        logits = (probabilities.log() / 2).expand(40_000, 4)          # at temperature 0.5: these
-        token = sample(logits, 0.5, generator=torch.Generator().manual_seed(0))
-        torch.testing.assert_close(token.bincount() / 40_000, probabilities, atol=0.01, rtol=0)
+        p = torch.tensor([0.5, 0.3, 0.15, 0.05])
+        logits = (p.log() / 2).repeat(40_000, 1)        # at temperature 0.5: p
+        with unchanged(logits=logits):
+            token = sample(logits, 0.5, generator=draws())
+        assert token.dtype == torch.int64, f"token is {token.dtype}"
+        assert_close("frequency of each token (V,)", token.bincount() / 40_000, p, 0.01)
 
-    def test_temperature_zero_is_the_likeliest(self):
-        logits = torch.randn(5, V)
-        assert torch.equal(sample(logits, 0), logits.argmax(dim=1))
+    def test_temperature_zero_takes_the_likeliest_of_each_row(self):
+        logits = torch.tensor([[1.0, 1.0 + 1e-6, -2.0], [-1.0, -3.0, -2.0], [0.0, 1.0, 1e38]])
+        assert_close("token (B,)", sample(logits, 0), [1, 0, 2])
 
-    def test_the_penalty_makes_what_occurred_less_likely(self):
-        prompt = torch.tensor([[0, 1]])
-        decoding = DecodingState(Table(torch.zeros(4, 4)), prompt, None, 5, {}, 2.0)
-        scores = torch.tensor([[2.0, -2.0, 2.0, -2.0]])
-        assert decoding.penalize(scores).tolist() == [[1.0, -4.0, 2.0, -2.0]]
-        decoding.feed(torch.tensor([[3]]))
-        assert decoding.penalize(scores).tolist() == [[1.0, -4.0, 2.0, -4.0]]
+    def test_the_generator_decides_and_rows_differ(self):
+        first, again, other = (sample(torch.zeros(3, 9973), generator=draws(seed)).tolist()
+                               for seed in (0, 0, 1))
+        assert first == again != other and len(set(first)) == 3, (first, again, other)
 
+    def test_with_a_generator_each_a_row_draws_what_it_draws_alone(self):
+        together = sample(torch.zeros(3, 9973), generator=[draws(k) for k in (5, 6, 7)])
+        alone = [sample(torch.zeros(1, 9973), generator=[draws(k)]) for k in (5, 6, 7)]
+        assert_close("token (B,)", together, torch.cat(alone))
 
-@pytest.mark.parametrize("kind", ["gpt2", "opt", "llama"])
-class TestGreedy:
-    @pytest.mark.parametrize("side", ["left", "right"])
-    def test_a_ragged_batch_writes_what_a_slow_loop_writes(self, kind, side):
-        lm = toy_lm(kind)
-        ids, mask, texts = prompts(5, 1, 3, 7, side=side)
-        new, lengths = generate(lm, ids, mask, max_new_tokens=11, stop=(STOP, 3, 7, 9), pad_id=PAD), set()
-        for row, text in zip(new, texts):
-            whole = slow_greedy(lm, text, 11, torch.tensor([STOP, 3, 7, 9]))
-            want = whole[0, text.shape[1]:].tolist()
-            assert row.tolist() == want + [PAD] * (new.shape[1] - len(want))
-            lengths.add(len(want))
-        assert new.dtype == torch.int64 and len(lengths) > 1          # rows end at different steps
-
-    def test_it_goes_on_from_embeddings(self, kind):
-        lm, (ids, mask, _) = toy_lm(kind), prompts(5, 1, 3)
-        assert torch.equal(generate(lm, lm.embed(ids), mask, max_new_tokens=7),
-                           generate(lm, ids, mask, max_new_tokens=7))
-
-    def test_each_token_is_fed_once(self, kind):
-        lm, calls = toy_lm(kind), []
-
-        def counted(x, **arguments):
-            calls.append(x.shape[1])
-            assert not torch.is_grad_enabled()
-            return lm(x, **arguments)
-        generate(counted, prompts(5)[0], max_new_tokens=6)
-        assert calls == [5, 1, 1, 1, 1, 1]      # the last token is never fed
-
-    def test_a_model_in_training_mode_writes_the_same(self, kind):
-        lm, (ids, mask, _) = toy_lm(kind), prompts(5, 1, 3)
-        want = generate(lm, ids, mask, max_new_tokens=7)
-        assert torch.equal(generate(lm.train(), ids, mask, max_new_tokens=7), want) and lm.training
-
-    def test_a_second_prompt_knows_nothing_of_the_first(self, kind):
-        lm, (ids, _, _), (other, _, _) = toy_lm(kind), prompts(5, seed=1), prompts(4, seed=2)
-        want = generate(lm, other, max_new_tokens=6)
-        generate(lm, ids, max_new_tokens=6)
-        assert torch.equal(generate(lm, other, max_new_tokens=6), want)
+    def test_generators_for_another_number_of_rows_are_refused(self):
+        with pytest.raises(ValueError, match="3.* 2"):
+            sample(torch.zeros(2, 5), generator=[draws()] * 3)
 
 
-class TestStopping:
-    def test_a_row_that_ends_pads_and_the_others_go_on(self):
-        lm = chain((3, STOP), (4, 5), (5, 6), (6, STOP), (7, 7), (STOP, 8))
-        new = generate(lm, torch.tensor([[3], [4], [7]]), max_new_tokens=5, stop=(STOP,), pad_id=12)
-        assert new.tolist() == [[STOP, 12, 12, 12, 12], [5, 6, STOP, 12, 12], [7] * 5]
+class TestPadLeft:
+    def test_padding_moves_left_and_the_order_of_the_tokens_stays(self):
+        ids = torch.tensor([[9, 8, 7, 6], [5, 0, 6, 0], [0, 7, 0, 0], [0, 0, 4, 3]])
+        with unchanged(ids=ids, mask=(mask := ids > 0)):
+            found, real = pad_left(ids, mask)
+        expected = torch.tensor([[9, 8, 7, 6], [0, 0, 5, 6], [0, 0, 0, 7], [0, 0, 4, 3]])
+        assert_close("ids (B, T)", found, expected)
+        assert_close("mask (B, T)", real, expected > 0)
+        embeddings, _ = pad_left(ids[..., None] * torch.ones(5), mask)
+        assert_close("embeddings (B, T, D)", embeddings, expected[..., None] * torch.ones(5))
 
-    def test_it_ends_when_all_rows_have_ended(self):
-        lm = chain((3, STOP), (4, 5), (5, 9))
-        new = generate(lm, torch.tensor([[3], [4]]), max_new_tokens=50, stop=(STOP, 9), pad_id=PAD)
-        assert new.tolist() == [[STOP, PAD], [5, 9]] and len(lm.calls) == 2
-
-    def test_asked_seldom_whether_all_have_ended_it_writes_the_same(self, monkeypatch):
-        monkeypatch.setattr(generation, "CHECK_EVERY", {"cpu": 8})
-        lm = chain((3, STOP), (4, 5), (5, 9))
-        new = generate(lm, torch.tensor([[3], [4]]), max_new_tokens=50, stop=(STOP, 9), pad_id=PAD)
-        assert new.tolist() == [[STOP, PAD], [5, 9]] and len(lm.calls) == 8
-
-    def test_without_a_stop_it_writes_all_its_tokens(self):
-        new = generate(chain((3, STOP), (STOP, 5), (5, 3)), torch.tensor([[3]]), max_new_tokens=4)
-        assert new.tolist() == [[STOP, 5, 3, STOP]]
-
-    def test_stop_strings_are_looked_for_in_each_rows_text(self):
-        lm = chain((3, 4), (4, 5), (5, 6), (6, 7), (7, 8), (8, 9), (9, 10))
-        calls = []
-
-        def decode(ids):
-            calls.append(list(ids))
-            return " ".join(map(str, ids))
-        new = generate(lm, torch.tensor([[3], [5]]), max_new_tokens=5, pad_id=PAD,
-                       stop_strings=("5 6", "8 9"), decode=decode)
-        # Two tokens long; the prompt's own 5 in the second row is no part of it.
-        assert new.tolist() == [[4, 5, 6, PAD], [6, 7, 8, 9]]
-        assert [4, 5, 6, PAD] not in calls      # a finished row is not read again
-
-    def test_one_stop_may_be_given_without_a_list(self):
-        lm, ids = chain((3, 4), (4, 5), (5, 6)), torch.tensor([[3]])
-        assert generate(lm, ids, max_new_tokens=3, stop=5).tolist() == [[4, 5]]
-        decode = " ".join
-        new = generate(lm, ids, max_new_tokens=3, stop_strings="4 5", decode=lambda ids: decode(
-            map(str, ids)))
-        assert new.tolist() == [[4, 5]]
-
-    def test_the_end_may_be_the_padding_too(self):
-        lm = chain((3, PAD), (4, 5), (5, 6))
-        new = generate(lm, torch.tensor([[3], [4]]), max_new_tokens=3, stop=(PAD,), pad_id=PAD)
-        assert new.tolist() == [[PAD, PAD, PAD], [5, 6, PAD]]
+    def test_without_padding_there_is_no_mask(self):
+        for mask in (None, torch.ones(2, 3).bool()):
+            ids, real = pad_left(torch.tensor([[1, 2, 3], [4, 5, 6]]), mask)
+            assert real is None, f"mask {real}"
+            assert_close("ids (B, T)", ids, [[1, 2, 3], [4, 5, 6]])
 
 
-class TestSampling:
-    def test_the_generator_decides(self):
-        lm, (ids, mask, _) = toy_lm(), prompts(5, 1, 3)
-        draws = [generate(lm, ids, mask, max_new_tokens=9, temperature=1.3,
-                          generator=torch.Generator().manual_seed(seed)) for seed in (0, 0, 1)]
-        assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+class TestCheckPrompt:
+    @pytest.mark.parametrize("prompt, mask, values", [
+        (torch.tensor([3, 4]), None, r"\(2,\)"), (torch.zeros(2, 3), None, r"\(2, 3\)"),
+        (torch.ones(2, 3, 5, dtype=torch.int64), None, "2, 3, 5"),
+        (torch.ones(3, 5, dtype=torch.int64), torch.ones(3, 4) > 0, r"3, 4\).*3, 5\)"),
+        (torch.ones(3, 5, dtype=torch.int64), torch.ones(1, 5) > 0, r"1, 5\).*3, 5\)"),
+        (torch.ones(3, 5, dtype=torch.int64), torch.ones(3, 5, 2) > 0, "3, 5, 2"),
+        (torch.ones(3, 5, dtype=torch.int64), torch.ones(3, 5), "float32.*bool"),
+        (torch.ones(2, 0, dtype=torch.int64), None, "empty"),
+        (torch.ones(2, 3, dtype=torch.int64), torch.tensor([[True] * 3, [False] * 3]), "empty")])
+    def test_ids_embeddings_and_masks_of_other_shapes_and_empty_rows_are_refused(self, prompt, mask,
+                                                                                 values):
+        with pytest.raises(ValueError, match=values):
+            check_prompt(prompt, mask, 1, None)
 
-    def test_with_a_generator_each_a_row_is_what_it_is_alone(self):
-        lm, (ids, mask, texts) = toy_lm(), prompts(5, 1, 3)
-
-        def draw(row):
-            return torch.Generator().manual_seed(40 + row)
-        options = {"temperature": 1.5, "top_k": 7, "top_p": 0.9, "max_new_tokens": 9, "stop": (STOP,)}
-        new = generate(lm, ids, mask, generator=[draw(r) for r in range(3)], **options)
-        for r, text in enumerate(texts):
-            own = generate(lm, text, generator=[draw(r)], **options)[0].tolist()
-            assert new[r].tolist() == own + [PAD] * (new.shape[1] - len(own))
-
-    def test_the_penalty_counts_prompt_and_new_tokens_but_no_padding(self):
-        logits = torch.zeros(V, V)
-        logits[:, 3:8] = torch.tensor([5.0, 4.0, 3.0, 2.0, 1.0])
-        ids = torch.tensor([[PAD, PAD, 4], [4, 3, 6]])
-        mask = torch.tensor([[False, False, True], [True, True, True]])
-        new = generate(Table(logits), ids, mask, max_new_tokens=3, repetition_penalty=100.0)
-        assert new.tolist() == [[3, 5, 6], [5, 7, 3]]
-        free = logits.clone()
-        free[:, PAD] = 6.0
-        assert generate(Table(free), ids, mask, max_new_tokens=1, repetition_penalty=100.0)[0] == PAD
-
-
-    def test_an_id_that_stands_for_a_picture_is_no_token_that_occurred(self):
-        logits = torch.zeros(V, V)
-        logits[5, 0], logits[5, V - 1] = 2.0, 3.0
-        for outside in (-200, 500):
-            prompt = torch.tensor([[outside, 5]])
-            assert generate(Table(logits), prompt, max_new_tokens=1, repetition_penalty=9.0) == V - 1
-        assert generate(Table(logits), torch.tensor([[V - 1, 5]]), max_new_tokens=1,
-                        repetition_penalty=9.0) == 0
-
-    def test_after_embeddings_only_what_was_written_is_penalised(self):
-        lm, (ids, _, _) = toy_lm(), prompts(4)
-        new = generate(lm, lm.embed(ids), max_new_tokens=9, repetition_penalty=50.0, pad_id=PAD)
-        text, seen = ids, set()
-        for _ in range(9):                      # a slow loop
-            logits = lm(text)[0, -1].clone()
-            for i in seen:
-                logits[i] = logits[i] / 50 if logits[i] > 0 else logits[i] * 50
-            seen.add(int(logits.argmax()))
-            text = torch.cat([text, logits.argmax()[None, None]], dim=1)
-        assert new.tolist() == text[:, 4:].tolist() and 4 < len(seen)
-
-
-class TestWhatIsReturned:
-    def test_it_may_be_changed_and_trained_on(self):
-        lm, (ids, _, _) = toy_lm(), prompts(4)
-        for options in ({}, {"num_beams": 2}):
-            new = generate(lm, ids, max_new_tokens=5, **options)
-            new[new == 3] = -100
-            lm(new.clamp(min=0)).sum().backward()
-        scores = score_candidates(lm, ids, torch.tensor([[3, 4]]))
-        assert not scores.requires_grad
-        (scores * torch.ones(1, requires_grad=True)).sum().backward()
-
-    def test_half_precision_logits_are_compared_in_float32(self):
-        logits = torch.randn(V, V, generator=torch.Generator().manual_seed(0)).bfloat16()
-        writing = DecodingState(Table(logits), torch.tensor([[3, 5]]), None, 4, {})
-        assert writing.logits.dtype == torch.float32
-        candidates = torch.tensor([[4, 7, 9]])
-        want = sum(logits[a].float().log_softmax(dim=-1)[b] for a, b in ((5, 4), (4, 7), (7, 9)))
-        assert score_candidates(Table(logits), torch.tensor([[3, 5]]), candidates).item() == \
-            pytest.approx(want.item(), abs=1e-6)
-
-
-class TestClearErrors:
-    @pytest.mark.parametrize("options, message", [
-        ({"temperature": -1.0}, "temperature=-1.0: must be at least 0"),
-        ({"top_k": 0}, "top_k=0: must be at least 1"), ({"top_p": 0.0}, r"top_p=0.0: must be in"),
-        ({"top_p": 1.5}, "top_p=1.5"), ({"max_new_tokens": 0}, "max_new_tokens=0: must be at least 1"),
-        ({"num_beams": 0}, "num_beams=0"), ({"num_beams": 2, "temperature": 1.0}, "choose one"),
-        ({"stop_strings": ("x",)}, "stop_strings need decode"),
-        ({"repetition_penalty": -1.0}, "repetition_penalty=-1.0: must be above 0"),
-        ({"repetition_penalty": 0.0}, "repetition_penalty=0.0"), ({"pad_id": -1}, "pad_id=-1"),
-        ({"num_beams": 2, "early_stopping": "never"}, "early_stopping=never: must be True or"),
-        ({"top_k": 5}, "top_k=5, top_p=1.0: sampling needs a temperature above 0"),
-        ({"top_p": 0.9}, "top_p=0.9: sampling needs"),
-        ({"temperature": 1.0, "generator": [torch.Generator()] * 3},
-         "3 generators for 1 rows"),
-        ({"context_length": 9, "max_new_tokens": 5},
-         "prompt of 5 tokens and 5 new ones are 10, but the context is 9")])
-    def test_what_cannot_be_is_told(self, options, message):
-        with pytest.raises(ValueError, match=message):
-            generate(toy_lm(), prompts(5)[0], **options)
-
-    def test_padding_does_not_count_towards_the_context(self):
-        lm, (ids, mask, _) = toy_lm(), prompts(5, 3)
+    def test_the_longest_row_and_the_new_tokens_fit_the_context_and_padding_does_not_count(self):
+        ids, mask, _ = prompts(5, 3)
         ids, mask = F.pad(ids, (4, 0)), F.pad(mask, (4, 0))
-        assert generate(lm, ids, mask, max_new_tokens=18, context_length=23).shape[0] == 2
-        with pytest.raises(ValueError, match="prompt of 5 tokens and 19 new ones are 24"):
-            generate(lm, ids, mask, max_new_tokens=19, context_length=23)
-
-    def test_an_empty_prompt_is_told(self):
-        with pytest.raises(ValueError, match="an empty prompt"):
-            generate(toy_lm(), torch.zeros(2, 0, dtype=torch.int64))
-        with pytest.raises(ValueError, match="an empty prompt"):
-            generate(toy_lm(), *prompts(3, 2)[:1], torch.tensor([[True] * 3, [False] * 3]))
-
-    @pytest.mark.parametrize("shape", [(3, 4), (1, 5), (3,), (3, 5, 2)])
-    def test_a_mask_of_another_shape_or_of_numbers_is_told(self, shape):
-        ids, candidates = prompts(5, 5, 5)[0], torch.tensor([[3]])
-        for mask in (torch.ones(shape).bool(), torch.ones(3, 5)):
-            for work in (lambda: generate(toy_lm(), ids, mask),
-                         lambda: score_candidates(toy_lm(), ids, candidates, mask)):
-                with pytest.raises(ValueError, match=r"for a prompt of \(3, 5\): it must be bool"):
-                    work()
-
-    @pytest.mark.parametrize("prompt", [torch.tensor([3, 4]), torch.zeros(2, 3)])
-    def test_a_prompt_without_rows_is_told(self, prompt):
-        with pytest.raises(ValueError, match=r"ids are \(B, T\), embeddings \(B, T, D\)"):
-            generate(toy_lm(), prompt)
-
-    def test_the_models_own_method_knows_its_context_end_and_padding(self):
-        lm = toy_lm()
-        lm.config = replace(lm.config, pad_id=11)
-        with pytest.raises(ValueError, match="but the context is 23"):
-            lm.generate(prompts(5)[0], max_new_tokens=30)
-        ids, mask, texts = prompts(5, 1, 3, 7)
-        said = lm.generate(texts[2], max_new_tokens=9, stop=())[0].tolist()
-        at = next(i for i, token in enumerate(said) if token not in said[:i] + [11] and i)
-        lm.config = replace(lm.config, eos_id=said[at])
-        new = lm.generate(ids, mask, max_new_tokens=11)
-        assert torch.equal(new, generate(lm, ids, mask, max_new_tokens=11, stop=(said[at],), pad_id=11))
-        assert new[2].tolist() == said[:at + 1] + [11] * (new.shape[1] - at - 1)
-        assert new.shape[1] > at + 1
+        for given, real, longest in ((ids, mask, 5), (ids, None, 9)):
+            check_prompt(given, real, 18, None)
+            check_prompt(given, real, 18, longest + 18)
+            with pytest.raises(ValueError, match=f"{longest} .* 18 .*{longest + 18}"):
+                check_prompt(given, real, 18, longest + 17)
 
 
-def test_padding_moves_left_and_the_order_stays():
-    ids = torch.tensor([[1, 2, 3, 4], [5, 0, 6, 0], [0, 7, 0, 0]])
-    mask = ids > 0
-    left, real = pad_left(ids, mask)
-    assert left.tolist() == [[1, 2, 3, 4], [0, 0, 5, 6], [0, 0, 0, 7]]
-    assert torch.equal(real, left > 0)
-    embeddings, _ = pad_left(ids[..., None] * torch.ones(5), mask)
-    assert torch.equal(embeddings[..., 4], left.float())
-    assert pad_left(ids, torch.ones_like(mask))[1] is None
+class TestCheckOptions:
+    usual = {"max_new_tokens": 5, "num_beams": 1, "early_stopping": False, "pad_id": 0,
+             "temperature": 0.0, "top_k": None, "top_p": 1.0, "repetition_penalty": 1.0}
+
+    @pytest.mark.parametrize("options, values", [
+        ({"temperature": -1.0}, "temperature=-1.0"), ({"top_k": 0, "temperature": 1.0}, "top_k=0"),
+        ({"top_p": 0.0, "temperature": 1.0}, "top_p=0.0"), ({"pad_id": -1}, "pad_id=-1"),
+        ({"top_p": 1.5}, "top_p=1.5"), ({"max_new_tokens": 0}, "max_new_tokens=0"),
+        ({"num_beams": 0}, "num_beams=0"), ({"early_stopping": "never"}, "early_stopping=never"),
+        ({"repetition_penalty": 0.0}, "repetition_penalty=0.0"),
+        ({"num_beams": 2, "temperature": 0.5}, "num_beams=2.*temperature=0.5"),
+        ({"top_k": 5}, "top_k=5.*temperature"), ({"top_p": 0.9}, "top_p=0.9.*temperature")])
+    def test_what_is_out_of_range_or_contradicts_itself_is_refused(self, options, values):
+        with pytest.raises(ValueError, match=values):
+            check_options(**self.usual | options)
+
+    @pytest.mark.parametrize("options", [
+        {}, {"num_beams": 3, "early_stopping": True}, {"temperature": 1, "top_k": 1, "top_p": 0.1},
+        {"max_new_tokens": 1, "repetition_penalty": 0.1}])
+    def test_all_else_is_allowed(self, options):
+        check_options(**self.usual | options)
 
 
-class TestRankOfToys:
-    def test_each_prompt_keeps_its_state(self):
-        draw = torch.Generator().manual_seed(0)
-        table, state = torch.randn(V, V, generator=draw), torch.randn(3, V, generator=draw)
+class TestDecodingState:
+    def start(self, **changes):
+        """Three ragged prompts of which each has a tint -> the state and what it stands for."""
+        lm, (ids, mask, texts), tint = toy_lm(), prompts(5, 1, 3), tints(3)
+        decoding = DecodingState(tinted(lm), ids, mask, 4, {"tint": tint}, **changes)
+        return decoding, lm, [text[0] for text in texts], tint
 
-        def leaning(x, mask=None, cache=None, last=False, *, towards):
-            logits = table[x] + towards[:, None]
-            return logits[:, -1:] if last else logits
-        ids = prompts(4, 4, 4)[0]
-        scores = score_candidates(leaning, ids, TestRank.candidates, rows=4, state={"towards": state})
-        for row, text, own in zip(scores, ids, state):
-            alone = score_candidates(leaning, text[None], TestRank.candidates, state={"towards": own[None]})
-            assert row.tolist() == pytest.approx(alone[0].tolist(), abs=1e-5)
+    def test_its_logits_are_those_of_the_token_after_each_whole_text(self):
+        decoding, lm, texts, tint = self.start()
+        for token in (None, torch.tensor([[4], [9], [6]]), torch.tensor([[3], [5], [7]])):
+            if token is not None:
+                decoding.feed(token)
+                texts = [torch.cat([text, new]) for text, new in zip(texts, token)]
+            expected = [slow_logits(lm, *row) for row in zip(texts, tint)]
+            assert_close("logits (B, V)", decoding.logits, torch.stack(expected), 1e-5)
 
-    @pytest.mark.parametrize("candidates, message", [
-        (torch.tensor([3, 4]), r"of shape \(2,\) for 1 prompts"),
-        (torch.tensor([[[3, 4]]] * 2), r"of shape \(2, 1, 2\) for 1 prompts"),
-        (torch.tensor([[-100, 5]]), "padding before a token"),
-        (torch.tensor([[4, -100, 5]]), "padding before a token")])
-    def test_candidates_of_another_shape_or_padded_left_are_told(self, candidates, message):
-        with pytest.raises(ValueError, match=message):
-            score_candidates(toy_lm(), prompts(3)[0], candidates)
+    def test_rows_that_are_repeated_and_reordered_take_all_they_have_along(self):
+        decoding, lm, texts, tint = self.start(repetition_penalty=2.0)
+        decoding.repeat(2)
+        expected = [slow_logits(lm, texts[r], tint[r]) for r in (0, 0, 1, 1, 2, 2)]
+        assert_close("logits (B, V)", decoding.logits, torch.stack(expected), 1e-5)
+        tokens = torch.tensor([[3], [4], [5], [6], [7], [8]])
+        decoding.feed(tokens)
+        rows = torch.tensor([1, 1, 3, 2, 5, 4])
+        decoding.reorder(rows, since=5)
+        decoding.feed(tokens)
+        texts = [torch.cat([texts[r // 2], tokens[r], new]) for r, new in zip(rows, tokens)]
+        expected = [slow_logits(lm, text, tint[k // 2]) for k, text in enumerate(texts)]
+        assert_close("logits (B, V)", decoding.logits, torch.stack(expected), 1e-5)
+        seen = [[token in text for token in range(V)] for text in texts]
+        assert_close("is penalized (B, V)", decoding.penalize(-torch.ones(6, V)) == -2,
+                     torch.tensor(seen))
+
+    def test_the_penalty_lowers_the_scores_of_what_occurred(self):
+        prompt, mask = torch.tensor([[0, 0, 1]]), torch.tensor([[False, True, True]])
+        decoding = DecodingState(Table(torch.zeros(4, 4)), prompt, mask, 5, {}, 2.0)
+        scores = torch.tensor([[2.0, -2.0, 2.0, -2.0]])
+        assert_close("scores (B, V)", decoding.penalize(scores), [[1.0, -4.0, 2.0, -2.0]])
+        decoding.feed(torch.tensor([[3]]))
+        assert_close("scores (B, V)", decoding.penalize(scores), [[1.0, -4.0, 2.0, -4.0]])
+
+    @pytest.mark.parametrize("dtype, expected", [(torch.bfloat16, torch.float32),
+                                                 (torch.float64, torch.float64)])
+    def test_logits_are_at_least_float32(self, dtype, expected):
+        model = Table(torch.zeros(V, V, dtype=dtype))
+        found = DecodingState(model, torch.tensor([[3]]), None, 4, {}).logits.dtype
+        assert found == expected, f"logits are {found}"
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "opt", "llama"])
-class TestRank:
-    candidates = torch.tensor([[3, 5, 7], [4, -100, -100], [8, 2, -100], [3, 5, -100], [3, 6, 7]])
+class TestTokensIn:
+    def test_padding_and_ids_outside_the_vocabulary_do_not_count(self):
+        ids = torch.tensor([[-200, 3, 3, 0], [500, 1, 5, 3], [0, -200, 0, 2]])
+        mask = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 0, 1]]).bool()
+        seen = torch.zeros(3, 5).bool()
+        for row, token in ((0, 3), (1, 1), (1, 3), (2, 0), (2, 2)):
+            seen[row, token] = True
+        with unchanged(ids=ids, mask=mask):
+            assert_close("tokens (B, V)", tokens_in(ids, mask, 5), seen)
+        seen[0, 0] = True
+        assert_close("tokens (B, V) without a mask", tokens_in(ids, None, 5), seen)
 
-    def slow(self, lm, text, candidate, mean):
-        ids = candidate[candidate >= 0]
-        logs = lm(torch.cat([text, ids[None]], dim=1))[0].log_softmax(dim=-1)
-        picked = [logs[text.shape[1] - 1 + i, token].item() for i, token in enumerate(ids)]
-        return sum(picked) / (len(picked) if mean else 1)
+    def test_embeddings_have_no_tokens(self):
+        seen = tokens_in(torch.ones(2, 3, 7), None, 5)
+        assert_close("tokens (B, V)", seen, torch.zeros(2, 5).bool())
 
+
+class TestGenerate:
+    @pytest.mark.parametrize("side", ["left", "right"])
+    @pytest.mark.parametrize("kind", ["gpt2", "llama"])
+    @pytest.mark.parametrize("penalty", [1.0, 3.0])
+    @pytest.mark.parametrize("embedded", [False, True])
+    def test_a_ragged_batch_writes_what_a_slow_loop_writes(self, kind, side, penalty, embedded):
+        lm, (ids, mask, texts) = toy_lm(kind), prompts(5, 1, 3, 7, side=side)
+        tint, stop, expected = tints(4), (7, 9), []
+        for text, own in zip(texts, tint):
+            text, new, seen = text[0], [], set() if embedded else set(text[0].tolist())
+            while len(new) < 11 and not set(new) & set(stop):
+                logits = slow_logits(lm, text, own)
+                for i in seen if penalty != 1 else ():
+                    logits[i] = logits[i] / penalty if logits[i] > 0 else logits[i] * penalty
+                new.append(int(logits.argmax()))
+                seen.add(new[-1])
+                text = torch.cat([text, torch.tensor(new[-1:])])
+            expected.append(new)
+        prompt = lm.embed(ids).detach() if embedded else ids
+        with unchanged(prompt=prompt, mask=mask, tint=tint):
+            new = generate(tinted(lm), prompt, mask, max_new_tokens=11, stop=stop, pad_id=PAD,
+                           repetition_penalty=penalty, state={"tint": tint})
+        assert_close("new ids (B, N)", new, padded(expected))
+
+    @pytest.mark.parametrize("stop, pad_id, expected", [
+        (5, 12, [[4, 5, 12, 12, 12], [6, 7, 8, 9, 10]]), ((5, 8), 12, [[4, 5, 12], [6, 7, 8]]),
+        ([8, 5], 12, [[4, 5, 12], [6, 7, 8]]), ((), 12, [[4, 5, 6, 7, 8], [6, 7, 8, 9, 10]]),
+        ((7, 12), 7, [[4, 5, 6, 7], [6, 7, 7, 7]])])        # the end may be the padding too
+    def test_a_row_ends_with_its_first_stop_and_padding_follows(self, stop, pad_id, expected):
+        lm = chain(*((k, k + 1) for k in range(3, 11)))
+        new = generate(lm, torch.tensor([[3], [5]]), max_new_tokens=5, stop=stop, pad_id=pad_id)
+        assert_close("new ids (B, N)", new, expected)
+
+    @pytest.mark.parametrize("stop_strings, expected", [
+        (("5 6", "8 9"), [[4, 5, 6, PAD], [6, 7, 8, 9]]),
+        ("5 6", [[4, 5, 6, PAD, PAD], [6, 7, 8, 9, 10]])])
+    def test_stop_strings_are_looked_for_in_each_rows_new_text(self, stop_strings, expected):
+        lm = chain(*((k, k + 1) for k in range(3, 11)))
+        new = generate(lm, torch.tensor([[3], [5]]), max_new_tokens=5, pad_id=PAD,
+                       stop_strings=stop_strings, decode=lambda ids: " ".join(map(str, ids)))
+        assert_close("new ids (B, N)", new, expected)
+
+    def test_it_asks_the_model_no_more_soon_after_all_rows_have_ended(self):
+        lm = chain((3, STOP), (4, 5), (5, 9))
+        new = generate(lm, torch.tensor([[3], [4]]), max_new_tokens=50, stop=(STOP, 9), pad_id=PAD)
+        assert_close("new ids (B, N)", new, [[STOP, PAD], [5, 9]])
+        assert len(lm.calls) < 20, f"{len(lm.calls)} calls for 2 tokens"
+
+    def test_with_a_generator_each_a_row_is_drawn_as_it_is_alone(self):
+        lm, (ids, mask, texts), rows = toy_lm(), prompts(5, 1, 3), []
+        options = {"temperature": 1.5, "top_k": 5, "top_p": 0.7, "max_new_tokens": 9}
+        for r, text in enumerate(texts):
+            text, generator = text[0], draws(40 + r)
+            for _ in range(9):
+                token = sample(slow_logits(lm, text)[None], 1.5, 5, 0.7, [generator])
+                text = torch.cat([text, token])
+            rows.append(text[-9:].tolist())
+        new = generate(lm, ids, mask, generator=[draws(40 + r) for r in range(3)], **options)
+        assert_close("new ids (B, N)", new, rows)
+
+    @pytest.mark.parametrize("num_beams, length_penalty, early_stopping, stop, expected", [
+        (1, 1.0, False, STOP, [[STOP, 12], [1, STOP]]),
+        (2, 0.0, False, STOP, [[STOP, 12], [1, STOP]]),
+        (2, 1.0, False, STOP, [[4, 1, STOP], [1, STOP, 12]]),
+        (2, 1.0, True, STOP, [[1, STOP], [1, STOP]]),
+        (3, 1.0, False, STOP, [[4, 4, 4, 1, STOP], [1, STOP, 12, 12, 12]]),
+        (2, 1.0, False, (), [[4, 1, 3, 4, 1, 2], [1, 3, 4, 1, 3, 2]])])
+    def test_beams_follow_their_options(self, num_beams, length_penalty, early_stopping, stop,
+                                        expected):
+        # p(b | a); after anything else than 1, 3 and 4 all tokens are equally likely.
+        p = torch.full((5, 5), 0.2)
+        p[1] = torch.tensor([0, 0, 0.51, 0.49, 0])
+        p[3] = torch.tensor([0, 0.28, 0.3, 0.13, 0.29])
+        p[4] = torch.tensor([0, 0.41, 0.19, 0, 0.4])
+        new = generate(Table(p.log().clamp(min=-50)), torch.tensor([[3], [4]]), max_new_tokens=6,
+                       stop=stop, pad_id=12, num_beams=num_beams, length_penalty=length_penalty,
+                       early_stopping=early_stopping)
+        assert_close("new ids (B, N)", new, expected)
+
+    @pytest.mark.parametrize("num_beams", [1, 2])
+    def test_it_runs_without_gradients_and_its_result_may_be_trained_on(self, num_beams):
+        def model(x, **arguments):
+            assert not torch.is_grad_enabled(), "gradients are on"
+            return lm(x, **arguments)
+        lm = toy_lm().train()
+        new = generate(model, prompts(4)[0], max_new_tokens=5, num_beams=num_beams)
+        assert lm.training, "the model has left training mode"
+        new[new == 3] = 4
+        lm(new).sum().backward()
+
+    @pytest.mark.parametrize("options, values", [
+        ({"temperature": -1.0}, "temperature=-1.0"), ({"stop_strings": ("x",)}, "decode"),
+        ({"stop_strings": "x", "decode": str, "num_beams": 2}, "num_beams"),
+        ({"mask": torch.ones(1, 3).bool()}, r"1, 3\).*1, 5"),
+        ({"context_length": 9, "max_new_tokens": 5}, "5.* 5 .*10.* 9")])
+    def test_what_cannot_be_is_refused(self, options, values):
+        with pytest.raises(ValueError, match=values):
+            generate(chain(), prompts(5)[0], **options)
+
+
+class TestContainsAny:
+    def test_it_says_which_unfinished_rows_have_one_of_the_strings(self):
+        ids = torch.tensor([[1, 2, 3], [3, 1, 2], [3, 2, 1], [1, 2, 3], [1, 3, 2]])
+        finished = torch.tensor([False, False, False, True, False])
+        found = contains_any(("12", "132"), lambda row: "".join(map(str, row)), ids, finished)
+        assert_close("has a string (B,)", found, torch.tensor([True, True, False, False, True]))
+
+
+CANDIDATES = torch.tensor([[3, 5, 7], [4, -100, -100], [8, 2, -100], [3, 5, -100], [3, 6, 7]])
+
+
+def slow_log_p(lm, text, tint, candidate):
+    """log p of each token of a candidate after a text, one forward each."""
+    found, text = [], text[0]
+    for token in candidate[candidate >= 0]:
+        found.append(slow_logits(lm, text, tint).log_softmax(dim=-1)[token].item())
+        text = torch.cat([text, token[None]])
+    return found
+
+
+class TestScoreCandidates:
     @pytest.mark.parametrize("mean", [False, True])
     @pytest.mark.parametrize("rows", [256, 4])
-    def test_it_is_the_likelihood_of_each_candidate_after_each_prompt(self, kind, mean, rows):
-        lm, (ids, mask, texts) = toy_lm(kind), prompts(5, 1, 3)
-        scores = score_candidates(lm, ids, self.candidates, mask, mean=mean, rows=rows)
-        for row, text in zip(scores, texts):
-            want = [self.slow(lm, text, c, mean) for c in self.candidates]
-            assert row.tolist() == pytest.approx(want, abs=1e-5)
+    @pytest.mark.parametrize("own, length", [(False, 3), (True, 3), (False, 1)])
+    def test_it_is_the_likelihood_of_a_candidate_after_a_prompt(self, mean, rows, own, length):
+        lm, (ids, mask, texts), tint = toy_lm(), prompts(5, 1, 3, side="right"), tints(3)
+        candidates = CANDIDATES[:, :length]
+        if own:
+            candidates = torch.stack([candidates.roll(k, dims=0) for k in range(3)])
+        with unchanged(ids=ids, mask=mask, candidates=candidates, tint=tint):
+            found = score_candidates(tinted(lm), ids, candidates, mask, mean=mean, rows=rows,
+                                     state={"tint": tint})
+        expected = [[sum(log_p) / (len(log_p) if mean else 1) for log_p in
+                     (slow_log_p(lm, text, tint[b], c) for c in candidates.expand(3, -1, -1)[b])]
+                    for b, text in enumerate(texts)]
+        assert_close("log p (B, C)", found, expected)
 
-    def test_prompts_may_have_candidates_of_their_own(self, kind):
-        lm, (ids, mask, texts) = toy_lm(kind), prompts(5, 1)
-        own = torch.stack([self.candidates[:2], self.candidates[2:4]])
-        scores = score_candidates(lm, ids, own, mask)
-        for row, text, candidates in zip(scores, texts, own):
-            want = [self.slow(lm, text, c, False) for c in candidates]
-            assert row.tolist() == pytest.approx(want, abs=1e-5)
+    def test_the_prompt_goes_through_the_model_once(self):
+        table = Table(torch.zeros(V, V))
+        score_candidates(table, prompts(7, 7)[0], CANDIDATES)
+        tokens = sum(B * T for B, T in table.calls)
+        assert tokens <= 2 * 7 + 2 * 5 * 3, f"{tokens} tokens: 2 prompts of 7, 10 candidates of 3"
 
-    def test_the_prompt_is_read_once(self, kind):
-        lm, calls = toy_lm(kind), []
+    def test_half_precision_logits_are_compared_in_float32_and_scores_may_be_trained_on(self):
+        logits = torch.randn(V, V, generator=draws()).bfloat16()
+        scores = score_candidates(Table(logits), torch.tensor([[3, 5]]), torch.tensor([[4, 7, 9]]))
+        log_p = logits.double().log_softmax(dim=-1)
+        assert_close("log p (B, C)", scores, (log_p[5, 4] + log_p[4, 7] + log_p[7, 9]).view(1, 1))
+        (scores * torch.ones(1, requires_grad=True)).sum().backward()
 
-        def counted(x, **arguments):
-            calls.append(tuple(x.shape))
-            return lm(x, **arguments)
-        score_candidates(counted, prompts(5, 4)[0], self.candidates)
-        assert calls == [(2, 5), (10, 2)]
-        calls.clear()
-        score_candidates(counted, prompts(5, 4)[0], self.candidates[:, :1])
-        assert calls == [(2, 5)]                # candidates of one token need no more
+    @pytest.mark.parametrize("candidates, values", [
+        (torch.tensor([3, 4]), r"\(2,\).* 1 "), (torch.tensor([[[3, 4]]] * 2), r"2, 1, 2.* 1 "),
+        (torch.tensor([[-100, 5]]), "padding"), (torch.tensor([[4, -100, 5]]), "padding"),
+        (torch.tensor([[3], [-100]]), "without"), (CANDIDATES, "7 .* 3 .*10.* 9")])
+    def test_what_cannot_be_scored_is_refused(self, candidates, values):
+        with pytest.raises(ValueError, match=values):
+            score_candidates(chain(), prompts(7)[0], candidates, context_length=9)
 
-    def test_padding_of_a_prompt_does_not_count_towards_the_context(self, kind):
-        lm, (ids, mask, _) = toy_lm(kind), prompts(7, 5)
-        ids, mask = F.pad(ids, (4, 0)), F.pad(mask, (4, 0))
-        assert score_candidates(lm, ids, self.candidates, mask, context_length=10).shape == (2, 5)
-        with pytest.raises(ValueError, match="7 tokens and 3 of a candidate are 10"):
-            score_candidates(lm, ids, self.candidates, mask, context_length=9)
 
-    def test_what_cannot_be_ranked_is_told(self, kind):
-        with pytest.raises(ValueError, match="a candidate without a token"):
-            score_candidates(toy_lm(kind), prompts(3)[0], torch.tensor([[3], [-100]]))
-        with pytest.raises(ValueError, match="prompt of 7 tokens and 3 of a candidate are 10"):
-            score_candidates(toy_lm(kind), prompts(7)[0], self.candidates, context_length=9)
+class TestLaterLogP:
+    def test_it_scores_all_tokens_but_the_first_after_the_prompts_of(self):
+        lm, (ids, mask, texts), tint = toy_lm(), prompts(5, 1, 3), tints(3)
+        of, candidates = [2, 0, 0, 1, 2], CANDIDATES[[0, 0, 2, 4, 4]]
+        with torch.no_grad():
+            decoding = DecodingState(tinted(lm), ids, mask, 3, {"tint": tint})
+            found = later_log_p(decoding, candidates, torch.tensor(of))
+        expected = [slow_log_p(lm, texts[b], tint[b], c)[1:] for b, c in zip(of, candidates)]
+        real = candidates[:, 1:] >= 0
+        assert_close("log p of real tokens", found[real], sum(expected, []))
+        assert found.shape == (5, 2), f"log p (R, L - 1) of shape {tuple(found.shape)}"

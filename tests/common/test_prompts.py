@@ -1,212 +1,180 @@
 """Ids and labels of segments and dialogues: what the loss counts, in every position."""
+import dataclasses
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from common.data.tokenizer import (ASSISTANT, BOS, EOC, EOS, IMAGE, PAD, SPECIAL, SYSTEM, USER,
-                                   Tokenizer)
-from common.language import LanguageConfig
-from common.prompts import (CAPTION_PROMPT, HOUSE, IMAGES, QUESTION_PROMPT, Segment, Template,
-                            collate, labels_of, render)
-
-WORDS = ["what colour is it?", "a red circle", "is there a star?", "yes", "be brief",
-         "how many objects?", "two"]
+from common.prompts import (ASSISTANT, BOS, CAPTION_PROMPT, EOS, HOUSE, IMAGE, IMAGES, PAD,
+                            QUESTION_PROMPT, SYSTEM, USER, Segment, Template, collate, labels_of,
+                            merge_texts, render)
+from tests.helpers import Words, assert_close, unchanged
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return Tokenizer.train(WORDS, 400)
+class Spaces(Words):
+    """A vocabulary of words in which a space before nothing is a token too, "_"."""
+    words = [*Words.words, "_", "{}", "{0}", "<eos>", "USER:", "ASSISTANT:", "brief"]
+    special = {**Words.special, SYSTEM: "<system>", USER: "<user>", ASSISTANT: "<assistant>",
+               -200: "<picture>"}
+
+    def encode(self, text):
+        return [16 + self.words.index(word or "_") for word in text.split(" ") if text]
+
+
+def assert_spells(rendered, ids, labels):
+    """Ids and labels as text; "-" is an ignored label."""
+    for name, got, expected in zip(("ids", "labels"), rendered, (ids, labels)):
+        got = Spaces().spell(got)
+        assert got == expected, f"{name}:\n{got}\nexpected:\n{expected}"
 
 
 def turns(*texts, images=0):
     """(prompt, answer, prompt, answer, ...) as turns; the images belong to the first one."""
-    made = [{"prompt": a, "answer": b, "images": []} for a, b in zip(texts[::2], texts[1::2])]
+    made = [{"prompt": a, "answer": b} for a, b in zip(texts[::2], texts[1::2])]
     made[0]["images"] = ["picture"] * images
     return made
 
 
-def dialogue(tokenizer, *texts, images=0, template=HOUSE, **how):
+def dialogue(template, *texts, images=0, **how):
     """(ids, labels) of a dialogue."""
-    return render(template.segments(turns(*texts, images=images), **how), tokenizer)
+    return render(template.segments(turns(*texts, images=images), **how), Spaces())
 
 
-def learned(ids, labels):
-    """Where labels are; everywhere else they are -100, and where they are they equal the ids."""
-    assert len(ids) == len(labels)
-    assert all(label in (-100, i) for i, label in zip(ids, labels))
-    return [k for k, label in enumerate(labels) if label != -100]
+class TestSegment:
+    def test_it_is_not_learned_unless_it_says_so_and_never_changes(self):
+        segment = Segment("a")
+        assert segment == Segment("a", False) != Segment("a", True), segment
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            segment.learn = True
 
 
-class Words:
-    """A toy vocabulary: a number from 10 up for each word; a space before nothing is a token."""
-
-    def __init__(self):
-        self.ids = {}
-
-    def encode(self, text):
-        pieces = text.replace("\n", " ").split(" ")
-        pieces = pieces[1:] if text.startswith("\n") else pieces
-        return [self.ids.setdefault(piece or "_", 10 + len(self.ids)) for piece in pieces]
-
-
-VICUNA = Template(system=("{} ",), user=("USER: ", IMAGES, "{} "), assistant=("ASSISTANT:",),
-                  image=(-200, "\n"), default_system="SYS")
+class TestMergeTexts:
+    def test_neighbouring_texts_are_one_where_both_are_learned_or_neither(self):
+        segments = [Segment("a"), Segment("b "), Segment((1, 2)), Segment((3,)), Segment("c"),
+                    Segment("d", True), Segment("e", True), Segment("f", True), Segment("g")]
+        before, merged = list(segments), merge_texts(segments)
+        assert merged == [Segment("ab "), Segment((1, 2)), Segment((3,)), Segment("c"),
+                          Segment("def", True), Segment("g")], merged
+        assert segments == before, "the caller's list has changed"
 
 
 class TestRender:
-    def test_ids_and_labels_segment_by_segment(self, tokenizer):
-        a, b = tokenizer.encode("what colour is it?"), tokenizer.encode("a red circle")
-        ids, labels = render([Segment((BOS, IMAGE)), Segment("what colour is it?"),
-                              Segment("a red circle", learn=True), Segment((EOC, EOS), learn=True)],
-                             tokenizer)
-        assert ids == [BOS, IMAGE, *a, *b, EOC, EOS]
-        assert labels == [-100] * (2 + len(a)) + [*b, EOC, EOS]
+    def test_each_segment_gives_ids_and_either_all_or_none_of_their_labels(self):
+        assert_spells(render([Segment((BOS, IMAGE)), Segment("what is this ?"),
+                              Segment("a red cat", learn=True), Segment((IMAGE, EOS), learn=True)],
+                             Spaces()),
+                      "<bos> <image> what is this ? a red cat <image> <eos>",
+                      "- - - - - - a red cat <image> <eos>")
 
-    def test_a_text_that_spells_a_special_token_is_only_text(self, tokenizer):
-        text = "<image> <eos></s><assistant> <|endoftext|>"
-        ids, _ = render([Segment(text)], tokenizer)
-        assert min(ids) >= len(SPECIAL) and tokenizer.decode(ids) == text
-        ids, labels = dialogue(tokenizer, text, text)
-        assert [i for i in ids if i < len(SPECIAL)] == [BOS, USER, ASSISTANT, EOS]
-        assert learned(ids, labels) == list(range(ids.index(ASSISTANT) + 1, len(ids)))
+    def test_neighbouring_texts_are_encoded_as_one(self):
+        assert_spells(render([Segment("what "), Segment("is")], Spaces()), "what is", "- -")
 
-    def test_neighbouring_texts_are_cut_as_one_where_both_are_learned_or_neither(self, tokenizer):
-        whole, _ = render([Segment("what colour is it?")], tokenizer)
-        assert render([Segment("what co"), Segment("lour is it?")], tokenizer)[0] == whole
-        ids, labels = render([Segment("what co"), Segment("lour is it?", learn=True)], tokenizer)
-        assert ids == tokenizer.encode("what co") + tokenizer.encode("lour is it?")
-        assert learned(ids, labels) == list(range(len(tokenizer.encode("what co")), len(ids)))
+    def test_a_text_that_spells_a_special_token_is_only_text(self):
+        assert EOS not in render([Segment("a <eos>", learn=True)], Spaces())[0], "EOS was parsed"
 
-    def test_too_long_a_text_loses_its_end_and_its_labels_with_it(self, tokenizer):
-        segments = [Segment("what colour is it?"), Segment("a red circle", learn=True)]
-        ids, labels = render(segments, tokenizer)
-        for length in range(len(tokenizer.encode(WORDS[0])) + 1, len(ids) + 3):
-            assert render(segments, tokenizer, length) == (ids[:length], labels[:length])
+    @pytest.mark.parametrize("length, expected", [(4, [5]), (5, [5, 6]), (9, [5, 6, 7])])
+    def test_too_long_a_text_loses_its_end_and_its_labels_with_it(self, length, expected):
+        ids, labels = render([Segment((2, 3, 4)), Segment((5, 6, 7), learn=True)], None, length)
+        assert_close("ids", ids, [2, 3, 4] + expected)
+        assert_close("labels", labels, [-100] * 3 + expected)
 
-    def test_a_row_without_labels_is_refused_where_there_should_be_some(self, tokenizer):
-        segments = [Segment(tuple(range(20, 27))), Segment((30, 31), learn=True)]
-        with pytest.raises(ValueError, match="a text of 9 tokens: its first label is token 8, "
-                                             "beyond the context of 7"):
-            render(segments, tokenizer, 7)
-        assert learned(*render(segments, tokenizer, 8)) == [7]
-        assert render(segments[:1], tokenizer, 5)[1] == [-100] * 5    # nothing was to be learned
+    @pytest.mark.parametrize("segments, length, values", [
+        ([((20,) * 7,), ((30, 31), True)], 7, "9.* 8.* 7"), ([((5,), True), ((6,),)], None, "2"),
+        ([((5, 6),), ("", True)], 9, "2")])
+    def test_a_row_that_would_train_nothing_is_refused(self, segments, length, values):
+        with pytest.raises(ValueError, match=values):
+            render([Segment(*segment) for segment in segments], Spaces(), length)
 
-    def test_a_label_at_the_first_token_alone_is_refused(self, tokenizer):
-        with pytest.raises(ValueError, match="a text of 2 tokens has no label after its first"):
-            render([Segment((5,), learn=True), Segment((6,))], tokenizer)
+    def test_a_row_in_which_nothing_is_to_be_learned_is_cut_too(self):
+        assert_close("labels", render([Segment((5, 6, 7))], None, 2)[1], [-100] * 2)
 
 
 class TestTemplate:
-    def test_every_answer_and_its_end_are_learned_and_nothing_else(self, tokenizer):
-        q1, a1, q2, a2, q3, a3 = (tokenizer.encode(w) for w in
-                                  (WORDS[0], WORDS[1], WORDS[2], WORDS[3], WORDS[5], WORDS[6]))
-        ids, labels = dialogue(tokenizer, *WORDS[:4], *WORDS[5:], images=2)
-        assert ids == [BOS, USER, IMAGE, IMAGE, *q1, ASSISTANT, *a1, EOS, USER, *q2, ASSISTANT, *a2,
-                       EOS, USER, *q3, ASSISTANT, *a3, EOS]
-        want = [-100] * (5 + len(q1)) + [*a1, EOS] + [-100] * (2 + len(q2)) + [*a2, EOS]
-        assert labels == want + [-100] * (2 + len(q3)) + [*a3, EOS]
-        assert labels.count(EOS) == 3           # the end of every turn, not of the last alone
+    def test_every_answer_and_its_end_are_learned_and_nothing_else(self):
+        assert_spells(
+            dialogue(HOUSE, "what is this ?", "a red cat", "is", "dog", "this", "a cat", images=2),
+            "<bos> <user> <image> <image> what is this ? <assistant> a red cat <eos> "
+            "<user> is <assistant> dog <eos> <user> this <assistant> a cat <eos>",
+            "- - - - - - - - - a red cat <eos> - - - dog <eos> - - - a cat <eos>")
 
-    def test_a_later_turn_may_have_images_too(self, tokenizer):
-        spoken = turns("a", "b", "a", "b")
+    def test_a_later_turn_may_have_the_images(self):
+        spoken = turns("a", "red", "a", "blue")
         spoken[1]["images"] = ["picture"] * 2
-        del spoken[0]["images"]                 # a text-only turn may leave them out
-        a, b = tokenizer.encode("a"), tokenizer.encode("b")
-        assert render(HOUSE.segments(spoken), tokenizer)[0] == [
-            BOS, USER, *a, ASSISTANT, *b, EOS, USER, IMAGE, IMAGE, *a, ASSISTANT, *b, EOS]
+        del spoken[0]["images"]                 # a turn without images may leave them out
+        assert_spells(render(HOUSE.segments(spoken), Spaces()),
+                      "<bos> <user> a <assistant> red <eos> "
+                      "<user> <image> <image> a <assistant> blue <eos>",
+                      "- - - - red <eos> - - - - - blue <eos>")
 
-    @pytest.mark.parametrize("question", ["yes", "how many objects?"])
-    def test_the_labels_do_not_depend_on_the_length_of_the_question(self, tokenizer, question):
-        _, labels = dialogue(tokenizer, question, "two")
-        assert [i for i in labels if i != -100] == [*tokenizer.encode("two"), EOS]
+    @pytest.mark.parametrize("default, system, begin", [
+        ("", "brief", "<system> brief "), ("a", "brief", "<system> brief "),
+        ("a", None, "<system> a "), ("a", "", ""), ("", None, "")])
+    def test_a_system_text_goes_first_and_is_not_learned(self, default, system, begin):
+        rendered = dialogue(Template(default_system=default), "is", "red", system=system)
+        assert_spells(rendered, f"<bos> {begin}<user> is <assistant> red <eos>",
+                      f"- {'- ' * len(begin.split())}- - - red <eos>")
 
-    def test_a_system_text_is_not_learned(self, tokenizer):
-        ids, labels = dialogue(tokenizer, WORDS[0], "yes", system="be brief")
-        brief = tokenizer.encode("be brief")
-        assert ids[:3 + len(brief)] == [BOS, SYSTEM, *brief, USER]
-        assert learned(ids, labels) == list(range(ids.index(ASSISTANT) + 1, len(ids)))
-
-    def test_a_prompt_is_the_beginning_of_the_dialogue_and_ends_where_the_answer_begins(
-            self, tokenizer):
-        whole, _ = dialogue(tokenizer, WORDS[0], "yes", WORDS[2], "two", images=1)
-        ids, labels = dialogue(tokenizer, WORDS[0], "yes", WORDS[2], "", images=1, is_prompt=True)
-        assert ids == whole[:len(ids)] and ids[-1] == ASSISTANT
-        assert whole[len(ids):] == [*tokenizer.encode("two"), EOS]
-        assert dialogue(tokenizer, WORDS[0], "yes", is_prompt=True)[0] == [
-            BOS, USER, *tokenizer.encode(WORDS[0]), ASSISTANT]
+    def test_a_prompt_ends_where_the_last_answer_begins(self):
+        assert_spells(dialogue(HOUSE, "is", "red", "what", "", images=1, is_prompt=True),
+                      "<bos> <user> <image> is <assistant> red <eos> <user> what <assistant>",
+                      "- - - - - red <eos> - - -")
 
     def test_another_template_of_texts_and_of_ids(self):
-        # LLaVA's second template: SYS USER: <image>\nQ1 ASSISTANT: A1 a1</s>USER: Q2 ...
-        words = Words()
-        ids, labels = dialogue(words, "Q1", "A1 a1", "Q2", "A2", images=1, template=VICUNA)
-        names = {value: key for key, value in words.ids.items()}
-        names |= {BOS: "BOS", EOS: "EOS", -200: "IMG"}
-        assert [names[i] for i in ids] == [
-            "BOS", "SYS", "USER:", "_", "IMG", "Q1", "ASSISTANT:", "A1", "a1", "EOS", "USER:", "Q2",
-            "ASSISTANT:", "A2", "EOS"]
-        assert learned(ids, labels) == [7, 8, 9, 13, 14]
-        assert "SYS" not in [names.get(i) for i in dialogue(
-            words, "Q1", "A1 a1", template=VICUNA, system="")[0]]
+        # LLaVA's second one: SYS USER: <image>\nQ1 ASSISTANT: A1</s>USER: Q2 ASSISTANT: A2</s>
+        vicuna = Template(system=("{} ",), user=("USER: ", IMAGES, "{} "), image=(-200, "? "),
+                          assistant=("ASSISTANT:",), default_system="brief")
+        assert_spells(dialogue(vicuna, "what", "a cat", "is", "red", images=1),
+                      "<bos> brief USER: _ <picture> ? what ASSISTANT: a cat <eos> "
+                      "USER: is ASSISTANT: red <eos>",
+                      "- - - - - - - - a cat <eos> - - - red <eos>")
 
-    def test_a_caption_alone_with_the_end_of_a_line_learned(self):
-        plain = Template(user=(IMAGES,), assistant=(), end=(13,), default_system="")
-        ids, labels = dialogue(Words(), "describe it", "c1 c2", images=1, template=plain)
-        assert ids == [BOS, IMAGE, 10, 11, 13] and learned(ids, labels) == [2, 3, 4]
+    def test_a_caption_alone_with_an_end_of_its_own(self):
+        plain = Template(user=(IMAGES,), assistant=(), end=(IMAGE, EOS))
+        assert_spells(dialogue(plain, "left out", "a cat", images=1),
+                      "<bos> <image> a cat <image> <eos>", "- - a cat <image> <eos>")
 
-    def test_braces_in_a_turn_are_only_braces(self, tokenizer):
-        ids, _ = dialogue(tokenizer, "{} {0} {x}", "{}")
-        assert tokenizer.decode(ids) == "{} {0} {x} {}"
-        ids, _ = dialogue(tokenizer, "a", "b", template=Template(user=("{x} {} {0}",)))
-        assert tokenizer.decode(ids) == "{x} a {0} b"
+    def test_braces_in_a_turn_are_only_braces(self):
+        rendered = dialogue(Template(user=("{0} {} _",)), "{} {0}", "{}")
+        assert_spells(rendered, "<bos> {0} {} {0} _ <assistant> {} <eos>", "- - - - - - {} <eos>")
 
-    def test_an_empty_answer_without_an_end_is_refused(self, tokenizer):
-        with pytest.raises(ValueError, match="has no label after its first token"):
-            dialogue(tokenizer, "a", "", template=Template(end=()))
-
-    def test_the_house_writes_roles_by_their_ids(self):
-        assert (HOUSE.begin, HOUSE.system, HOUSE.assistant) == (
-            (BOS,), (SYSTEM, "{}"), (ASSISTANT,))
+    def test_no_space_stands_at_the_end_of_flamingos_prompts(self):
+        # The answer begins with its space, as a vocabulary has it.
+        found = CAPTION_PROMPT, QUESTION_PROMPT.format("what?")
+        assert found == ("output:", "question: what? answer:"), found
 
 
 class TestCollate:
-    rows = [([5, 6, 7], [-100, 6, 7]), ([8], [-100]), ([PAD, 9], [PAD, 9])]
+    @pytest.mark.parametrize("options, ids, labels, mask", [
+        ({}, [[5, 6, 7], [8, PAD, PAD], [PAD, 9, PAD]],
+         [[5, 6, 7], [8, -100, -100], [PAD, 9, -100]], [[1, 1, 1], [1, 0, 0], [1, 1, 0]]),
+        ({"side": "left", "pad_id": 3}, [[5, 6, 7], [3, 3, 8], [3, PAD, 9]],   # none after padding
+         [[5, 6, 7], [-100] * 3, [-100, -100, 9]], [[1, 1, 1], [0, 0, 1], [0, 1, 1]])])
+    def test_padding_has_no_label_and_is_masked(self, options, ids, labels, mask):
+        rows = [([5, 6, 7], [5, 6, 7]), ([8], [8]), ([PAD, 9], [PAD, 9])]
+        batch = collate(rows, **options)
+        assert_close("ids (B, T)", batch["ids"], ids)
+        assert_close("labels (B, T)", batch["labels"], labels)
+        assert_close("mask (B, T)", batch["mask"], torch.tensor(mask).bool())
+        assert rows[1:] == [([8], [8]), ([PAD, 9], [PAD, 9])], f"the caller's rows became {rows}"
 
-    def test_padding_has_no_label_and_is_masked(self):
-        batch = collate(self.rows)
-        assert batch["ids"].tolist() == [[5, 6, 7], [8, PAD, PAD], [PAD, 9, PAD]]
-        assert batch["labels"].tolist() == [[-100, 6, 7], [-100] * 3, [PAD, 9, -100]]
-        assert batch["mask"].tolist() == [[True] * 3, [True, False, False], [True, True, False]]
-        assert batch["ids"].dtype == batch["labels"].dtype == torch.int64
-
-    def test_it_pads_left_for_generation(self):
-        batch = collate(self.rows, pad_id=3, side="left")
-        assert batch["ids"].tolist() == [[5, 6, 7], [3, 3, 8], [3, PAD, 9]]
-        # The first token after padding has no label: padding would have to predict it.
-        assert batch["labels"].tolist() == [[-100, 6, 7], [-100] * 3, [-100, -100, 9]]
-        assert batch["mask"].tolist() == [[True] * 3, [False, False, True], [False, True, True]]
-
-    @pytest.mark.parametrize("row", [([], []), ([5, 6], [5])])
-    def test_a_row_without_ids_or_with_labels_of_another_length_is_refused(self, row):
-        with pytest.raises(ValueError, match="row 1: . ids and . labels"):
-            collate([([5], [5]), row])
-
-    def test_no_rows_are_refused(self):
-        with pytest.raises(ValueError, match="no rows"):
-            collate([])
+    @pytest.mark.parametrize("rows, values", [
+        ([], "rows"), ([([5], [5]), ([], [])], "row 1: 0 .* 0"),
+        ([([5], [5]), ([5, 6], [5])], "row 1: 2 .* 1"), ([([], [5])], "row 0: 0 .* 1")])
+    def test_nothing_and_rows_without_ids_or_labels_are_refused(self, rows, values):
+        with pytest.raises(ValueError, match=values):
+            collate(rows)
 
 
 class TestLabelsOf:
-    def test_padding_is_no_label_but_the_same_id_within_a_text_is(self):
-        ids = torch.tensor([[1, 5, 0, 7, 0, 0], [1, 2, 3, 4, 5, 6]])
-        assert labels_of(ids, LanguageConfig()).tolist() == [
-            [1, 5, 0, 7, -100, -100], [1, 2, 3, 4, 5, 6]]
-
-    def test_where_the_end_pads_too_the_first_of_them_is_a_label(self):
-        ids = torch.tensor([[9, 5, 9, 7, 9, 9, 9], [9, 2, 3, 4, 5, 6, 9], [9, 2, 3, 4, 5, 6, 7]])
-        assert labels_of(ids, LanguageConfig(eos_id=9, pad_id=9)).tolist() == [
-            [9, 5, 9, 7, 9, -100, -100], *ids[1:].tolist()]
-
-
-def test_no_space_stands_at_the_end_of_flamingos_prompts():
-    # The answer begins with its space, as a vocabulary has it.
-    assert CAPTION_PROMPT == CAPTION_PROMPT.rstrip() == "output:"
-    assert QUESTION_PROMPT.format("what?") == "question: what? answer:"
+    @pytest.mark.parametrize("pad_id, eos_id, ids, labels", [
+        (0, 2, [[1, 5, 0, 7, 0, 0], [1, 2, 2, 4, 5, 2]],
+         [[1, 5, 0, 7, -100, -100], [1, 2, 2, 4, 5, 2]]),
+        (9, 2, [[9, 5, 0, 0, 9, 9]], [[9, 5, 0, 0, -100, -100]]),
+        # Where the end pads too, the first of them is the end of the text.
+        (9, 9, [[9, 5, 9, 7, 9, 9], [2, 3, 4, 5, 6, 9], [2, 3, 4, 5, 6, 7]],
+         [[9, 5, 9, 7, 9, -100], [2, 3, 4, 5, 6, 9], [2, 3, 4, 5, 6, 7]])])
+    def test_padding_alone_has_no_label(self, pad_id, eos_id, ids, labels):
+        given = torch.tensor(ids)
+        with unchanged(ids=given):
+            found = labels_of(given, SimpleNamespace(pad_id=pad_id, eos_id=eos_id))
+        assert_close("labels (B, T)", found, labels)
