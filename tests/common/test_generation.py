@@ -361,6 +361,7 @@ class TestScoreCandidates:
                      (slow_log_p(lm, text, tint[b], c) for c in candidates.expand(3, -1, -1)[b])]
                     for b, text in enumerate(texts)]
         assert_close("log p (B, C)", found, expected)
+        assert not found.requires_grad, "the scores keep the model's graph"
 
     def test_the_prompt_goes_through_the_model_once(self):
         table = Table(torch.zeros(V, V))
@@ -387,11 +388,17 @@ class TestScoreCandidates:
 class TestLaterLogP:
     def test_it_scores_all_tokens_but_the_first_after_the_prompts_of(self):
         lm, (ids, mask, texts), tint = toy_lm(), prompts(5, 1, 3), tints(3)
-        of, candidates = [2, 0, 0, 1, 2], CANDIDATES[[0, 0, 2, 4, 4]]
-        with torch.no_grad():
+        of, candidates = [2, 0, 0, 1, 2], CANDIDATES[[0, 0, 2, 4, 1]]
+        with torch.no_grad(), unchanged(candidates=candidates):
             decoding = DecodingState(tinted(lm), ids, mask, 3, {"tint": tint})
             found = later_log_p(decoding, candidates, torch.tensor(of))
         expected = [slow_log_p(lm, texts[b], tint[b], c)[1:] for b, c in zip(of, candidates)]
         real = candidates[:, 1:] >= 0
         assert_close("log p of real tokens", found[real], sum(expected, []))
         assert found.shape == (5, 2), f"log p (R, L - 1) of shape {tuple(found.shape)}"
+
+    def test_half_precision_logits_are_compared_in_float32(self):
+        logits = torch.randn(V, V, generator=draws()).bfloat16()
+        decoding = DecodingState(Table(logits), torch.tensor([[3]]), None, 2, {})
+        found = later_log_p(decoding, torch.tensor([[4, 7]]), torch.tensor([0]))
+        assert_close("log p (R, L - 1)", found, logits[4:5].double().log_softmax(dim=-1)[:, 7:8])
