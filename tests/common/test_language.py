@@ -200,6 +200,11 @@ class TestNewTokens:
         assert_close("mean of each row", rows.mean(dim=1), torch.zeros(len(rows)), 0.006)
         assert_close("std of each row", rows.std(dim=1), torch.full((len(rows),), 0.02), 0.003)
 
+    def test_its_ids_are_where_the_table_is(self, monkeypatch):
+        monkeypatch.setattr(torch, "randn", lambda *_, **__: torch.zeros(1))   # slow on "meta"
+        new = NewTokens(ids=(4,), table=torch.zeros(V, 5, device="meta"))
+        assert new.ids.is_meta, f"ids are on {new.ids.device}"
+
     def test_an_id_beyond_the_new_ones_is_no_token(self):
         table = torch.zeros(V, 5)
         with pytest.raises(IndexError):
