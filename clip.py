@@ -135,7 +135,8 @@ class FeatureGradients:
     parts: int                           # micro-batches in the large batch
 
     def loss(self, image, text, scalars):
-        """A surrogate: its value is whole_loss / parts, its gradients are the stored ones."""
+        """A surrogate: its value is whole_loss / parts, its gradients are the stored ones, for the
+        scalars stored / parts."""
         share = (image * self.image).sum() + (text * self.text).sum()
         share = share + sum((s * g).sum() for s, g in zip(scalars, self.scalars)) / self.parts
         return share - share.detach() + self.whole_loss / self.parts

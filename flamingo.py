@@ -136,7 +136,7 @@ class FrameEmbed(nn.Module):
         self.weight = nn.Parameter(0.3 * torch.randn(max_frames, width)) if max_frames else None
 
     def forward(self, features):
-        """features (B, N, F, S, D) -> (B, N, F, S, D), in their dtype."""
+        """features (B, N, F, S, D) -> the same shape and dtype; interpolated in the table's."""
         table, frames = self.weight, features.shape[2]
         if table is None:
             return features
@@ -340,9 +340,12 @@ class Flamingo(nn.Module):
 def page_segments(turns, attend_next=False, is_prompt=False):
     """Figure 7: <bos>, then for each turn <image>, its text, <eoc>; <eos> (Figure 8: a prompt).
 
-    turns: [{"images", "prompt", "answer"}, ...]. The loss counts an answer and its <eoc>, unless
-    the turn has "learn": False or no image to attend to. attend_next: <image> comes after its text.
-    is_prompt: the last answer is left out for the model to write; earlier turns are the shots.
+    turns: [{"images", "prompt", "answer"}, ...], one <image> for each of its images. The text is
+    QUESTION_PROMPT with the prompt, CAPTION_PROMPT where "caption" is True, or neither for an empty
+    prompt; then " " and the answer. The loss counts an answer and its <eoc>, unless the turn has
+    "learn": False or no image before it or in it. attend_next: <image> comes after its text and
+    <eoc>, and every text has one to attend to. is_prompt: the last answer and its <eoc> are left
+    out for the model to write; earlier turns are the shots.
     """
     segments, image_seen = [Segment((BOS,))], attend_next
     for number, turn in enumerate(turns):

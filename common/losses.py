@@ -73,7 +73,8 @@ def next_token_loss(logits, labels, label_count=None, label_smoothing=0.0):
 def count_labels(labels, gather=no_gather):
     """The labels of a whole step, at least 1, divided by the number of processes -> float32 scalar.
 
-    labels: a list of int64 (B, T), one for each micro-batch of this process. Losses divided by it,
+    labels: a list of int64 (B, T), one for each micro-batch of this process; a row's first label
+    and -100 do not count. gather: here of this process's count, (1, 1). Losses divided by it,
     summed over the micro-batches and averaged over the processes (as DDP averages gradients), give
     every token of the step the same weight.
     """

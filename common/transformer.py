@@ -126,9 +126,9 @@ class Attention(nn.Module):
         """x (B, T, D), and for cross-attention context (B, S, C) -> (B, T, D).
 
         mask bool and bias float, broadcastable to (B, H, T, S): as in `attention`, in each head.
-        rope: the (cos, sin) of `rope_table` for the T positions; q and k are rotated. cache: a
-        KVCache. Self-attention appends its k and v to it, and S counts all keys; the k and v of a
-        context are computed once.
+        rope: the (cos, sin) of `rope_table` for the T positions; q and k are rotated, the keys of
+        a context are not. cache: a KVCache. Self-attention appends its k and v to it, and S counts
+        all keys; the k and v of a context are computed once.
         """
         B, T, _ = x.shape
         q = self.q_proj(x).view(B, T, self.heads, self.head_width).transpose(1, 2)   # (B, H, T, K)

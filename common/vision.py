@@ -17,8 +17,8 @@ def patchify(images, patch_size):
     """Cut images into patches, row by row from the top left.
 
     images float (B, C, H, W) -> (B, (H/P) * (W/P), C * P * P), each patch flattened channel first,
-    so that a Linear over it is the papers' strided convolution. Raises ValueError when P does not
-    divide H and W.
+    so that a Linear over it is the papers' strided convolution. Raises ValueError with the sizes
+    when P does not divide H and W.
     """
     (B, C, H, W), P = images.shape, patch_size
     if H % P or W % P:
