@@ -3,7 +3,6 @@ import contextlib
 import copy
 import os
 import pickle
-from dataclasses import dataclass
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from torch import nn
 
 from common.data.tokenizer import Tokenizer
 from common.training import checkpoint
+from common.training.optimizer import Recipe
 from tests.helpers import assert_close
 from tests.training.runs import assert_same
 
@@ -29,9 +29,8 @@ def newest_step(folder):
 
 DAMAGES = {
     "empty": lambda b: b"", "zeros": lambda b: b"\0" * len(b), "text": lambda b: b"some text\n",
-    "half": lambda b: b[:len(b) // 2], "first bytes": lambda b: b[:10],
-    "all but one": lambda b: b[:-1], "gzip": lambda b: b"\x1f\x8b\x08" + b,
-    "picture": lambda b: b"\x89PNG\r\n\x1a\n" + bytes(range(256))}
+    "half": lambda b: b[:len(b) // 2], "all but one": lambda b: b[:-1],
+    "gzip": lambda b: b"\x1f\x8b\x08" + b}
 
 
 def write_damaged(path, damage):
@@ -83,7 +82,6 @@ class TestSave:
 class TestUnpickle:
     @pytest.mark.parametrize("save", [
         torch.save, lambda value, path: path.write_bytes(pickle.dumps(value)),
-        lambda value, path: path.write_bytes(pickle.dumps(value, protocol=2)),
         lambda value, path: torch.save(value, path, _use_new_zipfile_serialization=False)])
     @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
     def test_code_in_a_file_is_refused_and_does_not_run(self, tmp_path, save):
@@ -173,12 +171,10 @@ class TestLoadPart:
 
 class TestConfigOf:
     def test_a_config_of_another_version_is_told_with_its_field(self):
-        @dataclass
-        class Stub:
-            legs: int = 4
-        assert checkpoint.config_of(Stub, {"legs": 2}, "runs/x") == Stub(2)
+        fields = {"steps": 2, "batch_size": 3, "lr": 0.5}
+        assert checkpoint.config_of(Recipe, fields, "runs/x") == Recipe(2, 3, 0.5)
         with pytest.raises(ValueError, match="runs/x: .*'wings'"):
-            checkpoint.config_of(Stub, {"wings": 2}, "runs/x")
+            checkpoint.config_of(Recipe, fields | {"wings": 2}, "runs/x")
 
 
 class TestOpenRun:
