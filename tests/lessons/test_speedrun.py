@@ -60,8 +60,7 @@ class TestMain:
         assert "was not reached" in capsys.readouterr().out
 
     @pytest.mark.parametrize("cost", [0, 1000])
-    def test_the_first_at_the_goal_counts_and_the_clock_stands_meanwhile(
-            self, measured, capsys, cost):
+    def test_the_first_at_the_goal_counts_without_measuring_time(self, measured, capsys, cost):
         curves, modes = measured([0.94, 0.2, 0.95, 0.99], "--steps 7 --batch_size 2", cost)
         assert capsys.readouterr().out.endswith("95% after 6 steps and 3.0 seconds\n")
         [rows] = curves.values()

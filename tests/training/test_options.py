@@ -265,7 +265,6 @@ class TestMistakes:
         (lambda c: {"model": {k: w[:1] if w.ndim else w for k, w in c["model"].items()}},
          r"is \(1, ?\d*\), the model's"),
         (lambda c: {"optimizer": {}}, "cannot be resumed"),
-        (lambda c: {"schedule": 3}, "cannot be resumed"),
         (lambda c: {"step": None, "schedule": {}}, "cannot be resumed")])
     def test_a_checkpoint_that_does_not_fit_is_told(self, run, harm, words):
         state = checkpoint.load(run / "last.pt")
