@@ -11,7 +11,7 @@ from torch import nn
 import clip
 import train
 from common.training.optimizer import (
-    Muon, Recipe, eval_frozen, find_recipe, freeze, learning_rate, make_optimizer, orthogonalize,
+    Muon, Recipe, eval_frozen, find_recipe, freeze, learning_rate, make_optimizer,
     parameter_groups, set_learning_rate)
 from common.training.options import with_settings
 from common.transformer import MLP, Attention, GatedMLP, bert_block
@@ -42,35 +42,21 @@ def model():
     return make()
 
 
-class Kept(nn.Sequential):
-    """Its frozen parts stay in eval mode, as a model's with frozen parts do."""
-
-    def train(self, mode=True):
-        super().train(mode)
-        return eval_frozen(self)
-
-
-def toy(kind=nn.Sequential):
+def toy():
     """lm, my_lm: Linear 0, BatchNorm 1, Dropout 2; names that begin and end with one another."""
-    model = kind(OrderedDict(
+    model = nn.Sequential(OrderedDict(
         (name, nn.Sequential(nn.Linear(*sizes), nn.BatchNorm1d(sizes[1]), nn.Dropout(0.5)))
         for name, sizes in (("lm", (3, 5)), ("my_lm", (5, 7)))))
     model.lm[0].bias_gain = nn.Parameter(torch.ones(5))
     return model
 
 
-def in_training(model):
-    return {name for name, module in model.named_modules() if module.training}
-
-
 class TestFindRecipe:
     def find(self, preset, data="shapes", **changes):
-        recipes = {"tiny": Recipe(7, 2, 0.1), "tiny emoji": Recipe(8, 2, 0.2),
-                   "": Recipe(900, 2, 0.3)}
-        unchanged = {"steps": None, "batch_size": None, "lr": None, "optimizer": None}
-        found = find_recipe(recipes, preset, data, unchanged | changes)
-        assert recipes[""] == Recipe(900, 2, 0.3), "the table is not changed"
-        return found
+        table = {"tiny": (7, 2, 0.1), "tiny emoji": (8, 2, 0.2), "": (900, 2, 0.3)}
+        unchanged = dict.fromkeys(("steps", "batch_size", "lr", "optimizer"))
+        return find_recipe({key: Recipe(*numbers) for key, numbers in table.items()}, preset, data,
+                           unchanged | changes)
 
     @pytest.mark.parametrize("preset, data, want", [
         ("tiny", "emoji", (8, 2, 0.2, 1)), ("tiny", "shapes", (7, 2, 0.1, 1)),
@@ -89,12 +75,6 @@ class TestFindRecipe:
         with pytest.raises(ValueError, match=f"{name} {value}"):
             self.find("tiny", **{name: value})
 
-    @pytest.mark.parametrize("stage", ["clip", "lm", "flamingo"])
-    def test_the_worlds_recipes_use_muon_and_the_papers_adamw(self, stage):
-        recipes = train.STAGES[stage].file.RECIPES
-        used = [find_recipe(recipes, preset, "shapes", {}).optimizer for preset in ("tiny", "3B")]
-        assert used == ["muon", "adamw"]
-
 
 class TestFreeze:
     @pytest.mark.parametrize("patterns, trained", [
@@ -112,31 +92,13 @@ class TestFreeze:
 
     @pytest.mark.parametrize("pattern", ["lm", "my_ml.*", "*.bia", "m.*", "0.weight", ""])
     def test_a_pattern_that_matches_no_name_is_refused_by_its_name(self, pattern):
-        with pytest.raises(ValueError) as caught:
+        with pytest.raises(ValueError, match=repr(pattern)):
             freeze(toy(), ("lm.*", pattern))
-        assert repr(pattern) in str(caught.value), "the error names the pattern"
 
     def test_the_table_counts_the_parameters_of_each_part(self):
         rows = [freeze(toy(), patterns).split() for patterns in (("lm.0.*",), ("my_lm.*",))]
         assert rows == [["lm", "35", "25", "trained", "my_lm", "56", "frozen"],
                         ["lm", "35", "frozen", "my_lm", "56", "trained"]]
-
-    @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-    def test_steps_leave_what_is_frozen_bit_identical(self, recipe, optimizer):
-        model = nn.ModuleDict({"one": nn.ModuleDict({"mlp": toy()}), "other": toy()})
-        freeze(model, ("one.mlp.my_lm.*",))
-        before = {name: x.clone() for name, x in model.state_dict().items()}
-        steps = make_optimizer(model, replace(recipe, optimizer=optimizer))
-        for _ in range(3):
-            x = torch.randn(11, 3)
-            (model["one"]["mlp"](x) + model["other"](x)).square().mean().backward()
-            steps.step()
-        for name, x in model.state_dict().items():
-            if name.startswith("one.mlp.my_lm"):
-                assert (x != before[name]).any(), f"{name} is trained and did not change"
-            else:
-                assert_close(f"frozen {name}", x, before[name], tolerance=0)
-        assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
 
 
 class TestEvalFrozen:
@@ -144,18 +106,18 @@ class TestEvalFrozen:
         (["my_lm.*"], ["", "my_lm", "my_lm.0", "my_lm.1", "my_lm.2"]),
         (["lm.1.*"], ["", "lm", "lm.1", "lm.2"]), ([], [])])
     def test_modules_without_a_trained_parameter_are_in_eval_mode(self, patterns, modes):
-        for kind in (nn.Sequential, Kept):
-            model = toy(kind).eval()
-            freeze(model, patterns)
-            assert in_training(model) == set(modes), f"a {kind.__name__} after freeze"
-        assert model.train() is model and in_training(model) == set(modes), "after train"
-        assert in_training(model.eval()) == set(), "after eval"
+        model = toy().eval()
+        freeze(model, patterns)
+        for when in ("freeze", "train"):
+            found = {name for name, module in model.named_modules() if module.training}
+            assert found == set(modes), f"in training after {when}"
+            assert eval_frozen(model.train()) is model
 
 
 def named_groups(model, recipe):
     """{(weight decay, lr multiplier): names}."""
-    names = {id(p): name for name, p in model.named_parameters()}
-    return {(group["weight_decay"], group["lr_multiplier"]): {names[id(p)] for p in group["params"]}
+    names = {p: name for name, p in model.named_parameters()}
+    return {(group["weight_decay"], group["lr_multiplier"]): {names[p] for p in group["params"]}
             for group in parameter_groups(model, recipe)}
 
 
@@ -189,19 +151,17 @@ class TestParameterGroups:
             file = train.STAGES[stage].file
             model = train.STAGES[stage].model(with_settings(file.PRESETS["tiny"], settings))
             freeze(model, file.TRAINS[stage])
-        inside = {id(p) for m in model.modules() if type(m) in (Attention, MLP, GatedMLP)
+        inside = {p for m in model.modules() if type(m) in (Attention, MLP, GatedMLP)
                   for p in m.parameters() if p.ndim == 2 and p.requires_grad}
         recipe = replace(muon, lr_multipliers={"*.q_proj.*": 7.0}, no_decay=("*.v_proj.*",))
         groups = parameter_groups(model, recipe)
         ours, rest = ([g for g in groups if g["muon"] == kind] for kind in (True, False))
-        assert {id(p) for g in ours for p in g["params"]} == inside and inside
+        assert {p for g in ours for p in g["params"]} == inside and inside
         assert {(g["lr_multiplier"], g["weight_decay"]) for g in ours} \
             == {(4.0, 0.3), (28.0, 0.3), (4.0, 0.0)}
         assert {g["weight_decay"] for g in rest} <= {0.2, 0.0} and rest
         assert sum(len(g["params"]) for g in groups) \
             == sum(p.requires_grad for p in model.parameters())
-        groups = parameter_groups(model, replace(recipe, optimizer="adamw"))
-        assert not any(g["muon"] for g in groups)
 
 
 def by_svd(matrices):
@@ -213,24 +173,6 @@ def by_svd(matrices):
     return left @ values.diag_embed() @ right
 
 
-class TestOrthogonalize:
-    @pytest.mark.parametrize("shape", [(3, 5, 5), (2, 11, 7), (4, 5, 13), (1, 3, 1)])
-    def test_singular_values_go_through_the_polynomial_five_times(self, shape):
-        matrices = torch.randn(shape).double()
-        assert_close("orthogonalized (N, R, C)", orthogonalize(matrices, half=False),
-                     by_svd(matrices))
-
-    def test_zeros_stay_zeros(self):
-        assert_close("of zeros", orthogonalize(torch.zeros(2, 3, 5), half=False),
-                     torch.zeros(2, 3, 5))
-
-    def test_half_is_bf16(self):
-        matrices = torch.randn(3, 17, 31)
-        half, single = (orthogonalize(matrices, half) for half in (True, False))
-        assert (half.dtype, single.dtype) == (torch.bfloat16, torch.float32)
-        assert_close("in bf16", half.float(), single, tolerance=0.03)
-
-
 def matrices(seed):
     """Float64 matrices of three shapes, two of them of one shape."""
     generator = torch.Generator().manual_seed(seed)
@@ -239,22 +181,18 @@ def matrices(seed):
 
 
 class TestMuon:
-    def stepped(self, make):
-        """matrices(0) after four steps of make(parameters)."""
+    def stepped(self, kind, **settings):
+        """matrices(0) after four steps."""
         parameters = [nn.Parameter(m) for m in matrices(0)]
-        optimizer = make(parameters)
+        optimizer = kind([{"params": parameters, "weight_decay": 0.3}], lr=0.02, **settings)
         for step in range(4):
             for p, grad in zip(parameters, matrices(10 + step)):
                 p.grad = grad
             optimizer.step()
         return parameters
 
-    def muon(self, half):
-        return self.stepped(lambda parameters: Muon([{"params": parameters, "weight_decay": 0.3}],
-                                                    lr=0.02, half=half))
-
     def test_against_a_loop_over_matrices(self):
-        got = self.muon(half=False)
+        got = self.stepped(Muon, half=False)
         for number, p in enumerate(matrices(0)):
             mean = torch.zeros_like(p)
             for step in range(4):
@@ -265,9 +203,9 @@ class TestMuon:
             assert_close(f"matrix {number}", got[number], p, tolerance=1e-8)
 
     def test_half_is_torchs_muon_in_bf16(self):
-        theirs = self.stepped(lambda parameters: torch.optim.Muon(
-            parameters, lr=0.02, weight_decay=0.3, adjust_lr_fn="match_rms_adamw"))
-        for ours, other, exact in zip(self.muon(half=True), theirs, self.muon(half=False)):
+        theirs = self.stepped(torch.optim.Muon, adjust_lr_fn="match_rms_adamw")
+        half, single = (self.stepped(Muon, half=half) for half in (True, False))
+        for ours, other, exact in zip(half, theirs, single):
             assert_close("as torch's", ours, other, tolerance=1e-3)    # both round to bf16
             assert (ours - exact).abs().max() > 1e-6, "not rounded to bf16"
 
@@ -284,11 +222,12 @@ class TestMuon:
 
 class TestMakeOptimizer:
     def test_the_parts_have_the_recipes_numbers(self, model, muon):
-        first, adamw = make_optimizer(model, muon, half=True).parts
-        assert type(first) is Muon and type(adamw) is torch.optim.AdamW
-        assert all(group["half"] and group["lr"] == 0.8 for group in first.param_groups)
-        for group in adamw.param_groups:
-            assert (group["lr"], group["betas"], group["eps"]) == (0.8, (0.7, 0.8), 1e-3)
+        freeze(model, ("text.transformer.blocks.0.attn.*",))
+        optimizer = make_optimizer(model, muon, half=True)
+        assert str(optimizer) == "Muon (400 parameters) and AdamW (40 parameters)"
+        first, second = optimizer.param_groups
+        assert (first["lr"], first["half"]) == (0.8, True)
+        assert (second["lr"], second["betas"], second["eps"]) == (0.8, (0.7, 0.8), 1e-3)
         assert not make_optimizer(model, muon).param_groups[0]["half"]
 
     def test_without_muon_it_is_adamw_alone(self, model, recipe, muon):
@@ -307,18 +246,6 @@ class TestOptimizers:
             optimizer.step()
         return model
 
-    def test_what_is_printed_counts_the_parameters(self, model, muon):
-        freeze(model, ("text.transformer.blocks.0.attn.*",))
-        assert str(make_optimizer(model, muon)) == "Muon (400 parameters) and AdamW (40 parameters)"
-
-    def test_a_step_and_zero_grad_are_for_all(self, model, muon):
-        optimizer = make_optimizer(model, muon)
-        before = copy.deepcopy(model)
-        self.trained(model, optimizer, muon, 0, 1)
-        assert not any(map(torch.equal, model.parameters(), before.parameters()))
-        optimizer.zero_grad()
-        assert all(p.grad is None for p in model.parameters())
-
     def test_restored_it_goes_on_to_the_same_bits(self, model, muon):
         optimizer = make_optimizer(model, muon)
         self.trained(model, optimizer, muon, 0, 3)
@@ -332,14 +259,8 @@ class TestOptimizers:
                                            twin.parameters()):
             assert_close(name, got, want, tolerance=0)
             assert (lost != want).any(), f"{name} does not depend on the state"
-
-    def test_states_of_another_recipe_are_refused(self, model, recipe, muon):
-        both, adamw = make_optimizer(model, muon), make_optimizer(model, recipe)
-        states = both.state_dict()
-        for optimizer, other in ((both, adamw.state_dict()), (adamw, states),
-                                 (both, {"AdamW": states["AdamW"]})):
-            with pytest.raises((KeyError, ValueError)):
-                optimizer.load_state_dict(other)
+        again.zero_grad()
+        assert all(p.grad is None for p in other.parameters()), "a gradient after zero_grad"
 
 
 class TestLearningRate:
@@ -351,10 +272,9 @@ class TestLearningRate:
         got = [learning_rate(replace(recipe, schedule=schedule), step) for step in want]
         assert_close(f"rates at the steps {list(want)}", got, list(want.values()))
 
-    @pytest.mark.parametrize("schedule", ["cosine", "linear"])
     @pytest.mark.parametrize("warmup", [0, 4])
-    def test_after_no_warm_up_or_nothing_but_it_the_rate_is_the_peak(self, schedule, warmup):
-        assert learning_rate(Recipe(4, 1, 0.8, warmup=warmup, schedule=schedule), warmup) == 0.8
+    def test_after_no_warm_up_or_nothing_but_it_the_rate_is_the_peak(self, warmup):
+        assert learning_rate(Recipe(4, 1, 0.8, warmup=warmup), warmup) == 0.8
 
 
 class TestSetLearningRate:

@@ -54,16 +54,8 @@ class TestAddOptions:
     def test_every_field_is_a_flag_of_its_own_type(self, argv, changes):
         want = {"words": "some", "count": None, "share": 0.5, "kind": "one", "switch": False,
                 "parts": []} | changes
-        for _ in range(2):               # no call leaves anything to the next
-            got = vars(self.parser().parse_args(argv.split()))
-            assert got == want and list(map(type, got.values())) == list(map(type, want.values()))
-
-    @pytest.mark.parametrize("wrong", ["--count 2.5", "--share much", "--kind three", "--other 1",
-                                       "--count", "--switch False", "--switch=False"])
-    def test_other_flags_and_values_are_refused(self, wrong, capsys):
-        with pytest.raises(SystemExit, match="2"):
-            self.parser().parse_args(wrong.split())
-        assert wrong.split()[-1].split("=")[-1] in capsys.readouterr().err
+        got = vars(self.parser().parse_args(argv.split()))
+        assert got == want and list(map(type, got.values())) == list(map(type, want.values()))
 
     def test_the_help_has_a_line_for_each_flag(self):
         text = self.parser().format_help()
@@ -106,10 +98,10 @@ class TestWithSettings:
 
 class TestCheckFields:
     @dataclass
-    class Config:
-        width: int = 7
+    class Config:                        # the least that a model can have
+        width: int = 1
         skip: int = 0
-        share: float = 0.5
+        share: float = 0.25
         other: float = -0.5
         kind: str = "one"
         on: bool = False
@@ -118,15 +110,12 @@ class TestCheckFields:
         options.check_fields(self.Config(**changes), {"kind": ("one", "two")},
                              {"skip": 0, "share": 0.25})
 
-    def test_fields_that_a_model_can_have_pass(self):
-        self.check()
-        self.check(width=1, share=0.25, kind="two", on=True)
-
     @pytest.mark.parametrize("changes, words", [
         ({"width": 0}, "width=0.* 1$"), ({"skip": -1}, "skip=-1.* 0$"),
         ({"share": 0.2}, "share=0.2.* 0.25"), ({"share": math.nan}, "share=nan"),
         ({"kind": "three"}, "kind=three.* one, two")])
-    def test_others_are_refused(self, changes, words):
+    def test_what_no_model_can_have_is_refused(self, changes, words):
+        self.check()
         with pytest.raises(ValueError, match=words):
             self.check(**changes)
 
@@ -189,7 +178,6 @@ class TestRunMain:
     @pytest.mark.parametrize("outcome, status, line", [
         (0, 0, ""), (None, 0, ""), (143, 143, ""), (KeyboardInterrupt(), 130, ""),
         (ValueError("a mistake"), 2, "error: a mistake\n"),
-        (ValueError(), 2, "error: ValueError()\n"),
         (ValueError("Traceback of a worker\n  its lines\nValueError: a.png: no picture"), 2,
          "error: a.png: no picture\n"),
         (FileNotFoundError(2, "No such file or directory", "x.txt"), 2,
@@ -217,10 +205,7 @@ class TestOptions:
         assert status == 0 and all(line in head for line in train.__doc__.splitlines())
         for field in dataclasses.fields(train.Options):
             assert re.search(rf"^  --{field.metadata.get('flag', field.name)}\b", rows, re.M)
-            assert len(field.metadata["help"]) > 10
             assert field.metadata["help"] in " ".join(rows.split())
-        assert "(default 200)" in rows and "(default None)" not in rows
-        assert max(map(len, out.splitlines())) <= 100
         flags = re.findall(r"--\w+", train.__doc__.replace("--nproc_per_node", "--set"))
         assert len(flags) > 5 and all(re.search(rf"^  {flag}\b", rows, re.M) for flag in flags)
 
@@ -233,45 +218,27 @@ class TestOptions:
 
 
 class TestMistakes:
-    @pytest.mark.parametrize("flags", [
-        "--steps 0", "--steps -3", "--lr -0.1", "--lr 0", "--lr nan", "--lr inf", "--batch_size 0",
-        "--accumulate 0", "--accumulate -1", "--save_every 0", "--workers -1", "--init nowhere",
-        "--data toy:objects=0", "--data toy:objects=many", "--set embed_dim", "--set vocab_size=9",
-        "--set eos_id=3", "--device meta", "--device cuda:97"])
-    def test_a_value_that_no_run_can_have_is_named_with_its_flag(self, flags):
-        assert flags in mistake("train.py", *TOY, *flags.split())
-        assert os.listdir() == []
-
     @pytest.mark.parametrize("argv, words", [
+        *((flag, flag) for flag in (
+            "--steps 0", "--lr inf", "--batch_size 0", "--accumulate 0", "--save_every 0",
+            "--workers -1", "--init nowhere", "--set vocab_size=9", "--set eos_id=3",
+            "--device meta", "--device cuda:97")),
         ("--steps many", "--steps: invalid int value: 'many'"), ("--stepz 3", "--stepz 3"),
         ("--precision fp16", "'fp16'"), ("--attention flash", "'flash'"), ("--seed 1 more", "more"),
         ("--batch_size 62", "62 is larger than the data (61 records in toy)"),
-        ("--accumulate 4", "6 does not divide into 1 shares of data sets x 1 processes x 4 micro"),
         ("--preset huge", "--preset huge: clip has tiny, small"),
         ("--data moon", "--data moon: no world 'moon'; there are shapes, emoji"),
-        ("--data toy:sides=3", "toy:sides=3: toy has no dial 'sides'; it has objects"),
-        ("--data toy:style=baroque", "style 'baroque' is not one of plain"),
-        ("--data shapes:objects=50", "objects=50: a scene has 1 to 6"),
+        ("--data toy:objects=0", "--data toy:objects=0: objects=0: a scene has 1 to 6"),
         ("--set depth=3", "--set depth=3: write key=value with one of image_size"),
-        ("--set embed_dim=wide", "embed_dim takes int, not 'wide'"),
-        ("--set context_length=2", "context_length=2: must be at least 3"),
-        ("--set vision_width=-12", "vision_width=-12: must be at least 1"),
         ("--set loss=hinge", "loss=hinge is not one of softmax, sigmoid"),
         ("--set vision_heads=5", "width 12 does not divide into 5 heads"),
-        ("--set vision_heads=0", "vision_heads=0"), ("--set patch_size=0", "patch_size=0"),
-        ("--set patch_size=7", "image_size 32 does not divide into patches of 7"),
-        ("--set stages=1,1", "(1, 1) of width 12: a ResNet has four stages"),
-        ("--set stages=1,1,1,1 --set image_size=48", "48"),
         ("--device toaster", "--device toaster: use auto, cpu, cuda or mps"),
         ("--from vision=x", "--from vision=x: write PART=RUN with one of no parts"),
         ("--unfreeze text.*,lm.towr.*", "'lm.towr.*'"), ("--eval_only", "no checkpoint"),
         ("", "which stage?; there are clip, lm, flamingo"), ("all --out x", "--out is one run's"),
         ("sing", "no stage sing; there are clip, lm, flamingo"),
-        ("flamingo", "--from vision=runs/clip: runs/clip: no run here (no config.json); "
-                     "python train.py clip --out runs/clip makes one"),
-        ("flamingo --from vision=x --preset small --data emoji",
-         "--from vision=x: x: no run here (no config.json); "
-         "python train.py clip --data emoji --preset small --out x makes one"),
+        ("flamingo --data emoji", "--from vision=runs/clip-emoji: runs/clip-emoji: no run here (no "
+         "config.json); python train.py clip --data emoji --out runs/clip-emoji makes one"),
         ("flamingo --from nose=x", "--from nose=x: write PART=RUN with one of vision, language"),
         ("flamingo --from vision", "--from vision=: write PART=RUN with one of vision, language"),
         ("flamingo --set vision=x", "--set vision=x: vision is the config of another run; --from"),
@@ -298,7 +265,6 @@ class TestMistakes:
         (lambda c: {"model": {k: w[:1] if w.ndim else w for k, w in c["model"].items()}},
          r"is \(1, ?\d*\), the model's"),
         (lambda c: {"optimizer": {}}, "cannot be resumed"),
-        (lambda c: {"schedule": 3}, "cannot be resumed"),
         (lambda c: {"step": None, "schedule": {}}, "cannot be resumed")])
     def test_a_checkpoint_that_does_not_fit_is_told(self, run, harm, words):
         state = checkpoint.load(run / "last.pt")

@@ -8,6 +8,7 @@ import torch
 
 from common.training.run import Options
 from common.training.run_folder import RunFolder, default_folder, missing_run
+from tests.training.runs import log
 
 VOCABULARY = SimpleNamespace(model=b"pieces")
 DESCRIBED = {"model": "clip", "stage": "clip", "options": {"seed": 0, "data": "toy"},
@@ -23,18 +24,14 @@ def folder(tmp_path):
 
 
 class TestDefaultFolder:
-    @pytest.mark.parametrize("options, name", [
-        ({}, "clip"), ({"data": "emoji"}, "clip-emoji"), ({"preset": "ViT-B/32"}, "clip-ViT-B-32"),
-        ({"data": "shapes:objects=3,noise=0.1", "preset": "small"},
-         "clip-shapes-objects=3-noise=0.1-small"),
-        ({"data": "coco:/a/long/path/captions_val2014.json"}, "clip-coco-captions-val2014"),
-        ({"data": "jsonl:my data.jsonl", "preset": "small"}, "clip-jsonl-my-data-small"),
-        ({"data": "tar:/sets/cc3m/{00000..00331}.tar"}, "clip-tar-cc3m"),
-        ({"data": "tar:*.tar"}, "clip-tar-here")])
-    def test_it_hides_no_other_run(self, tmp_path, monkeypatch, options, name):
-        (tmp_path / "here").mkdir()
-        monkeypatch.chdir(tmp_path / "here")
-        assert default_folder("clip", Options(runs="some", **options)) == Path("some") / name
+    @pytest.mark.parametrize("data, preset, name", [
+        ("shapes", "tiny", "clip"), ("emoji", "tiny", "clip-emoji"),
+        ("shapes:objects=3,noise=0.1", "ViT-B/32", "clip-shapes-objects=3-noise=0.1-ViT-B-32"),
+        ("jsonl:/a/long/path/my data.jsonl", "small", "clip-jsonl-my-data-small"),
+        ("tar:/sets/cc3m/{0..31}.tar", "tiny", "clip-tar-cc3m")])
+    def test_it_hides_no_other_run(self, data, preset, name):
+        found = default_folder("clip", Options(runs="some", data=data, preset=preset))
+        assert found == Path("some") / name
 
 
 class TestMissingRun:
@@ -55,10 +52,7 @@ class TestRunFolder:
 
     @pytest.mark.parametrize("name", ["config.json", "last.pt", "previous.pt"])
     def test_a_run_in_the_folder_is_refused_unless_a_flag_says_what_to_do(self, tmp_path, name):
-        if name == "config.json":
-            (tmp_path / name).write_text("{}")
-        else:
-            torch.save({"model": {}, "step": 4}, tmp_path / name)
+        torch.save({"model": {}, "step": 4}, tmp_path / name)
         for holds in ("an unfinished", "a finished"):
             with pytest.raises(ValueError, match=f"holds {holds} run; --resume .*--overwrite"):
                 RunFolder(tmp_path).claim(False, False)
@@ -76,9 +70,6 @@ class TestRunFolder:
         with pytest.raises(ValueError, match=words):
             folder.check_same(DESCRIBED | {part: now})
         folder.check_same(DESCRIBED | {part: now}, without=part)
-        (folder.path / "config.json").unlink()
-        with pytest.raises(ValueError, match="config.json: no such file"):
-            folder.check_same(DESCRIBED)
 
     def test_the_log_keeps_the_lines_of_the_checkpoint_alone(self, folder):
         for step in (10, 20, 30):
@@ -87,8 +78,7 @@ class TestRunFolder:
             file.write('{"step": 2')                         # a kill has cut it
         folder.begin(DESCRIBED, VOCABULARY, 20, False)
         folder.log({"step": 21})
-        lines = (folder.path / "log.jsonl").read_text().splitlines()
-        assert [json.loads(line) for line in lines] == [{"step": 10}, {"step": 20}, {"step": 21}]
+        assert log(folder.path) == [{"step": 10}, {"step": 20}, {"step": 21}]
 
     def test_overwriting_deletes_a_runs_files_and_nothing_else(self, folder):
         for name in ("result.json", "last.pt", "previous.pt", "last.pt.part", "samples.png",
