@@ -106,7 +106,11 @@ class FlamingoConfig:
 # ------------------------------------------------------------------ the resampler
 
 class ResamplerLayer(nn.Module):
-    """Latents attend to the features and to one another, then an MLP (paper, Figure 5)."""
+    """Latents attend to the features and to one another, then an MLP (paper, Figure 5).
+
+    media_norm norms the features; latents_norm the latents, as queries and as keys alike. Attention
+    and MLP are each added to the latents.
+    """
 
     def __init__(self, *, width, heads, head_width, act):
         super().__init__()
@@ -210,6 +214,7 @@ class GatedBlock(nn.Module):
         """x (B, T, D), visual (B, N*Q, C), media_mask bool (B, 1, T, N*Q) -> (B, T, D).
 
         Text that may attend to no image gets exactly 0 from the attention; the MLP applies to it.
+        cache: keeps the keys and values of the visual tokens.
         """
         attended = self.attn(self.attn_norm(x), visual, mask=media_mask, cache=cache)
         x = x + self.attn_gate.tanh() * attended

@@ -43,7 +43,10 @@ class KVCache:
         self.buffers = {}                # attention layer -> what k and v of its entry view
 
     def append(self, layer, k, v):
-        """Add k and v (B, H, T, K) to the layer's entry; returns the whole entry, (B, H, S, K)."""
+        """Add k and v (B, H, T, K) to the layer's entry; returns the whole entry, (B, H, S, K).
+
+        Afterwards `length` is S, however many layers there are. The given k and v never change.
+        """
         past_k, past_v = self.entries.get(layer, (k[:, :, :0], v[:, :, :0]))
         k_buffer, v_buffer = self.buffers.get(layer, (None, None))
         k, k_buffer = extend(past_k, k, k_buffer)

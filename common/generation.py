@@ -249,8 +249,8 @@ def score_candidates(model, prompt, candidates, mask=None, *, mean=False, contex
     prompt, mask, state: as for `generate`. candidates: ids int64 (C, L), the same for every prompt,
     or (B, C, L), padded right with -100; an end token counts if it is given. mean: the mean over a
     candidate's tokens, not their sum. The prompt goes through the model once, then its candidates,
-    `rows` at a time. Raises ValueError for an empty candidate and for more tokens than
-    context_length.
+    `rows` at a time. Raises ValueError for candidates of another shape, with the shape and B, for
+    one without a token or with padding before a token, and for more tokens than context_length.
     """
     if candidates.dim() not in (2, 3) or candidates.dim() == 3 and len(candidates) != len(prompt):
         raise ValueError(f"candidates of shape {tuple(candidates.shape)} for {len(prompt)} prompts:"

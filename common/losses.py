@@ -1,6 +1,6 @@
 """Losses as pure functions of tensors. What processes share comes in as the argument `gather`.
 
-Every loss is computed in float32 and outside autocast: near a scale of 100, neighbouring bfloat16
+Every loss is computed in float32 (of float64 in float64) and outside autocast: near a scale of 100, neighbouring bfloat16
 logits are 0.5 apart.
 """
 import contextlib
@@ -59,7 +59,8 @@ def next_token_loss(logits, labels, label_count=None, label_smoothing=0.0):
 
     logits float (B, T, V). labels int64 (B, T), aligned with the inputs: labels[:, t] is the token
     at t, predicted from the logits at t - 1; -100 is ignored. label_count: what the sum is divided
-    by, from `count_labels`; None: the labels of this batch. A batch without labels gives 0.
+    by, from `count_labels`; None: the labels of this batch. A batch without labels gives 0 and zero
+    gradients. No tensor's shape depends on the labels (torch.compile).
     """
     logits, labels = logits[:, :-1], labels[:, 1:]
     if label_count is None:

@@ -110,8 +110,9 @@ def collate(rows, pad_id=PAD, side="right"):
     """[(ids, labels), ...] -> {"ids", "labels": int64 (B, T), "mask": bool (B, T)}.
 
     side: of the padding, "right" for training, "left" for generation. mask: True at tokens, False
-    at padding. After left padding the label of a row's first token is dropped: padding would have
-    to predict it. Raises ValueError for no rows, an empty row, or lists of different lengths.
+    at padding. Behind padding on the left the label of a row's first token is dropped: padding
+    would have to predict it. Raises ValueError for no rows, and for an empty row or lists of
+    different lengths with the row's number and both lengths.
     """
     if not rows:
         raise ValueError("no rows")

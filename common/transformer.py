@@ -153,7 +153,7 @@ class Attention(nn.Module):
 # ------------------------------------------------------------------ norms
 
 class LayerNorm(nn.Module):
-    """(x - mean) / sqrt(variance + eps) * weight + bias over the last axis, in float32."""
+    """(x - mean) / sqrt(variance + eps) * weight + bias over the last axis, by `to_float32`."""
 
     def __init__(self, width, eps=1e-5):
         super().__init__()
@@ -170,7 +170,7 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x ** 2) + eps) in float32, rounded to x's dtype, then * weight (LLaMA, T5)."""
+    """x / sqrt(mean(x ** 2) + eps) by `to_float32`, in x's dtype again, then * weight (LLaMA, T5)."""
 
     def __init__(self, width, eps=1e-6):
         super().__init__()
@@ -251,9 +251,11 @@ class Block(nn.Module):
 
     def forward(self, x, context=None, *, mask=None, context_mask=None, bias=None, rope=None,
                 cache=None):
-        """x (B, T, D) -> (B, T, D). Without a context (B, S, C), cross-attention is left out.
+        """x (B, T, D) -> (B, T, D). Without `cross` or a context (B, S, C) there is no
+        cross-attention.
 
-        mask, bias, rope: for self-attention, as in `Attention`; context_mask: for cross-attention.
+        mask, bias, rope: for self-attention, as in `Attention`; context_mask: for cross-attention;
+        cache: for both.
         """
         x = self.add(x, self.attn_norm, self.attn, mask=mask, bias=bias, rope=rope, cache=cache)
         if self.cross is not None and context is not None:
