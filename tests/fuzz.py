@@ -41,16 +41,16 @@ def edited(data, draw):
 
 
 def change(value, draw):
-    """The value with one place of it made nasty."""
+    """A JSON value of which one place is made nasty or left out."""
     if not value or not isinstance(value, (dict, list)) or draw.random() < 0.15:
         return draw.choice(NASTY)
-    key = draw.choice(list(value)) if isinstance(value, dict) else draw.randrange(len(value))
+    key = draw.choice(list(value) if isinstance(value, dict) else range(len(value)))
+    value = value.copy()
     if draw.random() < 0.2:
-        return ({k: v for k, v in value.items() if k != key} if isinstance(value, dict)
-                else value[:key] + value[key + 1:])
-    if isinstance(value, dict):
-        return value | {key: change(value[key], draw)}
-    return value[:key] + [change(value[key], draw)] + value[key + 1:]
+        del value[key]
+    else:
+        value[key] = change(value[key], draw)
+    return value
 
 
 @contextlib.contextmanager
