@@ -28,16 +28,14 @@ def mutations(data, count, seed=0):
 
 def edited(data, draw):
     """JSON or JSON lines with one value replaced or dropped, else some bytes overwritten."""
-    try:
+    with contextlib.suppress(ValueError):
         return json.dumps(change(json.loads(data), draw)).encode()
-    except ValueError:
-        lines, at = data.split(b"\n"), draw.randrange(len(data))
-    try:
+    lines, at = data.split(b"\n"), draw.randrange(len(data))
+    with contextlib.suppress(ValueError):
         k = draw.randrange(len(lines))
         lines[k] = json.dumps(change(json.loads(lines[k]), draw)).encode()
         return b"\n".join(lines)
-    except ValueError:
-        return data[:at] + draw.randbytes(draw.randrange(1, 9)) + data[at + 5:]
+    return data[:at] + draw.randbytes(draw.randrange(1, 9)) + data[at + 5:]
 
 
 def change(value, draw):

@@ -9,9 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from common.data.batches import (REPLACEMENTS, WORLDS, Batches, DataSource, EvalData, draw_rng,
-                                 open_world, read_dials, world_tokenizer)
-from common.data.collators import ImageTextBatch
+from common.data.batches import (REPLACEMENTS, WORLDS, Batches, DataSource, draw_rng, open_world,
+                                 world_tokenizer)
 from common.data.files import Files
 from common.data.shapes.world import Shapes
 from common.data.tokenizer import Tokenizer
@@ -27,11 +26,11 @@ class Numbers:
     """A world whose record is its index and a draw: batches can be read back."""
     name = "numbers"
 
-    def __init__(self, bad=()):
-        self.bad = set(bad)
+    def __init__(self, bad=(), count=52):
+        self.bad, self.count = set(bad), count
 
     def size(self, split):
-        return {"train": 52, "test": 5}[split]
+        return self.count
 
     def record(self, split, index, rng=None):
         draw = rng.random() if rng else 0.0
@@ -69,7 +68,7 @@ def batches(world=None, **more):
 
 
 def several(**more):
-    sources = [DataSource(Own(BAD), together), DataSource(Numbers(), together, 2, 0.5),
+    sources = [DataSource(Own(BAD), together), DataSource(Numbers((), 41), together, 2, 0.5),
                DataSource(Numbers(), together, 3, 2.5, {"square": 1, "text": 3})]
     return Batches(sources, **{"batch_size": 36, "seed": 3, **more})
 
@@ -88,13 +87,6 @@ def compare(name, one, other):
         assert_close(f"{key} {name}", one[key], other[key], tolerance=0)
     for key in one.keys() - DRAWN:
         assert one[key] == other[key], f"{key} {name}"
-
-
-class TestDrawRng:
-    def test_it_is_a_function_of_seed_epoch_and_index(self):
-        keys = [(0, 0, 0), (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 11, 1), (11, 1, 1), (1, 1, 11)]
-        draws = [[draw_rng(*key).random() for key in keys] for _ in range(2)]
-        assert draws[0] == draws[1] and len(set(draws[0])) == len(keys)
 
 
 class TestBatches:
@@ -130,23 +122,16 @@ class TestBatches:
     def test_a_world_with_an_order_of_its_own_is_read_in_it(self):
         assert_close("index of step 5 (B,)", whole(5, Own())["index"], 51 - whole(5)["index"])
 
-    def test_worlds_of_one_run_have_orders_of_their_size(self):
-        small = Numbers()
-        small.size = lambda split: 13
-        sources = [DataSource(world, together) for world in (small, Numbers())]
-        one, two = (part["index"].tolist() for part in Batches(sources, batch_size=26)[0])
-        assert sorted(one) == list(range(13)) and max(two) > 13
-
     def test_a_draw_belongs_to_seed_epoch_and_index(self):
         made = whole(6)                                                  # epoch 1
         rngs = [draw_rng(3, 1, index) for index in made["index"].tolist()]
         for key in ("draw", "later"):
             assert_close(f"{key} (B,)", made[key], [rng.random() for rng in rngs])
 
-    def test_each_seed_has_its_order(self):
-        orders = {tuple(whole(step, seed=seed)["index"].tolist())
-                  for seed in (-5, 0, 3, 4, 10 ** 17) for step in (0, 4)}
-        assert len(orders) == 10
+    def test_each_seed_has_its_order_and_draws(self):
+        steps = [whole(step, seed=seed) for seed in (-5, 0, 3, 4, 10 ** 17) for step in (0, 4)]
+        assert len({tuple(step["index"].tolist()) for step in steps}) == 10, "orders repeat"
+        assert len(set(torch.cat([step["draw"] for step in steps]).tolist())) == 120
 
     def test_drawing_leaves_the_models_random_numbers_alone(self):
         random.seed(0)
@@ -236,9 +221,9 @@ class TestDataSource:
 
     def test_a_data_set_draws_as_if_it_were_alone_and_in_parts_for_each_process(self):
         for number, source in enumerate(several().sources):
-            alone, = Batches([source], batch_size=6 * source.share, seed=3)[5]
-            halves = [several(rank=rank, world_size=2)[5][number] for rank in (0, 1)]
-            compare(f"of set {number}", several()[5][number], alone | {"source": number})
+            alone, = Batches([source], batch_size=6 * source.share, seed=3)[2]
+            halves = [several(rank=rank, world_size=2)[2][number] for rank in (0, 1)]
+            compare(f"of set {number}", several()[2][number], alone | {"source": number})
             for key in DRAWN:
                 both = torch.cat([half[key] for half in halves])
                 assert_close(f"{key} of two processes", both, alone[key])
@@ -250,30 +235,13 @@ class TestDataSource:
         assert counts == pytest.approx([100, 400, 300], abs=50)
 
 
-class TestEvalData:
-    def test_it_has_whole_splits_in_the_models_tensors(self):
-        tokenizer = Tokenizer.train(["a red circle and a blue star"] * 9)
-        data = EvalData(Numbers(), tokenizer, ImageTextBatch(tokenizer, 11, 8), "cpu")
-        assert [[r["source"] for r in data.records(split)] for split in ("test", "train")] == [
-            list(range(5)), list(range(52))]
-        assert data.images(data.records("test")).shape == (5, 3, 8, 8)
-        texts = ["a", "red circle " * 40]
-        assert_close("ids (N, T)", data.ids(texts), tokenizer.batch(texts, 11))
-
-
-class TestReadDials:
-    def test_values_have_the_types_of_the_worlds_defaults(self):
-        made = read_dials("shapes", "objects=3,noise=1,style=outline")
-        assert repr(made) == "{'objects': 3, 'noise': 1.0, 'style': 'outline'}"
-        assert read_dials("shapes", "") == {}
-
-
 class TestOpenWorld:
     def test_worlds_by_name_with_their_dials(self):
         for name, world in WORLDS.items():
             assert isinstance(open_world(name, 32), world)
-        world = open_world("shapes:objects=3,noise=1", 16)
-        assert (world.objects, world.noise, world.image_size) == (3, 1.0, 16)
+        world = open_world("shapes:objects=3,noise=1,style=outline", 16)
+        got = repr([world.objects, world.noise, world.style, world.image_size])
+        assert got == "[3, 1.0, 'outline', 16]", "dials have the types of the world's defaults"
 
     def test_files_of_the_users_own_get_every_option(self, tmp_path):
         spec = listed(tmp_path, 20)
@@ -310,8 +278,3 @@ class TestWorldTokenizer:
         world = SimpleNamespace(name="mine", vocab_size=400, corpus=lambda: [
             f"cat{n} dog{n * n}" for n in range(50)])
         assert world_tokenizer(world).model == Tokenizer.train(world.corpus(), 400).model
-
-    def test_texts_that_cannot_be_read_aloud_are_one_line(self):
-        world = SimpleNamespace(name="mine", vocab_size=600, corpus=lambda: ["\u2581" * 9] * 20)
-        with one_line("^mine: "):
-            world_tokenizer(world)

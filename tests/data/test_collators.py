@@ -7,8 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from common.data.collators import (ImageTextBatch, InterleavedCollator, PackedTexts, as_text,
-                                   as_turns)
+from common.data.collators import ImageTextBatch, InterleavedCollator, PackedTexts, as_text
 from common.data.tokenizer import BOS, EOS, IMAGE, PAD
 from flamingo import render_page
 from tests.fuzz import one_line
@@ -113,7 +112,7 @@ def document():
 
 
 def caption(*texts):
-    return {"images": drawing("red"), "texts": texts}
+    return {"images": drawing("red", "blue"), "texts": texts}
 
 
 def clip(*colours, size=15):
