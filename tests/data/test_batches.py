@@ -3,7 +3,6 @@ import os
 import random
 import re
 import signal
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from common.data.batches import (REPLACEMENTS, WORLDS, Batches, DataSource, open
                                  world_tokenizer)
 from common.data.files import Files
 from common.data.shapes.world import Shapes
-from common.data.tokenizer import Tokenizer
 from common.training import options
 from tests.fuzz import one_line
 from tests.helpers import assert_close, listed
@@ -155,7 +153,6 @@ class TestBatches:
             wanted = clean["index"].tolist()
             hit = [place for place, index in enumerate(wanted) if index in BAD]
             assert {f"record {wanted[place]} is damaged" for place in hit} <= set(part["refused"])
-            assert len(part["refused"]) >= len(hit)        # a replacement may be refused, too
             assert (hit or part["refused"] == []) and clean["refused"] == []
             assert not set(part["index"].tolist()) & set(BAD) and part["index"].min() >= 0
             rest = [place for place in range(12) if place not in hit]
@@ -176,12 +173,6 @@ class TestBatches:
         assert len(part["refused"]) == 12 * (1 + REPLACEMENTS)
         assert_close("index (B,)", part["index"], -1 - clean["index"])
 
-    def test_other_mistakes_are_raised(self):
-        world = Own()
-        world.record = lambda *arguments: [][1]
-        with pytest.raises(IndexError):
-            batches(world)[0]
-
 
 class TestStartWorker:
     def test_a_worker_has_one_thread_is_out_of_reach_of_ctrl_c_and_can_be_ended(self):
@@ -190,8 +181,7 @@ class TestStartWorker:
         torch.set_num_threads(2)
         world = Numbers()
         world.record = lambda split, index, rng: {"draw": 0.0, "source": [
-            os.getpgrp(), torch.get_num_threads(), int(signal.getsignal(signal.SIGINT)),
-            int(signal.getsignal(signal.SIGTERM))]}
+            os.getpgrp(), torch.get_num_threads(), *[int(signal.getsignal(n)) for n in before]]}
         try:
             (one,), = batches(world, batch_size=1).loader(0, 1, 1)
         finally:
@@ -261,8 +251,3 @@ class TestWorldTokenizer:
         words = "red circle triangle purple output : question : answer :"
         assert len(tokenizer.encode(words.replace(" :", ":"))) == len(words.split())
         assert len(tokenizer) == Shapes.vocab_size
-
-    def test_it_is_a_function_of_the_texts_of_a_world(self):
-        world = SimpleNamespace(name="mine", vocab_size=400, corpus=lambda: [
-            f"cat{n} dog{n * n}" for n in range(50)])
-        assert world_tokenizer(world).model == Tokenizer.train(world.corpus(), 400).model

@@ -31,11 +31,11 @@ def written(folder, kind, count, bad=()):
     """The file of a format of `count` pictures, of which some are missing."""
     listed(folder, count, bad)
     shards(folder, [count])
-    texts = {f"{n}.png": f"number {n}" for n in range(count)}
+    rows = [(f"{n}.png", f"number {n}") for n in range(count)]
     (folder / "coco").write_text(json.dumps({
-        "images": [{"id": n, "file_name": name} for n, name in enumerate(texts)],
-        "annotations": [{"image_id": n, "caption": text} for n, text in enumerate(texts.values())]}))
-    (folder / "flickr").write_text("\n".join(map(",".join, [("image", "caption"), *texts.items()])))
+        "images": [{"id": n, "file_name": name} for n, (name, _) in enumerate(rows)],
+        "annotations": [{"image_id": n, "caption": text} for n, (_, text) in enumerate(rows)]}))
+    (folder / "flickr").write_text("\n".join(map(",".join, [("image", "caption"), *rows])))
     return folder / {"jsonl": "data.jsonl", "tar": "00.tar"}.get(kind, kind)
 
 
@@ -72,10 +72,9 @@ class TestCoco:
         places = [re.search(r"c.json: (\w)\w+ (\d)", reason).groups() for reason in refused]
         assert places == [("a", "1"), ("a", "2"), ("a", "5"), ("i", "2"), ("i", "4"), ("i", "5")]
 
-    @pytest.mark.parametrize("text", [
-        "", "[]", '{"images": []}', '{"images": [], "annotations": 3}', "[" * 100_000, "\xff"])
+    @pytest.mark.parametrize("text", ["[]", '{"images": []}', '{"images": 3, "annotations": 3}'])
     def test_another_file_is_refused_in_one_line(self, tmp_path, text):
-        (tmp_path / "c.json").write_text(text, encoding="latin-1")
+        (tmp_path / "c.json").write_text(text)
         with one_line("c.json: "):
             found("coco", tmp_path / "c.json")
 
@@ -160,8 +159,7 @@ class TestTar:
 class TestShards:
     @pytest.mark.parametrize("pattern, wanted", [
         ("a-{08..11}.tar", "a-08.tar a-09.tar a-10.tar a-11.tar"), ("{5..4}", ""),
-        ("{1..2}-{3..4}", "1-3 1-4 2-3 2-4"), ("plain{}", "plain{}"),
-        ("*{3..4}", "1-3 2-3 1-4 2-4"), ("a-*.tar", "a-08.tar a-09.tar a-10.tar a-11.tar")])
+        ("{1..2}-{3..4}", "1-3 1-4 2-3 2-4"), ("*{3..4}", "1-3 2-3 1-4 2-4"), ("a{}", "a{}")])
     def test_braces_are_numbers_and_stars_are_globs(self, tmp_path, monkeypatch, pattern, wanted):
         monkeypatch.chdir(tmp_path)
         for name in wanted.split():
@@ -188,10 +186,12 @@ class TestUsableName:
 
 class TestFiles:
     @pytest.mark.parametrize("kind", FORMATS)
-    def test_every_format_opens_the_same_pictures(self, tmp_path, kind):
+    def test_every_format_opens_the_same_pictures_in_any_order(self, tmp_path, kind):
         path = written(tmp_path, kind, 40)
         world = Files(kind, str(path), image_size=SIDE)
         assert (world.size("train"), world.size("test"), world.name) == (35, 5, path.name)
+        order = world.order(torch.Generator().manual_seed(3)).tolist()
+        assert sorted(order) == list(range(35)) != order
         said = {}
         for record in all_records(world, "train") + all_records(world, "test"):
             (image,), (text,) = record["images"], record["texts"]
@@ -261,9 +261,6 @@ class TestFiles:
         assert sorted(texts) == sorted([f"number {n}"] + ["fine"] * (n == 1) for n in range(30))
         with one_line("^6 of 37 .* 0.05 "):
             opened(tmp_path, *rows)
-        assert opened(tmp_path, *["{"] * 5).refused.count == 5
-        with one_line("^6 of 36 .*line 31: "):
-            opened(tmp_path, *["{"] * 6)
 
     def test_a_link_to_outside_is_refused_when_it_is_opened(self, tmp_path):
         world = opened(tmp_path / "in")
@@ -277,15 +274,15 @@ class TestFiles:
         assert world.record("train", 1)["images"][0].getpixel((0, 0)) == colour(int(other.stem))
 
     def test_unreadable_test_pictures_are_left_out_and_counted(self, tmp_path):
-        held = names(opened(tmp_path, count=60), "test")
+        world, strict = (opened(tmp_path, count=60, skip=skip) for skip in (0.05, 0))
+        held = names(world, "test")
         (tmp_path / held[1]).write_bytes(b"")
-        where = {"kind": "jsonl", "where": f"{tmp_path}/data.jsonl", "image_size": SIDE}
-        world = Files(**where)
         for _ in range(2):
-            assert [r["source"]["source"] for r in all_records(world, "test")] == held[:1] + held[2:]
+            found = [record["source"]["source"] for record in all_records(world, "test")]
+            assert found == held[:1] + held[2:]
             assert world.refused.count == 1, "counted once, however often they are asked for"
         with one_line(f"1 of {len(held)} "):
-            Files(**where, skip=0).records("test")
+            strict.records("test")
 
     def test_a_picture_in_a_tar_is_refused_by_the_name_of_its_record(self, tmp_path):
         shard(tmp_path / "s.tar", [(f"{n}.{suffix}", b"number %d" % n) for n in range(20)
@@ -321,11 +318,6 @@ class TestFiles:
             assert sum(m > 0 for m in moved) > len(moved) / 10 or shuffle == 1
             seen |= {tuple(order)}
         assert len(seen) > 3
-
-    def test_other_formats_are_in_any_order(self, tmp_path):
-        world = opened(tmp_path, count=40, shuffle=1)
-        order = world.order(torch.Generator().manual_seed(3)).tolist()
-        assert sorted(order) == list(range(35)) != order
 
     @pytest.mark.parametrize("kind", FORMATS)
     def test_a_damaged_file_is_read_or_refused_in_one_line_and_nothing_is_written(

@@ -72,11 +72,6 @@ class TestOpenImage:
         data = encoded(noise(7, 5), exif=b"Exif\0\0nonsense, not a header")
         compare("with broken EXIF data", open_image(data), noise(7, 5))
 
-    @pytest.mark.parametrize("kind", ["PNG", "GIF", "WEBP"])
-    def test_of_an_animation_the_first_frame_is_taken(self, kind):
-        black, white = (Image.new("RGB", (16, 8), c) for c in ("black", "white"))
-        compare(kind, open_image(encoded(black, kind, white, white)), black, within=8)
-
     def test_what_is_broken_is_refused_in_one_line_that_names_it(self, tmp_path):
         for name, data in broken().items():
             (tmp_path / name).write_bytes(data)
@@ -147,8 +142,9 @@ def numbers(frames):
 
 class TestOpenFrames:
     @pytest.mark.parametrize("name", ["a.png", "a.webp", "a.gif"])
-    def test_an_animation_is_its_frames_in_order(self, tmp_path, name):
-        assert numbers(open_frames(film(tmp_path / name, 5))) == [0, 1, 2, 3, 4]
+    def test_an_animation_is_its_frames_in_order_and_a_picture_the_first(self, tmp_path, name):
+        path = film(tmp_path / name, 5)
+        assert numbers(open_frames(path)) == [0, 1, 2, 3, 4] and numbers([open_image(path)]) == [0]
 
     def test_every_frame_is_turned_and_laid_over_white(self, tmp_path):
         first, *rest = (Image.new("RGBA", (8, 6), (20 * i, 0, 0, 0)) for i in range(4))
@@ -182,8 +178,8 @@ class TestOpenFrames:
         path = film(tmp_path / "a.png", 8)
         monkeypatch.setattr(images, "MOST_FRAMES", 8)
         assert len(open_frames(path)) == 8
-        for limit, value, number in (("FRAMES", 7, 7), ("PIXELS", 48, 4)):     # four frames of 48
-            monkeypatch.setattr(images, f"MOST_{limit}", value)
+        for what, value, number in (("FRAMES", 7, 7), ("PIXELS", 48, 4)):     # four frames of 48
+            monkeypatch.setattr(images, f"MOST_{what}", value)
             with one_line(f"a.png.* {number} "):
                 open_frames(path)
         with one_line("absent.gif: .*picture"):

@@ -74,11 +74,9 @@ class TestTokenizer:
         assert_close("ids (B, T) of a longer text", tokenizer.batch([text, "star"], 7), [
             [BOS, *tokenizer.encode(text)[:5], EOS], [BOS, *star, EOS, *[PAD] * (5 - len(star))]])
 
-    def test_training_is_a_function_of_the_sentences(self, tokenizer):
+    def test_training_is_a_function_of_the_sentences_and_the_size_the_most(self, tokenizer):
         assert Tokenizer.train(corpus(), 400).model == tokenizer.model
         assert Tokenizer.train(corpus()[:-1] + ["an extra word"] * 40, 400).model != tokenizer.model
-
-    def test_the_size_is_the_most_and_a_small_corpus_gives_less(self, tokenizer):
         assert len(tokenizer) == 400 and 32 + 256 < len(Tokenizer.train(["a red circle"])) < 512
 
     def test_it_survives_pickling_and_the_disk(self, tokenizer, tmp_path):
