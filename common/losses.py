@@ -1,7 +1,7 @@
 """Losses as pure functions of tensors. What processes share comes in as the argument `gather`.
 
-Every loss is computed in float32 (of float64 in float64) and outside autocast: near a scale of 100, neighbouring bfloat16
-logits are 0.5 apart.
+Every loss is computed in float32 (float64 stays float64) and outside autocast: near a scale of
+100, neighbouring bfloat16 logits are 0.5 apart.
 """
 import contextlib
 

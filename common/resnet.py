@@ -45,9 +45,10 @@ class Bottleneck(nn.Module):
 class AttentionPool(Attention):
     """A grid of features pooled into one vector by attention (CLIP, 2.4).
 
-    The query is the mean feature; keys and values are the mean and all grid cells, all with their
-    positions (the mean's in the first row). No norm, MLP or residual follows: out_proj, with a bias, maps to the joint space. grid_size: cells of a side.
-    Weights and positions start with deviation width ** -0.5.
+    The query is the mean feature; keys and values are the mean and all grid cells, each with its
+    position (the mean's is the first row). No norm, MLP or residual follows: out_proj, with a bias,
+    maps to the joint space. grid_size: cells of a side. Weights and positions start with deviation
+    width ** -0.5.
     """
 
     def __init__(self, *, grid_size, width, heads, embed_dim):

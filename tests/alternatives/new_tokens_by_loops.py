@@ -15,7 +15,3 @@ class NewTokens:
             columns[token] = (x @ (self.rows if self.output is None else self.output)[row]).to(
                 logits.dtype)
         return torch.stack(columns, dim=-1)
-
-
-def cached_rope_table(*arguments):
-    return rope_of(*arguments)
