@@ -170,7 +170,7 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x ** 2) + eps) by `to_float32`, back in x's dtype, then * weight (LLaMA, T5)."""
+    """x / sqrt(mean(x ** 2) + eps) by `to_float32`, then in x's dtype * weight (LLaMA, T5)."""
 
     def __init__(self, width, eps=1e-6):
         super().__init__()
