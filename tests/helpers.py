@@ -12,6 +12,7 @@ import runpy
 import sys
 import tarfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -288,11 +289,97 @@ def make_batch(*rows, N=3, attend_next=None):
             "attend_next": torch.tensor(attend_next or [False] * len(rows))}
 
 
-# The papers in loops
+# The papers in loops and plain products
 
 ACTS = {"gelu": lambda x: x * (1 + torch.erf(x / 2 ** 0.5)) / 2,
         "quick_gelu": lambda x: x / (1 + (-1.702 * x).exp()),
         "squared_relu": lambda x: x.clamp(min=0) ** 2}
+
+
+def linear(layer, x):
+    return x @ layer.weight.T + (0 if layer.bias is None else layer.bias)
+
+
+def rms_norm(norm, x, eps=1e-6):
+    return x / (x ** 2).mean(-1, keepdim=True).add(eps).sqrt() * norm.weight
+
+
+def layer_norm(norm, x, eps=1e-5):
+    assert norm is not None, "a norm is missing"
+    centered = x - x.mean(-1, keepdim=True)
+    return rms_norm(norm, centered, eps) + norm.bias               # the variance divides by D
+
+
+def mlp_by_hand(mlp, x, act=F.gelu):
+    return linear(mlp.fc2, act(linear(mlp.fc1, x)))
+
+
+def gated_mlp(mlp, x, act=F.silu):
+    return linear(mlp.down_proj, act(linear(mlp.gate_proj, x)) * linear(mlp.up_proj, x))
+
+
+def slow_attention(q, k, v, mask=None, bias=None, scale=None):
+    """For one query after the other: a softmax over the keys it may attend to."""
+    (B, H, T, K), S, rows = q.shape, k.shape[2], []
+    mask = (torch.tensor(True) if mask is None else mask).expand(B, H, T, S)
+    bias = (torch.tensor(0.0) if bias is None else bias).expand(B, H, T, S)
+    for b, h, t in itertools.product(range(B), range(H), range(T)):
+        keys = mask[b, h, t].nonzero().flatten()
+        scores = k[b, h, keys] @ q[b, h, t] * (K ** -0.5 if scale is None else scale)
+        scores = scores + bias[b, h, t, keys]
+        shares = (scores - scores.max()).exp() if len(keys) else scores
+        rows.append(shares / shares.sum() @ v[b, h, keys])        # of no keys: zeros
+    return torch.stack(rows).view(B, H, T, -1)
+
+
+def rotated(x, angles):
+    """The pairs (i, i + K/2) of x (B, H, T, K) as complex numbers; angles (..., T, K/2)."""
+    turn = torch.complex(*(part.float().to(x.dtype) for part in (angles.cos(), angles.sin())))
+    pairs = torch.complex(*x.chunk(2, dim=-1)) * turn
+    return torch.cat([pairs.real, pairs.imag], dim=-1)
+
+
+def attend_by_hand(layer, x, context=None, *, heads=3, kv_heads=None, scale=None, mask=None,
+                   bias=None, angles=None):
+    """The attention layer; every head has its own slice of the features."""
+    kv_heads, context = kv_heads or heads, x if context is None else context
+    q = torch.stack(linear(layer.q_proj, x).chunk(heads, dim=-1), dim=1)
+    k, v = (torch.stack(linear(part, context).chunk(kv_heads, dim=-1), dim=1)
+            for part in (layer.k_proj, layer.v_proj))
+    if angles is not None:
+        q, k = rotated(q, angles), rotated(k, angles)
+    shared = [h * kv_heads // heads for h in range(heads)]     # neighbours share keys and values
+    out = slow_attention(q, k[:, shared], v[:, shared], mask, bias, scale)
+    return linear(layer.out_proj, torch.cat(out.unbind(dim=1), dim=-1))
+
+
+def block_by_hand(block, x, context=None, *, norm=layer_norm, mlp=mlp_by_hand, norm_first=True,
+                  context_mask=None, mask=None, bias=None, angles=None, **sizes):
+    attn = partial(attend_by_hand, mask=mask, bias=bias, angles=angles, **sizes)
+    cross = partial(attend_by_hand, context=context, mask=context_mask, **sizes)
+    parts = [(block.attn_norm, attn, block.attn), (block.cross_norm, cross, block.cross),
+             (block.mlp_norm, mlp, block.mlp)]
+    for layer, part, weights in parts[::2] if context is None else parts:
+        x = x + part(weights, norm(layer, x)) if norm_first else norm(layer, x + part(weights, x))
+    return x
+
+
+class ToyCache:
+    """The KV cache in its simplest form."""
+
+    def __init__(self):
+        self.length, self.entries = 0, {}
+
+    def append(self, layer, *new):
+        old = self.entries.get(layer, [x[:, :, :0] for x in new])
+        self.entries[layer] = [torch.cat(pair, dim=2) for pair in zip(old, new)]
+        self.length = self.entries[layer][0].shape[2]
+        return self.entries[layer]
+
+    def get_or_compute(self, layer, length, compute):
+        if layer not in self.entries or self.entries[layer][0].shape[2] != length:
+            self.entries[layer] = compute()
+        return self.entries[layer]
 
 
 def loop_pixels(images):
@@ -302,82 +389,38 @@ def loop_pixels(images):
     return (images.double() / 255 - mean) / std
 
 
-def linear(layer, x):
-    return F.linear(x, layer.weight, layer.bias)
-
-
-def loop_norm(norm, x):
-    """x (..., D)."""
-    assert norm is not None, "a norm is missing"
-    return F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias)
-
-
-def loop_mlp(mlp, x, act):
-    return linear(mlp.fc2, ACTS[act](linear(mlp.fc1, x)))
-
-
-def loop_attention(layer, query, keys, heads):
-    """One vector (D,) attends to vectors (S, C); to none: 0."""
-    if not len(keys):
-        return 0.0
-    q, k, v = linear(layer.q_proj, query), linear(layer.k_proj, keys), linear(layer.v_proj, keys)
-    outputs = []
-    for head in torch.arange(len(q)).chunk(heads):
-        shares = (k[:, head] @ q[head] / len(head) ** 0.5).softmax(dim=0)
-        outputs.append(shares @ v[:, head])
-    return linear(layer.out_proj, torch.cat(outputs))
-
-
-def loop_block(block, x, heads, act, is_causal=False):
-    """A block of CLIP: x (T, D)."""
-    keys = loop_norm(block.attn_norm, x)
-    x = torch.stack([x[t] + loop_attention(block.attn, keys[t], keys[:t + 1] if is_causal else keys,
-                                           heads) for t in range(len(x))])
-    return x + loop_mlp(block.mlp, loop_norm(block.mlp_norm, x), act)
-
-
-def loop_vit(tower, image, heads, act="gelu"):
-    """image (3, H, W) -> its tokens before the last norm, (1 + N, D), the class token first."""
-    P = tower.patch_size
-    kernels = tower.patch_embed.weight.unflatten(1, (3, P, P))
-    patches = F.conv2d(image[None], kernels, stride=P)[0].flatten(1).T
-    x = loop_norm(tower.ln_pre, torch.cat([tower.cls_token[None], patches]) + tower.pos_embed)
-    for block in tower.transformer.blocks:
-        x = loop_block(block, x, heads, act)
-    return x
-
-
 def loop_text(tower, ids, heads, act="gelu"):
-    """ids (T,) -> (D,): the first end token, after the last norm."""
-    x = tower.token_embed.weight[ids] + tower.pos_embed[:len(ids)]
+    """CLIP's text features: ids (B, T) -> (B, D), the first end token's, after the last norm."""
+    x, causal = tower.token_embed.weight[ids], torch.ones(2 * ids.shape[1:]).tril().bool()
+    x = x + tower.pos_embed[:ids.shape[1]]
+    mlp = partial(mlp_by_hand, act=ACTS[act])
     for block in tower.transformer.blocks:
-        x = loop_block(block, x, heads, act, is_causal=True)
-    return loop_norm(tower.transformer.norm, x[ids.tolist().index(CLIP_EOS)])
+        x = block_by_hand(block, x, mlp=mlp, heads=heads, mask=causal)
+    ends = [row.index(CLIP_EOS) for row in ids.tolist()]
+    return layer_norm(tower.transformer.norm, x[range(len(x)), ends])
 
 
-def loop_resampler_layer(layer, latents, media, heads, act="squared_relu"):
-    """latents (Q, D), media (S, D) of one image."""
-    queries = loop_norm(layer.latents_norm, latents)
-    keys = torch.cat([queries, loop_norm(layer.media_norm, media)])
-    latents = torch.stack([vector + loop_attention(layer.attn, query, keys, heads)
-                           for vector, query in zip(latents, queries)])
-    return latents + loop_mlp(layer.mlp, loop_norm(layer.mlp_norm, latents), act)
+def loop_resampler_layer(layer, latents, media, heads=5, act="squared_relu"):
+    """latents (B, Q, D), media (B, S, D)."""
+    queries = layer_norm(layer.latents_norm, latents)
+    keys = torch.cat([queries, layer_norm(layer.media_norm, media)], dim=1)
+    latents = latents + attend_by_hand(layer.attn, queries, keys, heads=heads)
+    return latents + mlp_by_hand(layer.mlp, layer_norm(layer.mlp_norm, latents), ACTS[act])
 
 
-def loop_resampler(resampler, features, heads=5, act="squared_relu"):
-    """features (F, S, D) of one image, or of a clip of max_frames frames."""
-    media = [features[f, s] + resampler.frames.weight[f]
-             for f in range(features.shape[0]) for s in range(features.shape[1])]
-    latents = resampler.latents
+def loop_resampler(resampler, features, act="squared_relu"):
+    """features (..., F, S, D) of images, or of clips of max_frames frames -> (..., Q, D)."""
+    media = features + resampler.frames.weight[:features.shape[-3], None]
+    media = media.flatten(-3, -2).flatten(0, -3)                      # (B, F * S, D)
+    latents = resampler.latents.expand(len(media), -1, -1)
     for layer in resampler.layers:
-        latents = loop_resampler_layer(layer, latents, torch.stack(media), heads, act)
-    return loop_norm(resampler.norm, latents)
+        latents = loop_resampler_layer(layer, latents, media, act=act)
+    return layer_norm(resampler.norm, latents).unflatten(0, features.shape[:-3])
 
 
 def images_of(row, only_latest_image=True, attend_next=False):
     """The numbers of the images that each letter of a row attends to; I is an image, from 0."""
-    places = [t for t, letter in enumerate(row) if letter == "I"]
-    found = []
+    places, found = [t for t, letter in enumerate(row) if letter == "I"], []
     for t in range(len(row)):
         if attend_next:                  # the image at or after t
             number = min((n for n, place in enumerate(places) if place >= t), default=-1)
@@ -387,13 +430,19 @@ def images_of(row, only_latest_image=True, attend_next=False):
     return found
 
 
-def loop_gated_block(block, x, visual, images, heads=3, act="squared_relu"):
-    """x (T, D), visual (N, Q, C) and images (see `images_of`) of one row."""
-    queries = loop_norm(block.attn_norm, x)
-    x = torch.stack([
-        x[t] + math.tanh(block.attn_gate.item()) * loop_attention(
-            block.attn, queries[t], visual[images[t]].flatten(0, 1), heads) for t in range(len(x))])
-    hidden = loop_mlp(block.mlp, loop_norm(block.mlp_norm, x), act)
+def media_mask_of(rows, N=3, Q=7, **how):
+    """The media mask (B, 1, T, N * Q) of rows of letters, see `images_of`."""
+    mask = torch.tensor([[[n in images for n in range(N)] for images in images_of(row, **how)]
+                         for row in rows])
+    return mask.repeat_interleave(Q, dim=2)[:, None]
+
+
+def loop_gated_block(block, x, visual, mask, act="squared_relu"):
+    """x (B, T, D), visual (B, N, Q, C), mask (B, 1, T, N * Q)."""
+    attended = attend_by_hand(block.attn, layer_norm(block.attn_norm, x), visual.flatten(1, 2),
+                              mask=mask)
+    x = x + math.tanh(block.attn_gate.item()) * attended
+    hidden = mlp_by_hand(block.mlp, layer_norm(block.mlp_norm, x), ACTS[act])
     return x + math.tanh(block.mlp_gate.item()) * hidden
 
 

@@ -1,6 +1,7 @@
-"""Language models against the papers' in torch's own functions: padding, caches, new tokens."""
+"""Language models against the papers' in loops: padding, caches, new tokens."""
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ import torch.nn.functional as F
 
 from common.language import (PRESETS, LanguageConfig, LanguageModel, NewTokens, cached_rope_table,
                              gpt2_size, llama_size, make_block, opt_size, rope_of)
-from tests.helpers import assert_close, randomize, unchanged
+from tests.helpers import (ToyCache, assert_close, block_by_hand, gated_mlp, layer_norm,
+                           mlp_by_hand, randomize, rms_norm, unchanged)
 
 V, T = 31, 11
 KINDS = ("gpt2", "opt", "llama")
@@ -30,44 +32,19 @@ def random_ids(*shape):
     return torch.randint(3, V, shape, generator=torch.Generator().manual_seed(1))
 
 
-def rotate(x, c):
-    """x (B, H, T, K): the pairs (i, i + K/2) as complex numbers that turn with the position."""
-    K = x.shape[-1]
-    positions = torch.arange(x.shape[2]).double()[:, None] / c.rope_scale
-    angles = positions * c.rope_theta ** (-torch.arange(0, K, 2).double() / K)
-    z = torch.complex(*x.split(K // 2, dim=-1)) * torch.polar(torch.ones_like(angles), angles)
-    return torch.cat([z.real, z.imag], dim=-1)
+PARTS = {"gpt2": (layer_norm, mlp_by_hand, partial(F.gelu, approximate="tanh")),
+         "opt": (layer_norm, mlp_by_hand, F.relu), "llama": (rms_norm, gated_mlp, F.silu)}
 
 
 def reference_block(block, x, c, rope=True):
-    """A causal block, x (B, T, D), in torch's functions."""
-    p, K = dict(block.named_parameters()), c.width // c.heads
-
-    def linear(name, x):
-        return F.linear(x, p[f"{name}.weight"], p.get(f"{name}.bias"))
-
-    def norm(name, x):
-        return reference_norm({k.removeprefix(f"{name}."): v for k, v in p.items()}, x, c)
-
-    h = norm("attn_norm", x)
-    q, k, v = (linear(f"attn.{x}_proj", h).unflatten(2, (-1, K)).transpose(1, 2) for x in "qkv")
-    if c.kind == "llama":
-        q, k = (rotate(q, c), rotate(k, c)) if rope else (q, k)
-        k, v = (y.repeat_interleave(c.heads // c.kv_heads, dim=1) for y in (k, v))
-    h = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
-    x = x + linear("attn.out_proj", h)
-    h = norm("mlp_norm", x)
-    if c.kind == "llama":
-        h = F.silu(linear("mlp.gate_proj", h)) * linear("mlp.up_proj", h)
-        return x + linear("mlp.down_proj", h)
-    h = linear("mlp.fc1", h)
-    return x + linear("mlp.fc2", F.relu(h) if c.kind == "opt" else F.gelu(h, approximate="tanh"))
-
-
-def reference_norm(p, x, c):
-    if c.kind == "llama":
-        return F.rms_norm(x, (c.width,), p["weight"], c.eps)
-    return F.layer_norm(x, (c.width,), p["weight"], p["bias"], c.eps)
+    """A causal block, x (B, T, D)."""
+    T, K, (norm, mlp, act) = x.shape[1], c.width // c.heads, PARTS[c.kind]
+    angles = torch.arange(T).double()[:, None] / c.rope_scale * \
+        c.rope_theta ** (-torch.arange(0, K, 2).double() / K)
+    return block_by_hand(
+        block, x, norm=partial(norm, eps=c.eps), mlp=partial(mlp, act=act), heads=c.heads,
+        kv_heads=c.kv_heads, mask=torch.ones(T, T).tril().bool(),
+        angles=angles if rope and c.kind == "llama" else None)
 
 
 def reference(lm, ids, table=None, head=None):
@@ -80,20 +57,7 @@ def reference(lm, ids, table=None, head=None):
         x = x + lm.pos_embed.weight[2 if c.kind == "opt" else 0:][:ids.shape[1]]
     for block in lm.blocks:
         x = reference_block(block, x, c)
-    return reference_norm(dict(lm.norm.named_parameters()), x, c) @ head.T
-
-
-class Cache:
-    """The KV cache in its simplest form."""
-
-    def __init__(self):
-        self.length, self.entries = 0, {}
-
-    def append(self, layer, *new):
-        old = self.entries.get(layer)
-        self.entries[layer] = new if old is None else [torch.cat(x, dim=2) for x in zip(old, new)]
-        self.length = self.entries[layer][0].shape[2]
-        return self.entries[layer]
+    return PARTS[c.kind][0](lm.norm, x, c.eps) @ head.T
 
 
 @pytest.fixture
@@ -283,7 +247,7 @@ class TestLanguageModel:
             mask[1, :2], mask[2, :5] = False, False
         expected = torch.cat([reference(lm, text[real][None])[0] for text, real in zip(ids, mask)])
         for chunks in [1] * T, [10, 1], [3, 1, 5, 2]:
-            cache, parts, past = Cache(), [], 0
+            cache, parts, past = ToyCache(), [], 0
             for n in chunks:
                 real = mask[:, :past + n] if padded else None
                 parts.append(lm(ids[:, past:past + n], real, cache))
@@ -292,7 +256,7 @@ class TestLanguageModel:
 
     @pytest.mark.parametrize("kind", KINDS)
     def test_more_tokens_than_the_context_are_refused_and_padding_does_not_count(self, kind):
-        lm, cache, mask = model(kind), Cache(), torch.ones(2, 23).bool()
+        lm, cache, mask = model(kind), ToyCache(), torch.ones(2, 23).bool()
         mask[:, :4] = False
         lm(random_ids(2, 23), mask)
         lm(random_ids(1, 19), cache=cache)
@@ -309,7 +273,7 @@ class TestLanguageModel:
 
     @pytest.mark.parametrize("masked", [True, False])
     def test_rotary_angles_are_exact_far_out_in_half_precision_and_in_any_context(self, masked):
-        lm, cache = LanguageModel(config(context_length=10 ** 12)).bfloat16(), Cache()
+        lm, cache = LanguageModel(config(context_length=10 ** 12)).bfloat16(), ToyCache()
         cache.length = 4700
         mask = torch.ones(1, 4703).bool() if masked else None
         _, inputs = lm.block_inputs(torch.zeros(1, 3, 24).bfloat16(), mask, cache)

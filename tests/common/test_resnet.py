@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.resnet import AttentionPool, Bottleneck, ModifiedResNet, freeze_bn_stats
-from tests.helpers import assert_close, assert_same
+from tests.helpers import assert_close, assert_same, attend_by_hand
 
 
 def randomize_all(module):
@@ -60,13 +60,9 @@ def grid_by_hand(model, x):
 
 
 def pool_by_hand(pool, cells, heads):
-    """The mean attends to the mean and all cells, head by head."""
-    x, outs = torch.cat([cells.mean(1, keepdim=True), cells], dim=1) + pool.pos_embed, []
-    q, k, v = (part(x).chunk(heads, dim=-1) for part in (pool.q_proj, pool.k_proj, pool.v_proj))
-    for q, k, v in zip(q, k, v):                                      # (B, 1 + N, K)
-        scores = (k * q[:, :1]).sum(-1) / k.shape[2] ** 0.5           # (B, 1 + N)
-        outs.append((scores.softmax(dim=1)[..., None] * v).sum(1))
-    return pool.out_proj(torch.cat(outs, dim=1))
+    """The mean attends to the mean and all cells."""
+    x = torch.cat([cells.mean(1, keepdim=True), cells], dim=1) + pool.pos_embed
+    return attend_by_hand(pool, x[:, :1], x, heads=heads)[:, 0]
 
 
 class TestBottleneck:

@@ -1,7 +1,7 @@
 """Attention, positions, norms, MLPs and blocks: each equals its formula, written as plain loops."""
 import math
 from functools import partial
-from itertools import accumulate, product
+from itertools import accumulate
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +13,9 @@ from common.transformer import (MLP, Attention, Block, GatedMLP, LayerNorm, Lear
                                 RMSNorm, Transformer, apply_rope, attend, attention, bert_block,
                                 fused_attention, llama_block, quick_gelu, rope_table,
                                 squared_relu, t5_block, to_float32, vit_block)
-from tests.helpers import assert_close, assert_same, randomize
+from tests.helpers import (ToyCache, assert_close, assert_same, attend_by_hand, block_by_hand,
+                           gated_mlp, layer_norm, mlp_by_hand, randomize, rms_norm, rotated,
+                           slow_attention)
 
 B, H, T, S, K, V, C = 2, 3, 5, 7, 11, 13, 17    # distinct primes: a transposed axis cannot pass
 WIDTH, HIDDEN = 12, 19
@@ -24,79 +26,10 @@ def draw(*shape, scale=1.0):
     return (scale * torch.randn(shape).double()).requires_grad_()
 
 
-# The definitions, as loops and plain products
-
-def slow_attention(q, k, v, mask=None, bias=None, scale=None):
-    """For one query after the other: a softmax over the keys it may attend to."""
-    (B, H, T, K), S, rows = q.shape, k.shape[2], []
-    mask = (torch.tensor(True) if mask is None else mask).expand(B, H, T, S)
-    bias = (torch.tensor(0.0) if bias is None else bias).expand(B, H, T, S)
-    for b, h, t in product(range(B), range(H), range(T)):
-        keys = mask[b, h, t].nonzero().flatten()
-        scores = k[b, h, keys] @ q[b, h, t] * (K ** -0.5 if scale is None else scale)
-        scores = scores + bias[b, h, t, keys]
-        shares = (scores - scores.max()).exp() if len(keys) else scores
-        rows.append(shares / shares.sum() @ v[b, h, keys])        # of no keys: zeros
-    return torch.stack(rows).view(B, H, T, -1)
-
-
-def linear(layer, x):
-    return x @ layer.weight.T + (0 if layer.bias is None else layer.bias)
-
-
 def rope_of(angles):
     """What `rope_table` gives for angles (..., T, K/2)."""
     cos, sin = angles.cos().float(), angles.sin().float()
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
-
-
-def rotated(x, angles):
-    """The pairs (i, i + K/2) of x (B, H, T, K) as complex numbers; angles (..., T, K/2)."""
-    turn = torch.complex(*(part.float().to(x.dtype) for part in (angles.cos(), angles.sin())))
-    pairs = torch.complex(*x.chunk(2, dim=-1)) * turn
-    return torch.cat([pairs.real, pairs.imag], dim=-1)
-
-
-def attend_by_hand(layer, x, context=None, *, heads=3, kv_heads=None, scale=None, mask=None,
-                   bias=None, angles=None):
-    """The attention layer; every head has its own slice of the features."""
-    kv_heads, context = kv_heads or heads, x if context is None else context
-    q = torch.stack(linear(layer.q_proj, x).chunk(heads, dim=-1), dim=1)
-    k, v = (torch.stack(linear(part, context).chunk(kv_heads, dim=-1), dim=1)
-            for part in (layer.k_proj, layer.v_proj))
-    if angles is not None:
-        q, k = rotated(q, angles), rotated(k, angles)
-    shared = [h * kv_heads // heads for h in range(heads)]     # neighbours share keys and values
-    out = slow_attention(q, k[:, shared], v[:, shared], mask, bias, scale)
-    return linear(layer.out_proj, torch.cat(out.unbind(dim=1), dim=-1))
-
-
-def layer_norm(norm, x, eps=1e-5):
-    centered = x - x.mean(-1, keepdim=True)
-    return rms_norm(norm, centered, eps) + norm.bias               # the variance divides by D
-
-
-def rms_norm(norm, x, eps=1e-6):
-    return x / (x ** 2).mean(-1, keepdim=True).add(eps).sqrt() * norm.weight
-
-
-def mlp_by_hand(mlp, x, act=F.gelu):
-    return linear(mlp.fc2, act(linear(mlp.fc1, x)))
-
-
-def gated_mlp(mlp, x, act=F.silu):
-    return linear(mlp.down_proj, act(linear(mlp.gate_proj, x)) * linear(mlp.up_proj, x))
-
-
-def block_by_hand(block, x, context=None, *, norm=layer_norm, mlp=mlp_by_hand, norm_first=True,
-                  context_mask=None, mask=None, bias=None, angles=None, **sizes):
-    attn = partial(attend_by_hand, mask=mask, bias=bias, angles=angles, **sizes)
-    cross = partial(attend_by_hand, context=context, mask=context_mask, **sizes)
-    parts = [(block.attn_norm, attn, block.attn), (block.cross_norm, cross, block.cross),
-             (block.mlp_norm, mlp, block.mlp)]
-    for layer, part, weights in parts[::2] if context is None else parts:
-        x = x + part(weights, norm(layer, x)) if norm_first else norm(layer, x + part(weights, x))
-    return x
 
 
 def inputs_of_a_block(heads=3, head_width=4, context_width=C):
@@ -114,25 +47,6 @@ def check_block(block, count, inputs=None, crosses=False, **by_hand):
     assert sum(parameter.numel() for parameter in block.parameters()) == count, "parameters"
     assert_same("block (B, T, D)", randomize(block).double()(x, **given),
                 block_by_hand(block, x, **same, **by_hand), block, x=x)
-
-
-# A cache, and texts in chunks
-
-class ToyCache:
-    """What attention asks of a cache, with a dictionary."""
-
-    def __init__(self):
-        self.entries = {}
-
-    def append(self, layer, k, v):
-        past = self.entries.get(layer, (k[:, :, :0], v[:, :, :0]))
-        self.entries[layer] = tuple(torch.cat(pair, dim=2) for pair in zip(past, (k, v)))
-        return self.entries[layer]
-
-    def get_or_compute(self, layer, length, compute):
-        if layer not in self.entries or self.entries[layer][0].shape[2] != length:
-            self.entries[layer] = compute()
-        return self.entries[layer]
 
 
 CHUNKS = [[7], [1] * 7, [4, 1, 2], [1, 6]]
