@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import FrozenInstanceError, asdict, replace
 from fnmatch import fnmatch
+from functools import partial
 
 import pytest
 import torch
@@ -11,8 +12,9 @@ import torch.nn.functional as F
 
 from clip import (CLIP, PRESETS, CLIPConfig, FeatureGradients, image_tower, init_weights,
                   paper_resnet, paper_vit)
-from tests.helpers import (CLIP_EOS, assert_close, clip_batch, loop_attention, loop_norm,
-                           loop_pixels, loop_text, loop_vit, randomize, texts, toy_clip)
+from tests.helpers import (ACTS, CLIP_EOS, assert_close, attend_by_hand, block_by_hand, clip_batch,
+                           layer_norm, loop_pixels, loop_text, mlp_by_hand, randomize, texts,
+                           toy_clip, unchanged)
 
 RESNET = {"image_size": 64, "stages": (1, 2, 3, 1), "vision_width": 4, "vision_heads": 8}
 PAPER = {"context_length": 77, "vocab_size": 49408, "eos_id": 49407, "act": "quick_gelu",
@@ -49,8 +51,12 @@ class TestImageTower:
         sizes = {"image_size": 15, "patch_size": 5, "vision_width": 12}
         config = CLIPConfig(**sizes, vision_layers=3, vision_heads=4, act=act)
         tower, images = randomize(image_tower(config)).double(), torch.randn(2, 3, 15, 15).double()
-        expected = torch.stack([loop_norm(tower.ln_post, loop_vit(tower, image, 4, act)[0])
-                                for image in images])
+        patches = F.conv2d(images, tower.patch_embed.weight.unflatten(1, (3, 5, 5)), stride=5)
+        x = torch.cat([tower.cls_token.expand(2, 1, 12), patches.flatten(2).mT], dim=1)
+        x = layer_norm(tower.ln_pre, x + tower.pos_embed)
+        for block in tower.transformer.blocks:
+            x = block_by_hand(block, x, heads=4, mlp=partial(mlp_by_hand, act=ACTS[act]))
+        expected = layer_norm(tower.ln_post, x[:, 0])
         assert_close("image features (B, D)", tower.pooled(images), expected)
         assert len(tower.transformer.blocks) == 3, "blocks"
 
@@ -58,12 +64,11 @@ class TestImageTower:
         tower = randomize(image_tower(CLIPConfig(**RESNET, embed_dim=7))).double().eval()
         images = torch.randn(2, 3, 64, 64).double()
         assert [len(getattr(tower, f"layer{i}")) for i in (1, 2, 3, 4)] == [1, 2, 3, 1], "blocks"
-        expected = []
-        for cells in tower.hidden(images):                            # (2 * 2, 32 * 4)
-            x = torch.cat([cells.mean(dim=0, keepdim=True), cells]) + tower.pool.pos_embed
-            expected.append(loop_attention(tower.pool, x[0], x, 8))
-        assert_close("image features (B, E)", tower.pooled(images), torch.stack(expected))
-        assert expected[0].shape == (7,), "embed_dim"
+        cells = tower.hidden(images)                                  # (B, 2 * 2, 32 * 4)
+        x = torch.cat([cells.mean(dim=1, keepdim=True), cells], dim=1) + tower.pool.pos_embed
+        expected = attend_by_hand(tower.pool, x[:, :1], x, heads=8)[:, 0]
+        assert_close("image features (B, E)", tower.pooled(images), expected)
+        assert expected.shape == (2, 7), "embed_dim"
 
 
 class TestFeatureGradients:
@@ -128,8 +133,7 @@ class TestCLIP:
     @pytest.mark.parametrize("act", ["gelu", "quick_gelu"])
     def test_a_text_is_its_end_token_projected_to_a_unit_vector(self, act):
         model, ids = toy_clip(act=act), texts()
-        expected = torch.stack([loop_text(model.text, row, 2, act) for row in ids]) \
-            @ model.text_projection.weight.T
+        expected = loop_text(model.text, ids, 2, act) @ model.text_projection.weight.T
         assert_close("text embeddings (B, E)", model.encode_text(ids),
                      expected / expected.norm(dim=1, keepdim=True))
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 
 from flamingo import GatedBlock
-from tests.helpers import (ACTS, assert_close, images_of, loop_gated_block, make_cache, make_visual,
-                           randomize)
+from tests.helpers import (ACTS, assert_close, loop_gated_block, make_cache, make_visual,
+                           media_mask_of, randomize, unchanged)
 
 ROWS = ("..I...I.I..", "I..........", "...........")
 
@@ -19,23 +19,17 @@ def make(act="squared_relu", gate_init=0.6, attn_init_scale=1.0):
 
 def inputs(*rows):
     """x (B, T, D), visual (B, N, Q, C), and the media mask (B, 1, T, N * Q) of rows of letters."""
-    mask = torch.zeros(len(rows), 1, len(rows[0]), 3, 7, dtype=torch.bool)
-    for b, row in enumerate(rows):
-        for t, images in enumerate(images_of(row)):
-            mask[b, 0, t, images] = True
     x = torch.randn(len(rows), len(rows[0]), 20).double()
-    return x, make_visual(len(rows)), mask.flatten(3)
+    return x, make_visual(len(rows)), media_mask_of(rows)
 
 
 class TestGatedBlock:
     @pytest.mark.parametrize("act", ["squared_relu", "gelu"])
     def test_it_is_the_papers_loop(self, act):
         block, (x, visual, mask) = randomize(make(act)), inputs(*ROWS)
-        before = x.clone()
-        expected = torch.stack([loop_gated_block(block, x[b], visual[b], images_of(row), 3, act)
-                                for b, row in enumerate(ROWS)])
-        assert_close("outputs (B, T, D)", block(x, visual.flatten(1, 2), mask), expected)
-        assert_close("the caller's x", x, before)
+        expected = loop_gated_block(block, x, visual, mask, act)
+        with unchanged(x=x, visual=visual, mask=mask):
+            assert_close("outputs (B, T, D)", block(x, visual.flatten(1, 2), mask), expected)
 
     @pytest.mark.parametrize("gate, other", [("attn_gate", "mlp_gate"), ("mlp_gate", "attn_gate")])
     def test_each_gate_multiplies_its_own_part_by_its_tanh(self, gate, other):
@@ -54,7 +48,7 @@ class TestGatedBlock:
         block.mlp_gate.data.zero_()
         visual = visual.flatten(1, 2).requires_grad_()
         same = (block(x, visual, mask) == x).all(dim=-1)
-        expected = torch.tensor([[not images for images in images_of(row)] for row in ROWS])
+        expected = ~mask.any(dim=3)[:, 0]
         assert_close("tokens that stay as they are (B, T)", same, expected)
         block(x, visual, mask)[expected].sum().backward()
         assert_close("their gradient of the visual tokens", visual.grad, torch.zeros_like(visual))

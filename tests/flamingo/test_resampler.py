@@ -3,8 +3,8 @@ import pytest
 import torch
 
 from flamingo import FrameEmbed, MLPResampler, Resampler, ResamplerLayer
-from tests.helpers import (ACTS, assert_close, loop_mlp, loop_norm, loop_resampler,
-                           loop_resampler_layer, randomize)
+from tests.helpers import (ACTS, assert_close, layer_norm, loop_resampler, loop_resampler_layer,
+                           mlp_by_hand, randomize, unchanged)
 
 ATTENTION = {"heads": 5, "head_width": 3}             # 15 inside, for features 22 wide
 
@@ -31,11 +31,9 @@ class TestResamplerLayer:
     def test_it_is_the_papers_loop(self, act):
         layer = make(ResamplerLayer, act, **ATTENTION)
         latents, media = torch.randn(2, 7, 22).double(), torch.randn(2, 11, 22).double()
-        before = latents.clone(), media.clone()
-        expected = [loop_resampler_layer(layer, *both, 5, act) for both in zip(latents, media)]
-        assert_close("latents (B, Q, D)", layer(latents, media), torch.stack(expected))
-        assert_close("the caller's latents", latents, before[0])
-        assert_close("the caller's media", media, before[1])
+        expected = loop_resampler_layer(layer, latents, media, act=act)
+        with unchanged(latents=latents, media=media):
+            assert_close("latents (B, Q, D)", layer(latents, media), expected)
 
     def test_its_parts_have_weights_of_their_own_and_no_biases_but_the_norms(self):
         layer = make(ResamplerLayer, **ATTENTION)
@@ -47,15 +45,15 @@ class TestFrameEmbed:
     def test_frames_get_the_table_interpolated_from_end_to_end_and_an_image_its_first_row(
             self, frames):
         embed, features = FrameEmbed(8, 22).double(), make_features(frames=frames)
-        before, expected = features.clone(), []
+        expected = []
         for i in range(frames):
             place = i * 7 / max(1, frames - 1)
             low = min(int(place), 6)
             start, end = embed.weight[low:low + 2]
             expected.append(start + (place - low) * (end - start))
         added = torch.stack(expected)[:, None].expand_as(features)
-        assert_close("added (B, N, F, S, D)", embed(features) - features, added)
-        assert_close("the caller's features", features, before)
+        with unchanged(features=features):
+            assert_close("added (B, N, F, S, D)", embed(features) - features, added)
 
     def test_frames_differ_from_the_start(self):
         assert FrameEmbed(8, 22).weight.std(dim=0).min() > 0.05, "rows of the table are alike"
@@ -77,9 +75,8 @@ class TestResampler:
     @pytest.mark.parametrize("frames, act", [(1, "squared_relu"), (4, "gelu")])
     def test_it_is_the_papers_loop_for_each_image_or_clip(self, frames, act):
         resampler, features = self.make(act), make_features(frames=frames)
-        expected = [loop_resampler(resampler, image, 5, act) for row in features for image in row]
-        assert_close("visual tokens (B, N, Q, D)", resampler(features),
-                     torch.stack(expected).unflatten(0, (2, 3)))
+        expected = loop_resampler(resampler, features, act)
+        assert_close("visual tokens (B, N, Q, D)", resampler(features), expected)
 
     def test_its_parts_have_weights_of_their_own(self):
         expected = 3 * LAYER + 7 * 22 + 4 * 22 + 2 * 22      # latents, frames, the last norm
@@ -98,8 +95,8 @@ class TestMLPResampler:
     def test_every_feature_becomes_a_token_by_itself(self, act):
         resampler, features = make(MLPResampler, act, max_frames=4), make_features(frames=4)
         x = (features + resampler.frames.weight[:, None]).flatten(2, 3)
-        x = x + loop_mlp(resampler.mlp, loop_norm(resampler.mlp_norm, x), act)
+        x = x + mlp_by_hand(resampler.mlp, layer_norm(resampler.mlp_norm, x), ACTS[act])
         assert_close("visual tokens (B, N, F * S, D)", resampler(features),
-                     loop_norm(resampler.norm, x))
+                     layer_norm(resampler.norm, x))
         expected = 2 * 22 * 88 + 4 * 22 + 4 * 22      # MLP, two norms with biases, frames
         assert count(resampler) == expected, f"{count(resampler)} parameters, not {expected}"
