@@ -61,9 +61,9 @@ def assert_close(name, got, expected, tolerance=None):
     raise AssertionError(text)
 
 
-def assert_same(name, got, expected, module=None, **inputs):
+def assert_same(name, got, expected, module=None, tolerance=None, **inputs):
     """The same values, and the same gradients of the module's parameters and of the inputs."""
-    assert_close(name, got, expected)
+    assert_close(name, got, expected, tolerance)
     assert got.requires_grad, f"{name}: no gradient passes through it"
     variables = inputs | dict(module.named_parameters() if module else ())
     try:
@@ -72,7 +72,7 @@ def assert_same(name, got, expected, module=None, **inputs):
     except RuntimeError as error:
         raise AssertionError(f"{name}: backward fails: {error}") from error
     for key, *pair in zip(variables, *gradients):
-        assert_close(f"{name}: gradient of {key}", *pair)
+        assert_close(f"{name}: gradient of {key}", *pair, tolerance)
 
 
 def grid(mask):

@@ -22,33 +22,21 @@ def tree_of(path):
     return ast.parse((ROOT / path).read_text())
 
 
-def class_of(name):
-    """keep_top_p -> TestKeepTopP."""
-    return "Test" + "".join(part[0].upper() + part[1:] for part in name.split("_"))
-
-
 def public(path):
     """The public functions and classes of a source file."""
     return [node.name for node in tree_of(path).body
             if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name[0] != "_"]
 
 
-def files_for(path, name):
-    """The test files in which the class of a definition may stand."""
-    stem = Path(path).stem
-    if name in ELSEWHERE:
-        return [ROOT / f"tests/{folder}/test_{stem}.py" for folder in ("pretrained", "training")]
-    if stem in MODELS:
-        return sorted((ROOT / "tests" / stem).glob("test_*.py"))
-    return [ROOT / f"tests/common/test_{stem}.py"]
-
-
 def node_of(path, name):
     """`tests/common/test_masks.py::TestCausal`, the one class of a definition."""
-    found = [f"{file.relative_to(ROOT)}::{class_of(name)}" for file in files_for(path, name)
-             if file.exists() for node in tree_of(file).body
-             if isinstance(node, ast.ClassDef) and node.name == class_of(name)]
-    assert len(found) == 1, f"{path}: {name} needs one class {class_of(name)}, found {found}"
+    stem, parts = Path(path).stem, name.split("_")
+    wanted = "Test" + "".join(part[0].upper() + part[1:] for part in parts)
+    files = f"{stem}/test_*.py" if stem in MODELS else f"common/test_{stem}.py"
+    files = f"[pt]r*/test_{stem}.py" if name in ELSEWHERE else files
+    found = [f"{file.relative_to(ROOT)}::{wanted}" for file in sorted((ROOT / "tests").glob(files))
+             for node in tree_of(file).body if getattr(node, "name", None) == wanted]
+    assert len(found) == 1, f"{path}: {name} needs one class {wanted}, found {found}"
     return found[0]
 
 
@@ -99,7 +87,7 @@ def root_of(function):
     return getattr(function, "id", "")
 
 
-@pytest.mark.parametrize("path", TESTS, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", TESTS, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_nothing_of_the_project_is_called_at_import(path):
     """Else one function that is not written yet keeps a whole file from being collected."""
     tree = tree_of(path)
@@ -117,11 +105,8 @@ def test_nothing_of_the_project_is_called_at_import(path):
 @pytest.mark.parametrize("path", MECHANISMS, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_comparisons_explain_themselves(path):
     """`assert_close(name, got, expected)` says what differs and where; these do not."""
-    found = []
-    for node in ast.walk(tree_of(path)):
-        if isinstance(node, ast.Attribute) and ast.unparse(node).endswith("testing.assert_close"):
-            found.append(f"line {node.lineno}: {ast.unparse(node)}")
-        if isinstance(node, ast.Assert) and node.msg is None and isinstance(node.test, ast.Call) \
-                and ast.unparse(node.test.func) in ("torch.equal", "torch.allclose"):
-            found.append(f"line {node.lineno}: {ast.unparse(node)}")
+    found = [f"line {node.lineno}: {code}" for node in ast.walk(tree_of(path))
+             if isinstance(node, (ast.Assert, ast.Attribute))
+             for code in [ast.unparse(node)] if code.endswith("testing.assert_close")
+             or code.startswith(("assert torch.equal(", "assert torch.allclose(")) and not node.msg]
     assert not found

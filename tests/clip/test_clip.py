@@ -12,9 +12,9 @@ import torch.nn.functional as F
 
 from clip import (CLIP, PRESETS, CLIPConfig, FeatureGradients, image_tower, init_weights,
                   paper_resnet, paper_vit)
-from tests.helpers import (ACTS, CLIP_EOS, assert_close, attend_by_hand, block_by_hand, clip_batch,
-                           layer_norm, loop_pixels, loop_text, mlp_by_hand, randomize, texts,
-                           toy_clip, unchanged)
+from tests.helpers import (ACTS, CLIP_EOS, assert_close, assert_same, attend_by_hand,
+                           block_by_hand, clip_batch, layer_norm, loop_pixels, loop_text,
+                           mlp_by_hand, randomize, texts, toy_clip, unchanged)
 
 RESNET = {"image_size": 64, "stages": (1, 2, 3, 1), "vision_width": 4, "vision_heads": 8}
 PAPER = {"context_length": 77, "vocab_size": 49408, "eos_id": 49407, "act": "quick_gelu",
@@ -100,13 +100,6 @@ def whole_loss(model, image, text):
     return (1 + (-sign * (logits + model.logit_bias)).exp()).log().sum() / len(image)
 
 
-def gradients(model, loss):
-    model.zero_grad()
-    loss.backward()
-    return {name: torch.zeros_like(p) if p.grad is None else p.grad.clone()
-            for name, p in model.named_parameters()}
-
-
 def split(batch, sizes):
     """A batch in micro-batches."""
     return [dict(zip(batch, part)) for part in zip(*(x.split(sizes) for x in batch.values()))]
@@ -157,16 +150,13 @@ class TestCLIP:
     def test_the_loss_is_of_all_pairs_and_reaches_every_parameter(self, changes):
         model = toy_clip(**changes)
         batch = clip_batch(5, model.config.image_size)
-        before, found = copy.deepcopy(batch), model(batch)["contrastive"]
-        expected = whole_loss(model, *features(model, batch))
-        assert_close("loss", found, expected, 1e-6)
-        got, want = gradients(model, found), gradients(model, expected)
-        for name in want:
-            assert_close(f"gradient of {name}", got[name], want[name], 1e-5)
+        with unchanged(**batch):
+            loss = model(batch)["contrastive"]
+        assert_same("loss", loss, whole_loss(model, *features(model, batch)), model, 1e-5)
+        loss.backward()
+        for name, p in model.named_parameters():
             if not name.endswith("k_proj.bias"):      # softmax does not depend on it
-                assert got[name].abs().max() > 1e-9, f"no gradient of {name}"
-        for name, value in before.items():
-            assert_close(f"the caller's {name}", batch[name], value)
+                assert p.grad.abs().max() > 1e-9, f"no gradient of {name}"
 
     def test_the_first_loss_is_near_log_of_the_batch(self):
         batch = clip_batch(32, 32)
@@ -183,7 +173,8 @@ class TestCLIP:
         for name, side in zip(("image", "text"), sides):
             assert side.dtype == torch.float32, f"{name} embeddings are {side.dtype}"
             assert_close(f"norms of {name} embeddings (B,)", side.norm(dim=1), torch.ones(5))
-        assert all(g.isfinite().all() for g in gradients(model, loss).values()), "gradients"
+        loss.backward()
+        assert all(p.grad.isfinite().all() for p in model.parameters()), "gradients"
 
     @pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
     @pytest.mark.parametrize("sizes", [[6], [2, 1, 3]])
@@ -198,11 +189,8 @@ class TestCLIP:
             own = {name: x[first:first + 6] for name, x in batch.items()}
             losses.append(cached(model, split(own, sizes), gather=gather) if len(sizes) > 1
                           else model(own, gather)["contrastive"])
-        expected, mean = whole_loss(model, *sides), sum(losses) / 2
-        assert_close("mean loss", mean, expected, 1e-6)
-        got, want = gradients(model, mean), gradients(model, expected)
-        for name in ("logit_scale", "logit_bias")[:len(model.scalars())]:
-            assert_close(f"gradient of {name}", got[name], want[name], 1e-5)
+        scalars = dict(zip(("logit_scale", "logit_bias"), model.scalars()))
+        assert_same("mean loss", sum(losses) / 2, whole_loss(model, *sides), None, 1e-5, **scalars)
 
     @pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
     @pytest.mark.parametrize("sizes, changes", [
@@ -214,11 +202,7 @@ class TestCLIP:
         # BatchNorm normalizes each micro-batch by itself.
         image, text = (torch.cat(side) for side in zip(*(features(model, part) for part in parts)))
         expected = whole_loss(model, image, text)
-        want, found = gradients(model, expected), cached(model, parts)
-        assert_close("sum of the losses", found, expected, 1e-6)
-        got = gradients(model, found)
-        for name in want:
-            assert_close(f"gradient of {name}", got[name], want[name], 1e-5)
+        assert_same("sum of the losses", cached(model, parts), expected, model, 1e-5)
 
     def test_accumulation_moves_a_resnets_statistics_once(self):
         model = toy_clip(**RESNET)
