@@ -2,7 +2,7 @@
 import copy
 import json
 import math
-from dataclasses import FrozenInstanceError, asdict, replace
+from dataclasses import asdict, replace
 from fnmatch import fnmatch
 from functools import partial
 
@@ -39,10 +39,6 @@ class TestCLIPConfig:
         config = CLIPConfig(**RESNET, context_length=3, eos_id=0)      # the least
         again = CLIPConfig(**json.loads(json.dumps(asdict(config))))
         assert again == config and again.stages == (1, 2, 3, 1), f"{again}"
-
-    def test_a_config_cannot_be_changed(self):
-        with pytest.raises(FrozenInstanceError):
-            PRESETS["tiny"].embed_dim = 3
 
 
 class TestImageTower:
@@ -157,12 +153,6 @@ class TestCLIP:
         for name, p in model.named_parameters():
             if not name.endswith("k_proj.bias"):      # softmax does not depend on it
                 assert p.grad.abs().max() > 1e-9, f"no gradient of {name}"
-
-    def test_the_first_loss_is_near_log_of_the_batch(self):
-        batch = clip_batch(32, 32)
-        loss = CLIP(replace(PRESETS["tiny"], vocab_size=29, eos_id=CLIP_EOS))(batch)["contrastive"]
-        # Cosines of random features vary, which adds about half the variance of the logits.
-        assert math.log(32) - 0.1 < loss < math.log(32) + 0.8, f"{loss}, log(32) is 3.47"
 
     @pytest.mark.parametrize("changes", [{}, RESNET])
     def test_under_bf16_embeddings_are_unit_vectors_in_float32(self, changes):

@@ -1,6 +1,5 @@
-"""Beam search against a slow loop over lists, and against all texts there are."""
+"""Beam search against a slow loop over lists."""
 import functools
-import itertools
 
 import pytest
 import torch
@@ -79,22 +78,8 @@ def padded(rows):
 
 
 class TestBeamSearch:
-    @pytest.mark.parametrize("length_penalty", [-1.0, 0.0, 1.0, 2.0])
-    def test_wide_enough_it_finds_the_best_of_all_texts(self, length_penalty):
-        best = []
-        for prompt in PROMPTS:
-            scores = {}
-            for text in itertools.product(range(V), repeat=4):
-                text = text[:text.index(STOP) + 1] if STOP in text else text
-                log_p = sum(log_p_after(random_logits, prompt + text[:n])[token]
-                            for n, token in enumerate(text))
-                scores[text] = log_p / len(text) ** length_penalty
-            best.append(max(scores, key=scores.get))
-        ids = search(Texts(random_logits, PROMPTS), 70, 4, length_penalty=length_penalty)
-        assert_close("likeliest ids (B, N)", ids, padded(best))
-
     @pytest.mark.parametrize("early_stopping", [True, False])
-    @pytest.mark.parametrize("length_penalty", [-1.0, 1.5])
+    @pytest.mark.parametrize("length_penalty", [-1.0, 0.0, 1.5])
     @pytest.mark.parametrize("stop", [(), (STOP,), (1, STOP, 4), (0, 1, STOP, 3, 4)], ids=str)
     @pytest.mark.parametrize("num_beams", [1, 2, 3])
     def test_a_few_beams_find_what_a_slow_loop_finds(self, num_beams, stop, length_penalty,

@@ -160,34 +160,29 @@ class TestCheckOptions:
 
 
 class TestDecodingState:
-    def start(self, **changes):
-        """Three ragged prompts of which each has a tint -> the state and what it stands for."""
-        lm, (ids, mask, texts), tint = toy_lm(), prompts(5, 1, 3), tints(3)
-        decoding = DecodingState(tinted(lm), ids, mask, 4, {"tint": tint}, **changes)
-        return decoding, lm, [text[0] for text in texts], tint
-
-    def test_its_logits_are_those_of_the_token_after_each_whole_text(self):
-        decoding, lm, texts, tint = self.start()
-        for token in (None, torch.tensor([[4], [9], [6]]), torch.tensor([[3], [5], [7]])):
-            if token is not None:
-                decoding.feed(token)
-                texts = [torch.cat([text, new]) for text, new in zip(texts, token)]
-            expected = [slow_logits(lm, *row) for row in zip(texts, tint)]
-            assert_close("logits (B, V)", decoding.logits, torch.stack(expected), 1e-5)
-
     def test_rows_that_are_repeated_and_reordered_take_all_they_have_along(self):
-        decoding, lm, texts, tint = self.start(repetition_penalty=2.0)
+        lm, (ids, mask, texts), tint = toy_lm(), prompts(5, 1, 3), tints(3)
+        decoding = DecodingState(tinted(lm), ids, mask, 4, {"tint": tint}, repetition_penalty=2.0)
+        texts, rows, since = [text[0] for text in texts], torch.tensor([1, 1, 3, 2, 5, 4]), 6
+
+        def check(after):
+            expected = [slow_logits(lm, *row) for row in zip(texts, tint, strict=True)]
+            assert_close(f"logits (B, V) after {after}", decoding.logits, torch.stack(expected), 1e-5)
+
+        def feed(*tokens):
+            decoding.feed(torch.tensor(tokens)[:, None])
+            return [torch.cat([text, torch.tensor([i])]) for text, i in zip(texts, tokens)]
+        check("ragged prompts")
+        texts = feed(4, 9, 6)
+        check("a token each")
         decoding.repeat(2)
-        expected = [slow_logits(lm, texts[r], tint[r]) for r in (0, 0, 1, 1, 2, 2)]
-        assert_close("logits (B, V)", decoding.logits, torch.stack(expected), 1e-5)
-        tokens = torch.tensor([[3], [4], [5], [6], [7], [8]])
-        decoding.feed(tokens)
-        rows = torch.tensor([1, 1, 3, 2, 5, 4])
-        decoding.reorder(rows, since=5)
-        decoding.feed(tokens)
-        texts = [torch.cat([texts[r // 2], tokens[r], new]) for r, new in zip(rows, tokens)]
-        expected = [slow_logits(lm, text, tint[k // 2]) for k, text in enumerate(texts)]
-        assert_close("logits (B, V)", decoding.logits, torch.stack(expected), 1e-5)
+        texts, tint = [text for text in texts for _ in range(2)], tint.repeat_interleave(2, dim=0)
+        check("every row twice")
+        texts = feed(3, 4, 5, 6, 7, 8)
+        decoding.reorder(rows, since)
+        texts = [texts[r] for r in rows]
+        texts = feed(8, 7, 6, 5, 4, 3)
+        check("rows in another order")
         seen = [[token in text for token in range(V)] for text in texts]
         assert_close("is penalized (B, V)", decoding.penalize(-torch.ones(6, V)) == -2,
                      torch.tensor(seen))
