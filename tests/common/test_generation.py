@@ -167,7 +167,7 @@ class TestDecodingState:
 
         def check(after):
             expected = [slow_logits(lm, *row) for row in zip(texts, tint, strict=True)]
-            assert_close(f"logits (B, V) after {after}", decoding.logits, torch.stack(expected), 1e-5)
+            assert_close(f"logits (B, V): {after}", decoding.logits, torch.stack(expected), 1e-5)
 
         def feed(*tokens):
             decoding.feed(torch.tensor(tokens)[:, None])
@@ -214,10 +214,8 @@ class TestTokensIn:
             assert_close("tokens (B, V)", tokens_in(ids, mask, 5), seen)
         seen[0, 0] = True
         assert_close("tokens (B, V) without a mask", tokens_in(ids, None, 5), seen)
-
-    def test_embeddings_have_no_tokens(self):
-        seen = tokens_in(torch.ones(2, 3, 7), None, 5)
-        assert_close("tokens (B, V)", seen, torch.zeros(2, 5).bool())
+        assert_close("tokens (B, V) of embeddings", tokens_in(torch.ones(2, 3, 7), None, 5),
+                     torch.zeros(2, 5).bool())
 
 
 class TestGenerate:
@@ -244,22 +242,17 @@ class TestGenerate:
                            repetition_penalty=penalty, state={"tint": tint})
         assert_close("new ids (B, N)", new, padded(expected))
 
-    @pytest.mark.parametrize("stop, pad_id, expected", [
-        (5, 12, [[4, 5, 12, 12, 12], [6, 7, 8, 9, 10]]), ((5, 8), 12, [[4, 5, 12], [6, 7, 8]]),
-        ([8, 5], 12, [[4, 5, 12], [6, 7, 8]]), ((), 12, [[4, 5, 6, 7, 8], [6, 7, 8, 9, 10]]),
-        ((7, 12), 7, [[4, 5, 6, 7], [6, 7, 7, 7]])])        # the end may be the padding too
-    def test_a_row_ends_with_its_first_stop_and_padding_follows(self, stop, pad_id, expected):
-        lm = chain(*((k, k + 1) for k in range(3, 11)))
-        new = generate(lm, torch.tensor([[3], [5]]), max_new_tokens=5, stop=stop, pad_id=pad_id)
-        assert_close("new ids (B, N)", new, expected)
-
-    @pytest.mark.parametrize("stop_strings, expected", [
-        (("5 6", "8 9"), [[4, 5, 6, PAD], [6, 7, 8, 9]]),
-        ("5 6", [[4, 5, 6, PAD, PAD], [6, 7, 8, 9, 10]])])
-    def test_stop_strings_are_looked_for_in_each_rows_new_text(self, stop_strings, expected):
-        lm = chain(*((k, k + 1) for k in range(3, 11)))
-        new = generate(lm, torch.tensor([[3], [5]]), max_new_tokens=5, pad_id=PAD,
-                       stop_strings=stop_strings, decode=lambda ids: " ".join(map(str, ids)))
+    @pytest.mark.parametrize("options, expected", [
+        ({"stop": 5}, [[4, 5, 12, 12, 12], [6, 7, 8, 9, 10]]),
+        ({"stop": (5, 8)}, [[4, 5, 12], [6, 7, 8]]), ({"stop": [8, 5]}, [[4, 5, 12], [6, 7, 8]]),
+        ({"stop": ()}, [[4, 5, 6, 7, 8], [6, 7, 8, 9, 10]]),
+        ({"stop": (7, 12), "pad_id": 7}, [[4, 5, 6, 7], [6, 7, 7, 7]]),  # the end may pad too
+        ({"stop_strings": ("5 6", "8 9")}, [[4, 5, 6, 12], [6, 7, 8, 9]]),
+        ({"stop_strings": "5 6"}, [[4, 5, 6, 12, 12], [6, 7, 8, 9, 10]])])
+    def test_a_row_ends_with_its_first_stop_and_padding_follows(self, options, expected):
+        lm, usual = chain(*((k, k + 1) for k in range(3, 11))), {"max_new_tokens": 5, "pad_id": 12}
+        new = generate(lm, torch.tensor([[3], [5]]), **usual | options,
+                       decode=lambda ids: " ".join(map(str, ids)))
         assert_close("new ids (B, N)", new, expected)
 
     def test_it_asks_the_model_no_more_soon_after_all_rows_have_ended(self):

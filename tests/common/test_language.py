@@ -183,10 +183,10 @@ def assert_angles(rope, positions, head_width, theta):
     """rope: cos | cos and -sin | sin of position * theta ** (-2i / K), each (T, K)."""
     steps = torch.arange(0, head_width, 2).double() / head_width
     angles = positions.double()[:, None] * theta ** -steps
-    for name, got, expected in zip(("cos (T, K)", "sin (T, K)"), rope, (
-            angles.cos().repeat(1, 2), torch.cat([-angles.sin(), angles.sin()], dim=1))):
-        assert got.dtype == torch.float32, f"{name} is {got.dtype}"
-        assert_close(name, got, expected, 1e-3)
+    sin, rope = angles.sin(), torch.stack(rope)
+    assert rope.dtype == torch.float32, f"cos and sin are {rope.dtype}"
+    expected = torch.stack([angles.cos().repeat(1, 2), torch.cat([-sin, sin], dim=1)])
+    assert_close("cos and sin (2, T, K)", rope, expected, 1e-3)
 
 
 class TestRopeOf:

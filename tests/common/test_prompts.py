@@ -5,9 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from common.prompts import (ASSISTANT, BOS, CAPTION_PROMPT, EOS, HOUSE, IMAGE, IMAGES, PAD,
-                            QUESTION_PROMPT, SYSTEM, USER, Segment, Template, collate, labels_of,
-                            merge_texts, render)
+from common.prompts import (ASSISTANT, BOS, EOS, HOUSE, IMAGE, IMAGES, PAD, SYSTEM, USER, Segment,
+                            Template, collate, labels_of, merge_texts, render)
 from tests.helpers import Words, assert_close, unchanged
 
 
@@ -91,20 +90,13 @@ class TestRender:
 
 class TestTemplate:
     def test_every_answer_and_its_end_are_learned_and_nothing_else(self):
+        spoken = turns("what is this ?", "a red cat", "is", "dog", "this", "a cat", images=2)
+        spoken[1]["images"] = ["picture"]        # a turn without images may leave them out
         assert_spells(
-            dialogue(HOUSE, "what is this ?", "a red cat", "is", "dog", "this", "a cat", images=2),
+            render(HOUSE.segments(spoken), Spaces()),
             "<bos> <user> <image> <image> what is this ? <assistant> a red cat <eos> "
-            "<user> is <assistant> dog <eos> <user> this <assistant> a cat <eos>",
-            "- - - - - - - - - a red cat <eos> - - - dog <eos> - - - a cat <eos>")
-
-    def test_a_later_turn_may_have_the_images(self):
-        spoken = turns("a", "red", "a", "blue")
-        spoken[1]["images"] = ["picture"] * 2
-        del spoken[0]["images"]                 # a turn without images may leave them out
-        assert_spells(render(HOUSE.segments(spoken), Spaces()),
-                      "<bos> <user> a <assistant> red <eos> "
-                      "<user> <image> <image> a <assistant> blue <eos>",
-                      "- - - - red <eos> - - - - - blue <eos>")
+            "<user> <image> is <assistant> dog <eos> <user> this <assistant> a cat <eos>",
+            "- - - - - - - - - a red cat <eos> - - - - dog <eos> - - - a cat <eos>")
 
     @pytest.mark.parametrize("default, system, begin", [
         ("", "brief", "<system> brief "), ("a", "brief", "<system> brief "),
@@ -136,11 +128,6 @@ class TestTemplate:
     def test_braces_in_a_turn_are_only_braces(self):
         rendered = dialogue(Template(user=("{0} {} _",)), "{} {0}", "{}")
         assert_spells(rendered, "<bos> {0} {} {0} _ <assistant> {} <eos>", "- - - - - - {} <eos>")
-
-    def test_no_space_stands_at_the_end_of_flamingos_prompts(self):
-        # The answer begins with its space, as a vocabulary has it.
-        found = CAPTION_PROMPT, QUESTION_PROMPT.format("what?")
-        assert found == ("output:", "question: what? answer:"), found
 
 
 class TestCollate:

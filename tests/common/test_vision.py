@@ -48,11 +48,9 @@ def hidden(vit, images, blocks):
 
 
 class TestCheckImageSize:
-    def test_rgb_images_of_the_size_pass(self):
-        check_image_size(torch.zeros(2, 3, 15, 15), 15)
-
     @pytest.mark.parametrize("shape", [(3, 15, 20), (3, 20, 15), (3, 10, 10), (1, 15, 15)])
-    def test_others_raise_and_both_shapes_are_named(self, shape):
+    def test_images_of_another_shape_raise_and_both_shapes_are_named(self, shape):
+        check_image_size(torch.zeros(2, 3, 15, 15), 15)
         with pytest.raises(ValueError, match=f"{shape[0]}, {shape[1]}, {shape[2]}.*3, 15, 15"):
             check_image_size(torch.zeros(2, *shape), 15)
 

@@ -273,9 +273,8 @@ class TestFlamingo:
         clips = [drawing(*colours.split()) for colours in (
             "red", "blue blue blue", "white blue", "green", "black red red")]
         queries = [drawing(*colours.split()) for colours in ("red blue green", "white", "blue")]
-        support = [page(("", "", f"{i}")) for i in range(5)]
-        for record, clip in zip(support, clips):
-            record["turns"][0]["images"] = [clip]
+        support = [{"turns": [{"images": [clip], "prompt": "", "answer": f"{i}"}]}
+                   for i, clip in enumerate(clips)]
         keys = torch.stack([feature(clip) for clip in clips])
         cosines = torch.stack([feature(query) for query in queries]) @ keys.T
         for count in (2, 5, 9):
