@@ -382,6 +382,16 @@ class ToyCache:
         return self.entries[layer]
 
 
+def loss_by_hand(image, text, scale, bias=None):
+    """The loss of all pairs by CLIP's Figure 3 and, with a bias, by SigLIP's Algorithm 1."""
+    logits = scale * image @ text.T
+    if bias is None:
+        log_sums = logits.exp().sum(dim=0).log() + logits.exp().sum(dim=1).log()
+        return (log_sums / 2 - logits.diagonal()).mean()
+    sign = 2 * torch.eye(len(image)) - 1
+    return (1 + (-sign * (logits + bias)).exp()).log().sum() / len(image)
+
+
 def loop_pixels(images):
     """uint8 (..., 3, H, W) -> float64, by CLIP's mean and deviation of each channel."""
     mean, std = (torch.tensor(x, dtype=torch.float64)[:, None, None] for x in (

@@ -14,7 +14,7 @@ from clip import (CLIP, PRESETS, CLIPConfig, FeatureGradients, image_tower, init
                   paper_resnet, paper_vit)
 from tests.helpers import (ACTS, CLIP_EOS, assert_close, assert_same, attend_by_hand,
                            block_by_hand, clip_batch, layer_norm, loop_pixels, loop_text,
-                           mlp_by_hand, randomize, texts, toy_clip, unchanged)
+                           loss_by_hand, mlp_by_hand, randomize, texts, toy_clip, unchanged)
 
 RESNET = {"image_size": 64, "stages": (1, 2, 3, 1), "vision_width": 4, "vision_heads": 8}
 PAPER = {"context_length": 77, "vocab_size": 49408, "eos_id": 49407, "act": "quick_gelu",
@@ -87,13 +87,7 @@ def features(model, batch):
 
 
 def whole_loss(model, image, text):
-    """The loss of all pairs by CLIP's Figure 3 and, with a bias, by SigLIP's Algorithm 1."""
-    logits = model.logit_scale.exp() * image @ text.T
-    if model.logit_bias is None:
-        log_sums = logits.exp().sum(dim=0).log() + logits.exp().sum(dim=1).log()
-        return (log_sums / 2 - logits.diagonal()).mean()
-    sign = 2 * torch.eye(len(image)) - 1
-    return (1 + (-sign * (logits + model.logit_bias)).exp()).log().sum() / len(image)
+    return loss_by_hand(image, text, model.logit_scale.exp(), model.logit_bias)
 
 
 def split(batch, sizes):

@@ -1,4 +1,4 @@
-"""Losses against slow loops and closed forms."""
+"""Losses against their formulas and closed forms."""
 import contextlib
 import math
 
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from common.losses import (count_labels, next_token_loss, no_autocast, no_gather,
                            sigmoid_contrastive, softmax_contrastive)
-from tests.helpers import assert_close, assert_same, unchanged
+from tests.helpers import assert_close, assert_same, loss_by_hand, unchanged
 
 
 def unit(*shape, seed=0):
@@ -38,24 +38,6 @@ def neighbours():
     """
     angles = torch.tensor([0.0, 0.4]), torch.tensor([0.450, 0.4530])
     return tuple(torch.stack([a.cos(), a.sin()], dim=1) for a in angles)
-
-
-def loop_softmax(image, text, scale):
-    total = 0
-    for i in range(len(image)):
-        of_image = torch.stack([scale * (image[i] * t).sum() for t in text])
-        of_text = torch.stack([scale * (x * text[i]).sum() for x in image])
-        total = total + of_image.exp().sum().log() + of_text.exp().sum().log() - 2 * of_image[i]
-    return total / (2 * len(image))
-
-
-def loop_sigmoid(image, text, scale, bias):
-    total = 0
-    for i in range(len(image)):
-        for j in range(len(text)):
-            logit = scale * (image[i] * text[j]).sum() + bias
-            total = total + (1 + torch.exp(-logit if i == j else logit)).log()
-    return total / len(image)
 
 
 class TestNoGather:
@@ -90,7 +72,7 @@ class TestSoftmaxContrastive:
     def test_it_is_the_mean_of_two_directions_and_of_the_processes(self, processes):
         inputs = {"image": unit(6, 5), "text": unit(6, 5, seed=1), "scale": number(4.0)}
         loss = over_processes(softmax_contrastive, *inputs.values(), processes=processes)
-        expected = loop_softmax(*inputs.values())
+        expected = loss_by_hand(*inputs.values())
         assert_same("loss of two directions", loss, expected, **inputs)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -99,7 +81,7 @@ class TestSoftmaxContrastive:
         with torch.autocast("cpu", torch.bfloat16):
             loss = softmax_contrastive(image, text, torch.tensor(100.0))
         assert loss.dtype == torch.float32, f"loss is {loss.dtype}"
-        assert_close("loss", loss, loop_softmax(image.double(), text.double(), 100.0))
+        assert_close("loss", loss, loss_by_hand(image.double(), text.double(), 100.0))
 
 
 class TestSigmoidContrastive:
@@ -113,7 +95,7 @@ class TestSigmoidContrastive:
         inputs = {"image": unit(6, 5), "text": unit(6, 5, seed=1), "scale": number(4.0),
                   "bias": number(-1.5)}
         loss = over_processes(sigmoid_contrastive, *inputs.values(), processes=processes)
-        expected = loop_sigmoid(*inputs.values())
+        expected = loss_by_hand(*inputs.values())
         assert_same("loss of all pairs", loss, expected, **inputs)
 
     def test_large_logits_do_not_overflow(self):
@@ -127,7 +109,7 @@ class TestSigmoidContrastive:
         with torch.autocast("cpu", torch.bfloat16):
             loss = sigmoid_contrastive(image, text, torch.tensor(100.0), torch.tensor(-90.05))
         assert loss.dtype == torch.float32, f"loss is {loss.dtype}"
-        assert_close("loss", loss, loop_sigmoid(image.double(), text.double(), 100.0, -90.05), 4e-5)
+        assert_close("loss", loss, loss_by_hand(image.double(), text.double(), 100.0, -90.05), 4e-5)
 
 
 class TestNextTokenLoss:
