@@ -428,22 +428,15 @@ def loop_resampler(resampler, features, act="squared_relu"):
     return layer_norm(resampler.norm, latents).unflatten(0, features.shape[:-3])
 
 
-def images_of(row, only_latest_image=True, attend_next=False):
-    """The numbers of the images that each letter of a row attends to; I is an image, from 0."""
-    places, found = [t for t, letter in enumerate(row) if letter == "I"], []
-    for t in range(len(row)):
-        if attend_next:                  # the image at or after t
-            number = min((n for n, place in enumerate(places) if place >= t), default=-1)
-        else:
-            number = max((n for n, place in enumerate(places) if place <= t), default=-1)
-        found.append([number] * (number >= 0) if only_latest_image else list(range(number + 1)))
-    return found
-
-
-def media_mask_of(rows, N=3, Q=7, **how):
-    """The media mask (B, 1, T, N * Q) of rows of letters, see `images_of`."""
-    mask = torch.tensor([[[n in images for n in range(N)] for images in images_of(row, **how)]
-                         for row in rows])
+def media_mask_of(rows, N=3, Q=7, only_latest_image=True, attend_next=False):
+    """The media mask (B, 1, T, N * Q) of rows of letters, of which I is an image."""
+    mask = torch.zeros(len(rows), len(rows[0]), N, dtype=torch.bool)
+    for b, row in enumerate(rows):
+        for t in range(len(row)):
+            last = row[:t + 1].count("I") - 1
+            if attend_next:              # the image at or after t
+                last = row[:t].count("I") if "I" in row[t:] else -1
+            mask[b, t, max(last, 0) if only_latest_image else 0:last + 1] = True
     return mask.repeat_interleave(Q, dim=2)[:, None]
 
 

@@ -146,7 +146,7 @@ class TestCLIP:
         loss.backward()
         for name, p in model.named_parameters():
             if not name.endswith("k_proj.bias"):      # softmax does not depend on it
-                assert p.grad.abs().max() > 1e-9, f"no gradient of {name}"
+                assert p.grad is not None and p.grad.any(), f"no gradient of {name}"
 
     @pytest.mark.parametrize("changes", [{}, RESNET])
     def test_under_bf16_embeddings_are_unit_vectors_in_float32(self, changes):

@@ -23,26 +23,6 @@ def pixels(picture):
     return torch.from_numpy(np.array(picture)).permute(2, 0, 1)
 
 
-def count(module):
-    return sum(p.numel() for p in module.parameters())
-
-
-def check_sizes(config, D, C, gated, table=None):
-    """Parameters of gated blocks (D wide) and resampler (C wide); the paper's table within 20%."""
-    with torch.device("meta" if table else "cpu"):
-        model = Flamingo(config)
-    inner, layers = config.heads * config.head_width, config.resampler_layers
-    resampler_inner = config.resampler_heads * config.resampler_head_width
-    for part, expected, told in (
-            ("gated", gated * (2 * (D + C) * inner + 8 * D * D + 4 * D + 2), table),
-            ("resampler", layers * (4 * C * resampler_inner + 8 * C * C + 6 * C)
-             + (config.num_latents + config.max_frames + 2) * C, table and 194e6)):
-        found = count(getattr(model, part))
-        assert found == expected, f"{part}: {found} parameters, expected {expected}"
-        assert told is None or found == pytest.approx(told, rel=0.2), f"{part}: Table 5 has {told}"
-    assert count(model.lm.new) == 2 * D, "learned rows for <image> and <eoc>"
-
-
 class TestFlamingoConfig:
     def test_it_comes_back_from_json(self):
         config = flamingo_config(max_frames=0, p_next_image=1.0)       # the least and the most
@@ -91,10 +71,6 @@ def loop_logits(model, rows, ids, visual, attend_next):
 
 
 class TestFlamingo:
-    @pytest.mark.parametrize("name, D, C, gated", [("tiny", 128, 128, 4), ("small", 512, 384, 4)])
-    def test_our_presets_have_the_parameters_of_the_formula(self, name, D, C, gated):
-        check_sizes(PRESETS[name], D, C, gated)
-
     def test_a_new_models_gates_and_attention_outputs_are_those_of_its_config(self):
         config = flamingo_config(attn_init_scale=7.0, gate_init=0.5)
         for i, block in enumerate(Flamingo(config).gated):
@@ -290,4 +266,12 @@ class TestPaperSize:
             config, heads=D // 128, head_width=128, resampler_heads=16, resampler_head_width=96,
             num_latents=64, max_frames=8, resampler_layers=6, cross_attn_every=every,
             act="squared_relu", attn_init_scale=1.0, placement="paper")
-        check_sizes(config, D, 1536, gated, table)
+        with torch.device("meta"):
+            model = Flamingo(config)
+        gate, layer = 2 * (D + 1536) * D + 8 * D * D + 4 * D + 2, 12 * 1536 * 1536 + 6 * 1536
+        for part, expected, told in (("gated", gated * gate, table),
+                                     ("resampler", 6 * layer + (64 + 8 + 2) * 1536, 194e6)):
+            found = sum(p.numel() for p in getattr(model, part).parameters())
+            assert found == expected, f"{part}: {found} parameters, expected {expected}"
+            assert found == pytest.approx(told, rel=0.2), f"{part}: Table 5 has {told}"
+        assert model.lm.new.rows.shape == (2, D), "learned rows for <image> and <eoc>"
