@@ -87,8 +87,6 @@ class TestSample:
         together = sample(torch.zeros(3, 9973), generator=[draws(k) for k in (5, 6, 7)])
         alone = [sample(torch.zeros(1, 9973), generator=[draws(k)]) for k in (5, 6, 7)]
         assert_close("token (B,)", together, torch.cat(alone))
-
-    def test_generators_for_another_number_of_rows_are_refused(self):
         with pytest.raises(ValueError, match="3.* 2"):
             sample(torch.zeros(2, 5), generator=[draws()] * 3)
 
