@@ -92,3 +92,12 @@ class TestBeamSearch:
         texts = Texts(random_logits, PROMPTS)
         search(texts, 2, 50, early_stopping=True)
         assert texts.steps < 25, f"{texts.steps} tokens of each beam went to the model"
+
+    def test_step_keeps_as_many_beams_when_the_likeliest_tokens_all_end(self):
+        texts = Texts(random_logits, [(0,), (1,)])
+        beams = BeamSearch(texts, 2, 5, torch.tensor([2, 3, 4]), PAD, 1.0, False)
+        log_p = torch.tensor([-7.0, -8.0, -1.0, -2.0, -3.0]).repeat(2, 2, 1)
+        rows, token = beams.step(log_p, 0)
+        assert_close("log p of the beams (B, W)", beams.scores, [[-7.0, -8.0]] * 2)
+        assert_close("token (B * W, 1)", token, [[0], [1], [0], [1]])
+        assert_close("prompts of the rows (B * W,)", rows // 2, [0, 0, 1, 1])
