@@ -13,7 +13,6 @@ from common.data.shapes.words import is_true
 from tests.shapes.judge import (NUMBERS, ask_and_answer, blind, held_out, one, pairs_in, resolve,
                                 scenes_of, shows)
 
-
 # How many turns a record has.
 LENGTHS = {"caption": {0}, "album": {2, 3}, "names": {4, 5, 6, 7, 8}, "question": {1, 2, 3},
            "document": {2, 3, 4}, "episode": {3, 5, 7, 9}, "glossary": {3, 4, 5}, "clip": {1}}
@@ -206,7 +205,5 @@ class TestClip:
         assert len(answers) == (4 if kind == "direction" else 2)
         assert max(answers.values()) < 1.35 * 300 / len(answers), answers
 
-    def test_kinds_are_drawn_and_frames_are_as_many_as_asked_for(self, drawn):
+    def test_every_kind_is_drawn(self, drawn):
         assert {record["kind"] for record in drawn["clip"]} == set(CLIPS)
-        (frames,), = [turn["images"] for turn in clip(random.Random(0), frames=16)["turns"]]
-        assert len(frames) == 16 and {frame.size for frame in frames} == {(32, 32)}

@@ -8,17 +8,10 @@ import pytest
 
 from common.data.shapes.questions import FORMS, balanced_question, probes, questions
 from common.data.shapes.scene import HELD_OUT
-from tests.shapes.judge import (ask_and_answer, blind, held_out, many, odd, pair, pairs_in, resolve)
+from tests.shapes.judge import ask_and_answer, blind, held_out, many, odd, pairs_in, resolve
 
 TRAINED = ("colour", "shape", "count", "relation", "existence", "comparison")
 KINDS = {"train": TRAINED, "test": (*TRAINED, "size")}
-
-
-@pytest.mark.parametrize("question", ["what colour is the object?", "what colour is the star?",
-                                      "are there more circles than squares?", "how are you?"])
-def test_the_judge_refuses_what_a_scene_does_not_decide(question):
-    with pytest.raises(AssertionError):
-        resolve(question, pair())
 
 
 @pytest.fixture(scope="module")

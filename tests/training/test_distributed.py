@@ -38,30 +38,12 @@ class TestGather:
         assert_close("the gradients that came in", weights, before)
 
 
-class TestMean:
-    def test_each_number_is_averaged_over_the_processes(self):
-        values = [{"a": 1.0, "b": 4.0}, {"a": 2.0, "b": True}, {"a": 6.0, "b": 1}]
-        assert in_threads(3, lambda rank: distributed.mean(values[rank], "cpu")) \
-            == [{"a": 3.0, "b": 2.0}] * 3
-
-
-class TestAllGatherObjects:
-    def test_lists_are_joined_in_the_order_of_the_processes(self):
-        assert in_threads(3, lambda rank: distributed.all_gather_objects(["a", rank] * rank)) \
-            == [["a", 1, "a", 2, "a", 2]] * 3
-
-
-class TestStart:
-    def test_without_torchrun_there_is_one_process_that_has_everything(self):
-        assert distributed.start("cpu") == torch.device("cpu")
-        distributed.barrier()
-        assert (distributed.rank(), distributed.world_size()) == (0, 1)
-        assert distributed.mean({"a": 2.0}, "cpu") == {"a": 2.0}
-        assert distributed.all_gather_objects(["a", "b"]) == ["a", "b"]
-        rows, first = distributed.gather(torch.eye(3))
-        assert_close("rows", rows, torch.eye(3))
-        assert first == 0
-        distributed.stop()
+def test_numbers_are_averaged_and_lists_joined_over_the_processes():
+    values = [{"a": 1.0, "b": 4.0}, {"a": 2.0, "b": True}, {"a": 6.0, "b": 1}]
+    assert in_threads(3, lambda rank: distributed.mean(values[rank], "cpu")) \
+        == [{"a": 3.0, "b": 2.0}] * 3
+    assert in_threads(3, lambda rank: distributed.all_gather_objects(["a", rank] * rank)) \
+        == [["a", 1, "a", 2, "a", 2]] * 3
 
 
 # Two processes
@@ -111,8 +93,8 @@ class TestRuns:
         assert second == ""
         for folder in (tmp_path / "clip-toy", tmp_path / "again-toy"):
             assert_same("weights", weights(folder), weights(tmp_path / "one"), 1e-5)
-            assert [line["step"] for line in log(folder)] == [7]
-            assert_close("loss", log(folder)[0]["loss"], log(tmp_path / "one")[0]["loss"], 2e-5)
+            (line,), (expected,) = log(folder), log(tmp_path / "one")
+            assert_close("loss of step 7", line["loss"], expected["loss"], 2e-5)
             assert {p.name for p in folder.iterdir()} \
                 == {p.name for p in (tmp_path / "one").iterdir()}
 
@@ -122,9 +104,7 @@ class TestRuns:
         both = pair(argv, tmp_path / "stopped", (int, moment))
         first, second = (process.end(128 + signal.SIGTERM) for process in both)
         assert first.splitlines()[-1].startswith("stopped by SIGTERM at step 6, saved")
-        assert second == ""
-        assert not (tmp_path / "stopped/result.json").exists()
-        assert checkpoint.load(tmp_path / "stopped/last.pt")["step"] == 6
+        assert second == "" and not (tmp_path / "stopped/result.json").exists()
         assert "resumed from step 6" in Command([*argv, "--resume"], tmp_path / "alone.txt").end()
 
     def test_two_killed_processes_go_on_to_the_same_end(self, tmp_path):
@@ -152,10 +132,3 @@ class TestRuns:
         one, two = (checkpoint.load(tmp_path / name / "last.pt") for name in ("one", "two"))
         assert one["data"] == two["data"]
 
-    def test_both_stop_alike_when_one_reads_too_little(self, tmp_path):
-        spec = listed(tmp_path / "data", 40)
-        for name in names(open_world(spec, 8), "train")[:13]:
-            (tmp_path / "data" / name).unlink()
-        argv = own(spec, "--out", str(tmp_path / "run"))
-        said = [process.end(2).splitlines()[-1] for process in pair(argv, tmp_path / "run")]
-        assert said[0] == said[1] and "more than --skip 0.05 allows" in said[0]
