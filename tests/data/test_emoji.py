@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from common.data.emoji import build, world as emoji
+from common.data.emoji import build
 from common.data.emoji.world import Emoji
 
 
@@ -66,14 +66,6 @@ class TestMakeSplits:
                 assert any(alike) and entry["tones"] and entry["tones"] not in alike
                 assert any(e["tones"] == entry["tones"] for e in entries["train"])
 
-    def test_a_greedy_split_leaves_every_base_and_tone_in_training(self, monkeypatch):
-        monkeypatch.setattr(emoji, "TEST", 6)
-        found = [{"name": f"{base}: {tone}", "base": base, "tones": [tone]}
-                 for base in ("cook", "pilot") for tone in ("light", "medium", "dark")]
-        train = [found[i] for i in emoji.make_splits(found)["train"]]
-        assert {entry["base"] for entry in train} == {"cook", "pilot"} and len(train) < 6
-        assert {tone for entry in train for tone in entry["tones"]} == {"light", "medium", "dark"}
-
     def test_training_says_no_test_name(self, world, records, entries):
         varied = [world.record("train", i, random.Random(i)) for i in range(world.size("train"))]
         said = {text for record in records["train"] + varied for text in record["texts"]}
@@ -131,7 +123,6 @@ class TestEmoji:
     def test_a_copy_for_a_worker_is_small_and_gives_the_same_records(self, world, records):
         assert len(pickle.dumps(world)) < 1000
         assert pickle.loads(pickle.dumps(world)).record("test", 3) == records["test"][3]
-        assert pickle.loads(pickle.dumps(Emoji(image_size=48))).image_size == 48
 
     def test_the_corpus_is_every_training_text_in_a_fixed_order(self, world, records):
         assert [*world.corpus()] == [text for r in records["train"] for text in r["texts"]]
@@ -161,15 +152,11 @@ class TestEmoji:
 
 class TestEntry:
     @pytest.mark.parametrize("name, phrase, base, tones, file", [
-        ("keycap: #", "keycap #", "keycap: #", [], "keycap-hash"),
         ("flag: Réunion", "flag of Réunion", "flag: Réunion", [], "flag-reunion"),
         ("family: man, woman, girl, boy", "family of man, woman, girl and boy",
          "family: man, woman, girl, boy", [], "family-man-woman-girl-boy"),
         ("man: dark skin tone, bald", "man with dark skin tone and bald head", "man: bald",
-         ["dark"], "man-dark-skin-tone-bald"),
-        ("kiss: woman, man, light skin tone, dark skin tone",
-         "kiss of woman and man with light skin tone and dark skin tone", "kiss: woman, man",
-         ["light", "dark"], "kiss-woman-man-light-skin-tone-dark-skin-tone")])
+         ["dark"], "man-dark-skin-tone-bald")])
     def test_a_name_becomes_a_phrase_a_base_tones_and_a_file(self, name, phrase, base, tones, file):
         entry = build.entry("1F9D1", name, [], "group", "subgroup")
         assert (entry["phrase"], entry["base"], entry["tones"]) == (phrase, base, tones)

@@ -8,11 +8,10 @@ import torch
 
 from clip import CLIP
 from common.training.devices import (autocast, default_workers, find_device, half_precision,
-                                     peak_memory, to_device)
+                                     to_device)
 from common.training.optimizer import freeze
 from flamingo import TRAINS, Flamingo
 from tests.helpers import flamingo_config, make_batch
-from tests.training.runs import fork
 
 ROOT = Path(__file__).parents[2]
 FILES = [ROOT / "clip.py", ROOT / "flamingo.py", *sorted((ROOT / "common").glob("*.py"))]
@@ -147,17 +146,3 @@ def test_a_cpu_has_no_workers_unless_they_are_asked_for(monkeypatch, cores, work
 def test_to_device_moves_tensors_alone():
     batch = to_device({"x": torch.ones(2), "n": 3, "text": "a"}, torch.device("meta"))
     assert batch["x"].is_meta and (batch["n"], batch["text"]) == (3, "a")
-
-
-def grow(path):
-    """Write the peak of memory before and after 128 MB more."""
-    before = peak_memory(CPU)
-    torch.ones(2 ** 25)
-    path.write_text(f"{before} {peak_memory(CPU) - before}")
-
-
-def test_the_peak_of_memory_is_that_of_the_process(tmp_path):
-    # In a process of its own: what other tests have freed would hide the growth.
-    fork(grow, tmp_path / "said.txt").join(60)
-    before, growth = map(float, (tmp_path / "said.txt").read_text().split())
-    assert before > 10 and 100 < growth < 200

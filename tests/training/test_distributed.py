@@ -1,10 +1,8 @@
 """The calls that differ for several processes, and that two train as one with the whole batch."""
 import functools
-import os
 import signal
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 import clip
 import train
@@ -12,8 +10,7 @@ from common.data.batches import open_world
 from common.training import checkpoint, distributed
 from tests.helpers import assert_close, listed, names
 from tests.training.runs import (STEPS, TOY, Command, assert_same, assert_same_run, at_step,
-                                 environments, fork, in_threads, log, own, pair, result,
-                                 share_of_batch, step_gradients, weights)
+                                 in_threads, log, own, pair, result, weights)
 
 FLAGS = [*TOY, "--precision", "fp32", "--save_every", "4"]
 
@@ -47,34 +44,6 @@ def test_numbers_are_averaged_and_lists_joined_over_the_processes():
 
 
 # Two processes
-
-def gradients(environment, path):
-    """In one of two processes: gradients and loss of its share of the batch, for each loss."""
-    os.environ |= environment
-    torch.set_num_threads(1)
-    distributed.start("cpu")
-    found = {}
-    for loss in ("softmax", "sigmoid", "lm"):
-        model, batches = share_of_batch(loss, 1, 3, 2, rank=distributed.rank(), ranks=2)
-        found[loss] = step_gradients(model, batches, DistributedDataParallel(model))
-    torch.save(found, path)
-    distributed.barrier()
-    distributed.stop()
-
-
-def test_gradients_of_two_processes_are_those_of_one_with_the_whole_batch(tmp_path):
-    for process in [fork(gradients, e, tmp_path / e["RANK"]) for e in environments()]:
-        process.join(60)
-        process.kill()
-        assert process.exitcode == 0
-    one, two = (torch.load(tmp_path / rank) for rank in ("0", "1"))
-    for loss in one:
-        expected = step_gradients(*share_of_batch(loss, 12))
-        mean = (one[loss].pop("loss") + two[loss].pop("loss")) / 2
-        assert_close(f"{loss} loss", mean, expected.pop("loss"), 1e-8)
-        assert_same(f"gradients of process 0, {loss}", one[loss], expected, 1e-8)
-        assert_same(f"gradients of process 1, {loss}", two[loss], expected, 1e-8)
-
 
 def two_stages():
     """A trap: `all` is two stages."""

@@ -318,7 +318,7 @@ class TestARun:
         assert figures["parameters"] == figures["trainable_parameters"] \
             == sum(w.numel() for w in weights(reference).values()) and figures["steps"] == STEPS
         assert figures["loss"] == pytest.approx(log(reference)[-1]["loss"], abs=1e-4)
-        assert 0 < figures["seconds"] < 60 and figures["peak_memory_mb"] > 1
+        assert 0 < figures["seconds"] < 60 and 100 < figures["peak_memory_mb"] < 3000
         for name in ("zero_shot_accuracy", "composition_accuracy", "image_to_text_recall@1"):
             assert 0 <= figures[name] <= 1 and 0 < figures[f"{name}_chance"] < 1
 
