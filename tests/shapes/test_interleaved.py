@@ -60,8 +60,8 @@ class TestTasks:
     def test_a_record_is_a_function_of_its_rng_without_held_out_pairs(self, drawn, kind):
         bare = [TASKS[kind](random.Random(i), side=None) for i in range(200)]
         assert drawn[kind][:9] == [TASKS[kind](random.Random(i), side=16) for i in range(9)]
-        for one, record in zip(bare, drawn[kind]):
-            assert (words_of(one), one["source"]) == (words_of(record), record["source"])
+        for plain, record in zip(bare, drawn[kind]):
+            assert (words_of(plain), plain["source"]) == (words_of(record), record["source"])
         assert shows(bare[0], (), 16) and len({str(words_of(record)) for record in bare}) > 70
         for record in bare:
             assert not held_out(str(words_of(record)))
@@ -115,8 +115,7 @@ class TestQuestion:
 class TestDocument:
     def test_its_own_picture_alone_decides_the_question(self):
         kinds, places, said = Counter(), Counter(), {"train": {}, "test": {}}
-        for i in range(1000):
-            split = ("train", "test")[i % 2]
+        for i, split in enumerate(500 * ("train", "test")):
             record = document(random.Random(i), split, None, images=3)
             asked, others, captions = record["asked"], [*record["source"]], answers_of(record)
             scene, answer = others.pop(asked), captions.pop(asked)

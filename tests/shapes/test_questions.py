@@ -61,7 +61,6 @@ class TestQuestions:
 class TestBalancedQuestion:
     @pytest.mark.parametrize("split", KINDS)
     def test_blind_guessing_is_near_chance(self, split):
-        """By the exact words of a question and by any of its words."""
         chance = {"colour": 1 / 7, "shape": 1 / 5, "count": 1 / 3}
         for kind in KINDS[split]:
             rng, limit = random.Random(kind), chance.get(kind, 1 / 2) + 0.08

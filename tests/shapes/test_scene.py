@@ -54,10 +54,6 @@ class TestSample:
         assert (rough.noise, len(set(rough.clutter)), rough.style) == (0.1, 4, "outline")
         assert replace(rough, noise=0, clutter=(), style="plain", grain=plain.grain) == plain
 
-    def test_it_depends_on_the_rng_alone(self):
-        first, again = ([scene for scene, _ in many(50)] for _ in range(2))
-        assert first == again and len({scene.grain for scene in first}) == 50
-
 
 # Points in units of the radius from the centre (x to the right, y down): inside, outside.
 OUTLINES = {"circle": ([(0.68, 0.68), (0.94, 0)], [(0.75, 0.75)]),

@@ -43,8 +43,7 @@ def parsed(record):
         return "list", found[1].split(), found[2]
     end = re.search(r"\W?$", plain)[0]
     pairs = [tuple(part.split()) for part in re.findall(r"\w+ \w+", plain)]
-    bare = plain == " ".join(f"{name} {label}{end}" for name, label in pairs)
-    return "bare" if bare and pairs[0][1] in LABELS else "caption", pairs, end
+    return "bare" if pairs[0][1] in LABELS else "caption", pairs, end
 
 
 class TestText:
@@ -61,18 +60,17 @@ class TestText:
         assert sum(bool(record["turns"][-1]["prompt"]) for record in pages) > 250
 
     def test_lists_and_episodes_have_any_end_and_episodes_three_forms(self, drawn):
-        counts, sizes, ends = Counter(), set(), defaultdict(set)
+        counts, ends = Counter(), defaultdict(set)
         for kind, parts, end in map(parsed, drawn):
             counts[kind] += 1
             ends[kind].add(end)
             if kind == "list":
-                sizes.add(len(parts))
                 assert len(set(parts)) == len(parts) and any(set(parts) <= set(n) for n in LISTED)
             elif kind in FORMS:              # each class keeps its label, and each label its class
                 assert [len(set(v)) for v in (parts, *zip(*parts))] == [2, 2, 2]
                 assert {name.split()[-1] for name, _ in parts} < {*COLOURS, *SHAPES}
                 assert {len(name.split()) for name, _ in parts} == {3 if kind == "phrase" else 1}
-        assert sizes == {3, 4, 5, 6, 7, 8} and ends.pop("page") == {"."} and ends.pop("caption")
+        assert ends.pop("page") == {"."} and ends.pop("caption")
         assert {"", ".", ","} < {*ENDS}          # recall must not depend on one end
         assert ends == dict.fromkeys(("list", *FORMS), {*ENDS}) and min(counts.values()) > 30
         assert abs(counts["list"] - 200) < 40 and abs(sum(map(counts.get, FORMS)) - 200) < 40
@@ -129,8 +127,7 @@ class TestExamples:
             bare = examples(random.Random(seed), side=None)
             assert list(map(texts_of, bare)) == list(map(texts_of, found)) and len(found) > 18
 
-    def test_they_depend_on_the_rng_alone(self):
-        """On no process, no hash seed and no global generator."""
+    def test_they_depend_on_the_rng_alone_not_on_the_process(self):
         code = ("import random; from common.data.shapes.texts import examples, texts_of; "
                 "print([texts_of(r) for n in range(20) for r in examples(random.Random(n), None)])")
         root, command = Path(__file__).parents[2], [sys.executable, "-c", code]

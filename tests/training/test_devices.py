@@ -141,8 +141,3 @@ def test_a_cpu_has_no_workers_unless_they_are_asked_for(monkeypatch, cores, work
     monkeypatch.setattr("os.cpu_count", lambda: cores)
     found = [default_workers(asked, device) for asked in (None, 5, 0) for device in (CPU, CUDA)]
     assert found == [0, workers, 5, 5, 0, 0]
-
-
-def test_to_device_moves_tensors_alone():
-    batch = to_device({"x": torch.ones(2), "n": 3, "text": "a"}, torch.device("meta"))
-    assert batch["x"].is_meta and (batch["n"], batch["text"]) == (3, "a")

@@ -101,7 +101,7 @@ class TestDataSources:
         return [(s.share, s.weight, s.kinds, s.collate.p_next_image) for s in data_sources(
             Toy(image_size=15), Words(), replace(flamingo_config(), **changes))]
 
-    def test_those_of_a_world_with_tasks(self):
+    def test_those_of_a_world_with_tasks_and_of_one_without(self, monkeypatch):
         table = self.table()
         assert table == [(2, 1.0, {"document": 3, "album": 1}, 0.5),
                          (2, 2.0, {"names": 2, "episode": 1}, 0.0),
@@ -111,11 +111,8 @@ class TestDataSources:
         assert self.table(p_next_image=0.25)[0][3] == 0.25
         assert self.table(interleaved=False) == table[3:]
 
-    def test_a_world_without_tasks_has_its_captions(self):
-        world = Toy(image_size=15)
-        world.tasks = ()
-        source, = data_sources(world, Words(), flamingo_config())
-        assert (source.kinds, source.weight, source.collate.p_next_image) == (None, 1.0, 0)
+        monkeypatch.setattr(Toy, "tasks", ())                  # only captions
+        assert self.table() == [(1, 1.0, None, 0.0)]
 
     @pytest.mark.parametrize("stage", ["lm", "flamingo"])
     def test_they_can_be_sent_to_workers(self, stage):
