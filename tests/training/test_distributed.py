@@ -12,7 +12,7 @@ from tests.helpers import assert_close, listed, names
 from tests.training.runs import (STEPS, TOY, Command, assert_same, assert_same_run, at_step,
                                  in_threads, log, own, pair, result, weights)
 
-FLAGS = [*TOY, "--precision", "fp32", "--save_every", "4"]
+FLAGS = [*TOY, "--precision", "fp32", "--save_every", "4", "--steps", "7"]
 
 
 class TestGather:
@@ -53,9 +53,8 @@ def two_stages():
 
 class TestRuns:
     def test_two_end_with_the_weights_of_one_and_the_first_alone_speaks(self, tmp_path):
-        argv = [*FLAGS, "--steps", "7"]
-        Command([*argv, "--out", str(tmp_path / "one")], tmp_path / "one.txt").end()
-        argv = ["all", *argv[1:], "--accumulate", "3", "--runs", str(tmp_path)]
+        Command([*FLAGS, "--out", str(tmp_path / "one")], tmp_path / "one.txt").end()
+        argv = ["all", *FLAGS[1:], "--accumulate", "3", "--runs", str(tmp_path)]
         both = pair(argv, tmp_path / "two", (two_stages, two_stages))
         first, second = (process.end() for process in both)
         assert [line.split(":")[0] for line in first.splitlines()].count("result") == 2
@@ -69,7 +68,7 @@ class TestRuns:
 
     def test_a_signal_to_one_stops_both_and_one_goes_on_alone(self, tmp_path):
         moment = functools.partial(at_step, 5, signal.SIGTERM)
-        argv = [*FLAGS, "--steps", "7", "--out", str(tmp_path / "stopped")]
+        argv = [*FLAGS, "--out", str(tmp_path / "stopped")]
         both = pair(argv, tmp_path / "stopped", (int, moment))
         first, second = (process.end(128 + signal.SIGTERM) for process in both)
         assert first.splitlines()[-1].startswith("stopped by SIGTERM at step 6, saved")

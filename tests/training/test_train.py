@@ -257,8 +257,7 @@ class TestMeasure:
                     == torch.bfloat16}
         monkeypatch.setattr(clip.CLIP, "evaluate", evaluate)
         train.measure(build(tmp_path, precision="bf16"))
-        figures = result(capsys.readouterr().out)
-        assert (figures["training"], figures["bf16"]) == (False, True)
+        assert result(capsys.readouterr().out).items() > {"training": False, "bf16": True}.items()
 
 
 class TestMain:
