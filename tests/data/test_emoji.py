@@ -1,23 +1,14 @@
 """The emoji world: the archive, the splits, the records, what is true of an emoji."""
 import hashlib
-import io
-import json
+import itertools
 import pickle
 import random
-import re
-import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 
-from common.data.emoji import build, world as emoji
+from common.data.emoji import build
 from common.data.emoji.world import Emoji
-
-FOLDER = Path(emoji.__file__).parent
-TONES = {"1F3FB": "light", "1F3FC": "medium-light", "1F3FD": "medium", "1F3FE": "medium-dark",
-         "1F3FF": "dark"}
 
 
 @pytest.fixture(scope="module")
@@ -38,50 +29,20 @@ def entries(records):
     return {split: [record["source"] for record in own] for split, own in records.items()}
 
 
-@pytest.fixture(scope="module")
-def archive():
-    return zipfile.ZipFile(FOLDER / "emoji.zip")
-
-
 def statements(entry):
     return {template.format(name) for template in Emoji.templates
             for name in (entry["name"], entry["phrase"])}
 
 
 class TestArchive:
-    def test_it_is_small_flat_and_reproducible(self, archive):
-        assert archive.testzip() is None and (FOLDER / "emoji.zip").stat().st_size < 6_000_000
-        for info in archive.infolist():
-            assert info.date_time == (1980, 1, 1, 0, 0, 0)
-            assert re.fullmatch(r"(licences/)?[\w-]+[\w.-]+", info.filename)
-            assert (info.compress_type == zipfile.ZIP_STORED) == info.filename.endswith(".png")
-
-    def test_every_picture_is_64_pixels_and_unlike_all_others(self, world, archive):
+    def test_every_emoji_has_a_picture_and_a_name_of_its_own(self, world):
         pictures = dict(world.named_pictures())
-        assert set(pictures) == {name for name in archive.namelist() if name.endswith(".png")}
-        assert len(pictures) == len(world.entries) == len({p.tobytes() for p in pictures.values()})
-        for name, picture in pictures.items():
-            with Image.open(io.BytesIO(archive.read(name))) as packed:
-                assert packed.size == picture.size == (64, 64) and packed.format == "PNG", name
-            assert picture.mode == "RGB" and min(picture.getextrema())[0] < 250, name    # not empty
+        assert {*pictures} == {entry["file"] for entry in world.entries}
+        assert len(pictures) == len({p.tobytes() for p in pictures.values()}) > 3500
+        assert {p.size for p in pictures.values()} == {(64, 64)}
         assert pictures["grinning-cat.png"].getpixel((0, 0)) == (255, 255, 255)
-
-    def test_licences_lie_inside_and_beside(self, archive):
-        beside = (FOLDER / "LICENSES-emoji.txt").read_text(encoding="utf-8")
-        inside = "".join(archive.read(f"licences/{name}").decode() for name in build.LICENCES)
-        for words in ("SIL OPEN FONT LICENSE Version 1.1", "Apache License", "Google Inc.",
-                      "Version 2.0, January 2004", "COPYRIGHT AND PERMISSION", "Unicode, Inc."):
-            assert words in inside and words in beside, words
-
-    def test_its_index_names_every_emoji_once(self, archive):
-        index = json.loads(archive.read("index.json"))
-        assert 3500 < len(index) < 4000 and len({entry["group"] for entry in index}) == 9
-        for field in ("name", "phrase", "file", "codepoints"):
-            assert len({entry[field] for entry in index}) == len(index), field
-        for entry in index:
-            tones = {TONES[code] for code in entry["codepoints"].split() if code in TONES}
-            assert tones == set(entry["tones"]) and entry["base"] and "; " not in entry["name"]
-            assert all(word and not {",", ";"} & {*word} for word in entry["keywords"])
+        for field in ("name", "phrase", "codepoints"):
+            assert len({entry[field] for entry in world.entries}) == len(pictures), field
 
 
 class TestMakeSplits:
@@ -104,14 +65,6 @@ class TestMakeSplits:
             else:
                 assert any(alike) and entry["tones"] and entry["tones"] not in alike
                 assert any(e["tones"] == entry["tones"] for e in entries["train"])
-
-    def test_a_greedy_split_leaves_every_base_and_tone_in_training(self, monkeypatch):
-        monkeypatch.setattr(emoji, "TEST", 6)
-        found = [{"name": f"{base}: {tone}", "base": base, "tones": [tone]}
-                 for base in ("cook", "pilot") for tone in ("light", "medium", "dark")]
-        train = [found[i] for i in emoji.make_splits(found)["train"]]
-        assert {entry["base"] for entry in train} == {"cook", "pilot"} and len(train) < 6
-        assert {tone for entry in train for tone in entry["tones"]} == {"light", "medium", "dark"}
 
     def test_training_says_no_test_name(self, world, records, entries):
         varied = [world.record("train", i, random.Random(i)) for i in range(world.size("train"))]
@@ -136,9 +89,8 @@ class TestRecord:
         with pytest.raises(IndexError):
             world.record(split, world.size(split))
 
-    @pytest.mark.parametrize("split", ["train", "test", "composition"])
-    def test_only_a_training_record_depends_on_its_rng(self, world, records, split):
-        for index in range(0, world.size(split), 50):
+    def test_only_a_training_record_depends_on_its_rng(self, world, records):
+        for split, index in itertools.product(records, range(0, 80, 9)):
             one, again, other = (world.record(split, index, random.Random(n)) for n in (3, 3, 4))
             plain = records[split][index]
             assert one == again and world.record(split, index) == plain
@@ -171,7 +123,6 @@ class TestEmoji:
     def test_a_copy_for_a_worker_is_small_and_gives_the_same_records(self, world, records):
         assert len(pickle.dumps(world)) < 1000
         assert pickle.loads(pickle.dumps(world)).record("test", 3) == records["test"][3]
-        assert pickle.loads(pickle.dumps(Emoji(image_size=48))).image_size == 48
 
     def test_the_corpus_is_every_training_text_in_a_fixed_order(self, world, records):
         assert [*world.corpus()] == [text for r in records["train"] for text in r["texts"]]
@@ -179,8 +130,6 @@ class TestEmoji:
     def test_classes_are_the_phrases_of_the_test_emoji(self, world, entries):
         assert [world.label(source) for source in entries["test"]] == list(range(400))
         assert world.classes == world.all_classes == [e["phrase"] for e in entries["test"]]
-        assert (world.tasks, world.vocab_size) == ((), 2048)
-        assert all("{}" in template for template in world.templates)
 
     def test_a_statement_is_true_of_one_emoji_only(self, world, entries):
         said = [text for entry in world.entries for text in statements(entry)]
@@ -190,32 +139,22 @@ class TestEmoji:
 
     def test_names_phrases_and_several_keywords_are_true(self, world):
         source, = (e for e in world.entries if e["name"] == "woman astronaut: dark skin tone")
-        for text in ("woman astronaut: dark skin tone", "woman astronaut with dark skin tone",
-                     "the woman astronaut with dark skin tone emoji", "rocket, woman",
-                     "woman astronaut: dark skin tone; rocket"):
-            assert world.is_true(text, source), text
-        for text in ("", "woman", "woman astronaut", "woman astronaut: light skin tone",
-                     "rocket, man", "man astronaut: dark skin tone", "the woman astronaut emoji",
-                     "woman astronaut: dark skin tone; guitar", "woman, ",
-                     "woman astronaut: dark skin tone; rocket, guitar",
-                     "woman astronaut: dark skin tone; "):
-            assert not world.is_true(text, source), text
+        for text in ("NAME", "woman astronaut with dark skin tone", "rocket, woman", "NAME; rocket",
+                     "the woman astronaut with dark skin tone emoji"):
+            assert world.is_true(text.replace("NAME", source["name"]), source), text
+        for text in ("", "woman", "woman astronaut", "woman astronaut: light skin tone", "woman, ",
+                     "man astronaut: dark skin tone", "rocket, man", "the woman astronaut emoji",
+                     "NAME; guitar", "NAME; rocket, guitar", "NAME; "):
+            assert not world.is_true(text.replace("NAME", source["name"]), source), text
 
 
 class TestEntry:
     @pytest.mark.parametrize("name, phrase, base, tones, file", [
-        ("keycap: #", "keycap #", "keycap: #", [], "keycap-hash"),
-        ("keycap: *", "keycap *", "keycap: *", [], "keycap-asterisk"),
-        ("woman's hat", "woman's hat", "woman's hat", [], "womans-hat"),
-        ("flag: St. Barthélemy", "flag of St. Barthélemy", "flag: St. Barthélemy", [],
-         "flag-st-barthelemy"),
+        ("flag: Réunion", "flag of Réunion", "flag: Réunion", [], "flag-reunion"),
         ("family: man, woman, girl, boy", "family of man, woman, girl and boy",
          "family: man, woman, girl, boy", [], "family-man-woman-girl-boy"),
         ("man: dark skin tone, bald", "man with dark skin tone and bald head", "man: bald",
-         ["dark"], "man-dark-skin-tone-bald"),
-        ("kiss: woman, man, light skin tone, dark skin tone",
-         "kiss of woman and man with light skin tone and dark skin tone", "kiss: woman, man",
-         ["light", "dark"], "kiss-woman-man-light-skin-tone-dark-skin-tone")])
+         ["dark"], "man-dark-skin-tone-bald")])
     def test_a_name_becomes_a_phrase_a_base_tones_and_a_file(self, name, phrase, base, tones, file):
         entry = build.entry("1F9D1", name, [], "group", "subgroup")
         assert (entry["phrase"], entry["base"], entry["tones"]) == (phrase, base, tones)

@@ -28,13 +28,12 @@ class TestSwappedAttributes:
         kinds = Counter()
         said = {"colour": "|".join(COLOURS), "size": "small|large",
                 "place": r"(at|in) the (top|bottom|left|right|centre| )+(?= and|$)"}
-        for scene, rng in many(400, 2):
-            if record := swapped_attributes(scene, rng, side=None):
-                true, false = true_and_false(record)
-                assert statements(false)             # a sentence of the world, not gibberish
-                kept = [re.sub(said[record["kind"]], "...", text) for text in (true, false)]
-                assert kept[0] == kept[1] and re.search(r"\.\.\.", kept[0])
-                kinds[record["kind"]] += 1
+        for record in filter(None, [swapped_attributes(*given, None) for given in many(400, 2)]):
+            true, false = true_and_false(record)
+            assert statements(false)             # a sentence of the world, not gibberish
+            kept = [re.sub(said[record["kind"]], "...", text) for text in (true, false)]
+            assert kept[0] == kept[1] and "..." in kept[0]
+            kinds[record["kind"]] += 1
         assert set(kinds) == set(said) and min(kinds.values()) > 60
 
     def test_where_no_exchange_is_false_there_is_no_record(self):
@@ -76,9 +75,8 @@ class TestNoisyCaption:
     def test_the_hardness_says_what_the_scenes_share(self, hardness):
         changed = Counter()
         for scene, rng in many(300, (1, 3)):
-            record = noisy_caption(scene, rng, 1.0, hardness, side=None)
-            there = record["described"]
-            assert record["hardness"] == hardness and not pairs_in(there) & HELD_OUT
+            there = noisy_caption(scene, rng, 1.0, hardness, side=None)["described"]
+            assert not pairs_in(there) & HELD_OUT
             colours, shapes = (set(mine) & set(theirs) for mine, theirs in zip(
                 zip(*pairs_in(scene)), zip(*pairs_in(there))))
             if hardness == "shares":

@@ -51,8 +51,7 @@ class TestGlyphs:
         assert glyphs(rng)["turns"][0]["images"][0][0].size == (224, 224)
 
     def test_the_letters_are_distinct_and_stand_upright(self):
-        assert len(GLYPHS) == 36 and len(set(GLYPHS.values())) == 36
+        assert len(set(GLYPHS.values())) == 36
         assert all(len(dots) == 5 and max(dots) < 128 for dots in GLYPHS.values())
-        for letter, dots in (("L", (127, 64, 64, 64, 64)), ("T", (1, 1, 127, 1, 1)),
-                             ("Z", (97, 81, 73, 69, 67)), ("A", (126, 17, 17, 17, 126))):
-            assert tuple(GLYPHS[letter]) == dots, letter
+        assert [tuple(GLYPHS[letter]) for letter in "LZ"] == [
+            (127, 64, 64, 64, 64), (97, 81, 73, 69, 67)]

@@ -8,17 +8,10 @@ import pytest
 
 from common.data.shapes.questions import FORMS, balanced_question, probes, questions
 from common.data.shapes.scene import HELD_OUT
-from tests.shapes.judge import (ask_and_answer, blind, held_out, many, odd, pair, pairs_in, resolve)
+from tests.shapes.judge import ask_and_answer, blind, held_out, many, odd, pairs_in, resolve
 
 TRAINED = ("colour", "shape", "count", "relation", "existence", "comparison")
 KINDS = {"train": TRAINED, "test": (*TRAINED, "size")}
-
-
-@pytest.mark.parametrize("question", ["what colour is the object?", "what colour is the star?",
-                                      "are there more circles than squares?", "how are you?"])
-def test_the_judge_refuses_what_a_scene_does_not_decide(question):
-    with pytest.raises(AssertionError):
-        resolve(question, pair())
 
 
 @pytest.fixture(scope="module")
@@ -58,19 +51,16 @@ class TestQuestions:
         assert max(forms.values()) < 1.4 * min(forms.values()) and len(forms) == 3
 
     def test_in_composition_a_held_out_name_is_no_sign_of_yes(self):
-        answers = Counter()
-        for seed in range(1200):
-            for record in questions(odd(), random.Random(seed), "test", side=None):
-                question, answer = ask_and_answer(record)
-                assert resolve(question, odd()) == answer
-                answers[answer] += bool(held_out(question) and record["form"] == "pair")
+        records = [record for seed in range(1200)
+                   for record in questions(odd(), random.Random(seed), "test", side=None)]
+        answers = Counter(record["turns"][0]["answer"] for record in records if
+                          record["form"] == "pair" and held_out(record["turns"][0]["prompt"]))
         assert min(answers["yes"], answers["no"]) > 12, answers
 
 
 class TestBalancedQuestion:
     @pytest.mark.parametrize("split", KINDS)
     def test_blind_guessing_is_near_chance(self, split):
-        """By the exact words of a question and by any of its words."""
         chance = {"colour": 1 / 7, "shape": 1 / 5, "count": 1 / 3}
         for kind in KINDS[split]:
             rng, limit = random.Random(kind), chance.get(kind, 1 / 2) + 0.08

@@ -50,15 +50,9 @@ class TestSample:
 
     def test_noise_clutter_and_style_change_no_object(self):
         plain = sample(random.Random(3), 2)
-        assert (plain.noise, plain.clutter, plain.style) == (0, (), "plain")
         rough = sample(random.Random(3), 2, noise=0.1, clutter=4, style="outline")
         assert (rough.noise, len(set(rough.clutter)), rough.style) == (0.1, 4, "outline")
-        assert rough.items == plain.items
-
-    def test_it_depends_on_the_rng_alone(self):
-        first, state = [scene for scene, _ in many(50)], random.getstate()
-        assert [scene for scene, _ in many(50)] == first and random.getstate() == state
-        assert len({scene.grain for scene in first}) == 50
+        assert replace(rough, noise=0, clutter=(), style="plain", grain=plain.grain) == plain
 
 
 # Points in units of the radius from the centre (x to the right, y down): inside, outside.
@@ -84,12 +78,9 @@ class TestDraw:
 
     def test_equal_scenes_give_equal_pictures(self):
         for scene, _ in many(30, noise=0.05, clutter=3):
-            np.random.seed(1)
-            one = draw(scene, 40)
-            np.random.seed(2)
-            assert one.tobytes() == draw(replace(scene), 40).tobytes()
-            assert one.size == (40, 40) and one.mode == "RGB"
-            assert one.tobytes() != draw(replace(scene, grain=scene.grain + 1), 40).tobytes()
+            one, again, other = (draw(s, 40).tobytes() for s in (
+                scene, replace(scene), replace(scene, grain=scene.grain + 1)))
+            assert one == again != other
 
     def test_noise_has_its_standard_deviation_and_stays_in_range(self):
         noise = pixels(pair(noise=0.05), 64) - pixels(pair(), 64)

@@ -122,10 +122,6 @@ class TestPhrases:
                 for said in references(scene, item, hide):
                     assert one(said, scene) == item
                     assert not hide or getattr(item, hide) not in said.split()
-        red, blue = pair().items
-        assert set(references(pair(), red, "colour")) == {
+        assert set(references(pair(), pair().items[0], "colour")) == {
             "large object", "circle", "large circle", "object at the top left"}
-        assert "object" in references(odd(), *odd().items)
         assert nameable(pair()) == PAIRS and set(nameable(odd())) == {*PAIRS, *HELD_OUT}
-        near = pair(items=(red, replace(blue, x=0.5, y=0.1)))               # "top" fits both
-        assert "object at the top" not in references(near, near.items[1])

@@ -1,10 +1,8 @@
 """Shapes: its splits, its dials, its tasks and texts, and the command that writes pictures."""
 import random
 import re
-import subprocess
-import sys
+from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -15,8 +13,6 @@ from common.data.shapes.scene import HELD_OUT, PAIRS, STYLES
 from common.data.shapes.words import vague
 from common.data.shapes.world import Shapes
 from tests.shapes.judge import held_out, pairs_in, shows
-
-ROOT = Path(__file__).parents[2]
 
 
 class TestShapes:
@@ -50,8 +46,7 @@ class TestShapes:
             scenes = [world.scene(split, index) for index in range(world.size(split))]
             assert pairs_in(*scenes) == pairs and all(len(scene.items) == 1 for scene in scenes)
             labels = [world.label(scene) for scene in scenes]
-            assert {labels.count(n) for n in labels} == {times}
-            assert len(scenes) == times * len(pairs)
+            assert [*Counter(labels).values()] == [times] * len(pairs)
             for n, label in enumerate(labels):
                 assert world.describes(world.all_classes[label], scenes[n])
                 assert not world.describes(world.all_classes[label], scenes[n - 1])
@@ -68,39 +63,31 @@ class TestShapes:
 
     @pytest.mark.parametrize("kind", TASKS)
     def test_a_task_has_the_worlds_dials_unless_arguments_change_them(self, kind):
-        world, dials = Shapes(objects=4, noise=0.25, clutter=3, image_size=20), {}
-        if kind in ("caption", "album", "question", "document"):
-            dials = {"objects": (1, 4), "noise": 0.25, "clutter": 3}
-        changed = {"noise": 0.5} if dials else {}
-        for split, more in (("train", {}), ("test", {}), ("train", changed)):
+        world = Shapes(objects=4, noise=0.25, clutter=3, image_size=20)
+        has_dials = kind in ("caption", "album", "question", "document")
+        dials = {"objects": (1, 4), "noise": 0.25, "clutter": 3} if has_dials else {}
+        for split, more in (("train", {}), ("test", {"noise": 0.5} if has_dials else {})):
             record = world.task(kind, random.Random(7), split, **more)
             assert record == TASKS[kind](random.Random(7), split, 20, **dials | more)
         assert world.tasks == tuple(TASKS)
 
-    @pytest.mark.parametrize("setting, words", [({"objects": 0}, "objects=0.*1 to 6"),
-                                                ({"objects": 7}, "objects=7.*1 to 6"),
-                                                ({"style": "sketch"}, "sketch.*outline")])
+    @pytest.mark.parametrize("setting, words", [
+        ({"objects": 0}, "objects=0.*1 to 6"), ({"objects": 7}, "objects=7.*1 to 6"),
+        ({"style": "sketch"}, "sketch.*outline")])
     def test_more_objects_than_fit_and_no_such_style_are_refused(self, setting, words):
         with pytest.raises(ValueError, match=words):
             Shapes(**setting)
 
-    def test_pictures_are_named_by_what_they_show(self):
-        world, files = Shapes(image_size=20), []
-        for index, (file, picture) in enumerate(world.named_pictures()):
-            shown = re.fullmatch(rf"{index:03d}-([a-z-]+)\.png", file)[1].replace("-", " ")
-            assert world.is_true(shown, world.scene("test", index)), shown
-            assert shows({"images": [picture]}, [world.scene("test", index)], 20)
-            files.append(file)
-        assert len(files) == 100
-
 
 class TestTheCommand:
-    def test_it_writes_pictures(self, tmp_path):
-        command = [sys.executable, "-m", "common.data", "shapes", tmp_path / "new"]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-        assert (done.returncode, done.stdout) == (0, f"100 pictures in {tmp_path / 'new'}\n")
-        with Image.open(sorted((tmp_path / "new").iterdir())[99]) as picture:
-            assert picture.size == (96, 96) and picture.format == "PNG"
+    def test_it_writes_pictures_named_by_what_they_show(self, tmp_path, capsys):
+        main(["shapes", tmp_path / "new"])
+        assert capsys.readouterr().out == f"100 pictures in {tmp_path / 'new'}\n"
+        for index, file in enumerate(sorted((tmp_path / "new").iterdir())):
+            scene = Shapes().scene("test", index)
+            shown = re.fullmatch(rf"{index:03d}-([a-z-]+)\.png", file.name)[1].replace("-", " ")
+            assert Shapes().is_true(shown, scene), shown
+            assert shows({"images": [Image.open(file)]}, [scene], 96)
 
     @pytest.mark.parametrize("arguments, words", [
         ([], "usage: "), (["shapes"], "usage: "), (["moon", "x"], "usage: "),

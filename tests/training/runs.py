@@ -2,6 +2,7 @@
 
 A run is a process forked from one that has imported torch already.
 """
+import functools
 import itertools
 import json
 import multiprocessing
@@ -40,6 +41,7 @@ class Toy(Shapes):
     """The shapes world with small splits and few words."""
     name = "toy"
     splits = {"train": 61, "test": 13, "single": 42, "composition": 6, "shifted": 42}
+    is_true = staticmethod(functools.cache(Shapes.is_true))      # asked 20,000 times in a test
 
     def corpus(self):
         return itertools.islice(super().corpus(), 150)
@@ -85,24 +87,17 @@ def child(argv, output, trap, environment):
     options.run_main(train.main)
 
 
-def fork(target, *arguments):
-    """A process that calls target(*arguments), started from one that has imported all this."""
-    forks = multiprocessing.get_context("forkserver")
-    forks.set_forkserver_preload([__name__])
-    process = forks.Process(target=target, args=arguments)
-    with pytest.MonkeyPatch.context() as patch:          # for the server that forks
-        patch.setenv("PYTHONPATH", str(Path(train.__file__).parent))
-        patch.setenv("OMP_NUM_THREADS", "1")
-        process.start()
-    return process
-
-
 class Command:
     """A `python train.py ARGV` that runs beside the test."""
 
     def __init__(self, argv, output, trap=int, **environment):
-        self.output = output
-        self.process = fork(child, argv, output, trap, environment)
+        self.output, forks = output, multiprocessing.get_context("forkserver")
+        forks.set_forkserver_preload([__name__])
+        self.process = forks.Process(target=child, args=(argv, output, trap, environment))
+        with pytest.MonkeyPatch.context() as patch:      # for the server that forks
+            patch.setenv("PYTHONPATH", str(Path(train.__file__).parent))
+            patch.setenv("OMP_NUM_THREADS", "1")
+            self.process.start()
 
     def end(self, status=0):
         """Its output, when it has ended with this status; -9 is killed by signal 9."""
@@ -116,19 +111,14 @@ class Command:
         return text
 
 
-def environments():
-    """What torchrun --nproc_per_node=2 sets for its two processes."""
+def pair(argv, folder, traps=(int, int)):
+    """Both processes of `torchrun --nproc_per_node=2 train.py ARGV`."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = str(found.getsockname()[1])
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return [{**shared, "RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
-
-
-def pair(argv, folder, traps=(int, int)):
-    """Both `train.py ARGV` processes of a run."""
-    return [Command(argv, folder.with_name(f"{folder.name}{e['RANK']}.txt"), trap, **e)
-            for e, trap in zip(environments(), traps)]
+    return [Command(argv, folder.with_name(f"{folder.name}{rank}.txt"), trap, RANK=rank,
+                    LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+            for rank, trap in zip("01", traps)]
 
 
 # Traps

@@ -6,23 +6,21 @@ import random
 import re
 import shutil
 import signal
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
 from PIL import Image
 
-import flamingo
 import train
 from common.data.batches import open_world, world_tokenizer
 from common.data.tokenizer import Tokenizer
+from common.language import LanguageConfig
 from common.training.lm import Pretraining
 from common.training.optimizer import freeze, make_optimizer, parameter_groups
-from common.training.options import run_main
 from flamingo import RECIPES, TRAINS, Flamingo, data_sources
-from tests.helpers import (Words, drawing, flamingo_config, listed, make_batch, make_images, names,
-                           toy_flamingo)
+from tests.helpers import (Words, command, drawing, flamingo_config, listed, make_batch,
+                           make_images, mistake, names, toy_flamingo)
 from tests.training.runs import SETTINGS, Toy, assert_same, pair, toy_options, weights
 
 TRAINED = ("resampler.", "gated.", "lm.new.")
@@ -103,7 +101,7 @@ class TestDataSources:
         return [(s.share, s.weight, s.kinds, s.collate.p_next_image) for s in data_sources(
             Toy(image_size=15), Words(), replace(flamingo_config(), **changes))]
 
-    def test_those_of_a_world_with_tasks(self):
+    def test_those_of_a_world_with_tasks_and_of_one_without(self, monkeypatch):
         table = self.table()
         assert table == [(2, 1.0, {"document": 3, "album": 1}, 0.5),
                          (2, 2.0, {"names": 2, "episode": 1}, 0.0),
@@ -113,18 +111,14 @@ class TestDataSources:
         assert self.table(p_next_image=0.25)[0][3] == 0.25
         assert self.table(interleaved=False) == table[3:]
 
-    def test_a_world_without_tasks_has_its_captions(self):
-        world = Toy(image_size=15)
-        world.tasks = ()
-        source, = data_sources(world, Words(), flamingo_config())
-        assert (source.world, source.kinds, source.weight) == (world, None, 1.0)
-        assert source.collate.p_next_image == 0
+        monkeypatch.setattr(Toy, "tasks", ())                  # only captions
+        assert self.table() == [(1, 1.0, None, 0.0)]
 
     @pytest.mark.parametrize("stage", ["lm", "flamingo"])
     def test_they_can_be_sent_to_workers(self, stage):
-        world, config = Toy(image_size=15), flamingo_config()
-        config = replace(config, language=replace(config.language, context_length=256))
-        sources = train.STAGES[stage].file.data_sources(world, world_tokenizer(world), config)
+        world = Toy(image_size=15)
+        sources = train.STAGES[stage].file.data_sources(
+            world, world_tokenizer(world), flamingo_config(language=LanguageConfig()))
         for both in zip(sources, pickle.loads(pickle.dumps(sources)), strict=True):
             one, other = (s.collate([s.record(3, random.Random(7))], [random.Random(8)])
                           for s in both)
@@ -147,10 +141,9 @@ class TestRuns:
 
     def test_every_figure_has_a_name(self, runs):
         found = result(runs / "one")
-        for name in ("caption_accuracy caption_accuracy_single two_images_latest document_accuracy "
-                     "vqa_accuracy vqa_accuracy_blind vqa_accuracy_trained_wordings shots_0 "
-                     "vqa_accuracy_4_random_shots vqa_accuracy_4_retrieved_shots shots_8 "
-                     "video_accuracy video_accuracy_16_frames shots_8_shuffled").split():
+        for name in ("caption_accuracy two_images_latest document_accuracy vqa_accuracy_blind "
+                     "vqa_accuracy_4_retrieved_shots video_accuracy_16_frames shots_8 shots_0 "
+                     "caption_accuracy_single vqa_accuracy shots_8_shuffled").split():
             assert 0 <= found[name] <= 1, name
         assert found["perplexity"] > 1 < found["perplexity_lm"]
         assert 0 < found["trainable_parameters"] < found["parameters"]
@@ -158,12 +151,9 @@ class TestRuns:
     def test_resuming_and_measuring_need_no_other_run(self, runs, tmp_path, monkeypatch, capsys):
         begin = functools.partial(start, runs=str(runs), out=str(tmp_path / "two"), save_every=1)
         update = train.update
-
-        def stopped(run, *arguments):
-            run.stopped = signal.SIGTERM
-            return update(run, *arguments)
         with monkeypatch.context() as patch:
-            patch.setattr(train, "update", stopped)
+            patch.setattr(train, "update", lambda run, *given: setattr(
+                run, "stopped", signal.SIGTERM) or update(run, *given))
             assert begin() == 143
         for flag, step in (("resume", 1), ("eval_only", 2)):
             assert begin(**{flag: True}, parts=["vision=nowhere", "language=nowhere"]) == 0
@@ -189,11 +179,9 @@ class TestRuns:
 
     def two(self, runs, folder, *flags):
         """Run two processes to their end."""
-        argv = ["flamingo", "--data", "toy", "--runs", str(runs), "--steps", "2", "--precision",
-                "fp32", "--device", "cpu", "--out", str(folder), *flags]
-        for setting in SETTINGS["flamingo"]:
-            argv += ["--set", setting]
-        for process in pair(argv, folder, (quick_end, quick_end)):
+        argv = ["flamingo", "--data", "toy", "--steps", "2", "--precision", "fp32", "--runs",
+                str(runs), "--out", str(folder), *(f"--set={s}" for s in SETTINGS["flamingo"])]
+        for process in pair([*argv, *flags], folder, (quick_end, quick_end)):
             process.end()
 
     def test_two_processes_end_with_the_weights_of_one(self, runs, tmp_path, monkeypatch):
@@ -211,33 +199,24 @@ class TestRuns:
 
 
 class TestMain:
-    @pytest.fixture
-    def call(self, runs, tmp_path, monkeypatch, capsys):
-        """call(*argv) -> what `python flamingo.py ARGV` prints; on a mistake its one line."""
+    @pytest.fixture(autouse=True)
+    def pictures(self, tmp_path, monkeypatch):
+        """The current folder: a picture, a film of 4 frames, a folder of 2, examples."""
         red, blue = drawing("red", "blue", size=20)
-        red.save(tmp_path / "red.png"), (tmp_path / "frames").mkdir()
+        (tmp_path / "frames").mkdir()
+        for name, picture in (("red", red), ("frames/1", red), ("frames/2", blue)):
+            picture.save(tmp_path / f"{name}.png")
         red.save(tmp_path / "film.gif", save_all=True, append_images=[blue, red, blue])
-        red.save(tmp_path / "frames/1.png"), blue.save(tmp_path / "frames/2.png")
         (tmp_path / "shots.jsonl").write_text(
             '{"image": "red.png", "question": "is it blue?", "answer": "no"}\n' * 3)
         monkeypatch.chdir(tmp_path)
 
-        def call(*argv, run="one", status=None):
-            monkeypatch.setattr(sys, "argv", ["flamingo.py", str(runs / run), *argv])
-            with pytest.raises(SystemExit) as caught:
-                run_main(flamingo.main)
-            printed = capsys.readouterr()
-            assert caught.value.code == status and not (status and printed.out), printed
-            text = printed.err if status else printed.out
-            assert text.count("\n") == 1, text
-            return text
-        return call
-
     @pytest.mark.parametrize("argv", [
         "caption red.png", "caption film.gif", "caption frames", "answer frames colour?",
         "answer red.png blue? --shot red.png blue? no --support shots.jsonl --shots 2"])
-    def test_captions_and_answers_are_one_line(self, call, argv):
-        call(*argv.split())
+    def test_captions_and_answers_are_one_line(self, runs, argv):
+        status, out, err = command("flamingo.py", runs / "one", *argv.split())
+        assert (status, out.count("\n"), err) == (0, 1, "")
 
     @pytest.mark.parametrize("argv, run, words", [
         ("answer red.png blue? --shot film.gif what? red", "one", "clips of 1 and 4 frames"),
@@ -245,5 +224,5 @@ class TestMain:
         ("caption absent.png", "one", "absent.png: no such picture"),
         ("caption red.png", "none", "no run here .*; python train.py flamingo --out .*none makes"),
         ("caption red.png", "lm-toy", "a run of 'common.training.lm', not of 'flamingo'")])
-    def test_mistakes_are_one_line(self, call, argv, run, words):
-        assert re.search(f"^error: .*{words}", call(*argv.split(), run=run, status=2))
+    def test_mistakes_are_one_line(self, runs, argv, run, words):
+        assert re.search(words, mistake("flamingo.py", runs / run, *argv.split()))

@@ -1,5 +1,4 @@
 """train.py and run.py: steps, runs, and that neither kill nor stop changes what a run ends with."""
-import contextlib
 import functools
 import json
 import math
@@ -8,7 +7,7 @@ import re
 import signal
 import sys
 import time
-from dataclasses import FrozenInstanceError, replace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,9 +18,9 @@ import clip
 import train
 from common.data.batches import open_world
 from common.training import checkpoint
-from common.training.optimizer import find_recipe, learning_rate
+from common.training.optimizer import learning_rate
 from tests.helpers import assert_close, listed, names, shards
-from tests.training.runs import (SIZES, STEPS, TOY, Bigram, Command, assert_same, assert_same_run,
+from tests.training.runs import (STEPS, TOY, Bigram, Command, assert_same, assert_same_run,
                                  at_step, build, in_threads, log, own, ragged_rows, result,
                                  share_of_batch, split, step_gradients, weights, while_measuring)
 
@@ -79,18 +78,6 @@ class TestUpdate:
         assert_close("loss", found["loss"], 2 * (w.sum() + w.square().sum()))
         assert_close("gradient of table.weight", found["table.weight"], 2 * (1 + 2 * w))
 
-    def test_features_are_cached_for_several_micro_batches_alone_as_precisely_as_forward(self):
-        model, dtypes = Bigram(), []
-        model.forward = lambda batch, gather: dtypes.append((w @ w).dtype) or model.seen.append(
-            batch) or {"a": w.sum()}
-        model.cache_features = lambda batches, gather: dtypes.append((w @ w).dtype) or [
-            f"part {len(batch['ids'])}" for batch in batches]
-        w = model.table.weight
-        step_gradients(model, [ragged_rows()], half=True)
-        step_gradients(model, split(ragged_rows(), 2, 4), half=True)
-        given = [batch.get("feature_gradients") for batch in model.seen]
-        assert given == [None, "part 2", "part 4"] and set(dtypes) == {torch.bfloat16}
-
     def test_hooks_get_the_step_before_and_after_it(self):
         model = Bigram()
         step_gradients(model, [ragged_rows()])             # it needs none
@@ -105,21 +92,6 @@ class TestUpdate:
         run.model.logit_scale.data.fill_(7.0)
         train.update(run, run.model, run.batches[0])
         assert_close("logit_scale", run.model.logit_scale, math.log(100))
-
-    def test_the_last_backward_exchanges_the_gradients_of_all(self):
-        model, events = Bigram(), []
-
-        @contextlib.contextmanager
-        def no_sync():                   # as DDP's: a backward within it exchanges nothing
-            yield events.append("on its own")
-            events.append("end")
-
-        def forward(batch, gather):
-            events.append("forward")
-            return model(batch, gather)
-        forward.no_sync = no_sync
-        step_gradients(model, split(ragged_rows(), 1, 2, 3), forward)
-        assert events[-1] == "forward", events
 
     @pytest.mark.parametrize("most, norm", [(1.0, 1.0), (0.5, 0.5), (None, 1e6)])
     def test_the_gradient_is_clipped_and_the_rate_is_the_schedules(self, tmp_path, most, norm):
@@ -183,27 +155,17 @@ class TestBuild:
     def test_flags_choose_optimizer_attention_and_micro_batches(self, tmp_path, monkeypatch):
         monkeypatch.setattr(train.transformer, "ATTENTION", "auto")
         muon = build(tmp_path / "a", precision="bf16")
-        adamw = build(tmp_path / "b", optimizer="adamw", attention="hand", accumulate=3)
+        assert not build(tmp_path / "b").optimizer.param_groups[0]["half"]
+        adamw = build(tmp_path / "c", optimizer="adamw", attention="hand", accumulate=3)
         assert str(muon.optimizer).startswith("Muon (") and muon.optimizer.param_groups[0]["half"]
         assert str(adamw.optimizer).startswith("AdamW (") and adamw.recipe.optimizer == "adamw"
-        assert not build(tmp_path / "c").optimizer.param_groups[0]["half"]
         assert [len(batch["ids"]) for batch in adamw.batches[0]] == [2, 2, 2]
-        build(tmp_path / "d", attention="hand")
         assert train.transformer.ATTENTION == "hand"
 
     def test_the_vocabulary_is_the_tokenizers(self, tmp_path):
         run = build(tmp_path)
         assert run.config.vocab_size == len(run.tokenizer) and run.config.eos_id == 2
         assert run.model.text.token_embed.weight.shape[0] == len(run.tokenizer)
-
-    def test_every_stage_has_a_recipe_for_every_preset(self):
-        for name, stage in train.STAGES.items():
-            assert name in stage.file.TRAINS
-            for preset, config in stage.file.PRESETS.items():
-                find_recipe(stage.file.RECIPES, preset, "shapes", {})
-                with pytest.raises(FrozenInstanceError):     # stages share them
-                    config.vocab_size = 3
-        assert {stage for stages in train.LISTS.values() for stage in stages} <= set(train.STAGES)
 
 
 class TestFit:
@@ -295,8 +257,7 @@ class TestMeasure:
                     == torch.bfloat16}
         monkeypatch.setattr(clip.CLIP, "evaluate", evaluate)
         train.measure(build(tmp_path, precision="bf16"))
-        figures = result(capsys.readouterr().out)
-        assert (figures["training"], figures["bf16"]) == (False, True)
+        assert result(capsys.readouterr().out).items() > {"training": False, "bf16": True}.items()
 
 
 class TestMain:
@@ -309,13 +270,6 @@ class TestMain:
         assert train.main() == 143
         assert [name for name, _ in began] == ["clip", "lm"]
         assert began[0][1] == train.BEGAN < began[1][1] <= time.time()
-
-    def test_the_clock_of_a_run_starts_where_it_is_told(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(train, "fit", lambda run: None)
-        monkeypatch.setattr(train, "measure", lambda run: seconds.append(run.elapsed()))
-        seconds, made = [], train.Options(data="toy", batch_size=6, out=str(tmp_path / "run"))
-        assert train.train("clip", made, SIZES, time.time() - 100) == 0
-        assert 100 <= seconds[0] < 160
 
 
 # A run as a process
@@ -355,7 +309,7 @@ class TestARun:
         assert figures["parameters"] == figures["trainable_parameters"] \
             == sum(w.numel() for w in weights(reference).values()) and figures["steps"] == STEPS
         assert figures["loss"] == pytest.approx(log(reference)[-1]["loss"], abs=1e-4)
-        assert 0 < figures["seconds"] < 60 and figures["peak_memory_mb"] > 1
+        assert 0 < figures["seconds"] < 60 and 100 < figures["peak_memory_mb"] < 3000
         for name in ("zero_shot_accuracy", "composition_accuracy", "image_to_text_recall@1"):
             assert 0 <= figures[name] <= 1 and 0 < figures[f"{name}_chance"] < 1
 
@@ -372,15 +326,13 @@ class TestARun:
         assert_same("result", again | timeless, first | timeless)
         assert len(log(reference)) == 3
 
-    def test_a_run_that_is_overwritten_can_be_its_own_start_and_leaves_nothing_behind(
-            self, toy, reference):
+    def test_a_run_that_is_overwritten_can_be_its_own_start_and_leaves_nothing_behind(self, toy):
         toy("own", "--steps", "11").end()
         first, folder = weights(toy.runs / "own"), toy.runs / "own"
-        toy("own", "--steps", "1", "--lr", "1e-12", "--overwrite", "--init", str(folder)).end()
-        for name, w in weights(folder).items():
-            assert_close(name, w, first[name], 1e-9)
-        assert "resumed" not in toy("own", "--overwrite").end()
-        assert_same_run(folder, reference)
+        again = ["--steps", "1", "--lr", "1e-12", "--overwrite", "--init", str(folder)]
+        assert "resumed" not in toy("own", *again).end()
+        assert_same("weights", weights(folder), first, 1e-9)
+        assert len(log(folder)) == 1 and not (folder / "previous.pt").exists()
 
 
 class TestStops:
@@ -431,8 +383,7 @@ class TestOwnData:
         figures = result(Command(argv, tmp_path / "said.txt").end())
         assert figures["refused"] == 0 and 0 < figures["image_to_text_recall@1_chance"] < 1
         assert not any("zero_shot" in name or "composition" in name for name in figures)
-        assert sorted(p.name for p in (tmp_path / "runs/clip-tar-shards").iterdir()) == [
-            "config.json", "last.pt", "log.jsonl", "result.json", "samples.png", "tokenizer.model"]
+        assert (tmp_path / "runs/clip-tar-shards/samples.png").exists()
 
     def test_what_is_refused_is_told_three_times_and_counted(self, patchy):
         folder, argv, missing = patchy
