@@ -75,6 +75,16 @@ def assert_same(name, got, expected, module=None, tolerance=None, **inputs):
         assert_close(f"{name}: gradient of {key}", *pair, tolerance)
 
 
+@contextlib.contextmanager
+def refused(values):
+    """The block raises ValueError and names all the values, "3.*5", in any order."""
+    with pytest.raises(ValueError) as caught:
+        yield
+    for value in filter(None, values.split(".*")):
+        assert re.search(rf"(?<!\d){value.strip()}(?!\d)", str(caught.value)), \
+            f"the message does not name {value.strip()}: {caught.value}"
+
+
 def grid(mask):
     """A bool tensor (..., T, S) as text, # where True; at most three of its matrices."""
     matrices = mask.reshape(-1, *mask.shape[-2:])[:3].tolist()

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 
 from clip import (CLIP, PRESETS, CLIPConfig, FeatureGradients, image_tower, init_weights,
                   paper_resnet, paper_vit)
-from tests.helpers import (ACTS, CLIP_EOS, assert_close, assert_same, attend_by_hand,
-                           block_by_hand, clip_batch, layer_norm, loop_pixels, loop_text,
-                           loss_by_hand, mlp_by_hand, randomize, texts, toy_clip, unchanged)
+from tests.helpers import (ACTS, CLIP_EOS, assert_close, assert_same, attend_by_hand, block_by_hand,
+                           clip_batch, layer_norm, loop_pixels, loop_text, loss_by_hand,
+                           mlp_by_hand, randomize, refused, texts, toy_clip, unchanged)
 
 RESNET = {"image_size": 64, "stages": (1, 2, 3, 1), "vision_width": 4, "vision_heads": 8}
 PAPER = {"context_length": 77, "vocab_size": 49408, "eos_id": 49407, "act": "quick_gelu",
@@ -32,7 +32,7 @@ class TestCLIPConfig:
         ("loss", "cosine"), ("act", "tanh"), ("context_length", 2), ("eos_id", -1),
         ("vision_layers", 0), ("embed_dim", -3)])
     def test_a_value_that_no_model_can_have_is_refused(self, field, value):
-        with pytest.raises(ValueError, match=f"{field}.*{value}"):
+        with refused(f"{field}.*{value}"):
             CLIPConfig(**{field: value})
 
     def test_it_survives_json(self):
@@ -61,7 +61,7 @@ class TestTextTower:
 
     def test_a_text_longer_than_the_context_is_refused(self):
         toy_clip().text(texts(1, 11))
-        with pytest.raises(ValueError, match="12.*11"):
+        with refused("12.*11"):
             toy_clip().text(texts(1, 12))
 
 

@@ -7,7 +7,7 @@ import torch
 
 from common.prompts import (ASSISTANT, BOS, EOS, HOUSE, IMAGE, IMAGES, PAD, SYSTEM, USER, Segment,
                             Template, collate, labels_of, merge_texts, render)
-from tests.helpers import Words, assert_close, unchanged
+from tests.helpers import Words, assert_close, refused, unchanged
 
 
 class Spaces(Words):
@@ -81,7 +81,7 @@ class TestRender:
         ([((20,) * 7,), ((30, 31), True)], 7, "9.* 8.* 7"), ([((5,), True), ((6,),)], None, "2"),
         ([((5, 6),), ("", True)], 9, "2")])
     def test_a_row_that_would_train_nothing_is_refused(self, segments, length, values):
-        with pytest.raises(ValueError, match=values):
+        with refused(values):
             render([Segment(*segment) for segment in segments], Spaces(), length)
 
     def test_a_row_in_which_nothing_is_to_be_learned_is_cut_too(self):
@@ -145,10 +145,10 @@ class TestCollate:
         assert rows[1:] == [([8], [8]), ([PAD, 9], [PAD, 9])], f"the caller's rows became {rows}"
 
     @pytest.mark.parametrize("rows, values", [
-        ([], "rows"), ([([5], [5]), ([], [])], "row 1: 0 .* 0"),
-        ([([5], [5]), ([5, 6], [5])], "row 1: 2 .* 1"), ([([], [5])], "row 0: 0 .* 1")])
+        ([], ""), ([([5], [5]), ([], [])], "1.*0"),
+        ([([5], [5]), ([5, 6], [5])], "1.*2"), ([([], [5])], "0.*1")])
     def test_nothing_and_rows_without_ids_or_labels_are_refused(self, rows, values):
-        with pytest.raises(ValueError, match=values):
+        with refused(values):
             collate(rows)
 
 

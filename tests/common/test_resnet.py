@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.resnet import AttentionPool, Bottleneck, ModifiedResNet, freeze_bn_stats
-from tests.helpers import assert_close, assert_same, attend_by_hand
+from tests.helpers import assert_close, assert_same, attend_by_hand, refused
 
 
 def randomize_all(module):
@@ -116,7 +116,7 @@ class TestModifiedResNet:
 
     @pytest.mark.parametrize("shape", [(3, 64, 96), (3, 32, 32), (1, 64, 64)])
     def test_images_of_another_size_raise(self, shape):
-        with pytest.raises(ValueError, match=f"{shape[1]}, {shape[2]}.*3, 64, 64"):
+        with refused(f"{shape[1]}, {shape[2]}.*3, 64, 64"):
             resnet().eval()(torch.zeros(1, *shape))
 
     @pytest.mark.parametrize("changes, words", [
@@ -124,7 +124,7 @@ class TestModifiedResNet:
         (dict(stages=(1, 1, 1)), r"\(1, 1, 1\)"), (dict(stages=(1, 0, 1, 1)), r"\(1, 0, 1, 1\)"),
         (dict(heads=5), "192.*5")])
     def test_sizes_that_no_such_network_has_raise(self, changes, words):
-        with pytest.raises(ValueError, match=words):
+        with refused(words):
             ModifiedResNet(**SIZES | changes)
 
 

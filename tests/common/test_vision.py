@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.vision import ViT, check_image_size, patchify, resize_positions
-from tests.helpers import assert_close, assert_same, randomize
+from tests.helpers import assert_close, assert_same, randomize, refused
 
 WIDTH = 11
 
@@ -51,7 +51,7 @@ class TestCheckImageSize:
     @pytest.mark.parametrize("shape", [(3, 15, 20), (3, 20, 15), (3, 10, 10), (1, 15, 15)])
     def test_images_of_another_shape_raise_and_both_shapes_are_named(self, shape):
         check_image_size(torch.zeros(2, 3, 15, 15), 15)
-        with pytest.raises(ValueError, match=f"{shape[0]}, {shape[1]}, {shape[2]}.*3, 15, 15"):
+        with refused(f"{shape[0]}, {shape[1]}, {shape[2]}.*3, 15, 15"):
             check_image_size(torch.zeros(2, *shape), 15)
 
 
@@ -63,9 +63,8 @@ class TestPatchify:
 
     @pytest.mark.parametrize("H, W", [(14, 20), (20, 14)])
     def test_a_size_that_does_not_divide_raises(self, H, W):
-        with pytest.raises(Exception, match=f"(?=.*{H})(?=.*{W}).*5") as error:
+        with refused(f"{H}.*{W}.*5"):
             patchify(torch.zeros(1, 3, H, W), 5)
-        assert error.type is ValueError
 
 
 class TestResizePositions:
@@ -104,8 +103,8 @@ class TestViT:
             assert_close(f"deviation of {name}", getattr(vit, name).std(), 400 ** -0.5, 8e-3)
 
     def test_a_patch_size_that_does_not_divide_and_other_images_raise(self, norms):
-        with pytest.raises(ValueError, match="15.*4"):
+        with refused("15.*4"):
             make(norms, patch_size=4)
         for of in (make(norms), make(norms).hidden, make(norms).pooled):
-            with pytest.raises(ValueError, match="20, 20.*15, 15"):
+            with refused("20, 20.*15, 15"):
                 of(draw(size=20))
