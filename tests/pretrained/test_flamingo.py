@@ -123,9 +123,7 @@ class TestLoadOpenflamingo:
         ({"max_frames": 4}, "max_frames=4, not 0"),
         ({"placement": "paper"}, "placement=paper, not openflamingo"),
         ({"heads": 4, "head_width": 128}, "heads=4, not 8; head_width=128, not 64"),
-        ({"resampler_heads": 16, "resampler_head_width": 32}, "resampler_heads=16, not 8"),
-        ({"only_latest_image": False}, "only_latest_image=False, not True"),
-        ({"use_class_token": True}, "use_class_token=True, not False")], ids=str)
+        ({"only_latest_image": False}, "only_latest_image=False, not True")], ids=str)
     def test_another_config_is_told(self, both, changes, words):
         with one_line(words):
             load_openflamingo(make(**changes), both[2]())
@@ -145,12 +143,7 @@ class TestLoadOpenflamingo:
 
 
 class TestFromPretrained:
-    def test_a_run_folder_and_nothing_else(self, tmp_path):
-        with one_line(f"{tmp_path}: no run here"):
-            flamingo.from_pretrained(tmp_path)
-        write_run(tmp_path, "clip", flamingo_config(), {})
-        with one_line("'clip', not of 'flamingo'"):
-            flamingo.from_pretrained(tmp_path)
+    def test_a_run_folder(self, tmp_path):
         model = toy_flamingo(language=replace(flamingo_config().language, vocab_size=400)).float()
         write_run(tmp_path, "flamingo", model.config, model.state_dict())
         writer = flamingo.from_pretrained(tmp_path)

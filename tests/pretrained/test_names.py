@@ -1,38 +1,13 @@
-"""Tables of names: templates, tensors taken apart, names without a row."""
+"""Tables of names; each change of a tensor is shown by the published layouts that need it."""
 import re
 
 import pytest
 import torch
 
 from common.pretrained import names
-from common.pretrained.names import Table, expand, translate
+from common.pretrained.names import Table, translate
 from tests.fuzz import one_line
 from tests.helpers import assert_close
-
-
-@pytest.mark.parametrize("change, pieces", [
-    ("same", lambda w: [w]), ("transpose", lambda w: [w.T]),
-    ("halves", lambda w: [w[:6], w[6:]]), ("thirds", lambda w: [w[:4], w[4:8], w[8:]]),
-    ("transposed_thirds", lambda w: [w[:, :5].T, w[:, 5:10].T, w[:, 10:].T])])
-def test_changes_of_a_matrix(change, pieces):
-    weight = torch.randn(12, 15)
-    for i, (got, want) in enumerate(zip(getattr(names, change)(weight), pieces(weight),
-                                        strict=True)):
-        assert_close(f"part {i} of {change}", got, want)
-
-
-def test_flatten_patches_makes_a_linear_of_a_strided_convolution():
-    kernel, image = torch.randn(7, 3, 5, 5), torch.randn(3, 10, 15)
-    flat, = names.flatten_patches(kernel)
-    patches = [image[:, y:y + 5, x:x + 5].flatten() for y in (0, 5) for x in (0, 5, 10)]
-    conv = torch.nn.functional.conv2d(image[None], kernel, stride=5)[0].flatten(1).T
-    assert_close("patches (6, D)", torch.stack(patches) @ flat.T, conv)
-
-
-class TestExpand:
-    def test_braces_are_expanded_in_order(self):
-        assert expand("a.{n}.{x,y}", {"n": 2}) == ["a.0.x", "a.0.y", "a.1.x", "a.1.y"]
-        assert expand("plain", {}) == ["plain"] and expand("a.{n}", {"n": 0}) == []
 
 
 @pytest.fixture
@@ -68,10 +43,3 @@ class TestTranslate:
     def test_a_tensor_of_too_few_dimensions_is_named_with_its_shape(self, table, name, shape):
         with one_line(f"^here: {name} .*{re.escape(str(shape))}"):
             translate({name: torch.zeros(shape)}, table, {"layers": 2}, "here")
-
-
-class TestCount:
-    def test_layers_are_counted_from_the_names(self):
-        found = [f"h.{i}.{name}" for i in range(3) for name in "ab"] + ["x.h.7.a"]
-        assert names.count(dict.fromkeys(found), r"h\.(\d+)\.") == 3
-        assert names.count({}, r"h\.(\d+)\.") == 0
