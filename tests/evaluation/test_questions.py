@@ -68,18 +68,14 @@ class TestEvaluate:
     def test_a_world_with_tasks_has_all_figures(self):
         class Few(Shapes):
             splits = Shapes.splits | {"test": 3, "single": 8}
-        data, sizes = SimpleNamespace(world=Few(image_size=16)), []
-
-        def select(images, support, count):
-            sizes.append((len(images), len(support)))
-            return [support[:count]] * len(images)
-        figures = evaluate(Writes(lambda record: "?"), data, 8)
+        data, writer = SimpleNamespace(world=Few(image_size=16)), Writes(lambda record: "?")
+        figures = evaluate(writer, data, 8)
         assert {"caption_accuracy", "two_images_latest", "vqa_accuracy", "document_accuracy",
                 "video_accuracy", "shots_8"} <= set(figures)
-        more = evaluate(Writes(lambda record: "?"), data, 8, select)
-        assert set(more) - set(figures) == {f"vqa_accuracy_4_{how}_shots"
-                                            for how in ("random", "retrieved")}
-        assert sizes == [(2, 8)]
+        more = evaluate(writer, data, 8, lambda images, support, k: [support[:k]] * len(images))
+        assert set(more) - set(figures) == {"vqa_accuracy_4_random_shots",
+                                            "vqa_accuracy_4_retrieved_shots"}
+        assert len(writer.asked[-1]) == 2            # a quarter of the questions
 
 
 class TestCaptions:
