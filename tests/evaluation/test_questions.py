@@ -146,10 +146,10 @@ class TestVisualQuestions:
     def test_questions_are_asked_in_both_wordings(self, world):
         writer = Writes(lambda record: "")
         visual_questions(writer, world, 13)
-        prompts = [[record["turns"][-1]["prompt"] for record in own] for own in writer.asked]
+        asked = [[record["turns"][-1]["prompt"] for record in own] for own in writer.asked]
         for split in ("test", "train"):
             records = draw_tasks(world, "question", 13, split, asks=1)
-            assert [record["turns"][0]["prompt"] for record in records] in prompts
+            assert [record["turns"][0]["prompt"] for record in records] in asked
 
 
 class TestRetrievedShots:

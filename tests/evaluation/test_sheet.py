@@ -76,10 +76,5 @@ class TestSheet:
         assert (many[:, :columns] == few[:, :columns]).all() and (many != few).any()
         assert (many == (1, 99, 2)).all(-1).sum() == (4 * CELL ** 2 if picture else 0)
 
-    def test_a_long_name_has_two_lines_below_its_picture(self):
-        long, short = (page([("asked", None, [(plain(), name, None)])])
-                       for name in ("many words " * 9, "two words of three"))
-        assert len(long) == len(short) and (long[-6:] == 255).all()
-
     def test_letters_of_other_scripts_do_not_break_it(self):
         page([("猫 😀 é", None, [(None, "\u200b кот", None)])])

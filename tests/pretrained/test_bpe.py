@@ -74,11 +74,8 @@ class TestBPE:
     def test_text_that_spells_a_special_piece_gets_ordinary_ids(self):
         ids = golden().encode("a dog<|endoftext|>a<|startoftext|>")
         assert not {49406, 49407} & set(ids)
-        assert golden().decode(ids) == "a dog <| endoftext |> a <| startoftext |>"
+        assert golden().decode([49406, *ids, 49407]) == "a dog <| endoftext |> a <| startoftext |>"
         assert small(OPT).eos_id not in small(OPT).encode("</s>")
-
-    def test_decoding_gives_the_cleaned_words(self):
-        assert golden().decode(golden().batch(["It's a  DOG!"], 20)[0]) == "it 's a dog !"
 
     def test_any_text_comes_back_byte_for_byte(self):
         use, draw = small(GPT2), random.Random(0)

@@ -27,16 +27,6 @@ def write_index(folder, where, name=INDEX):
     (folder / name).write_text(json.dumps({"metadata": {}, "weight_map": where}))
 
 
-class TestIsPublished:
-    def test_it_is_a_file_or_a_folder_with_a_model_type(self, tmp_path):
-        assert not files.is_published(tmp_path) and not files.is_published(tmp_path / "none")
-        for text, published in (('{"model": "clip"}', False), ('["model_type"]', False),
-                                ('{"model_type": "clip"}', True)):
-            (tmp_path / "config.json").write_text(text)
-            assert files.is_published(tmp_path) == published, text
-        assert files.is_published(tmp_path / "config.json")
-
-
 class TestFields:
     @pytest.mark.parametrize("name, more, absent, good, bad", [
         ("given", ["some"], "some", [0, False, "", []], []),

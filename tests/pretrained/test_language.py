@@ -45,11 +45,6 @@ def write_folder(path, kind, weights, **changes):
     return path
 
 
-@pytest.fixture(params=CONFIGS)
-def kind(request):
-    return request.param
-
-
 class TestReadModel:
     def test_it_needs_no_vocabulary_but_weights(self, tmp_path):
         ours, theirs = both("gpt2")
@@ -63,6 +58,7 @@ class TestReadModel:
 
 
 class TestConfigFields:
+    @pytest.mark.parametrize("kind", CONFIGS)
     def test_all_sizes_are_read(self, kind):
         assert fields(kind).items() >= FIELDS.items()
         assert fields(kind)["kv_heads"] == (1 if kind == "llama" else 3)
@@ -127,6 +123,7 @@ class TestLlamaFields:
 
 
 class TestTranslated:
+    @pytest.mark.parametrize("kind", CONFIGS)
     def test_names_without_their_first_word_are_read_too(self, kind):
         ours, theirs = both(kind)
         bare = {name.removeprefix("transformer.").removeprefix("model."): weight
