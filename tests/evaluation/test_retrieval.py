@@ -77,8 +77,7 @@ class TestZeroShotClassifier:
         (["7", "2", "11"], ["{}"], [[7], [2], [11]]),
         (["0", "2"], ["{}", "1{}"], [[0, 10], [2, 12]]),
         (["0", "2"], ["{}", "1{}", "0{}"], [[0, 10, 0], [2, 12, 2]])])
-    def test_unit_vectors_of_a_name_in_all_templates_are_averaged_and_normalized_again(
-            self, names, templates, numbers):
+    def test_unit_vectors_are_averaged_and_normalized_again(self, names, templates, numbers):
         vectors = F.normalize(torch.randn(13, 5), dim=-1)
         means = torch.stack([sum(vectors[n] for n in own) / len(own) for own in numbers])
         for chunk in (256, 4, 2, 1):             # a chunk may end within a name

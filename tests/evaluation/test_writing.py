@@ -176,8 +176,7 @@ class Knows:
 class TestSamples:
     @pytest.mark.parametrize("right, colour, other", [
         (True, (20, 150, 60), (210, 40, 40)), (False, (210, 40, 40), (20, 150, 60))])
-    def test_right_and_wrong_answers_are_marked_and_episodes_show_their_shots(
-            self, right, colour, other):
+    def test_answers_are_marked_and_episodes_show_their_shots(self, right, colour, other):
         def sheet(*tasks, records=4):
             world = Shapes(image_size=16)
             world.tasks = tasks

@@ -191,10 +191,7 @@ class TestReadClip:
             BPE.load(tmp_path, GPT2)
 
     @pytest.mark.parametrize("data, message", [
-        (gzip.compress(b"#version\na b\nb c\n"), f"2 merges, .* {CLIP_MERGES}"),
-        (b"not gzip", ""), (gzip.compress(bytes(99))[:-9], ""), (gzip.compress(bytes(99))[:5], ""),
-        (gzip.compress(bytes(99))[:10] + b"\xff" * 20, "")],
-        ids=["short", "other", "cut", "cut early", "damaged"])
+        (gzip.compress(b"#version\na b\nb c\n"), f"2 merges, .* {CLIP_MERGES}"), (b"x", "")])
     def test_a_file_that_lies_is_one_line(self, tmp_path, data, message):
         (tmp_path / CLIP_FILE).write_bytes(data)
         with one_line(f"^{tmp_path / CLIP_FILE}: .*{message}"):

@@ -96,8 +96,7 @@ class TestHuggingFace:
         (part("text", layer_norm_eps=1e-6), "text layer_norm_eps is 1e-06"),
         (part("text", num_hidden_layers=4), "missing text.transformer.blocks.3.attn"),
         (part("text", num_hidden_layers=2), "unexpected text_model.encoder.layers.2"),
-        (part("vision", image_size=0), "vision_config: image_size is 0"),
-        (part("vision", patch_size=3), r"patch_embed.weight is \(24, 75\)")], ids=str)
+        (part("vision", image_size=0), "vision_config: image_size is 0")], ids=str)
     def test_a_config_at_odds_with_the_weights_is_one_line(self, tmp_path, change, message):
         hugging_face(tmp_path, **change)
         with one_line(message):
@@ -227,8 +226,7 @@ class TestFromPretrained:
         assert use.model.config == model.config and use.tokenizer.model == tokenizer.model
         check_weights(use.model, model.state_dict())
 
-    def test_a_search_with_it_is_drawn_here_and_not_beside_the_users_files(
-            self, tmp_path, monkeypatch):
+    def test_a_search_is_drawn_here_and_not_beside_the_weights(self, tmp_path, monkeypatch):
         for name in ("published", "pictures", "here"):
             (tmp_path / name).mkdir()
         hugging_face(tmp_path / "published")
@@ -239,3 +237,5 @@ class TestFromPretrained:
         status, out, err = command("clip.py", "../published", "search", "a dog", "../pictures")
         assert (status, len(out.splitlines())) == (0, 8) and "drawn in search.png" in out, err
         colours = {colour for _, colour in Image.open("search.png").getcolors(100_000)}
+        assert colours >= {(30 * i, 9, 0) for i in range(7)}
+        assert {*os.listdir(tmp_path / "published")} == before

@@ -33,11 +33,6 @@ class TestTranslate:
         for name, weight in want.items():
             assert_close(name, ours[name], weight, 0)
 
-    def test_names_without_a_row_stay_on_one_line(self, table):
-        theirs = dict.fromkeys(("h.2.ln_1.bias", "odd\nname"), torch.ones(5))
-        ours = translate(theirs, table, {"layers": 2}, "here")
-        assert list(ours) == ["h.2.ln_1.bias", "odd?name"]
-
     @pytest.mark.parametrize("name, shape", [
         ("h.0.out", (5,)), ("h.1.kv", ()), ("h.0.conv", (7, 3))])
     def test_a_tensor_of_too_few_dimensions_is_named_with_its_shape(self, table, name, shape):

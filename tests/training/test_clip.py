@@ -9,7 +9,7 @@ from PIL import Image
 
 import clip
 import train
-from clip import PRESETS, RECIPES, CLIPConfig
+from clip import RECIPES, CLIPConfig
 from common.data.batches import EvalData, world_tokenizer
 from common.data.collators import ImageTextBatch
 from common.data.safe_read import read_json
@@ -34,7 +34,6 @@ class TestRecipes:
     def test_our_own_presets_clip_the_gradient(self):
         for name in ("tiny", "small", "RN-tiny"):
             assert find_recipe(RECIPES, name, "shapes", {}).grad_clip == 1.0
-        assert (RECIPES["RN-tiny"].betas, RECIPES["RN-tiny"].eps) == ((0.9, 0.999), 1e-8)
         assert find_recipe(RECIPES, "tiny", "emoji", {}).weight_decay == 2.0
 
 
@@ -71,7 +70,6 @@ class TestEvaluate:
         data = EvalData(world, tokenizer, ImageTextBatch(tokenizer, 11, 15), "cpu")
         figures = model.evaluate(data)
         assert len(figures) == 12 and all(0 <= value <= 1 for value in figures.values())
-        assert 0 < figures["image_to_text_recall@1_chance"] < 1
         assert figures["zero_shot_accuracy_chance"] == pytest.approx(1 / 42)
         assert figures["composition_accuracy_chance"] == pytest.approx(1 / 48)
         assert model.samples(data).width > 400
