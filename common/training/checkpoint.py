@@ -48,7 +48,7 @@ def unpickle(path, what, mmap=False):
         why = f"not a {what}, or cut off"
         if isinstance(error, pickle.UnpicklingError) and "global" in str(error).lower():
             why = "holds more than tensors and numbers, refused (it could run code)"
-    raise ValueError(f"{path}: {why}")
+    raise ValueError(f"{printable(path)}: {why}")
 
 
 def load(path):

@@ -1,14 +1,13 @@
 """What a writing model is asked, on worlds and models whose answers are known."""
 import math
-import random
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from common.data.shapes.world import Shapes
-from common.evaluation.questions import (captions, clips, describes, draw_tasks, episodes, evaluate,
-                                         exact, latest_image, retrieved_shots, text_perplexity,
+from common.evaluation.questions import (captions, clips, draw_tasks, episodes, evaluate,
+                                         latest_image, retrieved_shots, text_perplexity,
                                          visual_questions)
 from tests.helpers import Numbers, assert_close, toy_lm
 
@@ -49,9 +48,9 @@ class Writes:
         return [own[0] for own in candidates]
 
 
-def reads(said=None):
-    """A writer of the number of each image, in two digits, or of `said`."""
-    return Writes(lambda record: said or f"{number_of(record['images']):02d}")
+def reads():
+    """A writer of the number of each image, in two digits."""
+    return Writes(lambda record: f"{number_of(record['images']):02d}")
 
 
 def knows(records):
@@ -69,62 +68,35 @@ class TestEvaluate:
     def test_a_world_with_tasks_has_all_figures(self):
         class Few(Shapes):
             splits = Shapes.splits | {"test": 3, "single": 8}
-        data, sizes = SimpleNamespace(world=Few(image_size=16)), []
-
-        def select(images, support, count):
-            sizes.append((len(images), len(support)))
-            return [support[:count]] * len(images)
-        figures = evaluate(Writes(lambda record: "?"), data, 8)
+        data, writer = SimpleNamespace(world=Few(image_size=16)), Writes(lambda record: "?")
+        figures = evaluate(writer, data, 8)
         assert {"caption_accuracy", "two_images_latest", "vqa_accuracy", "document_accuracy",
                 "video_accuracy", "shots_8"} <= set(figures)
-        more = evaluate(Writes(lambda record: "?"), data, 8, select)
-        assert set(more) - set(figures) == {f"vqa_accuracy_4_{how}_shots"
-                                            for how in ("random", "retrieved")}
-        assert sizes == [(2, 8)]
-
-
-class TestDrawTasks:
-    def test_records_are_always_the_same_and_different_from_one_another(self, world):
-        asked = [[str([(t["prompt"], t["answer"]) for t in record["turns"]])
-                  for record in draw_tasks(world, "question", 13)] for _ in range(2)]
-        assert asked[0] == asked[1] and len(set(asked[0])) > 9
-
-
-class TestExact:
-    def test_texts_are_compared_with_the_last_answer(self):
-        records = [{"turns": [{"answer": "a"}, {"answer": "b"}]}, {"turns": [{"answer": "b"}]}]
-        assert exact(["b", "b"], records) == 1 and exact(["a", "b"], records) == 0.5
-
-
-class TestDescribes:
-    def test_where_a_world_does_not_say_what_describes_truth_counts(self):
-        assert describes(Numbers(), "4", 4) and not describes(Numbers(), "4", 3)
-        assert describes(Strict(), "04", 4) and not describes(Strict(), "4", 4)
+        more = evaluate(writer, data, 8, lambda images, support, k: [support[:k]] * len(images))
+        assert set(more) - set(figures) == {"vqa_accuracy_4_random_shots",
+                                            "vqa_accuracy_4_retrieved_shots"}
+        assert len(writer.asked[-1]) == 2            # a quarter of the questions
 
 
 class TestCaptions:
     def test_they_are_right_when_they_describe_their_image(self):
-        assert captions(reads(), Strict(), 500) == pytest.approx({
-            "caption_accuracy": 1, "caption_accuracy_single": 1,
-            # Single images are 0 1 2 0 1; in their place are 0 1 0 1 2, and only the first two
-            # captions are true.
-            "caption_accuracy_single_wrong_image": 2 / 5, "caption_accuracy_single_chance": 1 / 3})
-        assert captions(reads("4"), Strict(), 500)["caption_accuracy"] == 0
-        assert captions(reads("4"), Numbers(), 500)["caption_accuracy"] == pytest.approx(2 / 13)
-
-    @pytest.mark.parametrize("count, asked", [
-        (500, [[*range(13)], [0, 1, 2, 0, 1], [0, 1, 0, 1, 2]]),
-        (3, [[0, 1, 2], [0, 1, 2], [1, 2, 0]])])
-    def test_images_are_the_first_of_both_splits_and_those_of_other_records(self, count, asked):
         writer = reads()
-        captions(writer, Strict(), count)
-        assert [[number_of(r["images"]) for r in records] for records in writer.asked] == asked
+        assert captions(writer, Strict(), 500) == pytest.approx({
+            "caption_accuracy": 1, "caption_accuracy_single": 1,
+            # Of the images of other records, below, the first two captions are true.
+            "caption_accuracy_single_wrong_image": 2 / 5, "caption_accuracy_single_chance": 1 / 3})
+        assert [[number_of(r["images"]) for r in records] for records in writer.asked] == [
+            [*range(13)], [0, 1, 2, 0, 1], [0, 1, 0, 1, 2]]
+        for world, share in ((Strict(), 0), (Numbers(), 2 / 13)):
+            found = captions(Writes(lambda record: "4"), world, 500)
+            assert found["caption_accuracy"] == pytest.approx(share)
 
     @pytest.mark.parametrize("split", [None, "test"])
-    def test_a_world_without_single_objects_has_one_figure(self, split):
-        world = Strict()
+    def test_a_world_without_single_objects_has_one_figure_of_the_first_images(self, split):
+        world, writer = Strict(), reads()
         world.zero_shot = split
-        assert set(captions(reads(), world, 500)) == {"caption_accuracy"}
+        assert captions(writer, world, 3) == {"caption_accuracy": 1}
+        assert [number_of(record["images"]) for record in writer.asked[0]] == [0, 1, 2]
 
 
 class TestLatestImage:
@@ -139,8 +111,7 @@ class TestLatestImage:
         writer = Writes(lambda r: str(number_of(r["turns"][place]["images"][0])))
         figures = latest_image(writer, Cards(), 13)
         assert figures == {"two_images_first": first, "two_images_latest": latest}
-        for record in writer.asked[0]:
-            shot, query = record["turns"]
+        for shot, query in (record["turns"] for record in writer.asked[0]):
             assert shot["answer"] == str(number_of(shot["images"][0]))
             assert shot["caption"] and query["caption"]
 
@@ -171,15 +142,14 @@ class TestVisualQuestions:
         assert figures["document_accuracy"] == 1 and figures["vqa_accuracy"] == 0
         asked, = (own for own in writer.asked if "asked" in own[0])
         assert {len(record["turns"]) for record in asked} == {1, 2, 3}
-        assert all(record["turns"][-1]["prompt"] for record in asked)
 
     def test_questions_are_asked_in_both_wordings(self, world):
         writer = Writes(lambda record: "")
         visual_questions(writer, world, 13)
-        prompts = [[record["turns"][-1]["prompt"] for record in own] for own in writer.asked]
+        asked = [[record["turns"][-1]["prompt"] for record in own] for own in writer.asked]
         for split in ("test", "train"):
             records = draw_tasks(world, "question", 13, split, asks=1)
-            assert [record["turns"][0]["prompt"] for record in records] in prompts
+            assert [record["turns"][0]["prompt"] for record in records] in asked
 
 
 class TestRetrievedShots:
@@ -187,39 +157,34 @@ class TestRetrievedShots:
         support = draw_tasks(world, "question", 30, "train", asks=1)       # 2 * 13 + 4
         queries = draw_tasks(world, "question", 13)
 
-        def prompts(records):
-            return [[turn["prompt"] for turn in record["turns"]] for record in records]
+        def all_of(name, records):
+            return [[turn[name] for turn in record["turns"]] for record in records]
 
         def select(images, given, count):
             assert images == [query["turns"][0]["images"][0] for query in queries]
-            assert prompts(given) == prompts(support)
+            assert all_of("prompt", given) == all_of("prompt", support)
             return [[given[i], *given[:count - 1]] for i in range(13)]
         writer = Writes(lambda record: record["turns"][0]["answer"])      # as the first shot does
         figures = retrieved_shots(writer, world, 13, select)
-        found, retrieved = map(prompts, writer.asked)
-        said, asked = ([turns[0] for turns in prompts(own)] for own in (support, queries))
+        drawn, retrieved = (all_of("prompt", own) for own in writer.asked)
+        said, asked = (sum(all_of("prompt", own), []) for own in (support, queries))
         assert retrieved == [[said[i], *said[:3], asked[i]] for i in range(13)]
-        assert [turns[-1] for turns in found] == asked and {len(turns) for turns in found} == {5}
-        assert len({str(turns[:-1]) for turns in found}) > 9
-        right = [a["turns"][0]["answer"] == b["turns"][0]["answer"]
-                 for a, b in zip(support, queries)]
+        assert [turns[-1] for turns in drawn] == asked and {len(turns) for turns in drawn} == {5}
+        assert len({str(turns[:-1]) for turns in drawn}) > 9
+        right = [a == b for a, b in zip(all_of("answer", support), all_of("answer", queries))]
         assert figures["vqa_accuracy_4_retrieved_shots"] == sum(right) / 13
-        assert set(figures) == {"vqa_accuracy_4_retrieved_shots", "vqa_accuracy_4_random_shots"}
         assert figures == retrieved_shots(writer, world, 13, select)
-        assert prompts(writer.asked[2]) == found     # random shots are the same in each evaluation
+        assert all_of("prompt", writer.asked[2]) == drawn          # the same in each evaluation
 
 
 class TestClips:
     @pytest.mark.parametrize("frames", [8, 16])
     def test_they_are_shown_in_order_longer_and_shuffled(self, world, frames):
-        figures = clips(knows(draw_tasks(world, "clip", 13, frames=frames)), world, 13)
+        writer = knows(draw_tasks(world, "clip", 13, frames=frames))
+        figures = clips(writer, world, 13)
         assert figures.pop("video_accuracy_shuffled") < 0.5
         assert figures == {"video_accuracy": frames == 8, "video_accuracy_16_frames": frames == 16,
                            "video_accuracy_chance": 0.5}
-
-    def test_shuffled_clips_have_the_same_frames_in_another_order(self, world):
-        writer = Writes(lambda record: "")
-        clips(writer, world, 13)
         plain, _, shuffled = ([look(record) for record in own] for own in writer.asked)
         assert [sorted(own) for own in plain] == [sorted(own) for own in shuffled]
         assert sum(a != b for a, b in zip(plain, shuffled)) > 9
@@ -246,6 +211,7 @@ class TestEpisodes:
 
 class TestTextPerplexity:
     @pytest.mark.parametrize("bias", [0.0, torch.linspace(0, 3, 13)])
+    @torch.no_grad()
     def test_it_is_of_the_whole_model_and_of_its_language_model(self, bias):
         class Model:
             """The whole adds a bias to its language model's logits; it has no image."""
@@ -259,17 +225,17 @@ class TestTextPerplexity:
             world = SimpleNamespace(text=lambda rng: {"texts": [str(rng.randint(3, 9))]})
 
             def ids(self, texts):
-                self.texts = texts
-                return torch.tensor([[1, int(n), 2] if int(n) < 8 else [1, 2, 0] for n in texts])
+                self.found = torch.tensor([[1, int(n), 2] if n < "8" else [1, 2, 0] for n in texts])
+                return self.found
         data = Data()
-        with torch.no_grad():
-            found, ids = text_perplexity(Model(), data, 7), data.ids(data.texts)
-            assert len(ids) == 7 and len(set(data.texts)) > 2
-            for name, added in (("perplexity_lm", 0.0), ("perplexity", bias)):
-                logs = (Model.lm(ids) + added).log_softmax(-1)
-                own = [-logs[b, t - 1, ids[b, t]] for b, t in (ids != 0).nonzero().tolist() if t]
-                assert_close(name, found[name], math.exp(sum(own) / len(own)), 1e-4)
-            assert found == text_perplexity(Model(), data, 7)
+        figures = text_perplexity(Model(), data, 7)
+        ids = data.found
+        assert len(ids) == 7 and len(ids.unique(dim=0)) > 2
+        for name, added in (("perplexity_lm", 0.0), ("perplexity", bias)):
+            logs = (Model.lm(ids) + added).log_softmax(-1)
+            own = [-logs[b, t - 1, ids[b, t]] for b, t in (ids != 0).nonzero().tolist() if t]
+            assert_close(name, figures[name], math.exp(sum(own) / len(own)), 1e-4)
+        assert figures == text_perplexity(Model(), data, 7)
 
     def test_a_world_without_texts_has_none(self):
         assert text_perplexity(None, SimpleNamespace(world=Numbers()), 7) == {}

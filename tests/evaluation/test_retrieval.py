@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.data.images import MEAN, STD, to_tensor
-from common.evaluation.retrieval import (Pool, Retriever, accuracy, encode_records, evaluate,
-                                         make_pool, recalls, samples, zero_shot,
-                                         zero_shot_classifier)
+from common.evaluation.retrieval import (Pool, Retriever, encode_records, evaluate, make_pool,
+                                         recalls, zero_shot, zero_shot_classifier)
 from tests.helpers import Numbers, assert_close, drawing
 
 GREEN, RED = (20, 150, 60), (210, 40, 40)
+WAYS = ("image_to_text", "text_to_image")
 
 
 class Data:
@@ -31,6 +31,10 @@ class Data:
 
     def ids(self, texts):
         return torch.tensor([[int(text)] for text in texts])
+
+    def batch(self, texts, context_length):          # as a tokenizer
+        assert context_length == 5
+        return self.ids(texts)
 
 
 class Model(nn.Module):
@@ -56,10 +60,6 @@ class Model(nn.Module):
         return (9 * image @ classifier).softmax(dim=1)
 
 
-def colours(page):
-    return {colour for _, colour in page.getcolors(1 << 20)}
-
-
 def own(query, item):
     return query == item
 
@@ -77,8 +77,7 @@ class TestZeroShotClassifier:
         (["7", "2", "11"], ["{}"], [[7], [2], [11]]),
         (["0", "2"], ["{}", "1{}"], [[0, 10], [2, 12]]),
         (["0", "2"], ["{}", "1{}", "0{}"], [[0, 10, 0], [2, 12, 2]])])
-    def test_unit_vectors_of_a_name_in_all_templates_are_averaged_and_normalized_again(
-            self, names, templates, numbers):
+    def test_unit_vectors_are_averaged_and_normalized_again(self, names, templates, numbers):
         vectors = F.normalize(torch.randn(13, 5), dim=-1)
         means = torch.stack([sum(vectors[n] for n in own) / len(own) for own in numbers])
         for chunk in (256, 4, 2, 1):             # a chunk may end within a name
@@ -86,30 +85,17 @@ class TestZeroShotClassifier:
             assert_close("classifier (E, C)", found, (means / means.norm(dim=1)[:, None]).T)
 
 
-class TestAccuracy:
-    def test_it_is_the_fraction_of_largest_scores_at_the_label(self):
-        scores = torch.tensor([[0.1, 0.9, 0.0], [0.2, 0.3, 0.9], [5.0, 1.0, 2.0], [0.0, 2.0, 1.0]])
-        assert accuracy(scores, torch.tensor([1, 2, 0, 0])) == 0.75
-
-
 class TestRecalls:
-    # Row 0 finds its own first, row 1 second, row 2 fourth.
-    SCORES = torch.tensor([[0.9, 0.1, 0.2, 0.3, 0.0],
-                           [0.8, 0.7, 0.1, 0.2, 0.3],
-                           [0.9, 0.8, 0.4, 0.6, 0.1]])
-
     @pytest.mark.parametrize("right, expected", [
         (own, {1: 1 / 3, 2: 2 / 3, 3: 2 / 3, 4: 1, 50: 1}),          # 50: all there are
         (lambda query, item: (query, item) in {(0, 0), (1, 1), (2, 2), (2, 0)},
          {1: 2 / 3, 2: 1, 50: 1}),                                   # every right item counts
         (lambda query, item: False, {1: 0, 50: 0})])
     def test_of_a_matrix_by_hand(self, right, expected):
-        assert recalls(self.SCORES, right, ks=tuple(expected)) == pytest.approx(expected)
-
-    def test_items_below_the_largest_k_are_not_judged(self):
-        judged = set()
-        recalls(self.SCORES, lambda query, item: judged.add((query, item)), ks=(1, 2))
-        assert judged <= {(0, 0), (0, 3), (1, 0), (1, 1), (2, 0), (2, 1)}
+        scores = torch.tensor([[0.9, 0.1, 0.2, 0.3, 0.0],            # finds its own first,
+                               [0.8, 0.7, 0.1, 0.2, 0.3],            # second,
+                               [0.9, 0.8, 0.4, 0.6, 0.1]])           # fourth
+        assert recalls(scores, right, ks=tuple(expected)) == pytest.approx(expected)
 
     def test_equal_scores_are_no_better_than_guessing_and_a_perfect_ranking_finds_all(self):
         assert recalls(torch.zeros(40, 40), own, ks=(1,))[1] == pytest.approx(1 / 40)
@@ -121,12 +107,6 @@ class TestPool:
         data = Data(is_true=is_true)
         return Pool(data.world, data.records("test")[:len(images)], images, texts)
 
-    def test_each_direction_ranks_what_its_name_says(self):
-        # Both images point at text 0, image 0 more so; text 1 points at image 1.
-        images, texts = torch.tensor([[1, 0], [0.8, 0.6]]), torch.tensor([[1, 0.1], [0, 1]])
-        found = self.pool(images, texts, lambda text, source: int(text) == source).figures()
-        assert (found["image_to_text_recall@1"], found["text_to_image_recall@1"]) == (0.5, 1.0)
-
     @pytest.mark.parametrize("is_true, expected", [
         (lambda text, source: text == "0", (1 / 3, 1 / 3)),      # image 2 finds it, it finds any
         (lambda text, source: source == 0 and text != "1", (0, 0)),
@@ -134,41 +114,33 @@ class TestPool:
     def test_truth_is_of_a_text_and_an_image(self, is_true, expected):
         # Image i is nearest to text i + 1.
         found = self.pool(torch.eye(3), torch.eye(3).roll(1, dims=0), is_true).figures()
-        assert (found["image_to_text_recall@1"], found["text_to_image_recall@1"]) \
-            == pytest.approx(expected)
+        assert [found[f"{name}_recall@1"] for name in WAYS] == pytest.approx(expected)
+
+    def test_each_direction_ranks_what_its_name_says(self):
+        # Both images point at text 0, image 0 more so; text 1 points at image 1.
+        images, texts = torch.tensor([[1, 0], [0.8, 0.6]]), torch.tensor([[1, 0.1], [0, 1]])
+        found = self.pool(images, texts, lambda text, source: int(text) == source).figures()
+        assert [found[f"{name}_recall@1"] for name in WAYS] == [0.5, 1.0]
 
     def test_figures_are_recall_of_1_5_and_10_both_ways_and_the_chance_of_recall_at_1(self):
-        found = make_pool(Model(), Data()).figures()
-        names = ("image_to_text", "text_to_image")
-        assert set(found) == {f"{name}_recall@{k}" for name in names
-                              for k in (1, 5, 10, "1_chance")}
-        for name in names:               # of a random pair, always the same ones
+        # Image i finds word i - 1, which is true of it, too; word i finds image i + 1.
+        model = Model(torch.eye(13).roll(-1, dims=1))
+        found = make_pool(model, Data()).figures()
+        assert set(found) == {f"{name}_recall@{k}" for name in WAYS for k in (1, 5, 10, "1_chance")}
+        assert found == make_pool(model, Data()).figures()        # always the same random pairs
+        for name in WAYS:
+            assert found[f"{name}_recall@1"] == pytest.approx(12 / 13)
             assert found[f"{name}_recall@1_chance"] == pytest.approx(25 / 169, abs=0.01)
-        assert found == make_pool(Model(), Data()).figures()
 
-    def test_the_sheet_frames_what_is_true_green_and_what_is_false_red(self):
-        for is_true, marks in ((Numbers().is_true, {GREEN, RED}),
-                               (lambda text, source: True, {GREEN}),
-                               (lambda text, source: False, {RED})):
-            page = make_pool(Model(), Data(is_true=is_true)).sheet(count=3)
-            assert colours(page) & {GREEN, RED} == marks
-
-    @pytest.mark.parametrize("right", [("0", 2), ("4", 1)])
-    def test_the_sheet_searches_images_by_column_and_sentences_by_row(self, right):
+    @pytest.mark.parametrize("right, marks", [
+        (("0", 2), {GREEN, RED}), (("4", 1), {GREEN, RED}),    # an image found, a text found
+        (("4", 2), {RED}), (("3", 0), {RED})])
+    def test_the_sheet_searches_images_and_sentences_and_frames_the_right_green(self, right, marks):
         scores = torch.tensor([[0, 1, 0, 2, 0],          # text 0 finds image 2; image 1 finds
                                [0, 0, 1, 1, 1],          # texts 2, 3 and 4
                                [1, 1, 0, 0, 0], [0, 1, 0, 0, 0], [0, 0, 0, 0, 0]]).float()
         page = self.pool(scores, torch.eye(5), lambda *pair: pair == right).sheet(count=1)
-        assert GREEN in colours(page)
-
-
-class TestMakePool:
-    @pytest.mark.parametrize("shift, expected", [(0, 1), (-1, 12 / 13), (5, 0)])
-    def test_truth_counts_and_not_position(self, shift, expected):
-        # At -1 image i finds word i - 1, which is true of it, too; word i finds image i + 1.
-        found = make_pool(Model(torch.eye(13).roll(shift, dims=1)), Data()).figures()
-        assert found["image_to_text_recall@1"] == pytest.approx(expected)
-        assert found["text_to_image_recall@1"] == pytest.approx(expected)
+        assert {colour for _, colour in page.getcolors(1 << 20)} & {GREEN, RED} == marks
 
 
 class TestZeroShot:
@@ -191,45 +163,27 @@ class TestEvaluate:
         assert whole == retrieval | zero_shot(Model(), Data())
 
 
-class TestSamples:
-    def test_they_are_the_sheet_of_the_test_split(self):
-        want = make_pool(Model(), Data()).sheet()
-        assert samples(Model(), Data()).tobytes() == want.tobytes()
-
-
-class Digits:
-    """A tokenizer of one number a text."""
-
-    def batch(self, texts, context_length):
-        assert context_length == 5
-        return Data().ids(texts)
-
-
 class TestRetriever:
     def retriever(self):
         """Cosines of number 0 with 0 .. 12 fall from 1 to about -1."""
         angles = torch.arange(13) * math.pi / 13
         vectors = torch.stack([angles.cos(), angles.sin()], dim=1)
-        return Retriever(Model(texts=vectors).train(), Digits())
+        return Retriever(Model(texts=vectors).train(), Data())
 
     def picture(self, number, size=(8, 8)):
         return drawing((20 * number, 0, 0))[0].resize(size)
-
-    def test_the_model_is_in_eval_mode(self):
-        assert not self.retriever().model.training
 
     def test_pictures_of_any_size_are_cropped_and_normalized(self):
         use = self.retriever()
         found = use.encode_images([self.picture(3), self.picture(9, (31, 17))])
         assert_close("vectors (N, E)", found, use.model.images[[3, 9]])
+        assert not use.model.training
 
     def test_classify_ranks_probabilities(self):
         ranked = self.retriever().classify(self.picture(4), ["9", "5", "2"])
-        cosines = [math.cos(math.pi * k / 13) for k in (1, 2, 5)]
-        total = sum(math.exp(9 * c) for c in cosines)
+        cosines = torch.tensor([math.cos(math.pi * k / 13) for k in (1, 2, 5)])
         assert [name for name, _ in ranked] == ["5", "2", "9"]
-        assert_close("probabilities", [p for _, p in ranked],
-                     [math.exp(9 * c) / total for c in cosines], 1e-4)
+        assert_close("probabilities", [p for _, p in ranked], (9 * cosines).softmax(dim=0))
 
     def test_classify_ensembles_templates(self):
         one, two = (dict(self.retriever().classify(self.picture(4), ["1", "2"], how))
@@ -239,11 +193,9 @@ class TestRetriever:
     def test_search_returns_the_highest_cosines_in_order(self):
         use = self.retriever()
         pictures = [self.picture(n) for n in (9, 2, 5, 0, 12)]
-        found = use.search("3", pictures, count=3)
-        assert [i for i, _ in found] == [1, 2, 3]
-        assert_close("cosines", [c for _, c in found],
-                     [math.cos(math.pi * k / 13) for k in (1, 2, 3)])
-        assert len(use.search("3", pictures)) == 5
+        places, cosines = zip(*use.search("3", pictures, count=3))
+        assert places == (1, 2, 3) and len(use.search("3", pictures)) == 5
+        assert_close("cosines", cosines, [math.cos(math.pi * k / 13) for k in (1, 2, 3)])
 
     def test_search_finds_the_last_of_257_pictures(self):
         many = [self.picture(5)] * 256 + [self.picture(0)]

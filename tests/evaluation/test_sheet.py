@@ -42,25 +42,21 @@ class TestSheet:
         for made, has, lacks in ((good, GREEN, RED), (bad, RED, GREEN)):
             frame = 4 * CELL if picture else 0
             assert (made == has).all(-1).sum() > frame and not (made == lacks).all(-1).any()
-        assert not any((neither == colour).all(-1).any() for colour in (GREEN, RED, INK))
         words = page([("", None, [(picture, "words", None)])])
-        assert not any((words == colour).all(-1).any() for colour in (GREEN, RED))
-        marks = [(made == colour).all(-1) for made, colour in ((good, GREEN), (bad, RED))]
-        assert marks[0].shape == marks[1].shape
-        assert (marks[0] != marks[1]).any()              # without colours: the drawn shapes differ
+        for made, colours in ((neither, (GREEN, RED, INK)), (words, (GREEN, RED))):
+            assert not any((made == colour).all(-1).any() for colour in colours)
+        check, cross = (good == GREEN).all(-1), (bad == RED).all(-1)
+        assert check.shape == cross.shape and (check != cross).any()     # another shape is drawn
 
-    def test_a_row_of_words_is_as_high_as_its_words(self):
-        words, more = (None, "words", None), (None, "many words " * 6, None)
-        one, two = (len(page([("asked", None, [words])] * count)) for count in (3, 4))
-        assert two - one == LINE + 16
-        lines = len(wrap(more[1], 2 * CELL))
-        assert len(page([("asked", None, [more])])) - len(page([("asked", None, [words])])) \
-            == (lines - 1) * LINE
-        title = "many words " * 30       # wrapped to the page's width of 6 cells
-        assert len(page([("", None, [])], title)) - len(page([("", None, [])], "words")) \
-            == (len(wrap(title, 6 * CELL - 16)) - 1) * LINE
-        assert len(page([("", plain(), [words])])) - len(page([("", None, [words])])) \
-            == CELL - LINE               # a picture alone has no room below it for a caption
+    def test_a_row_and_the_title_are_as_high_as_their_words(self):
+        def height(cell, picture=None, rows=1, title="words"):
+            return len(page([("", picture, [cell])] * rows, title))
+        word, more, title = (None, "words", None), (None, "many words " * 6, None), "words " * 50
+        one = height(word)
+        assert height(word, rows=2) - one == LINE + 16
+        assert height(more) - one == (len(wrap(more[1], 2 * CELL)) - 1) * LINE
+        assert height(word, title=title) - one == (len(wrap(title, 6 * CELL - 16)) - 1) * LINE
+        assert height(word, plain()) - one == CELL - LINE     # no room below it for a caption
 
     @pytest.mark.parametrize("cells", [
         [(None, "a long sentence of many words that has to be broken into lines", True)] * 3,
@@ -71,25 +67,14 @@ class TestSheet:
         made = page([("left", None, cells), ("", plain("black"), cells[:1]), ("", None, cells)])
         assert (made[:, -1] == 255).all() and (made[-1] == 255).all()
 
-    def test_long_names_stay_below_their_own_picture(self):
-        cell = plain((1, 99, 2))
+    @pytest.mark.parametrize("picture, columns", [(plain((1, 99, 2)), 3 * CELL), (None, 2 * CELL)])
+    def test_words_stay_left_of_the_next_cell(self, picture, columns):
         name = "0.27 IMG_20240101_120000_a_very_long_name_of_a_file and more and more words"
-        many, few = (page([("asked", None, [(cell, name, None), (cell, second, None)])] * 2)
+        left = "asked" if picture else ""
+        many, few = (page([(left, None, [(picture, name, None), (picture, second, None)])] * 2)
                      for second in (name, ""))
-        second = slice(3 * CELL + 6, None)               # columns of the second cell
-        assert (many[:, second] != few[:, second]).any()
-        assert (many[:, :3 * CELL] == few[:, :3 * CELL]).all()
-        assert (many == (1, 99, 2)).all(-1).sum() == 4 * CELL ** 2
-        alone = page([("asked", None, [(cell, name, None)])])
-        short = page([("asked", None, [(cell, "two words of three", None)])])
-        assert len(wrap(name, CELL)) > len(wrap("two words of three", CELL)) >= 2
-        assert len(alone) == len(short)                  # two lines below a picture, no more
-        assert (alone[:, second] == 255).all() and (alone[-6:] == 255).all()
-
-    def test_words_stay_left_of_the_next_words(self):
-        one, two = (page([("", None, [(None, "words " * 9, None), (None, more, None)])])
-                    for more in ("", "W " * 9))
-        assert (one != two).any() and (one[:, :2 * CELL] == two[:, :2 * CELL]).all()
+        assert (many[:, :columns] == few[:, :columns]).all() and (many != few).any()
+        assert (many == (1, 99, 2)).all(-1).sum() == (4 * CELL ** 2 if picture else 0)
 
     def test_letters_of_other_scripts_do_not_break_it(self):
         page([("猫 😀 é", None, [(None, "\u200b кот", None)])])

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 
 from common.data.tokenizer import Tokenizer
-from common.pretrained.bpe import (BPE, BYTES, CLIP, CLIP_FILE, CLIP_MERGES, GPT2, OPT, clip_clean,
-                                   compiled)
+from common.pretrained.bpe import BPE, BYTES, CLIP, CLIP_FILE, CLIP_MERGES, GPT2, OPT, compiled
 from tests.fuzz import mutations, one_line
 from tests.pretrained.writers import byte_vocabulary, write_vocabulary
 
@@ -33,27 +32,16 @@ def write_tokenizer(folder, vocab, merges, added=()):
         "added_tokens": list(added), "model": {"type": "BPE", "vocab": vocab, "merges": merges}}))
 
 
-class TestClipClean:
-    def test_entities_are_read_twice_white_space_is_one_blank_letters_are_composed_and_small(self):
-        assert clip_clean(" It&amp;#39;s\u2003 \n CAFE\u0301\u200a\x1c!\u3000") == "it's caf\u00e9 \x1c!"
-
-
 class TestCompiled:
-    def test_clip_splits_digits_and_takes_contractions_in_any_case(self):
-        split = compiled(CLIP.words).findall
-        assert split("two 12\u00bdx_x's we'LL") == [
-            "two", "1", "2", "\u00bd", "x", "_", "x", "'s", "we", "'LL"]
-
-    def test_gpt2_keeps_the_blank_before_a_word(self):
-        split = compiled(GPT2.words).findall
-        assert split("Hello  world's 123!!\n\n x ") == \
-            ["Hello", " ", " world", "'s", " 123", "!!", "\n\n", " x", " "]
-        assert split("we'LL") == ["we", "'", "LL"]              # contractions in small letters only
-        assert split("a\u00a0b\x1cc") == ["a", "\u00a0", "b", "\x1c", "c"]
-
-    def test_letters_and_numbers_are_unicodes(self):
-        assert compiled(r"[\p{L}]").findall("a\u732b\u0301\u2167") == ["a", "\u732b"]
-        assert compiled(r"[\p{N}]").findall("7\u2167\u00b2a\u0663") == [*"7\u2167\u00b2\u0663"]
+    @pytest.mark.parametrize("pattern, text, words", [
+        # CLIP splits digits and takes contractions in any case; GPT-2 keeps the blank before a word
+        (CLIP.words, "two 12\u00bdx_x's we'LL", "two|1|2|\u00bd|x|_|x|'s|we|'LL"),
+        (GPT2.words, "Hello  world's 123!!\n\n x ", "Hello| | world|'s| 123|!!|\n\n| x| "),
+        (GPT2.words, "we'LL", "we|'|LL"), (GPT2.words, "a\u00a0b\x1cc", "a|\u00a0|b|\x1c|c"),
+        (r"[\p{L}]", "a\u732b\u0301\u2167", "a|\u732b"),
+        (r"[\p{N}]", "7\u2167\u00b2a\u0663", "7|\u2167|\u00b2|\u0663")])
+    def test_a_text_is_split_into_words(self, pattern, text, words):
+        assert compiled(pattern).findall(text) == words.split("|")
 
 
 def plainly(symbols, ranks):
@@ -67,14 +55,15 @@ def plainly(symbols, ranks):
 
 class TestBPE:
     def test_published_ids_of_clip(self):
-        use = golden()
-        texts = {"a diagram": "320 22697", "a dog": "320 1929", "cafe\u0301": "15304",
-                 "A Photo  of 2024 CATS!": "320 1125 539 273 271 273 275 3989 256",
-                 "it's &amp;amp; caf\u00e9": "585 568 261 15304", "": "", " \n": ""}
-        for text, ids in texts.items():
-            assert use.encode(text) == [int(i) for i in ids.split()], text
-        for text, ids in GOLDEN["texts"].items():
-            assert use.encode(text) == ids, text
+        known = {"a diagram": [320, 22697], "a dog": [320, 1929], "cafe\u0301": [15304], " \n": [],
+                 "A Photo  of 2024 CATS!": [320, 1125, 539, 273, 271, 273, 275, 3989, 256],
+                 "it's &amp;amp; caf\u00e9": [585, 568, 261, 15304], "": []}
+        for text, ids in (GOLDEN["texts"] | known).items():
+            assert golden().encode(text) == ids, text
+
+    def test_clip_reads_entities_twice_white_space_as_one_blank_letters_composed_and_small(self):
+        assert CLIP.clean(" It&amp;#39;s\u2003 \n CAFE\u0301\u200a\x1c!\u3000") \
+            == "it's caf\u00e9 \x1c!"
 
     def test_a_batch_begins_ends_is_padded_with_zeros_and_cut_before_its_end(self):
         assert golden().batch(["a dog", "a photo of car", ""], 77).tolist() == [
@@ -85,28 +74,21 @@ class TestBPE:
     def test_text_that_spells_a_special_piece_gets_ordinary_ids(self):
         ids = golden().encode("a dog<|endoftext|>a<|startoftext|>")
         assert not {49406, 49407} & set(ids)
-        assert golden().decode(ids) == "a dog <| endoftext |> a <| startoftext |>"
+        assert golden().decode([49406, *ids, 49407]) == "a dog <| endoftext |> a <| startoftext |>"
         assert small(OPT).eos_id not in small(OPT).encode("</s>")
-
-    def test_decoding_gives_the_cleaned_words(self):
-        use = golden()
-        assert use.decode(use.batch(["It's a  DOG!"], 20)[0]) == "it 's a dog !"
-        assert use.decode([49406, 320, 1929, 49407]) == "a dog"
 
     def test_any_text_comes_back_byte_for_byte(self):
         use, draw = small(GPT2), random.Random(0)
         for _ in range(300):
-            text = "".join(chr(draw.choice([draw.randrange(128), draw.randrange(0xd800),
-                                            draw.randrange(0xe000, 0x110000), 32, 10, 0]))
-                           for _ in range(draw.randrange(30)))
+            codes = [draw.choice([draw.randrange(128), draw.randrange(0xd800), 32, 10, 0,
+                                  draw.randrange(0xe000, 0x110000)]) for _ in range(20)]
+            text = "".join(map(chr, codes))
             assert use.decode(use.encode(text)) == text
         assert use.decode(use.encode("a\ud83db")) == "a?b"       # half of a surrogate pair
 
     def test_ids_without_a_piece_and_broken_characters_do_no_harm(self):
         use = small(GPT2)
         assert use.decode([*use.encode("\u00e9")[:1], 10_000, use.eos_id]) == "\ufffd"
-        many = BPE(use.vocab | {"\u732b": len(use)}, [], GPT2)       # no byte's character
-        assert many.decode([len(use)]) == "\u732b"
 
     def test_opts_begin_is_its_end_and_padding_is_a_piece(self):
         use = small(OPT)
@@ -126,20 +108,17 @@ class TestBPE:
                     pieces.append("".join(merge))
             use, word = small(GPT2, merges), draw.choices("abc", k=draw.randrange(1, 25))
             assert [use.pieces[i] for i in use.encode("".join(word))] == plainly(word, use.ranks)
-        for merges, pieces in ((["bc", "ab"], ["a", "bc"]), (["ab", "bc"], ["ab", "c"])):
-            assert small(GPT2, [tuple(m) for m in merges]).join("abc") == pieces
 
     def test_each_vocabulary_remembers_its_own_words(self):
         use, other = small(), small(merges=SMALL[:1])
-        assert use.encode("the cab the") == use.encode("the cab the")
-        assert other.encode("the") != use.encode("the")
         assert [use.pieces[i] for i in use.encode("the abab")] == ["the</w>", "ab", "a", "b</w>"]
+        assert other.encode("the") != use.encode("the")
 
     def test_it_has_the_interface_of_the_projects_own_tokenizer_and_travels_to_workers(self):
         use = pickle.loads(pickle.dumps(golden()))
         public = {name for name in dir(Tokenizer) if not name.startswith("_")} - {"train"}
-        assert public <= set(dir(use)) and len(use) == len(GOLDEN["pieces"])
-        assert use.encode("a dog") == [320, 1929] and use.eos_id == 49407
+        assert public <= {*dir(use)} and len(use) == len(GOLDEN["pieces"]) and use.eos_id == 49407
+        assert use.encode("a dog") == [320, 1929]
 
     @pytest.mark.parametrize("damage, message", [
         *((lambda v, m, x=x: v.update(th=x), "5.. pieces") for x in ("7", True, [], 0, 9999, -1)),
@@ -157,11 +136,8 @@ class TestBPE:
 
     @pytest.mark.parametrize("name", ["vocab.json", "merges.txt", "tokenizer.json"])
     def test_damaged_files_are_vocabularies_or_one_line(self, tmp_path, name):
-        vocab, merges = byte_vocabulary(GPT2, SMALL[2:]), SMALL[2:]
-        if name == "tokenizer.json":
-            write_tokenizer(tmp_path, vocab, merges)
-        else:
-            write_vocabulary(tmp_path, vocab, merges)
+        write = write_tokenizer if name == "tokenizer.json" else write_vocabulary
+        write(tmp_path, byte_vocabulary(GPT2, SMALL[2:]), SMALL[2:])
         for data in mutations((tmp_path / name).read_bytes(), 150):
             (tmp_path / name).write_bytes(data)
             with one_line(maybe=True):
@@ -183,11 +159,11 @@ class TestReadTokenizer:
     @pytest.mark.parametrize("write", [" ".join, list])
     def test_tokenizer_json_alone_is_enough(self, tmp_path, write):
         vocab = byte_vocabulary(OPT, SMALL[2:])
-        special = {piece: vocab.pop(piece) for piece in ("</s>", "<pad>", "<s>", "<unk>")}
-        write_tokenizer(tmp_path, vocab, [write(m) for m in SMALL[2:]],
-                        [{"id": i, "content": p, "special": True} for p, i in special.items()])
+        added = [{"id": vocab.pop(piece), "content": piece, "special": True}
+                 for piece in ("</s>", "<pad>", "<s>", "<unk>")]
+        write_tokenizer(tmp_path, vocab, [write(m) for m in SMALL[2:]], added)
         use = BPE.load(tmp_path, OPT)
-        assert (use.eos_id, use.pad_id) == (special["</s>"], special["<pad>"])
+        assert (use.eos_id, use.pad_id) == (added[0]["id"], added[1]["id"])
         assert use.encode("abab") == [vocab["abab"]]
 
     def test_added_tokens_that_contradict_the_vocabulary_and_other_kinds_are_told(self, tmp_path):
@@ -215,13 +191,8 @@ class TestReadClip:
             BPE.load(tmp_path, GPT2)
 
     @pytest.mark.parametrize("data, message", [
-        (lambda: gzip.compress(b"#version\na b\nb c\n"), f"2 merges, .* {CLIP_MERGES}"),
-        (lambda: gzip.compress(bytes(10_000_000)) * 20, "larger than 100,000,000 bytes"),
-        (lambda: b"not gzip", ""), (lambda: gzip.compress(bytes(99))[:-9], ""),
-        (lambda: gzip.compress(bytes(99))[:5], ""),
-        (lambda: gzip.compress(bytes(99))[:10] + b"\xff" * 20, "")],
-        ids=["short", "bomb", "other", "cut", "cut early", "damaged"])
+        (gzip.compress(b"#version\na b\nb c\n"), f"2 merges, .* {CLIP_MERGES}"), (b"x", "")])
     def test_a_file_that_lies_is_one_line(self, tmp_path, data, message):
-        (tmp_path / CLIP_FILE).write_bytes(data())
+        (tmp_path / CLIP_FILE).write_bytes(data)
         with one_line(f"^{tmp_path / CLIP_FILE}: .*{message}"):
             BPE.load(tmp_path, CLIP)

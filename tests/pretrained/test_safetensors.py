@@ -45,20 +45,14 @@ class TestRead:
         with one_line(f"^{tmp_path / 'x'}: "):
             safetensors.read(tmp_path / "x")
 
-    def test_an_absurdly_long_header_is_not_read(self, tmp_path, monkeypatch):
-        monkeypatch.setattr(safetensors, "MOST_BYTES", 10)
-        with one_line(f"^{tmp_path / 'x'}: "):
-            safetensors.read(write_header(tmp_path / "x", {"a": entry()}, bytes(24)))
-
     @pytest.mark.parametrize("part", ["file", "header"])
     def test_damaged_files_are_tensors_or_one_line(self, tmp_path, part):
         path = write_safetensors(tmp_path / "x", {"a": torch.ones(2, 3), "b": torch.zeros(5)})
         whole = path.read_bytes()
         end = whole.rindex(b"}") + 1
         for data in mutations(whole if part == "file" else whole[8:end], 300):
-            if part == "file":
-                path.write_bytes(data)
-            else:
+            path.write_bytes(data)
+            if part == "header":
                 write_header(path, data, whole[end:])
             with one_line(maybe=True):
                 safetensors.read(path)
