@@ -4,7 +4,7 @@ import common                            # noqa: F401  before torch: it sets how
 import pytest
 import torch
 
-torch.set_num_threads(1)                 # on tiny tensors several wait for each other most of the time
+torch.set_num_threads(1)                 # on tiny tensors several threads mostly wait
 
 
 @pytest.fixture(autouse=True)

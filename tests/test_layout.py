@@ -7,12 +7,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-MODELS = [name for name in ("clip", "flamingo", "blip", "blip2", "llava") if (ROOT / f"{name}.py").exists()]
+MODELS = [name for name in ("clip", "flamingo", "blip", "blip2", "llava")
+          if (ROOT / f"{name}.py").exists()]
 READ = [f"{name}.py" for name in MODELS] + sorted(
     str(path.relative_to(ROOT)) for path in (ROOT / "common").glob("[!_]*.py"))
 TESTS = sorted(path for path in (ROOT / "tests").rglob("*.py")
                if not {"parity", "benchmarks", "alternatives"} & set(path.parts))
-MECHANISMS = [path for path in TESTS if path.parent.name in ("common", *MODELS) and path.stem != "__init__"]
+MECHANISMS = [path for path in TESTS if path.parent.name in ("common", *MODELS)
+              and path.stem != "__init__"]
 ELSEWHERE = ("main", "data_sources", "from_pretrained")    # they read files: training/, pretrained/
 LIBRARIES = {"torch", "numpy", "PIL", "pytest", *sys.stdlib_module_names}
 
@@ -29,9 +31,13 @@ def public(path):
 
 
 def node_of(path, name):
-    """`tests/common/test_masks.py::TestCausal`, the one class of a definition."""
+    """`tests/common/test_masks.py::TestCausal`, the one class of a definition.
+
+    A function that differs from a class by its capital alone has TestNameFunction.
+    """
     stem, parts = Path(path).stem, name.split("_")
     wanted = "Test" + "".join(part[0].upper() + part[1:] for part in parts)
+    wanted += "Function" * (name.islower() and wanted.removeprefix("Test") in public(path))
     files = f"{stem}/test_*.py" if stem in MODELS else f"common/test_{stem}.py"
     files = f"[pt]r*/test_{stem}.py" if name in ELSEWHERE else files
     found = [f"{file.relative_to(ROOT)}::{wanted}" for file in sorted((ROOT / "tests").glob(files))

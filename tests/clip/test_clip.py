@@ -56,8 +56,9 @@ class TestTextTower:
         tower, ids = toy_clip(act=act).text, ragged((4, 10, 1, 7))
         expected = loop_text(tower, ids, 2, act)
         with unchanged(ids=ids):
-            assert_same("text features (B, D)", tower(ids), expected, tower)
-        assert_close("of shorter rows (B, D)", tower(ids[[0, 2], :6]), expected[[0, 2]])
+            assert_same("features at the first EOS (B, D)", tower(ids), expected, tower)
+        got = tower(ids[[0, 2], :6])
+        assert_close("features with less behind EOS (B, D)", got, expected[[0, 2]])
 
     def test_a_text_longer_than_the_context_is_refused(self):
         toy_clip().text(texts(1, 11))
@@ -126,6 +127,11 @@ def cached(model, parts, **more):
 
 
 class TestCLIP:
+    def test_a_new_model_has_a_loss_of_about_log_b(self):
+        batch = {"images": torch.randint(256, (31, 3, 32, 32), dtype=torch.uint8),
+                 "ids": F.pad(torch.randint(3, 1024, (31, 7)), (0, 1), value=2)}
+        assert_close("loss", CLIP(CLIPConfig())(batch)["contrastive"], math.log(31), 0.15)
+
     @pytest.mark.parametrize("changes", [{}, RESNET])
     def test_an_image_is_projected_once_to_a_unit_vector(self, changes):
         model = toy_clip(**changes).eval()

@@ -1,4 +1,5 @@
 """Language models against the papers' in loops: padding, caches, new tokens."""
+import math
 from dataclasses import replace
 from functools import partial
 
@@ -209,6 +210,10 @@ class TestCachedRopeTable:
 
 
 class TestLanguageModel:
+    def test_a_new_model_gives_all_tokens_about_the_same_probability(self):
+        log_p = LanguageModel(LanguageConfig())(torch.randint(1024, (3, 29))).log_softmax(dim=-1)
+        assert_close("mean log p", log_p.mean(), -math.log(1024), 0.01)
+
     @pytest.mark.parametrize("tied", [True, False])
     @pytest.mark.parametrize("kind", KINDS)
     def test_it_is_the_papers_model(self, kind, tied):

@@ -145,7 +145,8 @@ class TestNextTokenLoss:
 
     def test_nothing_to_predict_costs_nothing(self):
         labels = torch.tensor([[5, -100, -100]])        # nothing predicts the first token
-        assert_close("loss", next_token_loss(torch.randn(1, 3, 7), labels), 0.0)
+        logits = torch.randn(1, 3, 7, requires_grad=True)
+        assert_same("loss", next_token_loss(logits, labels), 0 * logits.sum(), logits=logits)
 
 
 class TestCountLabels:
@@ -153,13 +154,14 @@ class TestCountLabels:
         labels = torch.tensor([[3, 0, -100, 4], [-100, 5, -100, -100]])
         count = count_labels([labels, labels[:1]])      # two micro-batches
         assert count.dtype == torch.float32, f"count is {count.dtype}"
-        assert_close("count", count, 5.0)
+        assert_close("labels that are predicted", count, 5.0)
 
-    @pytest.mark.parametrize("others, expected", [([8, 9], 19 / 3), ([0, 0], 2 / 3)])
-    def test_it_is_the_sum_over_processes_divided_by_their_number(self, others, expected):
+    @pytest.mark.parametrize("own, others, expected", [
+        ([7, 3, 5, -100], [8, 9], 19 / 3), ([7, 3, 5, -100], [0, 0], 2 / 3), ([7], [4, 0], 4 / 3)])
+    def test_it_is_the_sum_over_processes_divided_by_their_number(self, own, others, expected):
         def gather(x):
             return torch.cat([torch.tensor(others).view(-1, 1).to(x), x]), len(others)
-        count = count_labels([torch.tensor([[7, 3, 5, -100]])], gather)
+        count = count_labels([torch.tensor([own])], gather)
         assert_close("labels of 3 processes / 3", count, expected)
 
     def test_a_step_without_labels_counts_one(self):

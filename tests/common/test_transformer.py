@@ -106,6 +106,12 @@ class Definition:
         k = torch.tensor(scores).float().view(1, 1, 2, 1).repeat(1, 1, 1, 16)
         assert_close("mean of the values 0 and 1", self.attend(q, k, v).item(), expected)
 
+    def test_a_key_that_is_masked_does_not_count_however_large_its_score(self):
+        k = torch.tensor([0.0, 200.0]).view(1, 1, 2, 1).expand(1, 1, 2, 4)
+        got = self.attend(torch.ones(1, 1, 1, 4), k, torch.tensor([[[[1.0], [7.0]]]]),
+                          torch.tensor([[[[True, False]]]]))
+        assert_close("the value of the only key", got.item(), 1.0)
+
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_a_query_without_a_key_gives_zeros_and_no_gradient(self, dtype):
         q, k, v = inputs = [draw(B, H, n, m).detach().to(dtype).requires_grad_()
@@ -118,12 +124,12 @@ class Definition:
             assert_close(f"its gradient of {name}", grad, torch.zeros_like(grad), 0)
 
 
-class TestAttention(Definition):
-    """The function `attention`, and the layer `Attention`."""
-
+class TestAttentionFunction(Definition):
     def attend(self, *inputs):
         return attention(*inputs)
 
+
+class TestAttention:
     @pytest.mark.parametrize("sizes, layer", [
         (dict(heads=3), {}), (dict(heads=6, kv_heads=2), dict(bias=False)),
         (dict(heads=5, kv_heads=1, scale=0.3), dict(head_width=4))])

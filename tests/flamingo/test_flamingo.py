@@ -1,5 +1,6 @@
 """Flamingo as a whole: its config, which image a token attends to, the cache, the loss, prompts."""
 import json
+import math
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -71,6 +72,10 @@ def loop_logits(model, rows, ids, visual, attend_next):
 
 
 class TestFlamingo:
+    def test_a_new_model_has_a_loss_of_about_log_v(self):
+        loss = Flamingo(flamingo_config())(make_batch("I......" * 5, "..I...I" * 5, N=10))["lm"]
+        assert_close("loss", loss, math.log(43), 0.02)
+
     def test_a_new_models_gates_and_attention_outputs_are_those_of_its_config(self):
         config = flamingo_config(attn_init_scale=7.0, gate_init=0.5)
         for i, block in enumerate(Flamingo(config).gated):

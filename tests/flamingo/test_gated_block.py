@@ -58,6 +58,8 @@ class TestGatedBlock:
         visual, parts = visual.flatten(1, 2), (slice(0, 8), slice(8, 9), slice(9, 11))
         got = [block(x[:, part], visual, mask[:, :, part], cache) for part in parts]
         assert_close("outputs (B, T, D)", torch.cat(got, dim=1), block(x, visual, mask))
+        assert_close("outputs with kept keys and values (B, T, D)",
+                     block(x, 0 * visual, mask, cache), block(x, visual, mask))
 
     def test_gates_start_at_their_value_and_at_0_they_alone_have_a_gradient(self):
         for value in (0.0, -0.3):
