@@ -17,4 +17,4 @@ def freeze_bn_stats(model):
         yield
     finally:
         for name, value in model.named_buffers():
-            value.copy_(before[name])
+            value.data.copy_(before[name])      # graphs that are alive stay usable
