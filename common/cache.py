@@ -47,7 +47,7 @@ class KVCache:
 
         Afterwards `length` is S, however many layers there are. The given k and v never change.
         """
-        past_k, past_v = self.entries.get(layer, (k[:, :, :0], v[:, :, :0]))
+        past_k, past_v = self.entries.get(layer) or (k[:, :, :0], v[:, :, :0])
         k_buffer, v_buffer = self.buffers.get(layer, (None, None))
         k, k_buffer = extend(past_k, k, k_buffer)
         v, v_buffer = extend(past_v, v, v_buffer)
