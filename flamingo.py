@@ -131,8 +131,8 @@ class ResamplerLayer(nn.Module):
 class FrameEmbed(nn.Module):
     """Adds to every feature of frame t the learned vector t; within a frame there is no position.
 
-    For a clip of another length the table is interpolated linearly from its first row to its last
-    (paper, B.1.2). An image is frame 0. max_frames=0: adds nothing.
+    For a clip of another length the table is interpolated linearly from its first row to its last,
+    in the table's dtype (paper, B.1.2). An image is frame 0. max_frames=0: adds nothing.
     """
 
     def __init__(self, max_frames, width):
@@ -140,7 +140,7 @@ class FrameEmbed(nn.Module):
         self.weight = nn.Parameter(0.3 * torch.randn(max_frames, width)) if max_frames else None
 
     def forward(self, features):
-        """features (B, N, F, S, D) -> the same shape and dtype; interpolated in the table's."""
+        """features (B, N, F, S, D) -> (B, N, F, S, D), in their dtype."""
         table, frames = self.weight, features.shape[2]
         if table is None:
             return features

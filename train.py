@@ -1,6 +1,6 @@
 """Train any stage: python train.py STAGE [flags]. One process, or torchrun for several.
 
-    python train.py clip                                       about 80 seconds on 2 CPU cores
+    python train.py clip                                       about 90 seconds on 2 CPU cores
     python train.py lm && python train.py flamingo             what Flamingo freezes, then Flamingo
     python train.py clip --data jsonl:captions.jsonl           your own; see common/data/files.py
     python train.py clip --resume                              continue after a stop or a kill

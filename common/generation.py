@@ -193,11 +193,11 @@ def generate(model, prompt, mask=None, *, max_new_tokens=32, stop=(), pad_id=0,
     prompt: ids int64 (B, T) or embeddings float (B, T, D). mask: bool (B, T), True at real tokens,
     with the padding on either side; None without padding. A row ends with its first id of `stop`,
     or when its text decode(ids) contains one of `stop_strings`; both stay in it, and pad_id
-    follows; soon after all rows have ended the model is called no more. temperature 0 takes the
-    likeliest token, above 0 `sample` draws; num_beams > 1 is `BeamSearch`. A row's
-    result does not depend on the rows beside it (sampling: with a list of generators). state:
-    tensors (B, ...) for every call of the model. The arguments' tensors never change. Raises
-    ValueError for contradictory options and for more tokens than context_length.
+    follows; the model is not called any more soon after all rows have ended. temperature 0 takes
+    the likeliest token, above 0 `sample` draws; num_beams > 1 is `BeamSearch`. A row's result does
+    not depend on the rows beside it (sampling: with a list of generators). state: tensors (B, ...)
+    for every call of the model. The tensors that are given never change. Raises ValueError for
+    contradictory options and for more tokens than context_length.
     """
     check_options(max_new_tokens, num_beams, early_stopping, pad_id, temperature, top_k, top_p,
                   repetition_penalty)

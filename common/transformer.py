@@ -153,7 +153,10 @@ class Attention(nn.Module):
 # ------------------------------------------------------------------ norms
 
 class LayerNorm(nn.Module):
-    """(x - mean) / sqrt(variance + eps) * weight + bias over the last axis, by `to_float32`."""
+    """(x - mean) / sqrt(variance + eps) * weight + bias over the last axis.
+
+    Halves are computed in float32.
+    """
 
     def __init__(self, width, eps=1e-5):
         super().__init__()
@@ -170,7 +173,10 @@ class LayerNorm(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x ** 2) + eps) by `to_float32`, then in x's dtype * weight (LLaMA, T5)."""
+    """x / sqrt(mean(x ** 2) + eps) * weight over the last axis (LLaMA, T5).
+
+    Halves are computed in float32 and rounded before the weight is multiplied.
+    """
 
     def __init__(self, width, eps=1e-6):
         super().__init__()

@@ -35,12 +35,13 @@ def node_of(path, name):
 
     A function that differs from a class by its capital alone has TestNameFunction.
     """
-    stem, parts = Path(path).stem, name.split("_")
-    wanted = "Test" + "".join(part[0].upper() + part[1:] for part in parts)
-    wanted += "Function" * (name.islower() and wanted.removeprefix("Test") in public(path))
-    files = f"{stem}/test_*.py" if stem in MODELS else f"common/test_{stem}.py"
-    files = f"[pt]r*/test_{stem}.py" if name in ELSEWHERE else files
-    found = [f"{file.relative_to(ROOT)}::{wanted}" for file in sorted((ROOT / "tests").glob(files))
+    stem, camel = Path(path).stem, "".join(p[0].upper() + p[1:] for p in name.split("_"))
+    wanted = f"Test{camel}" + "Function" * (camel != name and camel in public(path))
+    files = [f"{stem}/test_*.py" if stem in MODELS else f"common/test_{stem}.py"]
+    if name in ELSEWHERE:
+        files = [f"pretrained/test_{stem}.py", f"training/test_{stem}.py"]
+    found = [f"{file.relative_to(ROOT)}::{wanted}"
+             for pattern in files for file in sorted((ROOT / "tests").glob(pattern))
              for node in tree_of(file).body if getattr(node, "name", None) == wanted]
     assert len(found) == 1, f"{path}: {name} needs one class {wanted}, found {found}"
     return found[0]

@@ -248,7 +248,10 @@ class TestGenerate:
         ({"stop": (7, 12), "pad_id": 7}, [[4, 5, 6, 7], [6, 7, 7, 7]]),  # the end may pad too
         ({"stop_strings": ("5 6", "8 9")}, [[4, 5, 6, 12], [6, 7, 8, 9]]),
         ({"stop_strings": "5 6"}, [[4, 5, 6, 12, 12], [6, 7, 8, 9, 10]])])
-    def test_a_row_ends_with_its_first_stop_and_padding_follows(self, options, expected):
+    @pytest.mark.parametrize("steps", [1, 4])    # between two looks whether all have ended
+    def test_a_row_ends_with_its_first_stop_and_padding_follows(self, options, expected, steps,
+                                                                monkeypatch):
+        monkeypatch.setattr("common.generation.CHECK_EVERY", {"cpu": steps}, raising=False)
         lm, usual = chain(*((k, k + 1) for k in range(3, 11))), {"max_new_tokens": 5, "pad_id": 12}
         new = generate(lm, torch.tensor([[3], [5]]), **usual | options,
                        decode=lambda ids: " ".join(map(str, ids)))

@@ -25,7 +25,7 @@ class TestRecipes:
     def test_the_papers_numbers(self, name, lr):
         recipe = find_recipe(RECIPES, name, "shapes", {})
         assert (recipe.lr, recipe.batch_size, recipe.weight_decay) == (lr, 32768, 0.2)
-        assert (recipe.warmup, recipe.grad_clip) == (2000, None)
+        assert (recipe.warmup, recipe.grad_clip, recipe.optimizer) == (2000, None, "adamw")
         assert (recipe.betas, recipe.eps) == (((0.9, 0.999), 1e-8) if name.startswith("RN")
                                               else ((0.9, 0.98), 1e-6))
         epochs = recipe.steps * recipe.batch_size / 400e6

@@ -74,6 +74,7 @@ class TestFrozen:
 
     def test_gates_learn_faster_and_the_resampler_does_not_decay(self):
         model = self.frozen()
+        assert RECIPES[""].optimizer == "adamw", "the paper's"
         found = {id(p): (group["lr_multiplier"], group["weight_decay"])
                  for group in parameter_groups(model, RECIPES[""]) for p in group["params"]}
         for name, p in model.named_parameters():
