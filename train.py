@@ -11,20 +11,24 @@
 A run folder holds config.json, tokenizer.model, log.jsonl, last.pt and previous.pt, result.json and
 samples.png; the last line printed is the result.
 """
+import argparse
 import contextlib
 import dataclasses
 import json
 import math
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import common                            # noqa: F401  first: it sets how torch's threads wait
 import torch
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+import blip
 import clip
 import flamingo
 from common import transformer
@@ -38,22 +42,28 @@ from common.training.devices import (autocast, default_workers, find_device, hal
 from common.training.optimizer import (find_recipe, freeze, learning_rate, make_optimizer,
                                        set_learning_rate)
 from common.training.options import add_options, parser, run_main, with_settings
-from common.training.run import (Options, Run, check, open_parts, restore, save, stop_on_signals)
+from common.training.run import (Options, Run, check, open_parts, open_start, restore, save,
+                                 stop_on_signals)
 from common.training.run_folder import RunFolder, default_folder
 
-BEGAN = time.time()
+BEGAN, ROOT = time.time(), Path(__file__).parent
 
 
 @dataclass(frozen=True)
 class Stage:
     """A row of the table. file has PRESETS, RECIPES, TRAINS and data_sources.
 
-    parts: {field of the config: (the stage whose run it comes from, the module of the model)}.
+    parts: {field of the config: (the stage whose run it comes from, the module of the model)};
+    optional: those that the stage also does without. settings: as of --set. init: the stage whose
+    run it starts from.
     """
     about: str
     file: object
-    model: type
+    model: object
     parts: dict = dataclasses.field(default_factory=dict)
+    optional: tuple = ()
+    settings: tuple = ()
+    init: str | None = None
 
 
 STAGES = {
@@ -64,8 +74,23 @@ STAGES = {
     "flamingo": Stage("a resampler and gated blocks between a frozen CLIP and a frozen LM",
                       flamingo, flamingo.Flamingo,
                       {"vision": ("clip", "vision"), "language": ("lm", "lm")}),
+    "blip": Stage("a ViT and a text transformer that match, judge and write (BLIP)",
+                  blip, blip.make_model, {"vision": ("clip", "vision")}, optional=("vision",)),
+    "blip-vqa": Stage("BLIP fine-tuned on questions", blip, blip.make_model,
+                      settings=("losses=vqa", "sharing=none"), init="blip"),
+    "blip-two-images": Stage("BLIP fine-tuned on statements about two images", blip,
+                             blip.make_model, settings=("losses=two-images",), init="blip"),
+    "blip-dialogue": Stage("BLIP fine-tuned on dialogues", blip, blip.make_model,
+                           settings=("losses=dialogue",), init="blip"),
 }
-LISTS = {"all": ["clip", "lm", "flamingo"]}
+# The command lines of a list; {runs} is --runs. One of blip.py is a process of its own.
+LISTS = {
+    "all": ["clip", "lm", "flamingo", "blip", "blip-vqa"],
+    "bootstrap": ["blip", "blip --losses lm --init {runs}/blip",
+                  "blip --losses itc,itm --init {runs}/blip",
+                  "blip.py {runs}/blip-captioner bootstrap {runs}/blip-filter {runs}/texts.jsonl",
+                  "blip --data shapes:texts={runs}/texts.jsonl --out {runs}/blip-bootstrap"],
+}
 
 
 # ------------------------------------------------------------------ building a run
@@ -83,9 +108,13 @@ def build(name, options, settings, began):
             raise ValueError(f"--{key} {getattr(options, key)}: must be at least {least}")
     if options.preset not in stage.file.PRESETS:
         raise ValueError(f"--preset {options.preset}: {name} has {', '.join(stage.file.PRESETS)}")
-    config = with_settings(stage.file.PRESETS[options.preset], settings)
-    folder = RunFolder(options.out or default_folder(name, options))
-    config, frozen, tokenizer = open_parts(STAGES, name, options, config, folder)
+    if stage.init and not options.init:
+        options = dataclasses.replace(options, init=str(default_folder(stage.init, options)))
+    folder = RunFolder(options.out or default_folder(name, options, options.losses))
+    config, tokenizer = open_start(stage, name, options, folder)
+    losses = [f"losses={options.losses}"] if options.losses else []
+    config = with_settings(config, [*stage.settings, *losses, *settings])
+    config, frozen, tokenizer = open_parts(STAGES, name, options, config, folder, tokenizer)
     world = open_world(options.data, getattr(config, "image_size", 32), options.images,
                        options.skip, options.shuffle)
     tokenizer = tokenizer or world_tokenizer(world)
@@ -94,7 +123,8 @@ def build(name, options, settings, began):
         if setting.partition("=")[0] in ids:
             raise ValueError(f"--set {setting}: it belongs to the world's tokenizer")
     config = dataclasses.replace(config, **{k: v for k, v in ids.items() if hasattr(config, k)})
-    recipe = find_recipe(stage.file.RECIPES, options.preset, options.data.partition(":")[0],
+    kinds = options.data.partition(":")[0], getattr(config, "losses", "")
+    recipe = find_recipe(stage.file.RECIPES, options.preset, kinds,
                          {key: getattr(options, key)
                           for key in ("steps", "batch_size", "lr", "optimizer")})
     batches = Batches(stage.file.data_sources(world, tokenizer, config), seed=options.seed,
@@ -105,6 +135,8 @@ def build(name, options, settings, began):
         model = stage.model(config).to(device)
     except (ValueError, ZeroDivisionError) as error:
         raise ValueError(f"--preset {options.preset} {' '.join(settings)}: {error}") from None
+    if hasattr(model, "check_batch"):
+        model.check_batch(recipe.batch_size, options.accumulate)
     for module, (weights, where) in frozen.items():
         checkpoint.load_part(model, module, weights, where)
     unfrozen = tuple(filter(None, options.unfreeze.split(",")))
@@ -259,8 +291,13 @@ def main():
         raise ValueError("--out is one run's folder; the stages of a list go to --runs")
     began = BEGAN
     try:
-        for stage in LISTS.get(name, [name]):
-            status = train(stage, Options(**values), settings, began)
+        for line in LISTS.get(name, [name]):
+            stage, *flags = line.format(runs=values["runs"]).split()
+            if stage == "blip.py":
+                status = subprocess.run([sys.executable, ROOT / stage, *flags]).returncode
+            else:                        # the line's own flags stand above the user's
+                own = vars(args.parse_args([stage, *flags], argparse.Namespace(**values)))
+                status = train(stage, Options(**{key: own[key] for key in values}), settings, began)
             if status:
                 return status
             began = time.time()

@@ -54,20 +54,24 @@ def sigmoid_contrastive(image, text, scale, bias, gather=no_gather):
         return -F.logsigmoid(sign * logits).sum() / len(image)
 
 
-def next_token_loss(logits, labels, label_count=None, label_smoothing=0.0):
+def next_token_loss(logits, labels, label_count=None, label_smoothing=0.0, weights=None):
     """Cross-entropy of each next token -> float32 scalar; the one place where labels are shifted.
 
     logits float (B, T, V). labels int64 (B, T), aligned with the inputs: labels[:, t] is the token
     at t, predicted from the logits at t - 1; -100 is ignored. label_count: what the sum is divided
-    by, from `count_labels`; None: the labels of this batch. A batch without labels gives 0 and zero
-    gradients. No tensor's shape depends on the labels (torch.compile).
+    by, from `count_labels`; None: the labels of this batch. weights: float (B,), factors of the
+    rows' sums. A batch without labels gives 0 and zero gradients. No tensor's shape depends on the
+    labels (torch.compile).
     """
     logits, labels = logits[:, :-1], labels[:, 1:]
     if label_count is None:
         label_count = (labels != -100).sum().clamp(min=1)
     with no_autocast(logits):
         loss = F.cross_entropy(to_float32(logits).flatten(0, 1), labels.flatten(),
-                               ignore_index=-100, label_smoothing=label_smoothing, reduction="sum")
+                               ignore_index=-100, label_smoothing=label_smoothing,
+                               reduction="sum" if weights is None else "none")
+        if weights is not None:
+            loss = weights @ loss.view(labels.shape).sum(dim=1)
         return loss / label_count
 
 

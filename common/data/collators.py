@@ -6,7 +6,7 @@ import torch
 
 from common.data.images import center_crop, to_tensor
 from common.data.tokenizer import BOS, EOS
-from common.prompts import CAPTION_PROMPT, IGNORED, QUESTION_PROMPT, collate
+from common.prompts import CAPTION_PROMPT, IGNORED, QUESTION_PROMPT, collate, labels_of
 
 
 class ImageTextBatch:
@@ -16,18 +16,97 @@ class ImageTextBatch:
         self.tokenizer, self.context_length = tokenizer, context_length
         self.image_size = image_size
 
+    def ids(self, texts):
+        """Texts -> int64 (N, T)."""
+        return self.tokenizer.batch(texts, self.context_length)
+
     def images(self, records):
         """The first image of each record: uint8 (B, 3, H, W).
 
         A training image of the user's files is square already: files.Files crops at random.
         """
-        return to_tensor([center_crop(r["images"][0], self.image_size) for r in records])
+        return to_tensor([center_crop(as_turns(r)[0]["images"][0][0], self.image_size)
+                          for r in records])
 
     def __call__(self, records, rngs):
         """-> {"images": uint8 (B, 3, H, W), "ids": int64 (B, T)}."""
         texts = [rng.choice(r["texts"]) for r, rng in zip(records, rngs)]
-        return {"images": self.images(records),
-                "ids": self.tokenizer.batch(texts, self.context_length)}
+        return {"images": self.images(records), "ids": self.ids(texts)}
+
+
+class CaptionBatch(ImageTextBatch):
+    """The same for a model that also writes, and that samples wrong pairs (BLIP).
+
+    prompt: stands before every caption; the loss does not count it.
+    """
+
+    def __init__(self, tokenizer, config, prompt=""):
+        super().__init__(tokenizer, config.context_length, config.image_size)
+        self.config, self.prompt = config, prompt
+
+    def __call__(self, records, rngs):
+        """-> {"images", "ids", "labels": int64 (B, T), "draws": float (B, 2), uniform in [0, 1)}.
+
+        The draws decide which wrong text and image an image and a text get.
+        """
+        texts = [self.prompt + rng.choice(r["texts"]) for r, rng in zip(records, rngs)]
+        ids = self.ids(texts)
+        labels = labels_of(ids, self.config)
+        labels[:, :1 + len(self.tokenizer.encode(self.prompt))] = IGNORED
+        return {"images": self.images(records), "ids": ids, "labels": labels,
+                "draws": torch.tensor([[rng.random(), rng.random()] for rng in rngs])}
+
+
+class QuestionBatch(ImageTextBatch):
+    """Questions with their answers: a turn has "answers" {text: weight}, or one "answer"."""
+
+    def __call__(self, records, rngs):
+        """-> {"images", "ids": int64 (B, T), "answer_ids": int64 (A, T), "question_index": int64
+        (A,), "weights": float (A,)}: A answers to B questions, one of each record."""
+        turns = [rng.choice(record["turns"]) for record, rng in zip(records, rngs)]
+        answers = [(row, text, weight) for row, turn in enumerate(turns)
+                   for text, weight in turn.get("answers", {turn["answer"]: 1.0}).items()]
+        index, texts, weights = zip(*answers)
+        return {"images": self.images(records), "ids": self.ids([t["prompt"] for t in turns]),
+                "answer_ids": self.ids(texts), "question_index": torch.tensor(index),
+                "weights": torch.tensor(weights)}
+
+
+class PairBatch(ImageTextBatch):
+    """Two images and a statement about them that is true or false."""
+
+    def __call__(self, records, rngs=None):
+        """-> {"images": uint8 (B, 2, 3, H, W), "ids": int64 (B, T), "truth": int64 (B,)}."""
+        turns = [record["turns"][0] for record in records]
+        pairs = [to_tensor([center_crop(frames[0], self.image_size) for frames in turn["images"]])
+                 for turn in turns]
+        return {"images": torch.stack(pairs), "ids": self.ids([t["prompt"] for t in turns]),
+                "truth": torch.tensor([int(t["answer"] == "true") for t in turns])}
+
+
+class DialogueBatch(ImageTextBatch):
+    """Dialogues with one candidate for the last answer each, the right one or a wrong one."""
+
+    def rows(self, pairs):
+        """[(record, candidate), ...] -> the batch, see __call__."""
+        texts, records = [], [record for record, _ in pairs]
+        for record, candidate in pairs:
+            *past, last = record["turns"]
+            words = [w for turn in past for w in (turn["prompt"], turn["answer"])]
+            texts.append(" ".join([*words, last["prompt"], candidate]))
+        return {"images": self.images(records), "ids": self.ids(texts),
+                "caption_ids": self.ids([record["caption"] for record in records]),
+                "truth": torch.tensor([int(c == r["turns"][-1]["answer"]) for r, c in pairs])}
+
+    def __call__(self, records, rngs):
+        """-> {"images", "ids": history, question and candidate, "caption_ids", "truth": int64 (B,)}.
+
+        In half of the rows the candidate is right."""
+        def candidate(record, rng):
+            right = record["turns"][-1]["answer"]
+            wrong = [text for text in record["candidates"] if text != right]
+            return right if rng.random() < 0.5 else rng.choice(wrong)
+        return self.rows([(r, candidate(r, rng)) for r, rng in zip(records, rngs)])
 
 
 class PackedTexts:

@@ -17,7 +17,7 @@ def evaluate(writer, data, count=400, select_shots=None):
     """Captions, and in a world with tasks all the others -> {name: number}."""
     world, figures = data.world, captions(writer, data.world, count)
     if world.tasks:
-        for figure in (latest_image, visual_questions, clips, episodes):
+        for figure in (latest_image, visual_questions, documents, clips, episodes):
             figures |= figure(writer, world, count)
         if select_shots:
             figures |= retrieved_shots(writer, world, count // 4, select_shots)
@@ -69,22 +69,34 @@ def latest_image(writer, world, count):
 
 def visual_questions(writer, world, count):
     """Questions in wordings that training never uses, with the right and with a wrong image, and in
-    training's wordings; and questions about one of several images of a document."""
+    training's wordings."""
     records = draw_tasks(world, "question", count)
     texts = writer.generate(records, max_new_tokens=6)
     blind = [{"turns": [r["turns"][0] | {"images": other["turns"][0]["images"]}]}
              for r, other in zip(records, records[1:] + records[:1])]
     known = draw_tasks(world, "question", count, "train", asks=1)
-    documents = [r | {"turns": r["turns"][:r["asked"] + 1]}
-                 for r in draw_tasks(world, "document", count, images=3)]
     figures = {"vqa_accuracy": exact(texts, records)}
-    for name, own in (("vqa_accuracy_blind", blind), ("vqa_accuracy_trained_wordings", known),
-                      ("document_accuracy", documents)):
+    for name, own in (("vqa_accuracy_blind", blind), ("vqa_accuracy_trained_wordings", known)):
         figures[name] = exact(writer.generate(own, max_new_tokens=6), own)
     for kind in sorted({r["kind"] for r in records}):
         own = [(text, r) for text, r in zip(texts, records) if r["kind"] == kind]
         figures[f"vqa_accuracy/{kind}"] = exact(*zip(*own))
     return figures
+
+
+def documents(writer, world, count):
+    """Questions about one of several images of a document."""
+    records = [r | {"turns": r["turns"][:r["asked"] + 1]}
+               for r in draw_tasks(world, "document", count, images=3)]
+    return {"document_accuracy": exact(writer.generate(records, max_new_tokens=6), records)}
+
+
+def ranked_answers(writer, world, count):
+    """The same questions, with the answers of all of them as candidates."""
+    records = draw_tasks(world, "question", count)
+    answers = sorted({record["turns"][-1]["answer"] for record in records})
+    return {"vqa_accuracy_ranked": exact(writer.choose(records, [answers] * count), records),
+            "vqa_accuracy_ranked_chance": 1 / len(answers)}
 
 
 def retrieved_shots(writer, world, count, select_shots, shots=4):

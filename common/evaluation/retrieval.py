@@ -66,15 +66,21 @@ class Pool:
         """Whether caption number `text` is true of image number `image`."""
         return self.world.is_true(self.texts[text], self.records[image]["source"])
 
+    def recalls(self, image_scores, text_scores, suffix=""):
+        """Recall at 1, 5, 10 of scores (images, texts) and (texts, images) -> {name: number}."""
+        found = {"image_to_text": recalls(image_scores, lambda i, t: self.is_true(t, i)),
+                 "text_to_image": recalls(text_scores, self.is_true)}
+        return {f"{name}_recall@{k}{suffix}": value
+                for name, by_k in found.items() for k, value in by_k.items()}
+
     def figures(self, draws=20000):
-        """Recall at 1, 5, 10 in both directions; beside recall@1 that of a random guess."""
-        found = {"image_to_text": recalls(self.scores, lambda i, t: self.is_true(t, i)),
-                 "text_to_image": recalls(self.scores.T, self.is_true)}
-        figures = {f"{name}_recall@{k}": v for name, by_k in found.items() for k, v in by_k.items()}
+        """`recalls` of the cosines; beside recall@1 that of a random guess."""
+        figures = self.recalls(self.scores, self.scores.T)
         pairs = torch.randint(len(self.records), (draws, 2),
                               generator=torch.Generator().manual_seed(0)).tolist()
         chance = sum(self.is_true(*pair) for pair in pairs) / draws
-        return figures | {f"{name}_recall@1_chance": chance for name in found}
+        return figures | {f"{name}_recall@1_chance": chance
+                          for name in ("image_to_text", "text_to_image")}
 
     def sheet(self, count=6):
         """Texts with the images found for them; below, images with the texts found for them."""
@@ -98,8 +104,10 @@ def make_pool(model, data):
 
 
 def zero_shot(model, data):
-    """Accuracy over the world's classes, and over colour-shape pairs never trained on."""
+    """Accuracy over the world's classes, if any, and over colour-shape pairs never trained on."""
     world, figures = data.world, {}
+    if not world.zero_shot:
+        return figures
     classifier = zero_shot_classifier(model, data.ids, world.all_classes, world.templates)
     for name, split, classes in (("zero_shot_accuracy", world.zero_shot, world.classes),
                                  ("composition_accuracy", "composition", world.all_classes)):
@@ -113,8 +121,7 @@ def zero_shot(model, data):
 
 def evaluate(model, data):
     """Retrieval in both directions, and zero-shot accuracy where the world has classes."""
-    figures = make_pool(model, data).figures()
-    return figures | (zero_shot(model, data) if data.world.zero_shot else {})
+    return make_pool(model, data).figures() | zero_shot(model, data)
 
 
 def samples(model, data):

@@ -25,13 +25,14 @@ class Recipe:
     muon_weight_decay: float = 0.05
 
 
-def find_recipe(recipes, preset, data, changes):
-    """The recipe of "PRESET DATA", else of PRESET, else of "", with the user's changes.
+def find_recipe(recipes, preset, kinds, changes):
+    """The recipe of "PRESET KIND", else of PRESET, else of "", with the user's changes.
 
-    changes: {"steps", "batch_size", "lr": number or None, "optimizer": name or None}. Raises
+    kinds: the name of the data and the losses; changes: {"steps", "batch_size", "lr": number or None, "optimizer": name or None}. Raises
     ValueError for numbers that no run can have. The warm-up is at most a fifth of the steps.
     """
-    recipe = next(recipes[key] for key in (f"{preset} {data}", preset, "") if key in recipes)
+    keys = [*(f"{preset} {kind}" for kind in kinds), preset, ""]
+    recipe = next(recipes[key] for key in keys if key in recipes)
     for name, value in changes.items():
         if isinstance(value, (int, float)) and not 0 < value < math.inf:
             raise ValueError(f"--{name} {value}: must be more than 0")

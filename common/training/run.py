@@ -44,7 +44,9 @@ class Options:
     attention: str = option("auto", "the definition by hand, torch's kernel, or the faster of both",
                             choices=("auto", "hand", "fused"))
     compile: bool = option(False, "torch.compile the model")
-    init: str | None = option(None, "start from the weights of this run")
+    losses: str | None = option(None, "what blip learns: itc,itm,lm; lm alone is a captioner, "
+                                "itc,itm a filter")
+    init: str | None = option(None, "start from the sizes and weights of this run")
     parts: tuple = option((), "the run of a frozen part, such as vision=RUN or language=RUN "
                           "(default RUNS/clip, RUNS/lm); may be given again",
                           flag="from", append=True, metavar="PART=RUN")
@@ -87,7 +89,23 @@ class Run:
         return self.seconds + time.time() - self.began
 
 
-def open_parts(stages, name, options, config, folder):
+def open_start(stage, name, options, folder):
+    """The config that a run starts from, and its tokenizer or None: the preset's, or --init's."""
+    file, preset = stage.file, stage.file.PRESETS[options.preset]
+    if not options.init:
+        return preset, None
+    own = folder.described() if options.resume or options.eval_only else None
+    if own:                              # the run has a copy of all that it began with
+        checkpoint.of_model(own, file.__name__, folder.path)
+        fields, tokenizer = own["config"], folder.tokenizer()
+    else:
+        fields, tokenizer, _ = checkpoint.open_run(
+            options.init, file.__name__, "--init",
+            missing_run(stage.init or name, file.PRESETS, options, options.init))
+    return checkpoint.config_of(type(preset), fields, options.init), tokenizer
+
+
+def open_parts(stages, name, options, config, folder, tokenizer=None):
     """The config with its parts' configs, {module: (weights, folder)}, and their tokenizer or None.
 
     A run that is resumed has all of them itself. A missing run is a ValueError that names the
@@ -99,11 +117,13 @@ def open_parts(stages, name, options, config, folder):
         if part not in stage.parts or not run:
             raise ValueError(f"--from {part}={run}: write PART=RUN with one of "
                              f"{', '.join(stage.parts) or 'no parts'}")
-    frozen, tokenizer = {}, None
+    frozen = {}
     resumed = (options.resume or options.eval_only) and folder.described()
     if resumed:
         checkpoint.of_model(resumed, stage.file.__name__, folder.path)
     for part, (source, module) in stage.parts.items():
+        if part in stage.optional and part not in given:
+            continue
         if resumed:
             own, known = resumed["config"][part], folder.tokenizer()
         else:
@@ -155,9 +175,10 @@ def restore(run):
         if distributed.rank() == 0:
             print(f"resumed from step {run.step}")
     elif options.init:
-        file = run.stage.file
-        weights = checkpoint.open_run(options.init, file.__name__, "--init", missing_run(
-            run.name, file.PRESETS, options, options.init))[2]
+        weights = checkpoint.open_run(options.init, run.stage.file.__name__)[2]
+        own = run.model.state_dict()     # a fine-tuned model may lack parts of the other
+        weights = run.model.adapt(weights) if hasattr(run.model, "adapt") else \
+            {name: value for name, value in weights.items() if name in own}
         checkpoint.load_weights(run.model, weights, options.init)
     if not options.eval_only:
         folder.begin(describe(run), run.tokenizer, run.step, options.overwrite)

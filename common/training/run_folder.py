@@ -9,10 +9,12 @@ from common.training import checkpoint, distributed
 
 FILES = ("config.json", "tokenizer.model", "log.jsonl", *checkpoint.NAMES, "result.json",
          "samples.png", "search.png")
+FINE_TUNED = {"lm": "captioner", "itc,itm": "filter"}      # by --losses (BLIP, 3.3)
 
 
-def default_folder(stage, options):
-    """RUNS/STAGE; data and preset are added where they are not the default ones."""
+def default_folder(stage, options, losses=None):
+    """RUNS/STAGE; losses, data and preset are added where they are not the default ones."""
+    stage = f"{stage}-{FINE_TUNED.get(losses, losses)}" if losses else stage
     data, (kind, _, where) = options.data, options.data.partition(":")
     if kind in FORMATS:                  # the name of the file, of shards that of their folder
         where = Path(where).absolute()

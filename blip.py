@@ -1,0 +1,645 @@
+"""BLIP: one model that understands and writes, and a data engine that cleans its own captions.
+
+BLIP: Bootstrapping Language-Image Pre-training for Unified Vision-Language Understanding and
+Generation (Li, Li, Xiong, Hoi, 2022).
+
+    image -> ViT -> class token and patches --+--------------------+
+              |                               v keys, values       v keys, values
+    ITC: [CLS] text -> encoder   ITM: [ENC] text -> encoder   LM: [DEC] text -> decoder (causal)
+         cosines: which pair?         yes or no: a pair?           the next word
+         encoder and decoder share all their weights but self-attention (paper, Figure 2)
+
+    python train.py blip                                  from noisy web texts, 40% of them false
+    python train.py bootstrap                             captioner, filter, new texts, a new model
+    python blip.py runs/blip caption PICTURE
+    python blip.py runs/blip match PICTURE "a red circle"
+    python train.py blip-vqa && python blip.py runs/blip-vqa answer PICTURE "what colour is it?"
+
+Differs from the paper
+- Data: the shapes world stands for web and human captions, emoji or your files for either. The
+  presets tiny and small and their recipes are ours: Muon (optimizer.py) for the matrices of
+  attention and MLPs, AdamW for the rest (paper: AdamW), gains and biases do not decay.
+- The towers start from random weights, or from a CLIP run (paper: an ImageNet ViT and BERT). There
+  is no dropout, no drop-path and no image augmentation but a crop of your own files.
+- Tokens: ours end with <eos> where BERT has [SEP]; ids of special tokens are fields of the config.
+- Momentum keys and hard negatives come from all processes (released code: from its own process).
+  A wrong partner is drawn by inverse transform from a uniform number that the batch brings along,
+  so it does not depend on the number of processes.
+- A fine-tuned filter keeps the pre-training loss: other captions of an image that are still in the
+  queue count as wrong (released code: as right).
+- alpha rises over a tenth of the steps (paper: 2 of 20 epochs). The learning rate falls by a cosine
+  (paper: by 0.85 an epoch).
+- VQA has one answer to a question unless the data gives several; answers are ranked by their log p
+  over all candidates (released code: of the 128 whose first token is likeliest, smoothed).
+- Visual dialogue has no released code: `Dialogue` is our reading of the paper's Figure 5 (c).
+"""
+import copy
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from clip import CLIPConfig, image_tower
+from common import losses
+from common.bert import Bert
+from common.data.batches import DataSource, open_world
+from common.data.collators import (CaptionBatch, DialogueBatch, PairBatch, QuestionBatch,
+                                    as_turns)
+from common.data.images import center_crop, normalize_pixels, open_image, to_tensor
+from common.data.tokenizer import CLS, DEC, ENC, EOS, PAD
+from common.evaluation import matching, questions, retrieval, writing
+from common.prompts import labels_of
+from common.training import checkpoint, options
+from common.training.optimizer import Recipe
+from common.transformer import Attention, LayerNorm, to_float32, vit_block
+from common.vision import ViT
+
+# What a block of the decoder has in common with the encoder's; each is a module (paper, Table 3).
+FEED_FORWARD, CROSS, SELF = ("mlp", "mlp_norm"), ("cross", "cross_norm"), ("attn", "attn_norm")
+SHARING = {
+    "all": FEED_FORWARD + CROSS + SELF,
+    "all-but-sa": FEED_FORWARD + CROSS,
+    "all-but-ca": FEED_FORWARD + SELF,
+    "none": (),
+}
+EMBEDDINGS = ("token_embed", "pos_embed", "norm")    # shared, too, except with "none"
+ALL_LOSSES = "itc,itm,lm"
+LOSSES = (ALL_LOSSES, "itc,itm", "itc,lm", "itc", "lm", "vqa", "two-images", "dialogue")
+
+
+@dataclass(frozen=True)
+class BLIPConfig:
+    """Sizes of image encoder and text transformers, and how they are trained.
+
+    Raises ValueError that names the field and its value for one that no model can have.
+    """
+    image_size: int = 32
+    patch_size: int = 8
+    vision_width: int = 128
+    vision_layers: int = 4
+    vision_heads: int = 4
+    vision_eps: float = 1e-6
+    vision: CLIPConfig | None = None     # the image encoder of a CLIP run in place of these sizes
+    text_width: int = 128
+    text_layers: int = 3
+    text_heads: int = 4
+    context_length: int = 32
+    vocab_size: int = 1024
+    pad_id: int = PAD
+    eos_id: int = EOS
+    cls_id: int = CLS
+    enc_id: int = ENC
+    dec_id: int = DEC
+    embed_dim: int = 128                 # E, of the joint space
+    losses: str = ALL_LOSSES             # parts that no loss needs are left out
+    sharing: str = "all-but-sa"          # of SHARING
+    momentum: float = 0.995              # of the second pair of encoders; 0: there is none
+    queue_size: int = 1536               # K, momentum features that are kept
+    alpha: float = 0.4                   # weight of the soft targets after their ramp
+    negatives: str = "hard"              # or random
+    label_smoothing: float = 0.1
+    prompt: str = "a picture of "        # before every caption where lm is the only loss
+
+    def __post_init__(self):
+        if isinstance(self.vision, dict):                             # as JSON has it
+            part = checkpoint.config_of(CLIPConfig, self.vision, "vision")
+            object.__setattr__(self, "vision", part)
+        if self.vision:
+            if self.vision.stages:
+                raise ValueError("vision: a ResNet; BLIP takes the tokens of a ViT")
+            for name in ("image_size", "patch_size", "vision_width"):
+                object.__setattr__(self, name, getattr(self.vision, name))
+        options.check_fields(
+            self, {"losses": LOSSES, "sharing": SHARING, "negatives": ("hard", "random")},
+            dict.fromkeys(("pad_id", "eos_id", "cls_id", "enc_id", "dec_id", "queue_size",
+                           "alpha", "momentum", "label_smoothing"), 0))
+        for name in ("alpha", "momentum", "label_smoothing"):
+            if getattr(self, name) > 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at most 1")
+
+
+# ------------------------------------------------------------------ the mixture of encoder-decoder
+
+def make_vision(c):
+    """The image encoder: a ViT, whose tokens all feed cross-attention. (B, 3, H, W) -> (B, S, D)"""
+    if c.vision:
+        return image_tower(c.vision)
+    blocks = [vit_block(width=c.vision_width, heads=c.vision_heads, eps=c.vision_eps)
+              for _ in range(c.vision_layers)]
+    return ViT(image_size=c.image_size, patch_size=c.patch_size, width=c.vision_width,
+               blocks=blocks, ln_post=LayerNorm(c.vision_width, c.vision_eps), patch_bias=True)
+
+
+def make_text(c, context_width, has_head=False):
+    """One text transformer of the config; context_width: D of what it cross-attends to, or None."""
+    return Bert(vocab_size=c.vocab_size, context_length=c.context_length, width=c.text_width,
+                layers=c.text_layers, heads=c.text_heads, context_width=context_width,
+                has_head=has_head)
+
+
+def share(encoder, decoder, sharing):
+    """Let the decoder use the encoder's modules that `sharing` names (paper, 3.1 and Table 3)."""
+    for encoder_block, decoder_block in zip(encoder.blocks, decoder.blocks):
+        for part in SHARING[sharing]:
+            setattr(decoder_block, part, getattr(encoder_block, part))
+    for part in EMBEDDINGS if sharing != "none" else ():
+        setattr(decoder, part, getattr(encoder, part))
+
+
+def sample_negatives(scores, own, draws):
+    """A wrong partner for each query, drawn by its similarity: softmax + 1e-4 (released code).
+
+    scores float (B, B_all): cosines / temperature. own int64 (B,): the column of the right partner,
+    which is never drawn. draws float (B,), uniform in [0, 1) -> columns int64 (B,).
+    """
+    weights = (scores.softmax(dim=1) + 1e-4).scatter(1, own[:, None], 0)
+    cumulative = weights.cumsum(dim=1)                                # (B, B_all)
+    # Inverse transform: the first column whose cumulative weight exceeds that share of the total.
+    # Rounding must not lead past the last column that has a weight, hence the clamp.
+    threshold = draws.clamp(max=1 - 1e-6)[:, None] * cumulative[:, -1:]
+    return (cumulative <= threshold).sum(dim=1)
+
+
+class BLIP(nn.Module):
+    """A ViT and one text transformer with three uses (paper, Figure 2)."""
+
+    banned_ids = ()                      # of what it writes; the vocabulary's own ids never occur
+
+    def __init__(self, config):
+        super().__init__()
+        self.config, c = config, config
+        self.losses, self.stop_ids = c.losses.split(","), (c.eos_id,)
+        self.vision = make_vision(c)
+        self.encoder = self.decoder = None
+        self.make_text()
+        if "itc" in self.losses:
+            self.image_projection = nn.Linear(c.vision_width, c.embed_dim)
+            self.text_projection = nn.Linear(c.text_width, c.embed_dim)
+            self.temp = nn.Parameter(torch.tensor(0.07))              # it divides the cosines
+        if "itm" in self.losses:
+            self.itm_head = nn.Linear(c.text_width, 2)                # class 1: a pair
+        init_weights(self)
+        if "itc" in self.losses:
+            self.make_momentum()
+
+    def make_text(self):
+        """The text encoder and the decoder, each where a loss needs it."""
+        c = self.config
+        if "itc" in self.losses:
+            self.encoder = make_text(c, c.vision_width if "itm" in self.losses else None)
+        if "lm" in self.losses:
+            self.decoder = make_text(c, c.vision_width, has_head=True)
+        if self.encoder and self.decoder:
+            share(self.encoder, self.decoder, c.sharing)
+
+    def make_momentum(self):
+        """The momentum encoders, equal to the trained ones at the start, and two queues (K, E)."""
+        c = self.config
+        self.momentum = nn.Module()
+        for name in MOMENTUM_PARTS if c.momentum else ():
+            setattr(self.momentum, name, copy.deepcopy(getattr(self, name)).requires_grad_(False))
+        for name in ("image_queue", "text_queue"):
+            noise = torch.randn(c.queue_size, c.embed_dim)
+            self.register_buffer(name, F.normalize(noise, dim=-1))
+        self.register_buffer("queue_next", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("alpha", torch.zeros(()), persistent=False)
+
+    # -------------------------------------------------------------- three uses of one text model
+
+    def starts_with(self, ids, first):
+        """ids int64 (B, T) with their first id, the tokenizer's <bos>, replaced by `first`."""
+        return torch.cat([torch.full_like(ids[:, :1], first), ids[:, 1:]], dim=1)
+
+    def image_feature(self, tokens, model=None):
+        """Image tokens (B, S, D) -> unit vectors (B, E); model: self, or its momentum copy."""
+        projection = (model or self).image_projection
+        return F.normalize(to_float32(projection(tokens[:, 0])), dim=-1)
+
+    def text_feature(self, ids, model=None):
+        """[CLS] text, without the image: ids int64 (B, T) -> unit vectors (B, E)."""
+        model, c = model or self, self.config
+        x = model.encoder(self.starts_with(ids, c.cls_id), mask=ids != c.pad_id)      # (B, T, D)
+        return F.normalize(to_float32(model.text_projection(x[:, 0])), dim=-1)
+
+    def match(self, image, ids):
+        """[ENC] text that attends to image tokens (B, S, D): ids (B, T) -> logits (B, 2), 1: a pair."""
+        c = self.config
+        x = self.encoder(self.starts_with(ids, c.enc_id), image, mask=ids != c.pad_id)
+        return self.itm_head(x[:, 0])
+
+    def logits(self, ids, mask=None, cache=None, last=False, *, context, context_mask=None):
+        """[DEC] text, causal, attends to context (B, S, C): ids (B, T) -> logits (B, T, V).
+
+        The arguments are those of `Bert.logits`.
+        """
+        return self.decoder.logits(ids, context, mask=mask, context_mask=context_mask, cache=cache,
+                                   last=last)
+
+    def encode_image(self, images):
+        """images float (B, 3, H, W), normalized -> unit vectors (B, E), float32 or wider."""
+        return self.image_feature(self.vision(images))
+
+    def encode_text(self, ids):
+        """ids int64 (B, T) -> unit vectors (B, E), float32 or wider."""
+        return self.text_feature(ids)
+
+    # -------------------------------------------------------------- three losses
+
+    def forward(self, batch, gather=losses.no_gather):
+        """A batch of `CaptionBatch` with "label_count" -> {"itc", "itm", "lm": scalar, in nats}.
+
+        One pass through the ViT, three through the text transformer (paper, 3.2). Called once for a
+        step: it also adds the step's keys to the queues.
+        """
+        pixels, ids, found = normalize_pixels(batch["images"]), batch["ids"], {}
+        image = self.vision(pixels)                                   # (B, S, D)
+        if "itc" in self.losses:
+            features = self.image_feature(image), self.text_feature(ids)         # (B, E) each
+            found["itc"], scores = self.itc(*features, *self.keys(pixels, ids, features), gather)
+        if "itm" in self.losses:
+            found["itm"] = self.itm(image, ids, *scores, batch["draws"], gather)
+        if "lm" in self.losses:
+            found["lm"] = self.lm(image, ids, batch["labels"], batch.get("label_count"))
+        return found
+
+    @torch.no_grad()
+    def keys(self, pixels, ids, features):
+        """What the queries are compared with: momentum features of the batch, two (B, E)."""
+        if not self.config.momentum:
+            return [x.detach() for x in features]
+        return (self.image_feature(self.momentum.vision(pixels), self.momentum),
+                self.text_feature(ids, self.momentum))
+
+    def itc(self, image, text, image_keys, text_keys, gather=losses.no_gather):
+        """Image-text contrast (ALBEF, 3.2 and 3.3) -> (loss, (image scores, text scores)).
+
+        image, text (B, E): queries. image_keys, text_keys (B, E), without gradient: momentum
+        features of the same pairs. Keys are those of all processes and the K of the queue. The
+        target of a query is 1 at its own partner, softened by alpha: what the momentum feature in
+        its place would answer. The scores (B, B_all), cosine / temp, are those of the batch alone,
+        of texts for each image and of images for each text.
+        """
+        (image_keys, first), (text_keys, _) = gather(image_keys), gather(text_keys)   # (B_all, E)
+        own = torch.arange(len(image), device=image.device) + first   # the positives' columns
+
+        def direction(queries, key_queries, keys, queue):
+            keys = torch.cat([keys, queue])                           # (B_all + K, E)
+            logits = queries @ keys.T / self.temp                     # (B, B_all + K)
+            with torch.no_grad():
+                hard = F.one_hot(own, len(keys))
+                soft = (key_queries @ keys.T / self.temp).softmax(dim=1)
+                target = self.alpha * soft + (1 - self.alpha) * hard
+            return -(target * logits.log_softmax(dim=1)).sum(dim=1).mean(), logits.detach()
+        rows = slice(first, first + len(image))
+        with losses.no_autocast(image):
+            image_loss, image_logits = direction(image, image_keys[rows], text_keys,
+                                                 self.text_queue)
+            text_loss, text_logits = direction(text, text_keys[rows], image_keys, self.image_queue)
+        self.enqueue(image_keys, text_keys)
+        scores = image_logits[:, :len(image_keys)], text_logits[:, :len(image_keys)]
+        return (image_loss + text_loss) / 2, scores
+
+    @torch.no_grad()
+    def enqueue(self, image_keys, text_keys):
+        """Replace the oldest keys of the queues by these, two (B_all, E), and wrap around."""
+        size = self.config.queue_size
+        if size:
+            places = torch.arange(len(image_keys), device=image_keys.device)
+            places = (self.queue_next + places) % size
+            self.image_queue[places], self.text_queue[places] = image_keys, text_keys
+            self.queue_next.copy_((self.queue_next + len(image_keys)) % size)
+
+    def itm(self, image, ids, image_scores, text_scores, draws, gather=losses.no_gather):
+        """Image-text matching with hard negatives (ALBEF, 3.2) -> scalar, in nats.
+
+        image (B, S, D) and ids (B, T) are pairs; scores (B, B_all) as `itc` gives them; draws
+        (B, 2), uniform. The batch of the second pass has B pairs, B images with a sampled text and
+        B texts with a sampled image: labels 1, 0, 0.
+        """
+        c, B = self.config, len(ids)
+        images, first = gather(image)                                 # (B_all, S, D), with gradient
+        if len(images) > B:              # texts of other processes have other lengths
+            ids = F.pad(ids, (0, c.context_length - ids.shape[1]), value=c.pad_id)
+        texts, _ = gather(ids)                                        # (B_all, T)
+        own = torch.arange(B, device=ids.device) + first
+        if c.negatives == "random":
+            image_scores, text_scores = 0 * image_scores, 0 * text_scores
+        text_index = sample_negatives(image_scores, own, draws[:, 0])
+        image_index = sample_negatives(text_scores, own, draws[:, 1])
+        logits = self.match(torch.cat([image, image, images[image_index]]),
+                            torch.cat([ids, texts[text_index], ids]))            # (3 * B, 2)
+        labels = torch.arange(3 * B, device=ids.device) < B
+        with losses.no_autocast(logits):
+            return F.cross_entropy(to_float32(logits), labels.long())
+
+    def lm(self, image, ids, labels, label_count=None):
+        """Language modeling: each next token of a text, given the image (B, S, D) -> scalar, nats.
+
+        ids, labels int64 (B, T), aligned, -100 where the loss does not count: padding, and the
+        prompt of a captioner.
+        """
+        c = self.config
+        logits = self.logits(self.starts_with(ids, c.dec_id), mask=ids != c.pad_id, context=image)
+        return losses.next_token_loss(logits, labels, label_count, c.label_smoothing)
+
+    # -------------------------------------------------------------- hooks of the training loop
+
+    def check_batch(self, batch_size, accumulate):
+        """Raise ValueError for what the losses over a whole batch cannot do."""
+        size = self.config.queue_size
+        if "itc" in self.losses and (size % batch_size or batch_size < 2):
+            raise ValueError(f"queue_size={size} must be a multiple of the batch of {batch_size} "
+                             "pairs, at least 2; --set queue_size=0 does without a queue")
+        if self.config.losses != "lm" and accumulate > 1:
+            raise ValueError(f"--accumulate {accumulate}: hard negatives and answers need the whole "
+                             "batch; only --losses lm can be accumulated")
+
+    def before_step(self, step, steps):
+        """Soft targets come in slowly: at first the momentum encoders know nothing."""
+        if "itc" in self.losses:
+            self.alpha.fill_(self.config.alpha * min(1.0, step / max(1, 0.1 * steps)))
+
+    @torch.no_grad()
+    def after_step(self, step):
+        """Move the momentum encoders towards the trained ones; keep the temperature in bounds."""
+        if "itc" in self.losses:
+            self.temp.clamp_(0.001, 0.5)
+            for name, part in self.momentum.named_children():
+                for old, new in zip(part.parameters(), getattr(self, name).parameters()):
+                    old.lerp_(new, 1 - self.config.momentum)
+
+    # -------------------------------------------------------------- use and figures
+
+    def prepare(self, records, tokenizer):
+        """Records -> (ids, mask, {"context"}): [DEC] and the prompt, to be continued."""
+        prompt = self.config.prompt if self.config.losses == "lm" else ""
+        ids = [self.config.dec_id, *tokenizer.encode(prompt)]
+        image = self.vision(self.pixels(records))                     # (B, S, D)
+        ids = torch.tensor(ids, device=image.device).expand(len(records), -1)
+        return ids, torch.ones_like(ids, dtype=torch.bool), {"context": image}
+
+    def pixels(self, records):
+        """The first image of each record -> float (B, 3, H, W), normalized."""
+        images = [center_crop(as_turns(r)[0]["images"][0][0], self.config.image_size)
+                  for r in records]
+        return normalize_pixels(to_tensor(images).to(self.vision.pos_embed.device))
+
+    @torch.no_grad()
+    def evaluate(self, data, count=400):
+        """Retrieval, matching and captions, as far as the losses train them -> {name: number}."""
+        figures = {}
+        if "itc" in self.losses:
+            pool = retrieval.make_pool(self, data)
+            figures = pool.figures() | retrieval.zero_shot(self, data)
+        if "itm" in self.losses:
+            figures |= matching.evaluate(self, data, pool, count)
+        if "lm" in self.losses:
+            figures |= questions.captions(writing.Writer(self, data.tokenizer), data.world, count)
+        return figures
+
+    @torch.no_grad()
+    def samples(self, data):
+        """An image for people: captions of unseen images, and hard negatives beside theirs."""
+        sheets = []
+        if "lm" in self.losses:
+            sheets.append(writing.samples(writing.Writer(self, data.tokenizer), data))
+        if "itm" in self.losses:
+            sheets.append(matching.samples(self, data, retrieval.make_pool(self, data)))
+        return stack(sheets) if sheets else retrieval.samples(self, data)
+
+
+MOMENTUM_PARTS = ("vision", "encoder", "image_projection", "text_projection")
+
+
+@torch.no_grad()
+def init_weights(model):
+    """BERT's and the ViT's: N(0, 0.02), cut at two deviations in the ViT; biases 0."""
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            in_vision = name.startswith("vision.")
+            (nn.init.trunc_normal_ if in_vision else nn.init.normal_)(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+    for table in (model.vision.cls_token, model.vision.pos_embed):
+        nn.init.trunc_normal_(table, std=0.02)
+
+
+# ------------------------------------------------------------------ fine-tuned on other tasks
+
+class VQA(BLIP):
+    """Questions: an encoder reads question and image, a decoder answers (paper, 5.3).
+
+    The decoder attends to the encoder's states of the question, not to the image (Figure 5 a).
+    """
+
+    def make_text(self):
+        """Two separate transformers; the decoder's cross-attention takes the text's width."""
+        c = self.config
+        self.encoder = make_text(c, c.vision_width)
+        self.decoder = make_text(c, c.text_width, has_head=True)
+
+    def encode_question(self, pixels, ids):
+        """[ENC] question: pixels (B, 3, H, W), ids (B, T) -> states (B, T, D), mask bool (B, T)."""
+        mask = ids != self.config.pad_id
+        ids = self.starts_with(ids, self.config.enc_id)
+        return self.encoder(ids, self.vision(pixels), mask=mask), mask
+
+    def forward(self, batch, gather=losses.no_gather):
+        """A batch of `QuestionBatch` -> {"vqa": scalar}.
+
+        The sum over an answer's tokens, times its weight, over all answers to the B questions,
+        divided by B (released code).
+        """
+        c, ids, question = self.config, batch["answer_ids"], batch["question_index"]      # (A, T)
+        states, mask = self.encode_question(normalize_pixels(batch["images"]), batch["ids"])
+        logits = self.logits(self.starts_with(ids, c.dec_id), mask=ids != c.pad_id,
+                             context=states[question], context_mask=mask[question])
+        return {"vqa": losses.next_token_loss(logits, labels_of(ids, c), len(states),
+                                              c.label_smoothing, batch["weights"])}
+
+    def prepare(self, records, tokenizer):
+        """Records, the last answer open -> ([DEC], mask, {"context", "context_mask"})."""
+        pixels = self.pixels(records)
+        prompts = [as_turns(record)[-1]["prompt"] for record in records]
+        ids = tokenizer.batch(prompts, self.config.context_length).to(pixels.device)
+        states, mask = self.encode_question(pixels, ids)
+        ids = torch.full((len(records), 1), self.config.dec_id, device=pixels.device)
+        return ids, torch.ones_like(ids, dtype=torch.bool), {"context": states,
+                                                             "context_mask": mask}
+
+    @torch.no_grad()
+    def evaluate(self, data, count=400):
+        """Questions in new wordings, and with a wrong image; answers written and ranked."""
+        writer = writing.Writer(self, data.tokenizer)
+        return questions.visual_questions(writer, data.world, count) \
+            | questions.ranked_answers(writer, data.world, count)
+
+    @torch.no_grad()
+    def samples(self, data):
+        """An image for people: unseen images, questions and the written answers."""
+        return writing.answers(writing.Writer(self, data.tokenizer), data)
+
+
+class PairAttention(nn.Module):
+    """Cross-attention to two images: a layer for each, merged by their mean or by a linear layer.
+
+    Both layers start equal (paper, 5.4). layer: an Attention of this width.
+    """
+
+    def __init__(self, layer, width, concat):
+        super().__init__()
+        self.first, self.second = layer, copy.deepcopy(layer)
+        self.merge = nn.Linear(2 * width, width) if concat else None
+
+    def forward(self, x, context, *, mask=None, cache=None):
+        """x (B, T, D), context (B, 2 * S, C): the tokens of both images -> (B, T, D)."""
+        one, other = context.chunk(2, dim=1)
+        one, other = self.first(x, one), self.second(x, other)
+        return (one + other) / 2 if self.merge is None else \
+            self.merge(torch.cat([one, other], dim=-1))
+
+
+class Judge(BLIP):
+    """The encoder as a judge of statements: a subclass has `make_text` and `predict`."""
+
+    def forward(self, batch, gather=losses.no_gather):
+        """A batch with "truth", int64 (B,), 0 or 1 -> {"judge": scalar, in nats}."""
+        logits = self.predict(batch)                                  # (B, 2)
+        with losses.no_autocast(logits):
+            return {"judge": F.cross_entropy(to_float32(logits), batch["truth"])}
+
+    @torch.no_grad()
+    def evaluate(self, data, count=400):
+        """Accuracy on unseen statements, or of the best among candidates."""
+        return questions.judged(self, data, self.config.losses, count)
+
+
+class TwoImages(Judge):
+    """Is a statement about two images true? (NLVR2; paper, 5.4 and Figure 5 b)."""
+
+    def make_text(self):
+        """The encoder with twin cross-attention; the second half of its blocks merges by a layer."""
+        c = self.config
+        self.encoder = make_text(c, c.vision_width)
+        for number, block in enumerate(self.encoder.blocks):
+            block.cross = PairAttention(block.cross, c.text_width, number >= c.text_layers // 2)
+        self.head = nn.Sequential(nn.Linear(c.text_width, c.text_width), nn.ReLU(),
+                                  nn.Linear(c.text_width, 2))
+
+    def adapt(self, weights):
+        """Weights of a pre-training run under this model's names; what is new stays as it is."""
+        twins = {name.replace(".cross.", f".cross.{twin}."): value
+                 for name, value in weights.items() for twin in ("first", "second")}
+        own = self.state_dict()
+        new = {k: v for k, v in own.items() if k.startswith("head.") or ".merge." in k}
+        return new | {k: v for k, v in twins.items() if k in own}
+
+    def predict(self, batch):
+        """A batch of `PairBatch` -> logits (B, 2), class 1: the statement is true."""
+        c, ids = self.config, batch["ids"]
+        tokens = self.vision(normalize_pixels(batch["images"].flatten(0, 1)))         # (2 * B, S, D)
+        both = tokens.view(len(ids), -1, c.vision_width)              # (B, 2 * S, D)
+        x = self.encoder(self.starts_with(ids, c.enc_id), both, mask=ids != c.pad_id)
+        return self.head(x[:, 0])
+
+
+class Dialogue(Judge):
+    """Which candidate answers the last question of a dialogue? (VisDial; paper, 5.5).
+
+    The encoder of question, history and candidate attends to the image and to the caption's states,
+    one after the other in one sequence; the matching head says whether the candidate is right.
+    """
+
+    def make_text(self):
+        """The encoder and the matching head of the pre-trained model."""
+        c = self.config
+        if c.vision_width != c.text_width:
+            raise ValueError(f"vision_width={c.vision_width} and text_width={c.text_width}: image "
+                             "and caption stand in one sequence and must be equally wide")
+        self.encoder, self.itm_head = make_text(c, c.vision_width), nn.Linear(c.text_width, 2)
+
+    def predict(self, batch):
+        """A batch of `DialogueBatch` -> logits (B, 2), class 1: the answer is right."""
+        c, ids, caption = self.config, batch["ids"], batch["caption_ids"]
+        image = self.vision(normalize_pixels(batch["images"]))        # (B, S, D)
+        caption_mask = caption != c.pad_id                            # (B, T')
+        caption = self.encoder(self.starts_with(caption, c.cls_id), mask=caption_mask)
+        context = torch.cat([image, caption], dim=1)                  # (B, S + T', D)
+        context_mask = torch.cat([caption_mask.new_ones(image.shape[:2]), caption_mask], dim=1)
+        x = self.encoder(self.starts_with(ids, c.enc_id), context, mask=ids != c.pad_id,
+                         context_mask=context_mask)
+        return self.itm_head(x[:, 0])
+
+
+# ------------------------------------------------------------------ presets and recipes
+
+BASE = BLIPConfig(
+    image_size=224, patch_size=16, vision_width=768, vision_layers=12, vision_heads=12,
+    text_width=768, text_layers=12, text_heads=12, context_length=512, vocab_size=30524,
+    pad_id=0, eos_id=102, cls_id=101, dec_id=30522, enc_id=30523, embed_dim=256, queue_size=57600)
+PRESETS = {
+    "tiny": BLIPConfig(),
+    "small": BLIPConfig(image_size=64, vision_width=384, vision_layers=8, vision_heads=6,
+                        text_width=256, text_layers=6, text_heads=4, context_length=64,
+                        embed_dim=256, queue_size=8192),
+    "base": BASE,
+    "large": replace(BASE, vision_width=1024, vision_layers=24, vision_heads=16),
+}
+# All but the momentum encoders.
+TRAINS = dict.fromkeys(("blip", "blip-vqa", "blip-two-images", "blip-dialogue"), ("[!m]*",))
+
+# The paper's: 20 epochs of 14M images (its 4.1).
+PAPER = Recipe(steps=97000, batch_size=2880, lr=3e-4, warmup=3000, weight_decay=0.05,
+               betas=(0.9, 0.999), eps=1e-8, grad_clip=None)
+TINY = Recipe(steps=900, batch_size=128, lr=1e-3, weight_decay=0.05, schedule="linear",
+              optimizer="muon", muon_lr_multiplier=4.0)
+RECIPES = {
+    "tiny": TINY,
+    "small": replace(TINY, steps=6000, batch_size=512, lr=5e-4, warmup=300),
+    "large": replace(PAPER, batch_size=2400, lr=2e-4), "": PAPER,
+}
+TASKS = {"vqa": (VQA, QuestionBatch, {"question": 1}),
+         "two-images": (TwoImages, PairBatch, {"two_pictures": 1}),
+         "dialogue": (Dialogue, DialogueBatch, {"dialogue": 1})}
+
+
+def make_model(config):
+    """The model of a config: its `losses` say which."""
+    return TASKS[config.losses][0](config) if config.losses in TASKS else BLIP(config)
+
+
+def data_sources(world, tokenizer, config):
+    """All three losses learn from web and human pairs, 3 to 1; captioner and filter from human
+    pairs alone (paper, 3.3). A world or file without a web part is all human.
+
+    Raises ValueError for a world without the task, and for a web file without human pairs.
+    """
+    c = config
+    if c.losses in TASKS:
+        _, batch, kinds = TASKS[c.losses]
+        if not set(kinds) <= set(world.tasks):
+            raise ValueError(f"{c.losses}: {world.name} has no {', '.join(kinds)} records")
+        return [DataSource(world, batch(tokenizer, c.context_length, c.image_size), kinds=kinds)]
+    collate = CaptionBatch(tokenizer, c, c.prompt if c.losses == "lm" else "")
+    if not world.has_web:
+        return [DataSource(world, collate)]
+    if c.losses == ALL_LOSSES:
+        return [DataSource(world, collate, split="train")]
+    if not world.size("human"):
+        raise ValueError(f'{world.name}: all its pairs are marked "web"; captioner and filter learn '
+                         "from human pairs (paper, 3.3)")
+    return [DataSource(world, collate, split="human")]
+
+
+# ------------------------------------------------------------------ using a trained model
+
+def from_pretrained(path):
+    """(BLIP in eval mode, tokenizer) of a run folder. ValueError in one line for any other."""
+    config, tokenizer, weights = checkpoint.open_run(path, "blip")
+    with torch.device("meta"):
+        model = make_model(checkpoint.config_of(BLIPConfig, config, path))
+    checkpoint.load_weights(model, weights, path)
+    return model.eval(), tokenizer

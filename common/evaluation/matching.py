@@ -1,0 +1,107 @@
+"""Matching: does a text fit an image? For any model with `match` (BLIP, BLIP-2's first stage).
+
+match: image tokens float (B, S, D), ids int64 (B, T) -> logits (B, 2), class 1: they are a pair.
+vision: images float (B, 3, H, W) -> image tokens.
+"""
+import torch
+
+from common.data.files import all_records
+from common.data.images import normalize_pixels
+from common.evaluation.questions import draw_tasks
+from common.evaluation.sheet import sheet
+
+HARDNESSES = ("random", "shares", "differs")         # of false captions, see shapes/captions.py
+
+
+def image_tokens(model, data, records, chunk=256):
+    """The image tokens of an EvalData's records: float (N, S, D)."""
+    return torch.cat([model.vision(normalize_pixels(data.images(records[k:k + chunk])))
+                      for k in range(0, len(records), chunk)])
+
+
+def match_scores(model, tokens, ids, chunk=512):
+    """The logit of class 1 for each row of image tokens (N, S, D) and ids (N, T) -> (N,)."""
+    return torch.cat([model.match(tokens[k:k + chunk], ids[k:k + chunk])[:, 1].float()
+                      for k in range(0, len(ids), chunk)])
+
+
+def is_match(model, data, records):
+    """Whether the model takes each record's first text for one of its image: bool (N,)."""
+    ids, found = data.ids([record["texts"][0] for record in records]), []
+    for k in range(0, len(records), 512):
+        tokens = image_tokens(model, data, records[k:k + 512])
+        found.append(model.match(tokens, ids[k:k + 512]).argmax(dim=1) == 1)
+    return torch.cat(found)
+
+
+def rerank(cosines, match, k):
+    """Scores for retrieval in two stages (ALBEF, 3.4): float (Q, N) -> float (Q, N).
+
+    The k items of the largest cosine score match logit + cosine, all others -100. match(queries,
+    items), two int64 (M,), -> the match logits (M,) of these pairs.
+    """
+    k = min(k, cosines.shape[1])
+    best = cosines.topk(k, dim=1)
+    queries = torch.arange(len(cosines), device=cosines.device).repeat_interleave(k)
+    logits = match(queries, best.indices.flatten()).view(-1, k)       # (Q, k)
+    return torch.full_like(cosines, -100.0).scatter(1, best.indices, logits + best.values)
+
+
+def reranked(model, data, pool, k=16):
+    """A Pool's scores after matching: (images, texts) and (texts, images), both float (N, N)."""
+    tokens = image_tokens(model, data, pool.records)
+    ids = data.ids(pool.texts)
+
+    def match(images, texts):            # chunks: the tokens of all pairs would fill the memory
+        return torch.cat([match_scores(model, tokens[i.to(ids.device)], ids[t.to(ids.device)]).cpu()
+                          for i, t in zip(images.split(2048), texts.split(2048))])
+    return (rerank(pool.scores, match, k),
+            rerank(pool.scores.T, lambda texts, images: match(images, texts), k))
+
+
+def judgement(keeps, truth):
+    """Precision and recall of kept texts: two bool (N,) -> (of the kept the true ones, of the true
+    ones the kept)."""
+    both = float((keeps & truth).sum())
+    return both / max(1, int(keeps.sum())), both / max(1, int(truth.sum()))
+
+
+def filter_figures(model, data, count):
+    """Captions of which half are false, in each hardness -> accuracy, precision and recall."""
+    figures, world = {}, data.world
+    found = {hardness: draw_tasks(world, "noisy", count, hardness=hardness)
+             for hardness in HARDNESSES}
+    judged = {hardness: (is_match(model, data, records).cpu(),
+                         torch.tensor([r["truth"] for r in records]))
+              for hardness, records in found.items()}
+    for name, (keeps, truth) in [("", map(torch.cat, zip(*judged.values()))), *(
+            (f"/{hardness}", pair) for hardness, pair in judged.items())]:
+        figures[f"itm_accuracy{name}"] = (keeps == truth).float().mean().item()
+        figures[f"filter_precision{name}"], figures[f"filter_recall{name}"] = \
+            judgement(keeps, truth)
+    return figures | {"itm_accuracy_chance": 0.5}
+
+
+def evaluate(model, data, pool, count=400):
+    """Retrieval re-ranked by matching; where the world makes false captions, the filter's figures.
+
+    pool: the retrieval.Pool of the same model.
+    """
+    figures = pool.recalls(*reranked(model, data, pool), suffix="_reranked")
+    return figures | (filter_figures(model, data, count) if "noisy" in data.world.tasks else {})
+
+
+def samples(model, data, pool, count=6, wrong=2):
+    """An image for people: a picture, its caption and the false ones that look most similar, each
+    with the probability that they match."""
+    tokens, rows = image_tokens(model, data, pool.records[:count]), []
+    for i in range(min(count, len(pool.records))):
+        order = pool.scores[i].argsort(descending=True).tolist()
+        texts = [i] + [t for t in order if not pool.is_true(t, i)][:wrong]
+        ids = data.ids([pool.texts[t] for t in texts])
+        p = model.match(tokens[i:i + 1].expand(len(ids), -1, -1), ids).softmax(dim=1)[:, 1].tolist()
+        rows.append(("", pool.records[i]["images"][0],
+                     [(None, f"{q:.0%} {pool.texts[t]}", (q > 0.5) == pool.is_true(t, i))
+                      for t, q in zip(texts, p)]))
+    return sheet("A picture, its caption and two false ones that look similar, with the "
+                 "probability that they match.", rows)
