@@ -77,19 +77,25 @@ class DataSource:
 
     share: its parts of a step's samples. weight: the factor of its mean loss in the step's loss.
     kinds: {task: how often}: records are drawn from the world's tasks instead of its captions.
+    split: the split of the world that is read.
     """
     world: object
     collate: object
     share: int = 1
     weight: float = 1.0
     kinds: dict | None = None
+    split: str = "train"
 
     def record(self, index, rng):
         """A training record. Raises ValueError for one of the user's that cannot be read."""
         if self.kinds is None:
-            return self.world.record("train", index, rng)
+            return self.world.record(self.split, index, rng)
         kind, = rng.choices(list(self.kinds), weights=self.kinds.values())
         return self.world.task(kind, rng) if kind != "text" else self.world.text(rng)
+
+    def size(self):
+        """The number of records in an epoch."""
+        return self.world.size(self.split)
 
 
 class Batches(torch.utils.data.Dataset):
@@ -112,29 +118,31 @@ class Batches(torch.utils.data.Dataset):
         self.sources, self.seed, self.rank, self.world_size = sources, seed, rank, world_size
         self.accumulate, self.part = accumulate, batch_size // shares
         for source in sources:
-            if source.world.size("train") < self.part * source.share:
+            if source.size() < self.part * source.share:
                 raise ValueError(f"batch_size {batch_size} is larger than the data "
-                                 f"({source.world.size('train')} records in {source.world.name}); "
-                                 "--batch_size sets another")
-        self.last_order = None, None     # (epoch, size of train), its order
+                                 f"({source.size()} {source.split} records in "
+                                 f"{source.world.name}); --batch_size sets another")
+        self.orders = {}                 # {number of a data set: (epoch, its order)}
 
     def keys(self, number, step):
         """(epoch, record indices) of this process in a step, for data set `number`."""
         source = self.sources[number]
         total = self.part * source.share             # samples of a step, over all processes
-        epoch, batch = divmod(step, source.world.size("train") // total)
+        epoch, batch = divmod(step, source.size() // total)
         own = total // self.world_size
         first = batch * total + self.rank * own
-        return epoch, self.order(source.world, epoch)[first:first + own].tolist()
+        return epoch, self.order(number, epoch)[first:first + own].tolist()
 
-    def order(self, world, epoch):
-        """The order of an epoch, int64 (size of train,); the last one is kept."""
-        if self.last_order[0] != (epoch, world.size("train")):
+    def order(self, number, epoch):
+        """The order of an epoch of data set `number`, int64 (its size,); the last one is kept."""
+        source = self.sources[number]
+        if self.orders.get(number, (None,))[0] != epoch:
             generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2 ** 63)
-            order = world.order(generator) if hasattr(world, "order") else \
-                torch.randperm(world.size("train"), generator=generator)
-            self.last_order = (epoch, world.size("train")), order
-        return self.last_order[1]
+            has_own = source.split == "train" and hasattr(source.world, "order")
+            order = source.world.order(generator) if has_own else \
+                torch.randperm(source.size(), generator=generator)
+            self.orders[number] = epoch, order
+        return self.orders[number][1]
 
     def __getitem__(self, step):
         batches = []
@@ -164,8 +172,8 @@ class Batches(torch.utils.data.Dataset):
                     raise                # a mistake in a world
                 refused.append(str(error))
             rng = draw_rng(self.seed, epoch, f"{index}/{attempt}")
-            place = rng.randrange(source.world.size("train"))
-        return source.world.blank("train", index), rng, refused
+            place = rng.randrange(source.size())
+        return source.world.blank(source.split, index), rng, refused
 
     def loader(self, start, stop, workers):
         """Iterate over the steps start .. stop - 1, made by `workers` processes."""

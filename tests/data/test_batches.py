@@ -53,6 +53,20 @@ class Own(Numbers, Files):
         return {"source": -1 - index, "draw": 0.0}
 
 
+class Splits(Own):
+    """Three splits; a record is the number of its split, FIRST, plus its index."""
+    FIRST = {"train": 0, "web": 100, "human": 200}
+
+    def size(self, split):
+        return {"train": 52, "web": 23, "human": 7}[split]
+
+    def record(self, split, index, rng=None):
+        return super().record(split, index, rng) | {"source": self.FIRST[split] + index}
+
+    def blank(self, split, index):
+        return super().blank(split, self.FIRST[split] + index)
+
+
 def together(records, rngs):
     """A collate that keeps what was drawn for whom, here and later by the rng."""
     return {"index": torch.tensor([r["source"] for r in records]),
@@ -208,6 +222,32 @@ class TestDataSource:
                 both = torch.cat([half[key] for half in halves])
                 assert_close(f"{key} of two processes", both, alone[key])
 
+    def test_each_split_has_its_own_epochs_order_and_replacements(self):
+        sources = [DataSource(Splits((5,)), together, split=split) for split in Splits.FIRST]
+        steps = list(Batches(sources, batch_size=15, seed=3).loader(0, 24, 0))
+        orders = []
+        for number, (split, first) in enumerate(Splits.FIRST.items()):
+            drawn = torch.stack([step[number]["index"] for step in steps])
+            size, refused = sources[0].world.size(split), [s[number]["refused"] for s in steps]
+            clean = set(range(first, first + size)) - {first + 5}
+            assert set(drawn.flatten().tolist()) == clean and sum(refused, []), split
+            epochs = range(0, 24, size // 5)
+            for k in epochs:
+                own = drawn[k:k + size // 5]
+                assert len(own.unique()) == own.numel() or any(refused[k:k + size // 5])
+            assert len({tuple(drawn[k].tolist()) for k in epochs}) == len(epochs), "order repeats"
+            orders.append(drawn[0].tolist())
+        # A world orders "train" alone by itself.
+        order = torch.randperm(52, generator=torch.Generator().manual_seed(3 * 1_000_003))
+        assert orders[0] == (51 - order)[:5].tolist() and orders[1][0] != 100 + orders[0][0]
+
+    def test_a_split_has_its_own_size_and_blank_records(self):
+        source = DataSource(Splits(range(52)), together, split="human")
+        with one_line("8 .*7 human"):
+            Batches([source], batch_size=8)
+        (part,) = Batches([source], batch_size=7)[0]
+        assert sorted(part["index"].tolist()) == list(range(-207, -200))
+
     def test_records_are_drawn_from_tasks_as_often_as_kinds_says(self):
         source = DataSource(Numbers(), together, kinds={"square": 1, "text": 4, "line": 3})
         found = [source.record(5, random.Random(i))["source"] for i in range(800)]
@@ -238,6 +278,7 @@ class TestOpenWorld:
         ("shapes:sides=3", "'sides'.* objects, noise, clutter, style"), ("shapes:noise=-1", ""),
         ("emoji:objects=3", "'objects'.* none"), ("shapes:noise=loud", "noise .*float.* 'loud'"),
         ("shapes:image_size=64", "'image_size'"), ("shapes:objects", "objects .*int.* ''"),
+        ("shapes:texts=none.jsonl", "none.jsonl: no such file"), ("shapes:web_noise=nan", "nan"),
         ("shapes --images in", "--images in: "), ("jsonl:x --images none", "--images none: ")])
     def test_what_does_not_exist_is_refused_and_what_does_is_named(self, spec, value):
         spec, *images = spec.split(" --images ")
