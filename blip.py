@@ -34,9 +34,7 @@ Differs from the paper
 - Visual dialogue has no released code: `Dialogue` is our reading of the paper's Figure 5 (c).
 """
 import copy
-import json
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -50,11 +48,14 @@ from common.data.collators import (CaptionBatch, DialogueBatch, PairBatch, Quest
                                     as_turns)
 from common.data.images import center_crop, normalize_pixels, open_image, to_tensor
 from common.data.tokenizer import CLS, DEC, ENC, EOS, PAD
-from common.evaluation import matching, questions, retrieval, writing
+from common.evaluation import capfilt, judging, matching, questions, retrieval, writing
+from common.evaluation.sheet import stack
 from common.prompts import labels_of
+from common.pretrained import blip as pretrained
+from common.pretrained.files import is_published
 from common.training import checkpoint, options
 from common.training.optimizer import Recipe
-from common.transformer import Attention, LayerNorm, to_float32, vit_block
+from common.transformer import LayerNorm, to_float32, vit_block
 from common.vision import ViT
 
 # What a block of the decoder has in common with the encoder's; each is a module (paper, Table 3).
@@ -213,22 +214,22 @@ class BLIP(nn.Module):
         """ids int64 (B, T) with their first id, the tokenizer's <bos>, replaced by `first`."""
         return torch.cat([torch.full_like(ids[:, :1], first), ids[:, 1:]], dim=1)
 
-    def image_feature(self, tokens, model=None):
-        """Image tokens (B, S, D) -> unit vectors (B, E); model: self, or its momentum copy."""
+    def image_feature(self, cls, model=None):
+        """The class token (B, D) -> unit vectors (B, E); model: self, or its momentum copy."""
         projection = (model or self).image_projection
-        return F.normalize(to_float32(projection(tokens[:, 0])), dim=-1)
+        return F.normalize(to_float32(projection(cls)), dim=-1)
 
     def text_feature(self, ids, model=None):
         """[CLS] text, without the image: ids int64 (B, T) -> unit vectors (B, E)."""
         model, c = model or self, self.config
-        x = model.encoder(self.starts_with(ids, c.cls_id), mask=ids != c.pad_id)      # (B, T, D)
-        return F.normalize(to_float32(model.text_projection(x[:, 0])), dim=-1)
+        x = model.encoder.first(self.starts_with(ids, c.cls_id), mask=ids != c.pad_id)      # (B, D)
+        return F.normalize(to_float32(model.text_projection(x)), dim=-1)
 
     def match(self, image, ids):
         """[ENC] text that attends to image tokens (B, S, D): ids (B, T) -> logits (B, 2), 1: a pair."""
         c = self.config
-        x = self.encoder(self.starts_with(ids, c.enc_id), image, mask=ids != c.pad_id)
-        return self.itm_head(x[:, 0])
+        x = self.encoder.first(self.starts_with(ids, c.enc_id), image, mask=ids != c.pad_id)
+        return self.itm_head(x)                                       # from (B, D)
 
     def logits(self, ids, mask=None, cache=None, last=False, *, context, context_mask=None):
         """[DEC] text, causal, attends to context (B, S, C): ids (B, T) -> logits (B, T, V).
@@ -240,7 +241,7 @@ class BLIP(nn.Module):
 
     def encode_image(self, images):
         """images float (B, 3, H, W), normalized -> unit vectors (B, E), float32 or wider."""
-        return self.image_feature(self.vision(images))
+        return self.image_feature(self.vision.pooled(images))
 
     def encode_text(self, ids):
         """ids int64 (B, T) -> unit vectors (B, E), float32 or wider."""
@@ -257,7 +258,7 @@ class BLIP(nn.Module):
         pixels, ids, found = normalize_pixels(batch["images"]), batch["ids"], {}
         image = self.vision(pixels)                                   # (B, S, D)
         if "itc" in self.losses:
-            features = self.image_feature(image), self.text_feature(ids)         # (B, E) each
+            features = self.image_feature(image[:, 0]), self.text_feature(ids)   # (B, E) each
             found["itc"], scores = self.itc(*features, *self.keys(pixels, ids, features), gather)
         if "itm" in self.losses:
             found["itm"] = self.itm(image, ids, *scores, batch["draws"], gather)
@@ -270,7 +271,7 @@ class BLIP(nn.Module):
         """What the queries are compared with: momentum features of the batch, two (B, E)."""
         if not self.config.momentum:
             return [x.detach() for x in features]
-        return (self.image_feature(self.momentum.vision(pixels), self.momentum),
+        return (self.image_feature(self.momentum.vision.pooled(pixels), self.momentum),
                 self.text_feature(ids, self.momentum))
 
     def itc(self, image, text, image_keys, text_keys, gather=losses.no_gather):
@@ -513,12 +514,20 @@ class Judge(BLIP):
 
     @torch.no_grad()
     def evaluate(self, data, count=400):
-        """Accuracy on unseen statements, or of the best among candidates."""
-        return questions.judged(self, data, self.config.losses, count)
+        """Accuracy on unseen statements, or of the likeliest candidate -> {name: number}."""
+        figures = {"two_pictures": judging.two_images, "dialogue": judging.dialogue}
+        return figures[self.task](self, data, count)
+
+    @torch.no_grad()
+    def samples(self, data):
+        """An image for people: statements or dialogues, and what the model takes for true."""
+        return judging.samples(self, data, self.task)
 
 
 class TwoImages(Judge):
     """Is a statement about two images true? (NLVR2; paper, 5.4 and Figure 5 b)."""
+
+    task = "two_pictures"
 
     def make_text(self):
         """The encoder with twin cross-attention; the second half of its blocks merges by a layer."""
@@ -542,8 +551,8 @@ class TwoImages(Judge):
         c, ids = self.config, batch["ids"]
         tokens = self.vision(normalize_pixels(batch["images"].flatten(0, 1)))         # (2 * B, S, D)
         both = tokens.view(len(ids), -1, c.vision_width)              # (B, 2 * S, D)
-        x = self.encoder(self.starts_with(ids, c.enc_id), both, mask=ids != c.pad_id)
-        return self.head(x[:, 0])
+        x = self.encoder.first(self.starts_with(ids, c.enc_id), both, mask=ids != c.pad_id)
+        return self.head(x)                                           # from (B, D)
 
 
 class Dialogue(Judge):
@@ -552,6 +561,8 @@ class Dialogue(Judge):
     The encoder of question, history and candidate attends to the image and to the caption's states,
     one after the other in one sequence; the matching head says whether the candidate is right.
     """
+
+    task = "dialogue"
 
     def make_text(self):
         """The encoder and the matching head of the pre-trained model."""
@@ -569,9 +580,9 @@ class Dialogue(Judge):
         caption = self.encoder(self.starts_with(caption, c.cls_id), mask=caption_mask)
         context = torch.cat([image, caption], dim=1)                  # (B, S + T', D)
         context_mask = torch.cat([caption_mask.new_ones(image.shape[:2]), caption_mask], dim=1)
-        x = self.encoder(self.starts_with(ids, c.enc_id), context, mask=ids != c.pad_id,
-                         context_mask=context_mask)
-        return self.itm_head(x[:, 0])
+        x = self.encoder.first(self.starts_with(ids, c.enc_id), context, mask=ids != c.pad_id,
+                               context_mask=context_mask)
+        return self.itm_head(x)
 
 
 # ------------------------------------------------------------------ presets and recipes
@@ -594,16 +605,17 @@ TRAINS = dict.fromkeys(("blip", "blip-vqa", "blip-two-images", "blip-dialogue"),
 # The paper's: 20 epochs of 14M images (its 4.1).
 PAPER = Recipe(steps=97000, batch_size=2880, lr=3e-4, warmup=3000, weight_decay=0.05,
                betas=(0.9, 0.999), eps=1e-8, grad_clip=None)
-TINY = Recipe(steps=900, batch_size=128, lr=1e-3, weight_decay=0.05, schedule="linear",
-              optimizer="muon", muon_lr_multiplier=4.0)
+TINY = Recipe(steps=900, batch_size=96, lr=1e-3, weight_decay=0.05, schedule="linear",
+              optimizer="muon", muon_lr_multiplier=4.0, lr_multipliers={"temp": 0.1})
 RECIPES = {
     "tiny": TINY,
     "small": replace(TINY, steps=6000, batch_size=512, lr=5e-4, warmup=300),
     "large": replace(PAPER, batch_size=2400, lr=2e-4), "": PAPER,
 }
-TASKS = {"vqa": (VQA, QuestionBatch, {"question": 1}),
-         "two-images": (TwoImages, PairBatch, {"two_pictures": 1}),
-         "dialogue": (Dialogue, DialogueBatch, {"dialogue": 1})}
+# The models that are fine-tuned: class, batch, records of the world.
+TASKS = {"vqa": (VQA, QuestionBatch, "question"),
+         "two-images": (TwoImages, PairBatch, TwoImages.task),
+         "dialogue": (Dialogue, DialogueBatch, Dialogue.task)}
 
 
 def make_model(config):
@@ -612,34 +624,115 @@ def make_model(config):
 
 
 def data_sources(world, tokenizer, config):
-    """All three losses learn from web and human pairs, 3 to 1; captioner and filter from human
+    """All three losses learn from web and human pairs; captioner and filter from human
     pairs alone (paper, 3.3). A world or file without a web part is all human.
 
     Raises ValueError for a world without the task, and for a web file without human pairs.
     """
     c = config
     if c.losses in TASKS:
-        _, batch, kinds = TASKS[c.losses]
-        if not set(kinds) <= set(world.tasks):
-            raise ValueError(f"{c.losses}: {world.name} has no {', '.join(kinds)} records")
-        return [DataSource(world, batch(tokenizer, c.context_length, c.image_size), kinds=kinds)]
+        _, batch, kind = TASKS[c.losses]
+        if kind not in world.tasks:
+            raise ValueError(f"{c.losses}: {world.name} has no {kind} records")
+        collate = batch(tokenizer, c.context_length, c.image_size)
+        return [DataSource(world, collate, kinds={kind: 1})]
     collate = CaptionBatch(tokenizer, c, c.prompt if c.losses == "lm" else "")
     if not world.has_web:
         return [DataSource(world, collate)]
     if c.losses == ALL_LOSSES:
-        return [DataSource(world, collate, split="train")]
+        return [DataSource(world, collate, split="web+human")]
     if not world.size("human"):
         raise ValueError(f'{world.name}: all its pairs are marked "web"; captioner and filter learn '
                          "from human pairs (paper, 3.3)")
     return [DataSource(world, collate, split="human")]
 
 
+# ------------------------------------------------------------------ CapFilt
+
+def capfilt_texts(captioner, keep, world, chunk=512):
+    """CapFilt (paper, 3.3): texts for the web images that a filter takes for true.
+
+    captioner: a writing.Writer, keep: records -> bool (N,), the filter. For each image of the
+    world's web part: its own texts, and one caption by nucleus sampling, p = 0.9. Yields (index,
+    record with one text, whether it is synthetic, whether it is kept).
+    """
+    device = captioner.model.vision.pos_embed.device
+    for first in range(0, world.size("web"), chunk):
+        places = range(first, min(first + chunk, world.size("web")))
+        records = [world.record("web", i) for i in places]
+        seeds = [torch.Generator(device).manual_seed(i) for i in places]
+        written = captioner.generate(records, temperature=1.0, top_p=0.9, generator=seeds)
+        rows = [(i, record | {"texts": [text]}, False)
+                for i, record in zip(places, records) for text in record["texts"]]
+        rows += [(i, record | {"texts": [text]}, True)
+                 for i, record, text in zip(places, records, written) if text]
+        for row, kept in zip(rows, keep([record for _, record, _ in rows]).tolist()):
+            yield *row, kept
+
+
 # ------------------------------------------------------------------ using a trained model
 
 def from_pretrained(path):
-    """(BLIP in eval mode, tokenizer) of a run folder. ValueError in one line for any other."""
-    config, tokenizer, weights = checkpoint.open_run(path, "blip")
-    with torch.device("meta"):
+    """(BLIP in eval mode, tokenizer) of a run folder, of Hugging Face's or of the official weights.
+
+    Raises ValueError in one line when it is none of them, damaged, or of another model.
+    """
+    if is_published(path):
+        config, weights, tokenizer = pretrained.read(path)
+    else:
+        config, tokenizer, weights = checkpoint.open_run(path, "blip")
+    with torch.device("meta"):           # no time spent on random weights
         model = make_model(checkpoint.config_of(BLIPConfig, config, path))
     checkpoint.load_weights(model, weights, path)
     return model.eval(), tokenizer
+
+
+def open_trained(path, losses):
+    """`from_pretrained` of a model with one of these losses. Raises ValueError for another."""
+    model, tokenizer = from_pretrained(path)
+    if not set(losses) & set(model.losses):
+        raise ValueError(f"{path}: its losses are {model.config.losses}; this needs one with "
+                         + " or ".join(losses))
+    return model, tokenizer
+
+
+def main():
+    """The command line: caption, match, answer, search and bootstrap."""
+    def caption(run, picture):
+        """write a caption of a picture"""
+        record = {"images": [open_image(picture)], "texts": [""]}
+        print(writing.Writer(*open_trained(run, ("lm",))).generate([record], num_beams=3)[0])
+
+    def answer(run, picture, question):
+        """answer a question about a picture, with a run of blip-vqa"""
+        turn = {"images": [[open_image(picture)]], "prompt": question, "answer": ""}
+        print(writing.Writer(*open_trained(run, ("vqa",))).generate([{"turns": [turn]}])[0])
+
+    def match(run, picture, *texts):
+        """print the probability that each TEXT is true of a picture"""
+        model, tokenizer = open_trained(run, ("itm",))
+        records = [{"images": [open_image(picture)], "texts": [text]} for text in texts]
+        for text, p in zip(texts, matching.probabilities(model, tokenizer, records).tolist()):
+            print(f"{p:7.2%}  {text}")
+
+    def search(run, text, folder):
+        """print the pictures of a folder that fit a text best, and draw them in RUN/search.png"""
+        retriever = retrieval.Retriever(*open_trained(run, ("itc",)))
+        retrieval.search_folder(run, retriever, text, folder)
+
+    def bootstrap(run, filter, out, *, data="shapes", images=None):
+        """write new texts for the web pictures of --data to OUT, a .jsonl for train.py --data: RUN
+        is a captioner, FILTER the run of a filter"""
+        captioner = writing.Writer(*open_trained(run, ("lm",)))
+        judge = open_trained(filter, ("itm",))
+        world = open_world(data, captioner.model.config.image_size, images)
+        if not world.has_web:
+            raise ValueError(f"--data {data}: no web pairs in it, nothing to bootstrap")
+        capfilt.write(capfilt_texts(captioner, lambda r: matching.probabilities(*judge, r) > 0.5,
+                                    world), world, out)
+
+    return options.run_command(__doc__, caption, match, answer, search, bootstrap)
+
+
+if __name__ == "__main__":
+    options.run_main(main)

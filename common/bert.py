@@ -42,14 +42,10 @@ class Bert(nn.Module):
             for _ in range(layers))
         self.head = LMHead(vocab_size=vocab_size, width=width) if has_head else None
 
-    def forward(self, ids, context=None, *, mask=None, context_mask=None, is_causal=False,
-                cache=None):
-        """ids int64 (B, T) -> the last block's output (B, T, D).
+    def block_inputs(self, ids, mask=None, context_mask=None, is_causal=False, cache=None):
+        """What the blocks take: embeddings (B, T, D), and the keyword arguments of every block.
 
-        context float (B, S, C): what the blocks cross-attend to; None: they leave it out. mask bool
-        (B, T), with a cache (B, past + T), context_mask bool (B, S): True at tokens; None: no
-        padding. Positions count tokens, so padding on either side changes nothing. cache: a
-        KVCache, for a causal text. Raises ValueError for more tokens than the context length.
+        The arguments are those of `forward`.
         """
         T, past = ids.shape[1], 0 if cache is None else cache.length
         if mask is None:
@@ -60,14 +56,37 @@ class Bert(nn.Module):
                                  f"{len(self.pos_embed.weight)}")
             pos = self.pos_embed((mask.cumsum(dim=1) - 1).clamp(min=0)[:, past:])     # (B, T, D)
             attn_mask = padding(mask)                                 # (B, 1, 1, past + T)
-        if is_causal and T > 1:
+        if is_causal and T > 1:          # one new token attends to all
             order = causal(T, past, ids.device)                       # (T, past + T)
             attn_mask = order if attn_mask is None else attn_mask & order
-        x = self.norm(self.token_embed(ids) + pos)                    # (B, T, D)
         context_mask = None if context_mask is None else padding(context_mask)
+        return self.norm(self.token_embed(ids) + pos), {
+            "mask": attn_mask, "context_mask": context_mask, "cache": cache}
+
+    def forward(self, ids, context=None, *, mask=None, context_mask=None, is_causal=False,
+                cache=None):
+        """ids int64 (B, T) -> the last block's output (B, T, D).
+
+        context float (B, S, C): what the blocks cross-attend to; None: they leave it out. mask bool
+        (B, T), with a cache (B, past + T), context_mask bool (B, S): True at tokens; None: no
+        padding. Positions count tokens, so padding on either side changes nothing. cache: a
+        KVCache, for a causal text. Raises ValueError for more tokens than the context length.
+        """
+        x, inputs = self.block_inputs(ids, mask, context_mask, is_causal, cache)
         for block in self.blocks:
-            x = block(x, context, mask=attn_mask, context_mask=context_mask, cache=cache)
+            x = block(x, context, **inputs)
         return x
+
+    def first(self, ids, context=None, *, mask=None, context_mask=None):
+        """The output at the first token: self(...)[:, 0] -> (B, D).
+
+        The same, faster: the last block computes this one position (see `Block.forward_at`).
+        """
+        x, inputs = self.block_inputs(ids, mask, context_mask)
+        for block in self.blocks[:-1]:
+            x = block(x, context, **inputs)
+        index = torch.zeros(len(ids), dtype=torch.int64, device=ids.device)
+        return self.blocks[-1].forward_at(x, index, inputs["mask"], context, inputs["context_mask"])
 
     def logits(self, ids, context, *, mask=None, context_mask=None, cache=None, last=False):
         """As a causal decoder -> logits (B, T, V), with last those of the newest token, (B, 1, V).

@@ -268,15 +268,18 @@ class Block(nn.Module):
             x = self.add(x, self.cross_norm, self.cross, context, mask=context_mask, cache=cache)
         return self.add(x, self.mlp_norm, self.mlp)
 
-    def forward_at(self, x, index, mask=None):
-        """The same as self(x, mask=mask)[arange(B), index], faster (see the last section).
+    def forward_at(self, x, index, mask=None, context=None, context_mask=None):
+        """The same as self(x, context, ...)[arange(B), index], faster (see the last section).
 
-        x (B, T, D), index int64 (B,), mask bool (T, T) -> (B, D).
+        x (B, T, D), index int64 (B,), mask bool (T, T), or (B, 1, 1, T) -> (B, D).
         """
         query = x[torch.arange(len(x), device=x.device), index][:, None]              # (B, 1, D)
-        mask = None if mask is None else mask[index][:, None, None]                   # (B, 1, 1, T)
+        if mask is not None and mask.dim() == 2:
+            mask = mask[index][:, None, None]                                         # (B, 1, 1, T)
         keys = self.attn_norm(x) if self.norm_first else x                            # (B, T, D)
         query = self.add(query, self.attn_norm, self.attn, keys, mask=mask)
+        if self.cross is not None and context is not None:
+            query = self.add(query, self.cross_norm, self.cross, context, mask=context_mask)
         return self.add(query, self.mlp_norm, self.mlp)[:, 0]
 
 

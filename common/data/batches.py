@@ -77,7 +77,7 @@ class DataSource:
 
     share: its parts of a step's samples. weight: the factor of its mean loss in the step's loss.
     kinds: {task: how often}: records are drawn from the world's tasks instead of its captions.
-    split: the split of the world that is read.
+    split: the split of the world that is read; "web+human" joins two.
     """
     world: object
     collate: object
@@ -89,13 +89,20 @@ class DataSource:
     def record(self, index, rng):
         """A training record. Raises ValueError for one of the user's that cannot be read."""
         if self.kinds is None:
-            return self.world.record(self.split, index, rng)
+            return self.world.record(*self.place(index), rng)
         kind, = rng.choices(list(self.kinds), weights=self.kinds.values())
         return self.world.task(kind, rng) if kind != "text" else self.world.text(rng)
 
     def size(self):
         """The number of records in an epoch."""
-        return self.world.size(self.split)
+        return sum(map(self.world.size, self.split.split("+")))
+
+    def place(self, index):
+        """Record number `index` as (split, index in it)."""
+        for split in self.split.split("+"):
+            if index < self.world.size(split):
+                return split, index
+            index -= self.world.size(split)
 
 
 class Batches(torch.utils.data.Dataset):
@@ -173,7 +180,7 @@ class Batches(torch.utils.data.Dataset):
                 refused.append(str(error))
             rng = draw_rng(self.seed, epoch, f"{index}/{attempt}")
             place = rng.randrange(source.size())
-        return source.world.blank(source.split, index), rng, refused
+        return source.world.blank(*source.place(index)), rng, refused
 
     def loader(self, start, stop, workers):
         """Iterate over the steps start .. stop - 1, made by `workers` processes."""

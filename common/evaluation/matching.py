@@ -5,9 +5,9 @@ vision: images float (B, 3, H, W) -> image tokens.
 """
 import torch
 
-from common.data.files import all_records
 from common.data.images import normalize_pixels
 from common.evaluation.questions import draw_tasks
+from common.evaluation.retrieval import rerank
 from common.evaluation.sheet import sheet
 
 HARDNESSES = ("random", "shares", "differs")         # of false captions, see shapes/captions.py
@@ -25,26 +25,16 @@ def match_scores(model, tokens, ids, chunk=512):
                       for k in range(0, len(ids), chunk)])
 
 
-def is_match(model, data, records):
-    """Whether the model takes each record's first text for one of its image: bool (N,)."""
-    ids, found = data.ids([record["texts"][0] for record in records]), []
-    for k in range(0, len(records), 512):
-        tokens = image_tokens(model, data, records[k:k + 512])
-        found.append(model.match(tokens, ids[k:k + 512]).argmax(dim=1) == 1)
+@torch.no_grad()
+def probabilities(model, tokenizer, records, chunk=256):
+    """The probability that each record's first text fits its image: float (N,), on the CPU."""
+    found = []
+    for part in (records[k:k + chunk] for k in range(0, len(records), chunk)):
+        pixels = model.pixels(part)                                   # (B, 3, H, W)
+        ids = tokenizer.batch([r["texts"][0] for r in part], model.config.context_length)
+        logits = model.match(model.vision(pixels), ids.to(pixels.device))        # (B, 2)
+        found.append(logits.float().softmax(dim=1)[:, 1].cpu())
     return torch.cat(found)
-
-
-def rerank(cosines, match, k):
-    """Scores for retrieval in two stages (ALBEF, 3.4): float (Q, N) -> float (Q, N).
-
-    The k items of the largest cosine score match logit + cosine, all others -100. match(queries,
-    items), two int64 (M,), -> the match logits (M,) of these pairs.
-    """
-    k = min(k, cosines.shape[1])
-    best = cosines.topk(k, dim=1)
-    queries = torch.arange(len(cosines), device=cosines.device).repeat_interleave(k)
-    logits = match(queries, best.indices.flatten()).view(-1, k)       # (Q, k)
-    return torch.full_like(cosines, -100.0).scatter(1, best.indices, logits + best.values)
 
 
 def reranked(model, data, pool, k=16):
@@ -71,7 +61,7 @@ def filter_figures(model, data, count):
     figures, world = {}, data.world
     found = {hardness: draw_tasks(world, "noisy", count, hardness=hardness)
              for hardness in HARDNESSES}
-    judged = {hardness: (is_match(model, data, records).cpu(),
+    judged = {hardness: (probabilities(model, data.tokenizer, records) > 0.5,
                          torch.tensor([r["truth"] for r in records]))
               for hardness, records in found.items()}
     for name, (keeps, truth) in [("", map(torch.cat, zip(*judged.values()))), *(

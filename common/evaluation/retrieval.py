@@ -53,6 +53,19 @@ def recalls(scores, is_right, ks=(1, 5, 10)):
     return {k: sum(place < k for place in first) / len(first) for k in ks}
 
 
+def rerank(cosines, match, k):
+    """Scores for retrieval in two stages (BLIP's released code): float (Q, N) -> float (Q, N).
+
+    The k items of the largest cosine score match logit + cosine, all others -100. match(queries,
+    items), two int64 (M,), -> the match logits (M,) of these pairs.
+    """
+    best = cosines.topk(min(k, cosines.shape[1]), dim=1)
+    queries = torch.arange(len(cosines), device=cosines.device)
+    queries = queries.repeat_interleave(best.indices.shape[1])        # (Q * k,)
+    logits = match(queries, best.indices.flatten()).view(best.indices.shape)
+    return torch.full_like(cosines, -100.0).scatter(1, best.indices, logits + best.values)
+
+
 class Pool:
     """The test images of a world with one caption each, and their cosines."""
 
@@ -156,12 +169,30 @@ class Retriever:
 
     @torch.no_grad()
     def search(self, text, pictures, count=12):
-        """[(index, cosine)] of the pictures most similar to the text."""
+        """[(index, score)] of the pictures that fit the text best: by their cosines, of a model
+        that matches by `rerank`."""
         features = torch.cat([self.encode_images(pictures[k:k + 256])
                               for k in range(0, len(pictures), 256)])
-        cosines = (features @ self.model.encode_text(self.ids([text])).T)[:, 0]
-        best = cosines.topk(min(count, len(pictures)))
+        ids = self.ids([text])
+        scores = self.model.encode_text(ids) @ features.T             # (1, N)
+        if hasattr(self.model, "match"):
+            scores = rerank(scores, lambda _, items: self.match(ids, pictures, items), 4 * count)
+        best = scores[0].topk(min(count, len(pictures)))
         return list(zip(best.indices.tolist(), best.values.tolist()))
+
+
+def search_folder(run, retriever, text, folder):
+    """Print the pictures of a folder that fit a text best, and draw them in RUN/search.png."""
+    paths, pictures = open_folder(folder)
+    best = retriever.search(text, pictures)
+    for index, score in best:
+        print(f"{score:6.3f}  {paths[index]}")
+    cells = [(pictures[i], f"{score:.2f} {paths[i].stem}", None) for i, score in best]
+    is_run = (Path(run) / "last.pt").exists()        # nothing is written beside published ones
+    out = Path(run if is_run else ".") / "search.png"
+    sheet(f"the best of {len(paths)} pictures for: {text}",
+          [("", None, cells[k:k + 6]) for k in range(0, len(cells), 6)]).save(out)
+    print(f"drawn in {out}")
 
 
 def main(description, from_pretrained):
@@ -173,15 +204,6 @@ def main(description, from_pretrained):
 
     def search(run, text, folder):
         """print the pictures of a folder that fit a text best, and draw them in RUN/search.png"""
-        paths, pictures = open_folder(folder)
-        best = from_pretrained(run).search(text, pictures)
-        for index, cosine in best:
-            print(f"{cosine:6.3f}  {paths[index]}")
-        cells = [(pictures[i], f"{cosine:.2f} {paths[i].stem}", None) for i, cosine in best]
-        is_run = (Path(run) / "last.pt").exists()    # nothing is written beside published ones
-        out = Path(run if is_run else ".") / "search.png"
-        sheet(f"the best of {len(paths)} pictures for: {text}",
-              [("", None, cells[k:k + 6]) for k in range(0, len(cells), 6)]).save(out)
-        print(f"drawn in {out}")
+        search_folder(run, from_pretrained(run), text, folder)
 
     return options.run_command(description, classify, search)

@@ -68,3 +68,11 @@ def sheet(title, rows, cell=112):
                                  2 if picture else MOST_LINES))
             x += room + GAP
     return page.crop((0, 0, width, end + GAP))
+
+
+def stack(sheets):
+    """Sheets below one another as one RGB picture."""
+    page = Image.new("RGB", (max(s.width for s in sheets), sum(s.height for s in sheets)), "white")
+    for number, part in enumerate(sheets):
+        page.paste(part, (0, sum(s.height for s in sheets[:number])))
+    return page
