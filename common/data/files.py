@@ -109,7 +109,10 @@ def flickr(path, refuse):
 
 
 def jsonl(path, refuse):
-    """JSON lines: "image" or "images", and "text", "caption", "texts" or "captions"."""
+    """JSON lines: "image" or "images", and "text", "caption", "texts" or "captions".
+
+    "web": true marks a pair that was collected from the web and that nobody has read.
+    """
     with open_text(path) as file:
         for number, line in enumerate(file, 1):
             with refusing(refuse, f"{path}: line {number}"):
@@ -118,7 +121,8 @@ def jsonl(path, refuse):
                     names = field(row, "image", "images", kind=(str, list))
                     texts = field(row, "text", "caption", "texts", "captions", kind=(str, list))
                     names, texts = ([v] if isinstance(v, str) else v for v in (names, texts))
-                    yield {"images": names, "texts": texts, "source": str((names or [""])[0])}
+                    yield {"images": names, "texts": texts, "source": str((names or [""])[0]),
+                           "web": "web" in row and field(row, "web", kind=bool)}
 
 
 def tar(pattern, refuse):
@@ -173,6 +177,9 @@ def usable_text(text):
 class Files:
     """Records of files of the user's own; the test split is a function of their names alone.
 
+    web, human: the records of train that are marked as from the web, and the others. test: human
+    records, if there are any.
+
     kind: one of FORMATS; where: its file or pattern; images: the folder of the pictures (default:
     the file's own); skip: the fraction of records that may be refused; shuffle: for tar, the size
     of the shuffle window. Raises ValueError for too many refused or too few usable records.
@@ -193,9 +200,12 @@ class Files:
         self.refused = Refusals(skip)
         entries = self._index(FORMATS[kind](where, self.refused.add))
         self.refused.check(self.tried)
-        if len(entries) < 4 * FEWEST:
-            raise ValueError(f"{printable(where)}: {len(entries)} usable records, at least "
-                             f"{4 * FEWEST} are needed; {self.refused.summary(self.tried)}")
+        human = sum(not entry["web"] for entry in entries)
+        self.has_web = human < len(entries)
+        if (human or len(entries)) < 4 * FEWEST:
+            what = "human" if human and self.has_web else "usable"
+            raise ValueError(f"{printable(where)}: {human or len(entries)} {what} records, at "
+                             f"least {4 * FEWEST} are needed; {self.refused.summary(self.tried)}")
         self._splits = make_splits(entries)
         by_shard = itertools.groupby(self._splits["train"], lambda entry: entry["images"][0][0])
         self._shards = kind == "tar" and [len(list(group)) for _, group in by_shard]
@@ -205,7 +215,7 @@ class Files:
         self.vocab_size = max(min(8192, 512 + len(words)), 512 + len(letters))
 
     def _index(self, records):
-        """Set self.tried; return the entries: records of the same pictures are one."""
+        """Set self.tried; return the entries: records of the same pictures and kind are one."""
         entries, self.tried = {}, 0
         for record in records:
             where, texts = f"{self.name}: {record['source']}", {}            # {text: None}
@@ -218,13 +228,14 @@ class Files:
                         texts[usable_text(text)] = None
             if texts:
                 self.tried += 1
-                entries.setdefault(images, (record["source"], {}))[1].update(texts)
+                _, own = entries.setdefault(images, (record["source"], {}))
+                own.setdefault(record.get("web", False), {}).update(texts)
         self.tried += self.refused.count
-        return [{"images": images, "texts": list(texts), "source": source}
-                for images, (source, texts) in entries.items()]
+        return [{"images": images, "texts": list(texts), "source": source, "web": web}
+                for images, (source, own) in entries.items() for web, texts in own.items()]
 
     def size(self, split):
-        """The number of records in "train" or "test"."""
+        """The number of records in "train", "web", "human" or "test"."""
         return len(self._splits[split])
 
     def order(self, generator):
@@ -243,10 +254,10 @@ class Files:
     def record(self, split, index, rng=None):
         """{"images": [RGB, image_size square], "texts": [captions], "source": entry}.
 
-        In train, a random.Random crops at random; without one, and in test, the center is cropped.
+        A random.Random crops at random; without one, and in test, the center is cropped.
         """
         entry = self._splits[split][index]
-        crop = functools.partial(random_crop, rng=rng) if rng and split == "train" else center_crop
+        crop = functools.partial(random_crop, rng=rng) if rng and split != "test" else center_crop
         pictures = [crop(self._open(place, entry), self.image_size) for place in entry["images"]]
         return {"images": pictures, "texts": entry["texts"], "source": entry}
 
@@ -289,13 +300,20 @@ class Files:
 
 
 def make_splits(entries):
-    """{"train", "test": entries}; test: the lowest hashes of sources, 1 in 20, 5 to 1,000."""
-    names = [entry["source"].encode(errors="replace") for entry in entries]
-    places = [int(hashlib.sha256(name).hexdigest()[:16], 16) for name in names]
+    """{split: entries}; test: the lowest hashes of sources, 1 in 20, 5 to 1,000, human ones alone.
+
+    Entries from the web with such a hash are in no split. Of no human entries, all are tested.
+    """
+    hashed = [(int(hashlib.sha256(entry["source"].encode(errors="replace")).hexdigest()[:16], 16),
+               entry) for entry in entries]
+    tested = [pair for pair in hashed if not pair[1]["web"]] or hashed
+    places = sorted(place for place, _ in tested)
     wanted = sum(place < 2 ** 64 // 20 for place in places)
-    last = sorted(places)[min(max(wanted, FEWEST), MOST_TESTS) - 1]
-    return {"train": [entry for entry, place in zip(entries, places) if place > last],
-            "test": [entry for entry, place in zip(entries, places) if place <= last]}
+    last = places[min(max(wanted, FEWEST), MOST_TESTS) - 1]
+    train = [entry for place, entry in hashed if place > last]
+    return {"train": train, "test": [entry for place, entry in tested if place <= last],
+            "web": [entry for entry in train if entry["web"]],
+            "human": [entry for entry in train if not entry["web"]]}
 
 
 def all_records(world, split):

@@ -128,6 +128,16 @@ class TestJsonl:
         assert [int(re.search(r"line (\d)", r)[1]) for r in refused] == [2, 3, 4, 5, 6, 7, 8]
 
 
+    def test_web_marks_a_pair_and_is_a_bool(self, tmp_path):
+        rows = [{"image": "a.jpg", "text": "x"} | more for more in (
+            {"web": True}, {"web": False}, {}, {"web": 1}, {"web": "true"}, {"web": None})]
+        (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        refused = []
+        records = list(FORMATS["jsonl"](f"{tmp_path}/c.jsonl", refused.append))
+        assert [record["web"] for record in records] == [True, False, False]
+        assert [int(re.search(r"line (\d): .*'web'", r)[1]) for r in refused] == [4, 5, 6]
+
+
 class TestTar:
     def test_members_of_one_name_are_a_record(self, tmp_path):
         shard(tmp_path / "s.tar", [
@@ -236,11 +246,12 @@ class TestFiles:
         ramp = Image.linear_gradient("L").resize((40, 120)).convert("RGB")
         for path in tmp_path.glob("*.png"):
             ramp.save(path)
-        rng = random.Random(0)
-        drawn, test = ([world.record(split, 0, rng)["images"][0].getpixel((3, 3))[0]
-                        for _ in range(30)] for split in ("train", "test"))
+        world._splits["web"], rng = world._splits["human"][:1], random.Random(0)
+        *training, test = ([world.record(split, 0, rng)["images"][0].getpixel((3, 3))[0]
+                            for _ in range(30)] for split in ("train", "web", "human", "test"))
         plain = world.record("train", 0)["images"][0].getpixel((3, 3))[0]
-        assert min(drawn) < 80 and max(drawn) > 170 and {*test, plain} <= {126, 127, 128}
+        assert all(min(drawn) < 80 and max(drawn) > 170 for drawn in training)
+        assert {*test, plain} <= {126, 127, 128}
 
     def test_blank_is_the_record_in_grey_and_reads_nothing(self, tmp_path):
         rows = [{"images": [f"{n}.png", "none.png"], "text": f"two {n}"} for n in range(30)]
@@ -261,6 +272,30 @@ class TestFiles:
         assert sorted(texts) == sorted([f"number {n}"] + ["fine"] * (n == 1) for n in range(30))
         with one_line("^6 of 37 .* 0.05 "):
             opened(tmp_path, *rows)
+
+    def test_pairs_from_the_web_are_a_split_and_no_picture_of_test_is_in_training(self, tmp_path):
+        rows = [{"image": f"./{n}.png", "text": f"web {n}", "web": True} for n in range(99)]
+        plain, world = opened(tmp_path, count=60), opened(tmp_path, *rows, count=60)
+        assert names(world, "test") == names(plain, "test") and world.has_web > plain.has_web
+        assert names(world, "human") == names(plain, "human") == names(plain, "train")
+        assert plain.size("web") == 0
+        said = {split: [text for i in range(world.size(split)) for text in world.blank(
+            split, i)["texts"]] for split in ("train", "test", "web", "human")}
+        assert {text.split()[0] for text in said["web"]} == {"web"} and len(said["web"]) > 80
+        assert {text.split()[0] for text in said["human"] + said["test"]} == {"number"}
+        numbers = {split: {text.split()[1] for text in said[split]} for split in said}
+        assert not numbers["test"] & numbers["train"]
+        assert len(numbers["web"] & numbers["human"]) > 40, "a picture may have both kinds"
+        assert sorted(said["train"]) == sorted(said["web"] + said["human"])
+        assert {*world.corpus()} == {*said["train"]}
+
+    def test_the_web_alone_has_no_human_pairs_and_of_both_the_human_ones_are_tested(self, tmp_path):
+        rows = [{"image": f"{n}.png", "text": f"web {n}", "web": True} for n in range(20)]
+        world = opened(tmp_path, *rows, count=0)
+        assert [world.size(split) for split in ("human", "web", "train", "test")] == [0, 15, 15, 5]
+        with one_line("data.jsonl: 19 human .* 20 "):
+            opened(tmp_path, *rows, count=19)
+        assert opened(tmp_path, *rows, count=20).size("human") == 15
 
     def test_a_link_to_outside_is_refused_when_it_is_opened(self, tmp_path):
         world = opened(tmp_path / "in")
@@ -338,11 +373,13 @@ class TestFiles:
 class TestMakeSplits:
     def test_one_in_twenty_is_held_out_by_its_name_alone_from_5_to_1000(self):
         for count, low, high in ((20, 5, 5), (60, 5, 5), (5000, 200, 300), (40_000, 1000, 1000)):
-            entries = [{"source": f"{k}.jpg"} for k in range(count)] + [{"source": "\ud800"}]
+            entries = [{"source": f"{k}.jpg", "web": False} for k in range(count)]
+            entries.append({"source": "\ud800", "web": False})
             splits = make_splits(entries)
             assert low <= len(splits["test"]) <= high, count
             both = sorted(entry["source"] for entry in splits["train"] + splits["test"])
             assert both == sorted(entry["source"] for entry in entries)
         held = {entry["source"] for entry in make_splits(entries[:5000])["test"]}
-        more = make_splits(entries[4999::-1] + [{"source": f"more {n}"} for n in range(3000)])
+        more = make_splits(entries[4999::-1] + [{"source": f"more {n}", "web": False}
+                                                for n in range(3000)])
         assert held <= {entry["source"] for entry in more["test"]}

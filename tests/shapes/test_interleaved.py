@@ -7,15 +7,17 @@ from collections import Counter, defaultdict
 import pytest
 
 from common.data.shapes.interleaved import (CLIPS, DOCUMENT_KINDS, LABELS, QUESTION_KINDS, TASKS,
-                                            clip, document, episode, question)
+                                            clip, dialogue, document, episode, noisy,
+                                            question)
 from common.data.shapes.scene import COLOURS, HELD_OUT, SHAPES, SIZES
 from common.data.shapes.words import is_true
 from tests.shapes.judge import (NUMBERS, ask_and_answer, blind, held_out, one, pairs_in, resolve,
                                 scenes_of, shows)
 
 # How many turns a record has.
-LENGTHS = {"caption": {0}, "album": {2, 3}, "names": {4, 5, 6, 7, 8}, "question": {1, 2, 3},
-           "document": {2, 3, 4}, "episode": {3, 5, 7, 9}, "glossary": {3, 4, 5}, "clip": {1}}
+LENGTHS = {"caption": {0}, "noisy": {0}, "album": {2, 3}, "names": {4, 5, 6, 7, 8},
+           "question": {1, 2, 3}, "dialogue": {4}, "two_pictures": {1}, "document": {2, 3, 4},
+           "episode": {3, 5, 7, 9}, "glossary": {3, 4, 5}, "clip": {1}}
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +48,14 @@ class TestTasks:
             assert shows(record, scenes_of(record), 16)
             for number, turn in enumerate(record.get("turns", ()), 1):
                 first, last = number == 1, number == len(record["turns"])
-                pictured = {"question": first, "glossary": last}.get(kind, True)
+                pictured = {"question": first, "dialogue": first, "glossary": last,
+                            "two_pictures": 2}.get(kind, True)
                 frames = [len(frames) for frames in turn["images"]]
                 assert frames == [8 if kind == "clip" else 1] * pictured
-                asked = kind in ("question", "clip") or number - 1 == record.get("asked")
-                assert turn["prompt"].endswith("?") if asked else turn["prompt"] == ""
+                asked = (kind in ("question", "dialogue", "clip")
+                         or number - 1 == record.get("asked"))
+                end = "?" * asked or "." * (kind == "two_pictures")
+                assert turn["prompt"][-1:] == end
                 context = {"names": first, "glossary": not last}.get(kind, False)
                 assert turn["answer"] and turn.get("learn", True) is not context
             assert not re.search("output|question|answer|[<:]", str(words_of(record)))
@@ -70,6 +75,19 @@ class TestTasks:
     def test_a_caption_and_each_text_of_an_album_are_true(self, drawn):
         for record in drawn["caption"] + drawn["album"]:
             assert all(map(is_true, answers_of(record), scenes_of(record)))
+
+    def test_tasks_of_other_files_get_their_arguments(self, drawn):
+        records = [noisy(random.Random(i), side=None, rate=0.8, hardness="shares", objects=3)
+                   for i in range(100)]
+        assert {record["hardness"] for record in records} == {None, "shares"}
+        assert 65 < sum(not record["truth"] for record in records) < 92
+        records += [TASKS[kind](random.Random(0), side=None, objects=3)
+                    for kind in ("dialogue", "two_pictures")]
+        assert {len(scene.items) for r in records for scene in scenes_of(r)} == {3}
+        said = [{turn["prompt"] for i in range(60) for turn in dialogue(
+            random.Random(i), split, None)["turns"][2:]} for split in ("train", "test")]
+        assert not said[0] & said[1], "test wordings"
+        assert all(left != right for left, right in map(scenes_of, drawn["two_pictures"]))
 
     def test_names_are_all_colours_or_all_shapes_as_the_first_one_tells(self, drawn):
         found = Counter()

@@ -24,7 +24,8 @@ class Emoji:
     name = "emoji"
     vocab_size = 2048                     # of the tokenizer
     zero_shot = "test"                    # the split for zero-shot classification
-    tasks, has_web = (), False
+    tasks = ()
+    has_web = False
     templates = ("{}", "the {} emoji", "a picture of the {} emoji", "an emoji: {}",
                  "{}, drawn as an emoji", "a small drawing: {}")
 

@@ -1,12 +1,13 @@
 """Pictures and texts in turn: pages, questions, few-shot episodes and clips.
 
 A record of TASKS is {"turns": [{"images", "prompt", "answer"}, ...], "source": the Scene of each
-picture or frame}; the last turn's answer is the answer. Only "caption" is {"images", "texts",
-"source": Scene}. Split "test" asks in wordings that training never uses; side=None leaves the
-pictures out; dial: arguments of `sample`.
+picture or frame}; the last turn's answer is the answer. "caption" and "noisy" are {"images",
+"texts", "source": Scene}; the source of "dialogue" is one Scene, too. Split "test" asks in wordings
+that training never uses; side=None leaves the pictures out; dial: arguments of `sample`.
 """
 from dataclasses import replace
 
+from common.data.shapes import captions, conversations
 from common.data.shapes.questions import decidable, pick, wording
 from common.data.shapes.scene import (BACKGROUNDS, COLOURS, PAIRS, SHAPES, SIZES, Item, Scene,
                                       dialogue_turns, pictures, sample, turn)
@@ -27,6 +28,11 @@ def caption(rng, split="train", side=32, **dial):
     """One picture and its caption."""
     scene = sample(rng, **dial)
     return {"images": pictures((scene,), side), "texts": [describe(scene, rng)], "source": scene}
+
+
+def noisy(rng, split="train", side=32, rate=0.5, hardness=None, **dial):
+    """One picture and a caption from the web, see `captions.noisy_caption`."""
+    return captions.noisy_caption(sample(rng, **dial), rng, rate, hardness, side)
 
 
 def album(rng, split="train", side=32, **dial):
@@ -60,6 +66,16 @@ def question(rng, split="train", side=32, asks=None, **dial):
                 pairs.append((wording(option, rng, kind, split), option[1]))
                 last = kind
     return {"turns": dialogue_turns(pairs, scene, side), "source": (scene,), "kind": last}
+
+
+def dialogue(rng, split="train", side=32, **dial):
+    """One picture and four questions on it, see `conversations.dialogue`."""
+    return conversations.dialogue(sample(rng, **dial), rng, split, side)
+
+
+def two_pictures(rng, split="train", side=32, **dial):
+    """A statement on two pictures, see `conversations.two_scenes`."""
+    return conversations.two_scenes(sample(rng, **dial), sample(rng, **dial), rng, side)
 
 
 def document(rng, split="train", side=32, images=None, **dial):
@@ -178,4 +194,5 @@ def clip(rng, split="train", side=32, frames=8, kind=None):
 
 
 TASKS = {f.__name__: f for f in
-         (caption, album, names, question, document, episode, glossary, clip)}
+         (caption, noisy, album, names, question, dialogue, two_pictures, document, episode,
+          glossary, clip)}
