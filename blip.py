@@ -150,20 +150,6 @@ def share(encoder, decoder, sharing):
         setattr(decoder, part, getattr(encoder, part))
 
 
-def sample_negatives(scores, own, draws):
-    """A wrong partner for each query, drawn by its similarity: softmax + 1e-4 (released code).
-
-    scores float (B, B_all): cosines / temperature. own int64 (B,): the column of the right partner,
-    which is never drawn. draws float (B,), uniform in [0, 1) -> columns int64 (B,).
-    """
-    weights = (scores.softmax(dim=1) + 1e-4).scatter(1, own[:, None], 0)
-    cumulative = weights.cumsum(dim=1)                                # (B, B_all)
-    # Inverse transform: the first column whose cumulative weight exceeds that share of the total.
-    # Rounding must not lead past the last column that has a weight, hence the clamp.
-    threshold = draws.clamp(max=1 - 1e-6)[:, None] * cumulative[:, -1:]
-    return (cumulative <= threshold).sum(dim=1)
-
-
 class BLIP(nn.Module):
     """A ViT and one text transformer with three uses (paper, Figure 2)."""
 
@@ -328,8 +314,8 @@ class BLIP(nn.Module):
         own = torch.arange(B, device=ids.device) + first
         if c.negatives == "random":
             image_scores, text_scores = 0 * image_scores, 0 * text_scores
-        text_index = sample_negatives(image_scores, own, draws[:, 0])
-        image_index = sample_negatives(text_scores, own, draws[:, 1])
+        text_index = losses.sample_negatives(image_scores, own, draws[:, 0])
+        image_index = losses.sample_negatives(text_scores, own, draws[:, 1])
         logits = self.match(torch.cat([image, image, images[image_index]]),
                             torch.cat([ids, texts[text_index], ids]))            # (3 * B, 2)
         labels = torch.arange(3 * B, device=ids.device) < B

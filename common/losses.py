@@ -54,6 +54,20 @@ def sigmoid_contrastive(image, text, scale, bias, gather=no_gather):
         return -F.logsigmoid(sign * logits).sum() / len(image)
 
 
+def sample_negatives(scores, own, draws):
+    """A wrong partner for each query, drawn by its similarity: softmax + 1e-4 (released code).
+
+    scores float (B, B_all): cosines / temperature. own int64 (B,): the column of the right partner,
+    which is never drawn. draws float (B,), uniform in [0, 1) -> columns int64 (B,).
+    """
+    weights = (scores.softmax(dim=1) + 1e-4).scatter(1, own[:, None], 0)
+    cumulative = weights.cumsum(dim=1)                                # (B, B_all)
+    # Inverse transform: the first column whose cumulative weight exceeds that share of the total.
+    # Rounding must not lead past the last column that has a weight, hence the clamp.
+    threshold = draws.clamp(max=1 - 1e-6)[:, None] * cumulative[:, -1:]
+    return (cumulative <= threshold).sum(dim=1)
+
+
 def next_token_loss(logits, labels, label_count=None, label_smoothing=0.0, weights=None):
     """Cross-entropy of each next token -> float32 scalar; the one place where labels are shifted.
 

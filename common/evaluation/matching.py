@@ -6,11 +6,10 @@ vision: images float (B, 3, H, W) -> image tokens.
 import torch
 
 from common.data.images import normalize_pixels
+from common.data.shapes.captions import HARDNESSES
 from common.evaluation.questions import draw_tasks
 from common.evaluation.retrieval import rerank
 from common.evaluation.sheet import sheet
-
-HARDNESSES = ("random", "shares", "differs")         # of false captions, see shapes/captions.py
 
 
 def image_tokens(model, data, records, chunk=256):
