@@ -87,7 +87,7 @@ class BLIPConfig:
     text_width: int = 128
     text_layers: int = 3
     text_heads: int = 4
-    context_length: int = 32
+    context_length: int = 64
     vocab_size: int = 1024
     pad_id: int = PAD
     eos_id: int = EOS

@@ -87,14 +87,21 @@ class PairBatch(ImageTextBatch):
 class DialogueBatch(ImageTextBatch):
     """Dialogues with one candidate for the last answer each, the right one or a wrong one."""
 
+    def text(self, record, candidate):
+        """History, question and candidate; without the first turns where the context is short."""
+        *past, last = record["turns"]
+        words = [f"{turn['prompt']} {turn['answer']}" for turn in past]
+        words.append(f"{last['prompt']} {candidate}")
+        while len(words) > 1 and len(self.tokenizer.encode(" ".join(words))) > \
+                self.context_length - 2:
+            del words[0]
+        return " ".join(words)
+
     def rows(self, pairs):
         """[(record, candidate), ...] -> the batch, see __call__."""
-        texts, records = [], [record for record, _ in pairs]
-        for record, candidate in pairs:
-            *past, last = record["turns"]
-            words = [w for turn in past for w in (turn["prompt"], turn["answer"])]
-            texts.append(" ".join([*words, last["prompt"], candidate]))
-        return {"images": self.images(records), "ids": self.ids(texts),
+        records = [record for record, _ in pairs]
+        return {"images": self.images(records),
+                "ids": self.ids([self.text(*pair) for pair in pairs]),
                 "caption_ids": self.ids([record["caption"] for record in records]),
                 "truth": torch.tensor([int(c == r["turns"][-1]["answer"]) for r, c in pairs])}
 

@@ -10,11 +10,12 @@ from common.training import checkpoint
 
 
 def line(world, index, record):
-    """What the file says of a web record with one text; an index is the number of a scene."""
+    """What the file says of record `index` of the split "web", with one of its texts."""
     text, = record["texts"]
     if isinstance(world, Files):
         return {"image": record["source"]["images"][0], "text": text, "web": True}
-    return {"scene": index, "text": text}
+    scene = world.web_texts[index][0] if world.web_texts else index
+    return {"scene": scene, "text": text}
 
 
 def write(rows, world, out):

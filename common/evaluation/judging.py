@@ -37,7 +37,7 @@ def dialogue(model, data, count):
     records = draw_tasks(data.world, "dialogue", count)
     p = rank_candidates(model, data, records)                         # (N, C)
     right = torch.tensor([r["candidates"].index(r["turns"][-1]["answer"]) for r in records])
-    ranks = 1 + (p > p.gather(1, right[:, None])).sum(dim=1)          # (N,), from 1
+    ranks = (p >= p.gather(1, right[:, None])).sum(dim=1)             # (N,), from 1; ties lose
     return {"dialogue_accuracy": (ranks == 1).float().mean().item(),
             "dialogue_accuracy_chance": 1 / p.shape[1],
             "dialogue_mrr": (1 / ranks).mean().item()}

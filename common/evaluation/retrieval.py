@@ -150,11 +150,15 @@ class Retriever:
     def __init__(self, model, tokenizer):
         self.model, self.tokenizer = model.eval(), tokenizer
 
+    def pixels(self, pictures):
+        """Pillow pictures -> float (N, 3, H, W), normalized."""
+        size = self.model.config.image_size
+        return normalize_pixels(to_tensor([center_crop(p, size) for p in pictures]))
+
     @torch.no_grad()
     def encode_images(self, pictures):
         """Pillow pictures -> unit vectors (N, E)."""
-        pictures = to_tensor([center_crop(p, self.model.config.image_size) for p in pictures])
-        return self.model.encode_image(normalize_pixels(pictures))
+        return self.model.encode_image(self.pixels(pictures))
 
     def ids(self, texts):
         """Texts -> int64 (N, T)."""
@@ -175,8 +179,12 @@ class Retriever:
                               for k in range(0, len(pictures), 256)])
         ids = self.ids([text])
         scores = self.model.encode_text(ids) @ features.T             # (1, N)
-        if hasattr(self.model, "match"):
-            scores = rerank(scores, lambda _, items: self.match(ids, pictures, items), 4 * count)
+        if hasattr(self.model, "itm_head"):
+
+            def match(_, items):         # the match logits (M,) of pictures with the text
+                tokens = self.model.vision(self.pixels([pictures[i] for i in items]))
+                return self.model.match(tokens, ids.expand(len(items), -1))[:, 1]
+            scores = rerank(scores, match, 4 * count)
         best = scores[0].topk(min(count, len(pictures)))
         return list(zip(best.indices.tolist(), best.values.tolist()))
 

@@ -87,6 +87,16 @@ def samples(writer, data, count=6):
                  "the label chosen for it, and the shots that define the labels.", rows)
 
 
+def answers(writer, data, count=8):
+    """An image for people: questions on unseen images, and the written answers."""
+    records = draw_tasks(data.world, "question", count)
+    rows = [("", turn["images"][0][0], [(None, f"{turn['prompt']} {text}", text == turn["answer"])])
+            for turn, text in zip((record["turns"][0] for record in records),
+                                  writer.generate(records, max_new_tokens=6))]
+    return sheet(f"Unseen {data.world.name}: questions in new wordings, and what the model answers.",
+                 rows)
+
+
 # ------------------------------------------------------------------ commands
 
 SHOT = ("PICTURE", "QUESTION", "ANSWER")             # the values of a --shot

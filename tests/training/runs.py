@@ -40,7 +40,8 @@ STEPS = 23
 class Toy(Shapes):
     """The shapes world with small splits and few words."""
     name = "toy"
-    splits = {"train": 61, "test": 13, "single": 42, "composition": 6, "shifted": 42}
+    splits = {"train": 61, "test": 13, "single": 42, "composition": 6, "shifted": 42,
+              "human": 31, "web": 59}
     is_true = staticmethod(functools.cache(Shapes.is_true))      # asked 20,000 times in a test
 
     def corpus(self):
