@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from common.data.images import center_crop, normalize_pixels, open_folder, open_image, to_tensor
 from common.evaluation.sheet import sheet
+from common.losses import no_autocast
 from common.training import options
 
 
@@ -63,7 +64,8 @@ def rerank(cosines, match, k):
     queries = torch.arange(len(cosines), device=cosines.device)
     queries = queries.repeat_interleave(best.indices.shape[1])        # (Q * k,)
     logits = match(queries, best.indices.flatten()).view(best.indices.shape)
-    return torch.full_like(cosines, -100.0).scatter(1, best.indices, logits + best.values)
+    scores = logits.to(cosines) + best.values                         # (Q, k)
+    return torch.full_like(cosines, -100.0).scatter(1, best.indices, scores)
 
 
 class Pool:
@@ -73,7 +75,8 @@ class Pool:
         """images, texts: unit vectors (N, E) of the records' images and of their first captions."""
         self.world, self.records = world, records
         self.texts = [record["texts"][0] for record in records]
-        self.scores = images.cpu() @ texts.cpu().T                    # (images, texts)
+        with no_autocast(images.cpu()):  # in bf16 many cosines would be equal
+            self.scores = images.cpu() @ texts.cpu().T                # (images, texts)
 
     def is_true(self, text, image):
         """Whether caption number `text` is true of image number `image`."""
