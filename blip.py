@@ -103,6 +103,7 @@ class BLIPConfig:
     negatives: str = "hard"              # or random
     label_smoothing: float = 0.1
     prompt: str = "a picture of "        # before every caption where lm is the only loss
+    human_only: bool = False             # no web pairs, also for all three losses together
 
     def __post_init__(self):
         if isinstance(self.vision, dict):                             # as JSON has it
@@ -113,13 +114,11 @@ class BLIPConfig:
                 raise ValueError("vision: a ResNet; BLIP takes the tokens of a ViT")
             for name in ("image_size", "patch_size", "vision_width"):
                 object.__setattr__(self, name, getattr(self.vision, name))
+        fractions = ("momentum", "alpha", "label_smoothing")
         options.check_fields(
             self, {"losses": LOSSES, "sharing": SHARING, "negatives": ("hard", "random")},
-            dict.fromkeys(("pad_id", "eos_id", "cls_id", "enc_id", "dec_id", "queue_size",
-                           "alpha", "momentum", "label_smoothing"), 0))
-        for name in ("alpha", "momentum", "label_smoothing"):
-            if getattr(self, name) > 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at most 1")
+            dict.fromkeys((*fractions, "queue_size", "pad_id", "eos_id", "cls_id", "enc_id",
+                           "dec_id"), 0), dict.fromkeys(fractions, 1))
 
 
 # ------------------------------------------------------------------ the mixture of encoder-decoder
@@ -625,7 +624,7 @@ def data_sources(world, tokenizer, config):
     collate = CaptionBatch(tokenizer, c, c.prompt if c.losses == "lm" else "")
     if not world.has_web:
         return [DataSource(world, collate)]
-    if c.losses == ALL_LOSSES:
+    if c.losses == ALL_LOSSES and not c.human_only:
         return [DataSource(world, collate, split="web+human")]
     if not world.size("human"):
         raise ValueError(f'{world.name}: all its pairs are marked "web"; captioner and filter learn '

@@ -87,9 +87,7 @@ class FlamingoConfig:
                 object.__setattr__(self, name, part)
         options.check_fields(
             self, {"resampler": RESAMPLERS, "placement": PLACEMENTS, "act": ACTIVATIONS},
-            {"max_frames": 0, "p_next_image": 0})
-        if self.p_next_image > 1:
-            raise ValueError(f"p_next_image={self.p_next_image}: a probability is at most 1")
+            {"max_frames": 0, "p_next_image": 0}, {"p_next_image": 1})
         if not any(self.is_gated(i) for i in range(self.language.layers)):
             raise ValueError(f"cross_attn_every={self.cross_attn_every}: no gated block among "
                              f"{self.language.layers} blocks")

@@ -66,10 +66,11 @@ def with_settings(config, settings):
     return dataclasses.replace(config, **values)
 
 
-def check_fields(config, choices=None, least=None):
+def check_fields(config, choices=None, least=None, most=None):
     """Raise ValueError for a field of a config dataclass that no model can have.
 
     choices: {name: allowed values}. least: {name: minimum} of numbers; of other integers it is 1.
+    most: {name: maximum}.
     """
     for name, allowed in (choices or {}).items():
         if getattr(config, name) not in allowed:
@@ -78,6 +79,8 @@ def check_fields(config, choices=None, least=None):
         minimum = (least or {}).get(name, 1 if type(value) is int else -math.inf)
         if type(value) in (int, float) and not value >= minimum:
             raise ValueError(f"{name}={value}: must be at least {minimum}")
+        if name in (most or {}) and not value <= most[name]:
+            raise ValueError(f"{name}={value}: must be at most {most[name]}")
 
 
 def run_command(description, *functions):

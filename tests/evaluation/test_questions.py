@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from common.data.shapes.world import Shapes
-from common.evaluation.questions import (captions, clips, draw_tasks, episodes, evaluate,
-                                         latest_image, retrieved_shots, text_perplexity,
-                                         visual_questions)
+from common.evaluation.questions import (captions, clips, documents, draw_tasks, episodes, evaluate,
+                                         latest_image, ranked_answers, retrieved_shots,
+                                         text_perplexity, visual_questions)
 from tests.helpers import Numbers, assert_close, toy_lm
 
 
@@ -45,7 +45,8 @@ class Writes:
         return [self.say(record) for record in records]
 
     def choose(self, records, candidates):
-        return [own[0] for own in candidates]
+        said = map(self.say, records)
+        return [text if text in own else own[0] for text, own in zip(said, candidates)]
 
 
 def reads():
@@ -124,7 +125,7 @@ class TestVisualQuestions:
         blind = sum(a == b for a, b in zip(answers, answers[1:] + answers[:1])) / 13
         assert blind != 1 and figures == pytest.approx({
             "vqa_accuracy": 1, "vqa_accuracy_blind": blind, "vqa_accuracy_trained_wordings": 1,
-            "document_accuracy": 0, **{f"vqa_accuracy/{record['kind']}": 1 for record in records}})
+            **{f"vqa_accuracy/{record['kind']}": 1 for record in records}})
 
     def test_each_kind_counts_its_own(self, world):
         records = draw_tasks(world, "question", 60)
@@ -134,14 +135,24 @@ class TestVisualQuestions:
             f"vqa_accuracy/{record['kind']}": record["kind"] == "colour" for record in records}
         assert figures["vqa_accuracy"] == len(colour) / 60
 
+
+class TestDocuments:
     def test_of_a_document_of_three_images_the_prompt_ends_with_the_question(self, world):
-        documents = [r | {"turns": r["turns"][:r["asked"] + 1]}
+        records = [r | {"turns": r["turns"][:r["asked"] + 1]}
                      for r in draw_tasks(world, "document", 13, images=3)]
-        writer = knows(documents)
-        figures = visual_questions(writer, world, 13)
-        assert figures["document_accuracy"] == 1 and figures["vqa_accuracy"] == 0
+        writer = knows(records)
+        assert documents(writer, world, 13) == {"document_accuracy": 1.0}
         asked, = (own for own in writer.asked if "asked" in own[0])
         assert {len(record["turns"]) for record in asked} == {1, 2, 3}
+
+
+class TestRankedAnswers:
+    def test_the_candidates_are_the_answers_of_all_questions(self, world):
+        records = draw_tasks(world, "question", 13)
+        answers = sorted({record["turns"][0]["answer"] for record in records})
+        writer = knows(records)
+        assert ranked_answers(writer, world, 13) == {
+            "vqa_accuracy_ranked": 1.0, "vqa_accuracy_ranked_chance": 1 / len(answers)}
 
     def test_questions_are_asked_in_both_wordings(self, world):
         writer = Writes(lambda record: "")

@@ -225,7 +225,7 @@ class TestMistakes:
             "--device meta", "--device cuda:97")),
         ("--steps many", "--steps: invalid int value: 'many'"), ("--stepz 3", "--stepz 3"),
         ("--precision fp16", "'fp16'"), ("--attention flash", "'flash'"), ("--seed 1 more", "more"),
-        ("--batch_size 62", "62 is larger than the data (61 records in toy)"),
+        ("--batch_size 62", "62 is larger than the data (61 train records in toy)"),
         ("--preset huge", "--preset huge: clip has tiny, small"),
         ("--data moon", "--data moon: no world 'moon'; there are shapes, emoji"),
         ("--data toy:objects=0", "--data toy:objects=0: objects=0: a scene has 1 to 6"),
