@@ -14,8 +14,10 @@ WORDS = ("a an the two of on in with and dog cat red circle bench man wear hat i
 SENTENCES = """a dog sitting on a wooden bench|Two dogs, playing.|It's a dog's hat, isn't it?
 a man wearing a hat!|what is the man wearing?|Don't|don ' t do n't|"quoted" (text) - dash—long…
 CAFÉ café cafe\u0301 naïve Ångström|über Straße ẞ ﬁ ½ ² ℃ Ⅷ|東京タワー a東b京 豈|한국어 텍스트|देवनागरी ९
-ΣΑ ЖЖ şı İ ǅ|dog🙂 🙂 👩‍🚀 ❤️ 🇩🇪|€5.00 + 3°C → 50% #tag @name a_b|http://a.b/c?d=e&f=g|a\u00adb\u200bc\u2060
-tab\there\u00a0nbsp\u3000wide\u2028line|nul\0bell\x07esc\x1b[0m\x85|bad\ufffdchar|'''|''|. . .|a  b   c
+ΣΑ ЖЖ şı İ ǅ|dog🙂 🙂 👩‍🚀 ❤️ 🇩🇪|€5.00 + 3°C → 50% #tag @name a_b
+http://a.b/c?d=e&f=g|a\u00adb\u200bc\u2060
+tab\there\u00a0nbsp\u3000wide\u2028line|nul\0bell\x07esc\x1b[0m\x85|bad\ufffdchar
+'''|''|. . .|a  b   c
 x{y}[z]<w>|1,000,000.5|U.S.A.|mother-in-law|rock 'n' roll|o'clock|``latex''|~`^|\\back|$$|a/b|9¾"""
 
 
