@@ -1,8 +1,8 @@
 """BLIP's published weights: Hugging Face's folders, and Salesforce's .pth files.
 
-The tables have their names on the left and ours on the right. Which parts a file has says what it
-was trained for: captions, questions, retrieval, or pre-training, all but questions. What Salesforce's
-files leave out: heads are 64 wide. Their momentum encoders and queues are not read.
+The tables have their names on the left and ours on the right. The parts of a file say what it was
+trained for: captions, questions, retrieval, or pre-training. What Salesforce's files leave out:
+heads are 64 wide. Their momentum encoders and queues are not read.
 """
 import math
 from pathlib import Path

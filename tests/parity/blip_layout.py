@@ -23,7 +23,8 @@ HUGGING_FACE = {
     "mlp_norm": "layer_norm2", r"attn\.out_proj": "self_attn.projection",
     r"attn\.q_proj": "self_attn.qkv"}
 SALESFORCE = {
-    "vision.ln_post": "visual_encoder.norm", "vision.patch_embed": "visual_encoder.patch_embed.proj",
+    "vision.ln_post": "visual_encoder.norm",
+    "vision.patch_embed": "visual_encoder.patch_embed.proj",
     "vision.transformer": "visual_encoder", "^vision": "visual_encoder", "attn_norm": "norm1",
     "mlp_norm": "norm2", r"attn\.out_proj": "attn.proj", r"attn\.q_proj": "attn.qkv"}
 
@@ -49,8 +50,8 @@ def write(ours, vision, patch_size):
             theirs[part + "embeddings.position_ids"] = torch.arange(11)[None]
     if "decoder.head.bias" in ours:
         head = "text_decoder.cls.predictions."
-        theirs[head + "decoder.bias"] = theirs[head + "bias"]
-        theirs[head + "decoder.weight"] = theirs["text_decoder.bert.embeddings.word_embeddings.weight"]
+        theirs |= {head + "decoder.bias": ours["decoder.head.bias"],
+                   head + "decoder.weight": ours["decoder.token_embed.weight"]}
     return theirs
 
 

@@ -441,9 +441,9 @@ class BlipCase:
 
 CASES = [BlipCase("lm", "BlipForConditionalGeneration", 24),
          BlipCase("vqa", "BlipForQuestionAnswering", 28),          # theirs: both widths must agree
-         BlipCase("itc,itm", "BlipForImageTextRetrieval", 24), ClipCase(), Gpt2Case(), OptCase(), LlamaCase(), BertCase(),
-         T5Case(decoder=True, gated=False), T5Case(decoder=True, gated=True),
-         T5Case(decoder=False, gated=False),
+         BlipCase("itc,itm", "BlipForImageTextRetrieval", 24), ClipCase(), Gpt2Case(), OptCase(),
+         LlamaCase(), BertCase(), T5Case(decoder=True, gated=False),
+         T5Case(decoder=True, gated=True), T5Case(decoder=False, gated=False),
          LanguageCase("gpt2", model_type="gpt2", n_embd=24, n_layer=2, n_head=4, n_positions=19,
                       layer_norm_epsilon=1e-3),
          LanguageCase("opt", model_type="opt", hidden_size=24, ffn_dim=37, num_hidden_layers=2,

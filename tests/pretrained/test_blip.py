@@ -6,13 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+import blip
 from blip import PRESETS, BLIPConfig, make_model
 from common.pretrained import blip as pretrained
-from common.training import checkpoint
 from tests.fuzz import mutations, one_line
 from tests.helpers import assert_close, randomize
 from tests.parity import blip_layout
-from tests.pretrained.writers import check_weights, write_safetensors
+from tests.pretrained.writers import check_weights, write_run, write_safetensors
 
 PIECES = ["[UNK]", "[PAD]", "a", "[CLS]", "[SEP]", *"bcdefghijklmnopqrstuvwxyz"]
 CONFIG = {"model_type": "blip", "image_text_hidden_size": 17, "text_config": {
@@ -64,38 +64,7 @@ def salesforce(folder, change=None, kind=PRETRAINED):
     return folder / "model.pth", ours
 
 
-def build(path):
-    """The model of published weights."""
-    fields, weights, _ = pretrained.read(path)
-    model = make_model(BLIPConfig(**fields))
-    checkpoint.load_weights(model, weights, path)
-    return model
-
-
 class TestRead:
-    @pytest.mark.parametrize("kind", KINDS)
-    def test_a_hugging_face_folder(self, tmp_path, kind):
-        ours = hugging_face(tmp_path, KINDS[kind])
-        if kind == "itc,itm":
-            ours["temp"].fill_(0.07)     # their files have none
-        model = build(tmp_path)
-        embed_dim = {} if kind == "itc,itm" else {"embed_dim": 17}
-        assert model.config == BLIPConfig(**FIELDS | KINDS[kind] | embed_dim)
-        check_weights(model, ours)
-
-    @pytest.mark.parametrize("kind", [PRETRAINED, *KINDS.values()], ids=str)
-    def test_salesforces_file(self, tmp_path, kind):
-        path, ours = salesforce(tmp_path, kind=kind)
-        model = build(path)
-        embed_dim = 17 if "itc" in kind["losses"] else 256
-        assert model.config == BLIPConfig(**WIDE | kind | {"embed_dim": embed_dim})
-        check_weights(model, ours)
-
-    def test_the_tokenizer_has_dec_and_enc_behind_the_vocabulary(self, tmp_path):
-        path, _ = salesforce(tmp_path)
-        tokenizer = pretrained.read(path)[2]
-        assert tokenizer.batch(["a b"], 9).tolist() == [[3, 2, 5, 4]] and len(tokenizer) == 32
-
     def test_a_vocabulary_of_another_size_is_told(self, tmp_path):
         hugging_face(tmp_path)
         (tmp_path / "vocab.txt").write_text("\n".join(PIECES[:-1]))
@@ -131,7 +100,7 @@ class TestCheckTied:
             for name in ("weight", "bias"):
                 del theirs[f"text_decoder.cls.predictions.decoder.{name}"]
         path, ours = salesforce(tmp_path, change, KINDS["vqa"])
-        check_weights(build(path), ours)
+        check_weights(blip.from_pretrained(path)[0], ours)
 
 
 class TestHuggingFace:
@@ -142,7 +111,7 @@ class TestHuggingFace:
 
     @pytest.mark.parametrize("change, message", [
         ({"model_type": "clip"}, "model_type is 'clip'"),
-        ({"image_text_hidden_size": 19}, r"projection.weight is \(17, 24\), the model's \(19, 24\)"),
+        ({"image_text_hidden_size": 19}, r"weight is \(17, 24\), the model's \(19, 24\)"),
         (part("text", hidden_act="relu"), "text hidden_act is 'relu'"),
         (part("vision", hidden_act="quick_gelu"), "vision hidden_act is 'quick_gelu'"),
         (part("text", layer_norm_eps=1e-6), "text layer_norm_eps is 1e-06"),
@@ -155,7 +124,7 @@ class TestHuggingFace:
     def test_a_config_at_odds_with_the_weights_is_one_line(self, tmp_path, change, message):
         hugging_face(tmp_path, **change)
         with one_line(message):
-            build(tmp_path)
+            blip.from_pretrained(tmp_path)
 
     def test_other_pictures_than_ours_are_refused(self, tmp_path):
         hugging_face(tmp_path)
@@ -178,8 +147,9 @@ class TestSalesforce:
 
     def test_names_that_the_published_files_have(self):
         """From the specification of the layout, not from our own writer of it."""
-        D, names = 128, {"visual_encoder.blocks.1.attn.qkv.weight": (384, 128),
-                         "text_encoder.encoder.layer.2.crossattention.output.LayerNorm.bias": (192,)}
+        D, names = 128, {
+            "visual_encoder.blocks.1.attn.qkv.weight": (384, 128),
+            "text_encoder.encoder.layer.2.crossattention.output.LayerNorm.bias": (192,)}
         theirs = blip_layout.salesforce(random_weights(WIDE, **PRETRAINED), 5)
         assert all(theirs[name].shape == shape for name, shape in names.items())
         ours = pretrained.salesforce(theirs, "here")[1]
@@ -209,4 +179,33 @@ class TestSalesforce:
                 theirs[name] = torch.ones(shape)
         path, _ = salesforce(tmp_path, change)
         with one_line(message):
-            build(path)
+            blip.from_pretrained(path)
+
+
+class TestFromPretrained:
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_a_hugging_face_folder(self, tmp_path, kind):
+        ours = hugging_face(tmp_path, KINDS[kind])
+        if kind == "itc,itm":
+            ours["temp"].fill_(0.07)     # their files have none
+        model, tokenizer = blip.from_pretrained(tmp_path)
+        embed_dim = {} if kind == "itc,itm" else {"embed_dim": 17}
+        assert model.config == BLIPConfig(**FIELDS | KINDS[kind] | embed_dim)
+        check_weights(model, ours)
+        assert tokenizer.batch(["a b"], 9).tolist() == [[3, 2, 5, 4]] and not model.training
+
+    @pytest.mark.parametrize("kind", [PRETRAINED, *KINDS.values()], ids=str)
+    def test_salesforces_file(self, tmp_path, kind):
+        path, ours = salesforce(tmp_path, kind=kind)
+        model, _ = blip.from_pretrained(path)
+        embed_dim = 17 if "itc" in kind["losses"] else 256
+        assert model.config == BLIPConfig(**WIDE | kind | {"embed_dim": embed_dim})
+        check_weights(model, ours)
+
+    def test_a_run_folder(self, tmp_path):
+        config = replace(PRESETS["tiny"], losses="lm")
+        ours = randomize(make_model(config)).state_dict()
+        tokenizer = write_run(tmp_path, "blip", config, ours)
+        model, found = blip.from_pretrained(tmp_path)
+        assert model.config == config and found.model == tokenizer.model
+        check_weights(model, ours)
