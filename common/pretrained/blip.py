@@ -111,7 +111,8 @@ def read(path):
     parts = tuple(any(name.startswith(part) for name in weights)
                   for part in ("text_encoder.", "text_decoder.", "itm_head."))
     if parts not in LOSSES:
-        raise ValueError(f"{path}: not the weights of a BLIP with a text encoder or text decoder")
+        raise ValueError(f"{path}: not the weights of a BLIP for captions, questions, retrieval or "
+                         "pre-training")
     losses, is_pretrained = LOSSES[parts], all(parts)
     check_tied(weights, is_pretrained, path)
     if path.is_dir() or any(name.startswith("vision_model.") for name in weights):

@@ -159,7 +159,7 @@ class TestSalesforce:
                          theirs["visual_encoder.blocks.1.attn.qkv.weight"][k * D:(k + 1) * D])
 
     @pytest.mark.parametrize("name, shape, message", [
-        ("text_", None, "not the weights of a BLIP with"), ("itm_head", None, "unexpected temp"),
+        ("text_", None, "not the weights of a BLIP for"), ("itm_head", None, "unexpected temp"),
         ("vision_proj.weight", None, "no matrix image_projection.weight"),
         ("visual_encoder.patch_embed.proj.weight", (128, 3, 25, 1), r"\(128, 3, 25, 1\), which"),
         ("visual_encoder.patch_embed.proj.weight", (128, 75), r"\(128, 75\), which"),
