@@ -8,9 +8,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from blip import BLIPConfig, make_model
 from clip import CLIP, CLIPConfig
+from common.data.images import normalize_pixels
+from common.generation import generate
 from common.language import LanguageConfig, LanguageModel
 from common.masks import causal, padding
+from common.pretrained import blip
 from common.pretrained.language import config_fields, translated
 from common.t5 import RelativeBias
 from common.transformer import (GatedMLP, MLP, bert_block, gelu_tanh, gpt2_block, llama_block,
@@ -323,9 +327,123 @@ class LanguageCase:
         return outputs
 
 
-CASES = [ClipCase(), Gpt2Case(), OptCase(), LlamaCase(), BertCase(),
-         T5Case(decoder=True, gated=False), T5Case(decoder=True, gated=True),
-         T5Case(decoder=False, gated=False),
+class BlipCase:
+    """A BLIP whose weights keep their names, so that the tables of names are compared too.
+
+    Texts begin with the id that the paper puts there: transformers leaves that to its caller for
+    [ENC], and its retrieval and question examples keep [CLS].
+    """
+    ids = {"pad_id": 0, "cls_id": 4, "eos_id": 5, "dec_id": 29, "enc_id": 30}
+    searches = {"greedy": {}, "beams": {"num_beams": 3}, "unlike": {"repetition_penalty": 1.5}}
+
+    def __init__(self, losses, kind, vision_width):
+        self.name, self.losses, self.kind = f"blip_{losses.replace(',', '_')}", losses, kind
+        self.config = {
+            "model_type": "blip", "image_text_hidden_size": 17,
+            "text_config": dict(hidden_size=28, intermediate_size=112, num_hidden_layers=2,
+                                num_attention_heads=2, vocab_size=31, max_position_embeddings=19,
+                                bos_token_id=29, sep_token_id=5, pad_token_id=0,
+                                label_smoothing=0.1),
+            "vision_config": dict(hidden_size=vision_width, intermediate_size=4 * vision_width,
+                                  num_hidden_layers=3, num_attention_heads=4, image_size=15,
+                                  patch_size=5, layer_norm_eps=0.1)}
+
+    def reference(self, seed):
+        import transformers
+        model = randomize(getattr(transformers, self.kind)(
+            transformers.BlipConfig(**self.config)), seed)
+        for name, parameter in model.named_parameters():              # so that texts differ
+            if name.endswith(("norm.weight", "norm1.weight", "norm2.weight", "LayerNorm.weight")):
+                parameter.data += 1
+            if name.endswith("bias"):
+                parameter.data *= 0.2
+            if name.endswith("_embeddings.weight"):
+                parameter.data *= 3
+        inputs = {"images": torch.randint(256, (B, 3, 15, 15), dtype=torch.uint8),
+                  "ids": torch.randint(6, 29, (B, T)).where(REAL, 0),
+                  "answers": torch.randint(6, 29, (B, 1 + T)).where(
+                      F.pad(REAL.flip(0), (1, 0), value=True), 0)}
+        with torch.no_grad():
+            outputs = getattr(self, f"their_{self.losses[:3]}")(
+                model, normalize_pixels(inputs["images"]), inputs["ids"], inputs["answers"])
+        return arrays(model.state_dict()), arrays(inputs), arrays(outputs)
+
+    def ours(self, weights, inputs):
+        weights = {name: torch.as_tensor(value) for name, value in weights.items()}
+        fields, weights = blip.hugging_face(weights, self.config, "config.json")
+        model = make_model(BLIPConfig(**fields, **self.ids, losses=self.losses, sharing="none",
+                                      momentum=0.0, queue_size=0))
+        own = model.state_dict()
+        absent = {name: own[name] for name in ("temp", "image_queue", "text_queue", "queue_next")
+                  if name in own}        # retrieval's, of which the files have none
+        inputs = {name: torch.as_tensor(value) for name, value in inputs.items()}
+        with torch.no_grad():
+            return getattr(self, f"our_{self.losses[:3]}")(load(model, absent | weights), **inputs)
+
+    def first(self, ids, name):
+        return torch.cat([torch.full_like(ids[:, :1], self.ids[name]), ids[:, 1:]], dim=1)
+
+    def write(self, model, ids, **state):
+        """Our texts by each search; ids int64 (B, T) of the prompt."""
+        return {name: generate(model.logits, ids, max_new_tokens=8, stop=(self.ids["eos_id"],),
+                               state=state, **options) for name, options in self.searches.items()}
+
+    def their_lm(self, model, pixels, ids, answers):
+        ids, prompt = self.first(ids, "dec_id"), ids[:1, :3].repeat(B, 1)
+        out = model(pixel_values=pixels, input_ids=ids, attention_mask=REAL.long(),
+                    labels=ids.masked_fill(~REAL, -100))
+        new = {name: model.generate(pixel_values=pixels, input_ids=prompt.clone(), max_new_tokens=8,
+                                    do_sample=False, **options)[:, 2:]      # its end is cut off
+               for name, options in self.searches.items()}
+        return {"logits": out.logits[REAL], "loss": out.loss} | new
+
+    def our_lm(self, model, images, ids, answers):
+        image, prompt = model.vision(normalize_pixels(images)), ids[:1, :2].repeat(B, 1)
+        logits = model.logits(model.starts_with(ids, model.config.dec_id), mask=REAL, context=image)
+        loss = model.lm(image, ids, ids.masked_fill(~REAL, -100))
+        return {"logits": logits[REAL], "loss": loss} | self.write(
+            model, self.first(prompt, "dec_id"), context=image)
+
+    def their_vqa(self, model, pixels, ids, answers):
+        """Row by row without padding: in 5.23 the mask never arrives in cross-attention."""
+        loss, new = 0, {name: torch.zeros(B, 8, dtype=torch.int64) for name in self.searches}
+        for b in range(B):
+            question = {"pixel_values": pixels[b:b + 1],
+                        "input_ids": self.first(ids[b:b + 1, :REAL[b].sum()], "enc_id")}
+            answer = answers[b:b + 1, :(answers[b] != 0).sum()]
+            mean = model(**question, labels=answer, decoder_input_ids=self.first(answer, "dec_id"))
+            loss = loss + mean.loss * (answer.shape[1] - 1)
+            for name, options in self.searches.items():
+                text = model.generate(**question, max_new_tokens=8, do_sample=False, **options)
+                new[name][b, :text.shape[1] - 1] = text[0, 1:]
+        return {"loss": loss / (answers[:, 1:] != 0).sum()} | new
+
+    def our_vqa(self, model, images, ids, answers):
+        loss = model({"images": images, "ids": ids, "answer_ids": answers, "weights": torch.ones(B),
+                      "question_index": torch.arange(B)})["vqa"] * B / (answers[:, 1:] != 0).sum()
+        states, mask = model.encode_question(normalize_pixels(images), ids)
+        new = self.write(model, torch.full((B, 1), self.ids["dec_id"]), context=states,
+                         context_mask=mask)
+        return {"loss": loss} | {name: F.pad(text, (0, 8 - text.shape[1]))
+                                     for name, text in new.items()}
+
+    def their_itc(self, model, pixels, ids, answers):
+        inputs = {"pixel_values": pixels, "attention_mask": REAL.long()}
+        return {"cosines": model(input_ids=self.first(ids, "cls_id"), use_itm_head=False,
+                                 **inputs).itm_score,
+                "logits": model(input_ids=self.first(ids, "enc_id"), **inputs).itm_score}
+
+    def our_itc(self, model, images, ids, answers):
+        pixels = normalize_pixels(images)
+        return {"cosines": model.encode_image(pixels) @ model.encode_text(ids).T,
+                "logits": model.match(model.vision(pixels), ids)}
+
+
+CASES = [BlipCase("lm", "BlipForConditionalGeneration", 24),
+         BlipCase("vqa", "BlipForQuestionAnswering", 28),          # theirs: both widths must agree
+         BlipCase("itc,itm", "BlipForImageTextRetrieval", 24), ClipCase(), Gpt2Case(), OptCase(),
+         LlamaCase(), BertCase(), T5Case(decoder=True, gated=False),
+         T5Case(decoder=True, gated=True), T5Case(decoder=False, gated=False),
          LanguageCase("gpt2", model_type="gpt2", n_embd=24, n_layer=2, n_head=4, n_positions=19,
                       layer_norm_epsilon=1e-3),
          LanguageCase("opt", model_type="opt", hidden_size=24, ffn_dim=37, num_hidden_layers=2,

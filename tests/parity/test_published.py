@@ -2,18 +2,21 @@
 import json
 import random
 import unicodedata
+from dataclasses import replace
 
 import pytest
 import torch
 
+import blip
 import clip
+from common.pretrained import blip as blip_pretrained
 from common.pretrained.bpe import BPE, BYTES, CLIP, GPT2
 from common.pretrained import clip as pretrained
 from common.pretrained import safetensors
 from common.pretrained.names import plan
 from tests.fuzz import mutations
 from tests.parity import openai_layout
-from tests.parity.cases import randomize
+from tests.parity.cases import CASES, BlipCase, randomize
 
 WHY = "needs transformers and safetensors: pip install -r tests/requirements.txt"
 pytest.importorskip("transformers", reason=WHY)
@@ -136,6 +139,40 @@ def test_the_table_names_exactly_what_a_vit_b_32_of_transformers_holds():
         names = set(CLIPModel(CLIPConfig()).state_dict())
     assert len(names) == 398
     assert names == set(plan(pretrained.HUGGING_FACE, {"text": 12, "vision": 12}))
+
+
+BLIPS = [case for case in CASES if isinstance(case, BlipCase)]
+
+
+@pytest.mark.parametrize("case", BLIPS, ids=lambda case: case.name)
+def test_the_table_names_exactly_what_a_blip_base_of_transformers_holds(case):
+    import transformers
+    config = {"model_type": "blip", "text_config": {"num_attention_heads": 12}}
+    with torch.device("meta"):
+        theirs = getattr(transformers, case.kind)(transformers.BlipConfig(**config)).state_dict()
+        own = blip.make_model(replace(blip.PRESETS["base"], image_size=384, losses=case.losses,
+                                      momentum=0.0, queue_size=0)).state_dict()
+    _, weights = blip_pretrained.hugging_face(theirs, config, "here")
+    assert {name: weight.shape for name, weight in weights.items()} == {
+        name: weight.shape for name, weight in own.items()
+        if name not in ("temp", "image_queue", "text_queue", "queue_next")}
+
+
+@pytest.mark.parametrize("save", [save_whole, save_shards, save_pickle])
+def test_a_blip_folder_that_transformers_wrote_gives_the_same_logits(tmp_path, save):
+    import transformers
+    config = transformers.BlipConfig(**BLIPS[0].config)
+    model = randomize(transformers.BlipForConditionalGeneration(config), 0)
+    save(model, tmp_path)                # without the output matrix, which is tied
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *map(chr, range(97, 122))]
+    (tmp_path / "vocab.txt").write_text("\n".join(pieces))
+    ours, tokenizer = blip.from_pretrained(tmp_path)
+    ids = tokenizer.batch(["a", "b c d"], 9)
+    ids[:, 0], mask, pictures = tokenizer.dec_id, ids != 0, torch.randn(2, 3, 15, 15)
+    with torch.no_grad():
+        want = model(input_ids=ids, pixel_values=pictures, attention_mask=mask.long()).logits
+        got = ours.logits(ids, mask, context=ours.vision(pictures))
+    torch.testing.assert_close(got[mask], want[mask], atol=1e-4, rtol=0)
 
 
 def text(draw):
