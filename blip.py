@@ -634,7 +634,7 @@ def data_sources(world, tokenizer, config):
 
 # ------------------------------------------------------------------ CapFilt
 
-def capfilt_texts(captioner, keep, world, chunk=512):
+def capfilt_texts(captioner, keep, world, chunk=512, **how):
     """CapFilt (paper, 3.3): texts for the web images that a filter takes for true.
 
     captioner: a writing.Writer, keep: records -> bool (N,), the filter. For each image of the
@@ -646,7 +646,8 @@ def capfilt_texts(captioner, keep, world, chunk=512):
         places = range(first, min(first + chunk, world.size("web")))
         records = [world.record("web", i) for i in places]
         seeds = [torch.Generator(device).manual_seed(i) for i in places]
-        written = captioner.generate(records, temperature=1.0, top_p=0.9, generator=seeds)
+        options = {"temperature": 1.0, "top_p": 0.9, "generator": seeds} | how
+        written = captioner.generate(records, **options)
         rows = [(i, record | {"texts": [text]}, False)
                 for i, record in zip(places, records) for text in record["texts"]]
         rows += [(i, record | {"texts": [text]}, True)

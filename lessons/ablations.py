@@ -7,6 +7,10 @@
     python lessons/ablations.py batch        batch 32, 128, 512 at the same number of pairs
     python lessons/ablations.py sigmoid      softmax against SigLIP's sigmoid at a small batch
     python lessons/ablations.py flamingo     Flamingo without each of its parts (its Table 3)
+    python lessons/ablations.py blip         BLIP without each of its parts; sharing (its Table 3)
+    python lessons/ablations.py capfilt      web texts as they are, filtered, with written ones, both
+                                             (BLIP, Table 1); texts by beams instead of nucleus
+                                             (Table 2); one model as captioner and filter (Table 4)
 
 The first three measure a trained run (--run, default runs/clip). The others train short runs under
 RUNS/ablations, three seeds each, and continue where they were stopped.
@@ -28,6 +32,7 @@ import torch.nn.functional as F                                       # noqa: E4
 from torch import nn                                                  # noqa: E402
 from tqdm import tqdm                                                 # noqa: E402
 
+import blip as blip_model                                             # noqa: E402
 import clip                                                           # noqa: E402
 from common.data.batches import Batches, DataSource, EvalData         # noqa: E402
 from common.data.collators import ImageTextBatch                      # noqa: E402
@@ -35,7 +40,9 @@ from common.data.images import normalize_pixels                       # noqa: E4
 from common.data.safe_read import read_json                           # noqa: E402
 from common.data.shapes.scene import STYLES                           # noqa: E402
 from common.data.shapes.world import Shapes                           # noqa: E402
-from common.evaluation import retrieval                               # noqa: E402
+from common.evaluation import capfilt as capfilt_files                # noqa: E402
+from common.evaluation import matching, retrieval                     # noqa: E402
+from common.evaluation.writing import Writer                          # noqa: E402
 from common.training.devices import autocast, half_precision          # noqa: E402
 from common.training.optimizer import Recipe, make_optimizer, set_learning_rate    # noqa: E402
 from common.training.options import parser, run_main                  # noqa: E402
@@ -271,7 +278,80 @@ def flamingo(args):
             steps, "flamingo", FLAMINGO_FIGURES)
 
 
-ABLATIONS = {f.__name__: f for f in (ensemble, probe, shift, batch, sigmoid, flamingo)}
+BLIP_FIGURES = {"image to text": "image_to_text_recall@1", "text to image": "text_to_image_recall@1",
+                "re-ranked": "image_to_text_recall@1_reranked",
+                "and": "text_to_image_recall@1_reranked", "matching": "itm_accuracy",
+                "captions": "caption_accuracy_single", "and of two": "caption_accuracy"}
+BLIP = {
+    "blip": [],
+    "random negatives": ["--set", "negatives=random"],
+    "no soft targets": ["--set", "alpha=0"],
+    "no queue": ["--set", "queue_size=0"],
+    "no momentum": ["--set", "momentum=0"],
+    "all shared": ["--set", "sharing=all"],
+    "all but cross": ["--set", "sharing=all-but-ca"],
+    "nothing shared": ["--set", "sharing=none"],
+}
+
+
+def blip(args):
+    """Figures of BLIP without each of its parts, from noisy web texts."""
+    steps = args.steps or 400
+    compare(args, {name: ["--steps", str(steps), *flags] for name, flags in BLIP.items()},
+            steps, "blip", BLIP_FIGURES)
+
+
+def write_texts(args, name, captioner, filter, kept, **how):
+    """A file of texts for --data shapes:texts=FILE, made unless it is there -> its name.
+
+    captioner, filter: runs. kept(is synthetic, is kept by the filter): whether a text is written.
+    how: options of generation. Prints the fractions of texts that are true and that are kept.
+    """
+    out = Path(args.runs) / "ablations" / f"{name}.jsonl"
+    if out.exists():
+        return out
+    writer = Writer(*blip_model.open_trained(captioner, ("lm",)))
+    judge, world = blip_model.open_trained(filter, ("itm",)), Shapes()
+    lines, counts = [], {False: [], True: []}
+    rows = blip_model.capfilt_texts(writer, lambda r: matching.probabilities(*judge, r) > 0.5,
+                                    world, **how)
+    for index, record, synthetic, keep in tqdm(rows, name, total=2 * world.size("web")):
+        counts[synthetic].append((keep, world.is_true(record["texts"][0], record["source"])))
+        if kept(synthetic, keep):
+            lines.append(json.dumps(capfilt_files.line(world, index, record)) + "\n")
+    for synthetic, pairs in counts.items():
+        kept_ones = [true for keep, true in pairs if keep]
+        print(f"{name}: {'written' if synthetic else 'web'} texts: kept {len(kept_ones) / len(pairs):.3f}"
+              f", true {statistics.mean(true for _, true in pairs):.3f} before and "
+              f"{statistics.mean(kept_ones or [0]):.3f} after")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text("".join(lines))
+    return out
+
+
+def capfilt(args):
+    """A new BLIP from each of several sets of texts. Needs RUNS/blip, its captioner and filter."""
+    runs, steps = Path(args.runs), args.steps or 400
+    parts = runs / "blip-captioner", runs / "blip-filter"
+    trained(args, "blip", "shared", "--init", str(runs / "blip"), "--set", "human_only=true",
+            "--steps", str(steps))
+    shared = [runs / "ablations" / "shared"] * 2
+
+    def both(synthetic, keep):
+        return keep
+    texts = {"none": write_texts(args, "none", *parts, lambda synthetic, keep: not synthetic),
+             "filter": write_texts(args, "filter", *parts, lambda synthetic, keep: keep > synthetic),
+             "captioner": write_texts(args, "captioner", *parts, lambda synthetic, keep: True),
+             "both": write_texts(args, "both", *parts, both),
+             "both, beams": write_texts(args, "beams", *parts, both, temperature=0.0, top_p=1.0,
+                                        num_beams=3, generator=None),
+             "both, one model": write_texts(args, "one", *shared, both)}
+    compare(args, {name: ["--steps", str(steps), "--data", f"shapes:texts={file}"]
+                   for name, file in texts.items()}, steps, "blip", BLIP_FIGURES)
+
+
+ABLATIONS = {f.__name__: f for f in (ensemble, probe, shift, batch, sigmoid, flamingo, blip,
+                                     capfilt)}
 
 
 def main():
@@ -285,7 +365,8 @@ def main():
     options.add_argument("--pairs", type=int, default=128000,
                          help="pairs that each run sees (default 128000)")
     options.add_argument("--steps", type=int,
-                         help="shift: of the supervised classifier; flamingo: of a run")
+                         help="shift: of the supervised classifier; flamingo, blip, capfilt: of "
+                         "a run")
     args = options.parse_args()
     ABLATIONS[args.ablation](args)
 
