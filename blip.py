@@ -145,7 +145,8 @@ def share(encoder, decoder, sharing):
     """Let the decoder use the encoder's modules that `sharing` names (paper, 3.1 and Table 3)."""
     for encoder_block, decoder_block in zip(encoder.blocks, decoder.blocks):
         for part in SHARING[sharing]:
-            setattr(decoder_block, part, getattr(encoder_block, part))
+            if getattr(encoder_block, part) is not None:              # without itm: no cross
+                setattr(decoder_block, part, getattr(encoder_block, part))
     for part in EMBEDDINGS if sharing != "none" else ():
         setattr(decoder, part, getattr(encoder, part))
 
