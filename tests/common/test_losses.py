@@ -194,7 +194,8 @@ class TestNextTokenLoss:
         for b, n in enumerate((1, 5)):
             sums.append(sum((smoothing - 1) * log_p[b, t, labels[b, t + 1]]
                             - smoothing * log_p[b, t].mean() for t in range(n)))
-        loss = next_token_loss(logits, labels, 3, smoothing, torch.tensor([0.7, 0.3], dtype=torch.float64))
+        weights = torch.tensor([0.7, 0.3], dtype=torch.float64)
+        loss = next_token_loss(logits, labels, 3, smoothing, weights)
         assert_same("loss", loss, (0.7 * sums[0] + 0.3 * sums[1]) / 3, logits=logits)
 
     @pytest.mark.parametrize("autocast", [True, False])
