@@ -404,15 +404,14 @@ MOMENTUM_PARTS = ("vision", "encoder", "image_projection", "text_projection")
 
 @torch.no_grad()
 def init_weights(model):
-    """BERT's and the ViT's: N(0, 0.02), cut at two deviations in the ViT; biases 0."""
-    for name, module in model.named_modules():
+    """BERT's and the ViT's: N(0, 0.02); biases 0."""
+    for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Embedding)):
-            in_vision = name.startswith("vision.")
-            (nn.init.trunc_normal_ if in_vision else nn.init.normal_)(module.weight, std=0.02)
+            nn.init.normal_(module.weight, std=0.02)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
     for table in (model.vision.cls_token, model.vision.pos_embed):
-        nn.init.trunc_normal_(table, std=0.02)
+        nn.init.normal_(table, std=0.02)
 
 
 # ------------------------------------------------------------------ fine-tuned on other tasks
