@@ -144,7 +144,8 @@ def share(encoder, decoder, sharing):
     """Let the decoder use the encoder's modules that `sharing` names (paper, 3.1 and Table 3)."""
     for encoder_block, decoder_block in zip(encoder.blocks, decoder.blocks):
         for part in SHARING[sharing]:
-            setattr(decoder_block, part, getattr(encoder_block, part))
+            if getattr(encoder_block, part) is not None:              # without itm: no cross
+                setattr(decoder_block, part, getattr(encoder_block, part))
     for part in EMBEDDINGS if sharing != "none" else ():
         setattr(decoder, part, getattr(encoder, part))
 
@@ -402,15 +403,14 @@ MOMENTUM_PARTS = ("vision", "encoder", "image_projection", "text_projection")
 
 @torch.no_grad()
 def init_weights(model):
-    """BERT's and the ViT's: N(0, 0.02), cut at two deviations in the ViT; biases 0."""
-    for name, module in model.named_modules():
+    """BERT's and the ViT's: N(0, 0.02); biases 0."""
+    for module in model.modules():
         if isinstance(module, (nn.Linear, nn.Embedding)):
-            in_vision = name.startswith("vision.")
-            (nn.init.trunc_normal_ if in_vision else nn.init.normal_)(module.weight, std=0.02)
+            nn.init.normal_(module.weight, std=0.02)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
     for table in (model.vision.cls_token, model.vision.pos_embed):
-        nn.init.trunc_normal_(table, std=0.02)
+        nn.init.normal_(table, std=0.02)
 
 
 # ------------------------------------------------------------------ fine-tuned on other tasks

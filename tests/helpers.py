@@ -11,6 +11,8 @@ import re
 import runpy
 import sys
 import tarfile
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -204,7 +206,7 @@ def chain(*follows, vocab_size=V):
     return Table(logits)
 
 
-# Toy CLIP and Flamingo
+# Toy CLIP, Flamingo and BLIP
 
 CLIP_EOS = 5                             # not the largest id
 
@@ -298,6 +300,64 @@ def make_batch(*rows, N=3, attend_next=None):
     return {"images": make_images(len(rows), N), "ids": ids,
             "labels": ids.where(ids != IMAGE, -100),
             "attend_next": torch.tensor(attend_next or [False] * len(rows))}
+
+
+BLIP_BOS, BLIP_PAD, BLIP_EOS, BLIP_CLS, BLIP_ENC, BLIP_DEC = 1, 3, 5, 7, 11, 13
+
+
+def toy_blip(**changes):
+    """A model of blip.py in float64 with random weights, those of the momentum encoders too.
+
+    An image of 15 pixels becomes 10 tokens, 12 wide; texts are 10 wide, features 7, the queue 10.
+    """
+    from blip import BLIPConfig, make_model
+    model = make_model(BLIPConfig(**{
+        "image_size": 15, "patch_size": 5, "vision_width": 12, "vision_layers": 2,
+        "vision_heads": 3, "text_width": 10, "text_layers": 2, "text_heads": 2,
+        "context_length": 11, "vocab_size": 29, "embed_dim": 7, "queue_size": 10, "momentum": 0.9,
+        "pad_id": BLIP_PAD, "eos_id": BLIP_EOS, "cls_id": BLIP_CLS, "enc_id": BLIP_ENC,
+        "dec_id": BLIP_DEC} | changes)).double()
+    randomize(model, 0.4)
+    if "itc" in model.losses:
+        model.temp.data.fill_(0.3)
+        model.alpha.fill_(0.35)
+    return model
+
+
+def blip_ids(*lengths):
+    """Texts of these lengths, padded right."""
+    ids = torch.full((len(lengths), max(lengths)), BLIP_PAD)
+    for row, n in zip(ids, lengths):
+        row[:n] = torch.randint(14, 29, (n,))
+        row[0], row[n - 1] = BLIP_BOS, BLIP_EOS
+    return ids
+
+
+def blip_batch(*lengths):
+    """A batch as of CaptionBatch, in which every token but padding has a label."""
+    ids, B = blip_ids(*lengths), len(lengths)
+    return {"images": torch.randint(256, (B, 3, 15, 15), dtype=torch.uint8), "ids": ids,
+            "labels": ids.where(ids != BLIP_PAD, -100), "draws": torch.rand(B, 2)}
+
+
+def in_processes(count, function):
+    """[function(rank, gather), ...] of processes that are threads; gather joins their tensors."""
+    barrier, parts = threading.Barrier(count, timeout=30), [None] * count
+
+    def process(rank):
+        def gather(x):
+            parts[rank] = x
+            barrier.wait()
+            joined, first = torch.cat(parts), sum(map(len, parts[:rank]))
+            barrier.wait()
+            return joined, first
+        try:
+            return function(rank, gather)
+        except Exception as error:       # the others stop waiting for this one
+            barrier.abort()
+            raise AssertionError(f"process {rank} fails: {error!r}") from error
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(process, range(count)))
 
 
 # The papers in loops and plain products
@@ -419,6 +479,38 @@ def loop_text(tower, ids, heads, act="gelu"):
         x = block_by_hand(block, x, mlp=mlp, heads=heads, mask=causal)
     ends = [row.index(CLIP_EOS) for row in ids.tolist()]
     return layer_norm(tower.transformer.norm, x[range(len(x)), ends])
+
+
+def loop_vit(vit, images, heads=3, eps=1e-6):
+    """BLIP's image tokens: float (B, 3, H, W) -> (B, 1 + N, D)."""
+    kernel = vit.patch_embed.weight.unflatten(1, (3, vit.patch_size, vit.patch_size))
+    patches = F.conv2d(images, kernel, vit.patch_embed.bias, stride=vit.patch_size)
+    x = torch.cat([vit.cls_token.expand(len(images), 1, -1), patches.flatten(2).mT], dim=1)
+    x = x + vit.pos_embed
+    for block in vit.transformer.blocks:
+        x = block_by_hand(block, x, heads=heads, norm=partial(layer_norm, eps=eps))
+    return layer_norm(vit.ln_post, x, eps)
+
+
+def loop_bert(bert, ids, context=None, mask=None, context_mask=None, is_causal=False, heads=2):
+    """BLIP's text states: each text alone, without its padding -> (B, T, D), 0 at padding."""
+    norm, rows = partial(layer_norm, eps=1e-12), []
+    mask = torch.ones(ids.shape).bool() if mask is None else mask
+    for b, real in enumerate(mask):
+        x = bert.token_embed.weight[ids[b, real]] + bert.pos_embed.weight[:int(real.sum())]
+        x, order = norm(bert.norm, x)[None], torch.ones(2 * x.shape[:1]).tril().bool()
+        seen = context if context is None else context[b:b + 1]
+        for block in bert.blocks:
+            x = block_by_hand(block, x, seen if context_mask is None else seen[:, context_mask[b]],
+                              norm=norm, norm_first=False, heads=heads,
+                              mask=order if is_causal else None)
+        rows.append(torch.zeros(len(real), x.shape[2]).to(x).masked_scatter(real[:, None], x[0]))
+    return torch.stack(rows)
+
+
+def loop_head(head, x, table):
+    """BERT's head for words: x (B, T, D), table (V, D) -> logits (B, T, V)."""
+    return layer_norm(head.norm, F.gelu(linear(head.dense, x)), 1e-12) @ table.T + head.bias
 
 
 def loop_resampler_layer(layer, latents, media, heads=5, act="squared_relu"):

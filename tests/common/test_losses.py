@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from common.losses import (count_labels, next_token_loss, no_autocast, no_gather,
-                           sigmoid_contrastive, softmax_contrastive)
+                           sample_negatives, sigmoid_contrastive, softmax_contrastive)
 from tests.helpers import assert_close, assert_same, loss_by_hand, unchanged
 
 
@@ -112,6 +112,58 @@ class TestSigmoidContrastive:
         assert_close("loss", loss, loss_by_hand(image.double(), text.double(), 100.0, -90.05), 4e-5)
 
 
+LAST = 1 - 2 ** -24                      # the largest that torch.rand draws
+
+
+class TestSampleNegatives:
+    @pytest.mark.parametrize("own", [0, 2, 4])
+    def test_a_column_has_its_share_of_softmax_plus_a_little_and_its_own_has_none(self, own):
+        scores, draws = 2 * torch.randn(1, 5).double(), (torch.arange(20_000) + 0.5) / 20_000
+        found = sample_negatives(scores.expand(20_000, 5), torch.full((20_000,), own), draws)
+        weights = [x.exp() / scores.exp().sum() + 1e-4 for x in scores[0]]
+        weights[own] = torch.tensor(0.0)
+        shares = torch.stack([w.double() for w in weights]) / sum(weights)
+        counts = torch.bincount(found, minlength=5)
+        assert counts[own] == 0, f"its own pair was drawn {counts[own]} times"
+        assert_close("share of each column", counts / 20_000, shares, 1e-4)
+
+    def test_columns_follow_the_draws_in_order(self):
+        scores = torch.tensor([[0.5, 0.25, 0.25]]).log().expand(4, 3)
+        draws = torch.tensor([0.0, 0.45, 0.55, LAST])
+        found = sample_negatives(scores, torch.tensor([1] * 4), draws)
+        assert_close("columns", found, [0, 0, 0, 2])         # two thirds, then one third
+        found = sample_negatives(scores, torch.tensor([0] * 4), draws)
+        assert_close("columns", found, [1, 1, 2, 2])
+
+    @pytest.mark.parametrize("gap", [0.0, 14.0, 90.0])
+    def test_every_other_item_can_be_drawn_however_unlike_it_is(self, gap):
+        scores = torch.zeros(1, 4)
+        scores[0, 1] = gap
+        draws = torch.linspace(0, LAST, 40_001)
+        found = sample_negatives(scores.expand(40_001, 4), torch.full((40_001,), 2), draws)
+        assert set(found.tolist()) == {0, 1, 3}, f"drawn: {set(found.tolist())}"
+
+    @pytest.mark.parametrize("own", [0, 1])
+    @pytest.mark.parametrize("draw", [0.0, 0.5, LAST])
+    def test_of_two_the_other_is_drawn(self, own, draw):
+        for scores in torch.tensor([[0.0, 0.0], [80.0, -80.0], [-80.0, 80.0]]):
+            found = sample_negatives(scores[None], torch.tensor([own]), torch.tensor([draw]))
+            assert_close(f"column for scores {scores}", found, [1 - own])
+
+    @pytest.mark.parametrize("draw", [0.0, LAST])
+    @pytest.mark.parametrize("columns", [3, 97, 1013])
+    def test_at_the_ends_of_the_draws_it_stays_among_the_others(self, columns, draw):
+        scores, own = 9 * torch.randn(columns, columns), torch.arange(columns)
+        found = sample_negatives(scores, own, torch.full((columns,), draw))
+        assert found.max() < columns and not (found == own).any(), f"columns {found}"
+
+    def test_of_several_processes_the_own_column_is_behind_those_of_the_others(self):
+        scores = torch.zeros(2, 6)
+        scores[0, 4] = scores[1, 5] = 50.0               # a process of rows 4 and 5
+        found = sample_negatives(scores, torch.tensor([4, 5]), torch.tensor([LAST, 0.3]))
+        assert_close("columns", found, [5, 1])
+
+
 class TestNextTokenLoss:
     def test_the_logits_at_t_predict_the_token_at_t_plus_one(self):
         labels = torch.tensor([[3, 1, 4, 1, 5]])
@@ -133,6 +185,18 @@ class TestNextTokenLoss:
         with unchanged(logits=logits, labels=labels):
             loss = next_token_loss(logits, labels, label_count, label_smoothing=smoothing)
         assert_same("loss", loss, expected, logits=logits)
+
+    @pytest.mark.parametrize("smoothing", [0.0, 0.1])
+    def test_with_weights_it_is_the_sum_of_the_rows_sums_times_their_weights(self, smoothing):
+        logits = torch.randn(2, 6, 7, dtype=torch.float64).requires_grad_()
+        labels = torch.tensor([[6, 4, -100, -100, -100, -100], [6, 1, 0, 3, 5, 2]])
+        log_p, sums = logits.log_softmax(dim=-1), []         # answers of 1 and of 5 tokens
+        for b, n in enumerate((1, 5)):
+            sums.append(sum((smoothing - 1) * log_p[b, t, labels[b, t + 1]]
+                            - smoothing * log_p[b, t].mean() for t in range(n)))
+        weights = torch.tensor([0.7, 0.3], dtype=torch.float64)
+        loss = next_token_loss(logits, labels, 3, smoothing, weights)
+        assert_same("loss", loss, (0.7 * sums[0] + 0.3 * sums[1]) / 3, logits=logits)
 
     @pytest.mark.parametrize("autocast", [True, False])
     def test_half_precision_logits_are_summed_in_float32(self, autocast):

@@ -322,6 +322,18 @@ class TestBlock:
         assert_same("block at an index (B, D)", block.forward_at(x, index, mask),
                     whole[range(3), index], block, x=x)
 
+    @pytest.mark.parametrize("with_context", [True, False])
+    def test_at_one_position_it_attends_to_a_context_too(self, norm_first, with_context):
+        block, x, index = make_block(True, norm_first), draw(3, T, WIDTH), torch.tensor([1, 4, 0])
+        mask = torch.rand(3, 1, 1, T) < 0.6                # of padding
+        context, context_mask = draw(3, S, C), torch.rand(3, 1, 1, S) < 0.6
+        context = context if with_context else None
+        whole = block_by_hand(block, x, context, norm_first=norm_first, mask=mask,
+                              context_mask=context_mask)
+        assert_same("block at an index (B, D)",
+                    block.forward_at(x, index, mask, context, context_mask),
+                    whole[range(3), index], block, x=x)
+
     @pytest.mark.parametrize("chunks", CHUNKS)
     def test_with_a_cache_every_chunking_equals_the_whole_text(self, norm_first, chunks):
         block, context = make_block(True, norm_first), draw(B, S, C)
