@@ -85,7 +85,7 @@ class BLIPConfig:
     vision_eps: float = 1e-6
     vision: CLIPConfig | None = None     # the image encoder of a CLIP run in place of these sizes
     text_width: int = 128
-    text_layers: int = 3
+    text_layers: int = 2
     text_heads: int = 4
     context_length: int = 64
     vocab_size: int = 1024
@@ -97,8 +97,8 @@ class BLIPConfig:
     embed_dim: int = 128                 # E, of the joint space
     losses: str = ALL_LOSSES             # parts that no loss needs are left out
     sharing: str = "all-but-sa"          # of SHARING
-    momentum: float = 0.995              # of the second pair of encoders; 0: there is none
-    queue_size: int = 1536               # K, momentum features that are kept
+    momentum: float = 0.98               # of the second pair of encoders; 0: there is none
+    queue_size: int = 1024               # K, momentum features that are kept
     alpha: float = 0.4                   # weight of the soft targets after their ramp
     negatives: str = "hard"              # or random
     label_smoothing: float = 0.1
@@ -595,7 +595,7 @@ TRAINS = dict.fromkeys(("blip", "blip-vqa", "blip-two-images", "blip-dialogue"),
 # The paper's: 20 epochs of 14M images (its 4.1).
 PAPER = Recipe(steps=97000, batch_size=2880, lr=3e-4, warmup=3000, weight_decay=0.05,
                betas=(0.9, 0.999), eps=1e-8, grad_clip=None)
-TINY = Recipe(steps=900, batch_size=96, lr=1e-3, weight_decay=0.05, schedule="linear",
+TINY = Recipe(steps=1250, batch_size=64, lr=1e-3, weight_decay=0.05, schedule="linear",
               optimizer="muon", muon_lr_multiplier=4.0, lr_multipliers={"temp": 0.1})
 RECIPES = {
     "tiny": TINY,

@@ -77,7 +77,7 @@ class TestShapes:
             counts.update([f"{len(texts)} texts", len(scene.items)])
         assert {1, 2, 3, "5 texts"} < set(counts) and "6 texts" not in counts
         assert sum(len(record["texts"]) for record in records) > 3.5 * 300
-        assert len({record["source"] for record in records}) == 300 and world.size("human") == 2048
+        assert len({record["source"] for record in records}) == 300 and world.size("human") == 4096
 
     @pytest.mark.parametrize("rate", [0.0, 0.25, 1.0])
     def test_a_text_of_web_is_false_at_the_rate_of_web_noise_and_says_so(self, rate):
@@ -90,7 +90,7 @@ class TestShapes:
             assert (record["hardness"] is None) == record["truth"]
         false = sum(not record["truth"] for record in records) / 400
         assert false == pytest.approx(rate, abs=0.06 if 0 < rate < 1 else 0)
-        assert Shapes().web_noise == 0.4 and Shapes().size("web") == 16384
+        assert Shapes().web_noise == 0.4 and Shapes().size("web") == 12288
 
     def test_texts_of_a_file_are_the_web_and_nothing_else_changes(self, tmp_path):
         rows = [(17, "a red circle"), (3, " a dog "), (16383, "x"), (17, "a blue star"), (3, "a")]
@@ -107,12 +107,12 @@ class TestShapes:
             for split in {*Shapes.splits} - {"web"}:
                 assert world.record(split, 7) == plain.record(split, 7)
                 assert world.size(split) == plain.size(split)
-        assert plain.size("web") == 16384
+        assert plain.size("web") == 12288
 
     @pytest.mark.parametrize("line, words", [
         ('{"scene": 1, "text": "x"', "line 2: "), ('[1, "x"]', "line 2: .*object"),
         ("", "line 2: "), *[(f'{{"scene": {scene}, "text": "x"}}', "line 2: .*0 to 16383")
-                            for scene in ("16384", "-1", "true", "1.0", '"1"', "null")],
+                            for scene in ("12288", "-1", "true", "1.0", '"1"', "null")],
         *[(f'{{"scene": 1, "text": {text}}}', "line 2: ") for text in (
             '" "', "null", "[]", r'"\ud800"', '"\udcff"')], ('{"text": "x"}', "line 2: ")])
     def test_a_line_that_is_no_scene_and_text_is_refused_by_its_number(self, tmp_path, line, words):

@@ -21,7 +21,7 @@ class Shapes:
     train: a fresh scene for each rng. test: 1,000 scenes of the same kind. single: 1,008 scenes of
     one object, each class equally often. composition: 300 scenes of one object, of colour-shape
     pairs that training never shows. shifted: the scenes of single, drawn in other styles. human:
-    2,048 fixed scenes as of train, each with up to five true texts. web: 16,384 more, each with one
+    4,096 fixed scenes as of train, each with up to five true texts. web: 12,288 more, each with one
     text from the web, which is true of another scene at the rate web_noise.
 
     objects: the most objects in a scene. noise: pixel noise, its standard deviation, where 1 is the
@@ -34,7 +34,7 @@ class Shapes:
     vocab_size = 1024                     # of the tokenizer
     zero_shot = "single"                  # the split for zero-shot classification
     splits = {"train": 65536, "test": 1000, "single": 1008, "composition": 300, "shifted": 1008,
-              "human": 2048, "web": 16384}
+              "human": 4096, "web": 12288}
     has_web = True
     templates = ("a picture of {}", "a photo of {}", "there is {}", "an image with {}", "{}")
     tasks = tuple(TASKS)
