@@ -75,7 +75,7 @@ class TestCapfiltTexts:
 
         def keep(records):
             judged.extend(text for record in records for text in record["texts"])
-            return torch.tensor([record["texts"][0][-1] in "a1" for record in records])
+            return torch.tensor([record["texts"][0][-1:] in ("a", "1") for record in records])
         rows = list(capfilt_texts(captioner, keep, Web(), chunk))
         assert judged == [record["texts"][0] for _, record, *_ in rows], "each text is judged once"
         return rows, captioner
