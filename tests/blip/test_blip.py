@@ -167,7 +167,8 @@ class TestBLIP:
         {"label_smoothing": 0.0}, *({"losses": names} for names in (
             "itc,itm", "itc,lm", "itc", "lm"))], ids=str)
     def test_the_losses_and_their_gradients_are_those_of_the_papers(self, changes):
-        model, batch = toy_blip(**changes), blip_batch(6, 3, 9, 5) | {"label_count": torch.tensor(17.0)}
+        model, batch = toy_blip(**changes), blip_batch(6, 3, 9, 5)
+        batch["label_count"] = torch.tensor(17.0)
         expected = losses_by_hand(model, batch)
         with unchanged(**batch | momentum(model)):
             found = model(batch)

@@ -28,6 +28,12 @@ class TestBLIPConfig:
         assert BLIPConfig(**json.loads(json.dumps(asdict(config)))) == config
         assert (config.image_size, config.patch_size, config.vision_width) == (15, 5, 12), "CLIP's"
 
+    def test_the_papers_sizes(self):
+        base, large = PRESETS["base"], PRESETS["large"]
+        assert (base.vision_heads, base.text_heads, base.vision_eps) == (12, 12, 1e-6), f"{base}"
+        assert (base.dec_id, base.enc_id, base.queue_size) == (30522, 30523, 57600), f"{base}"
+        assert large == replace(base, vision_width=1024, vision_layers=24, vision_heads=16)
+
     def test_a_part_of_another_version_or_a_resnet_is_refused(self):
         clip = asdict(toy_clip().config)
         with refused("vision.*unheard"):
