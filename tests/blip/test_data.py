@@ -24,6 +24,10 @@ class TestDataSources:
         source, = data_sources(given, Words(), BLIPConfig(losses=losses))
         assert (source.world, source.split, source.kinds) == (given, split, None), f"{source}"
 
+    def test_human_pairs_alone_can_be_asked_for(self):
+        source, = data_sources(world(), Words(), BLIPConfig(human_only=True))
+        assert source.split == "human", f"{source}"
+
     @pytest.mark.parametrize("losses, prompt", [("itc,itm,lm", ""), ("itc,itm", ""), ("lm", "a ")])
     def test_only_a_captioners_texts_have_a_prompt(self, losses, prompt):
         source, = data_sources(world(), Words(), BLIPConfig(losses=losses, prompt="a "))
@@ -70,13 +74,13 @@ class Web:
 
 
 class TestCapfiltTexts:
-    def rows(self, chunk):
+    def rows(self, chunk, **how):
         captioner, judged = Captioner(), []
 
         def keep(records):
             judged.extend(text for record in records for text in record["texts"])
-            return torch.tensor([record["texts"][0][-1] in "a1" for record in records])
-        rows = list(capfilt_texts(captioner, keep, Web(), chunk))
+            return torch.tensor([record["texts"][0][-1:] in ("a", "1") for record in records])
+        rows = list(capfilt_texts(captioner, keep, Web(), chunk, **how))
         assert judged == [record["texts"][0] for _, record, *_ in rows], "each text is judged once"
         return rows, captioner
 
@@ -95,9 +99,9 @@ class TestCapfiltTexts:
             (0, False), (0, False), (1, False), (1, False), (2, False), (2, False),
             (0, True), (1, True), (2, True)]
 
-    def test_it_writes_by_nucleus_sampling(self):
-        _, captioner = self.rows(512)
-        assert captioner.given == [{"temperature": 1.0, "top_p": 0.9}], f"{captioner.given}"
+    def test_it_writes_by_nucleus_sampling_unless_told_how(self):
+        assert self.rows(512)[1].given == [{"temperature": 1.0, "top_p": 0.9}], "by default"
+        assert self.rows(512, top_p=0.5)[1].given == [{"temperature": 1.0, "top_p": 0.5}], "told"
 
 
 class TestOpenTrained:

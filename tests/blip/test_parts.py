@@ -28,6 +28,12 @@ class TestBLIPConfig:
         assert BLIPConfig(**json.loads(json.dumps(asdict(config)))) == config
         assert (config.image_size, config.patch_size, config.vision_width) == (15, 5, 12), "CLIP's"
 
+    def test_the_papers_sizes(self):
+        base, large = PRESETS["base"], PRESETS["large"]
+        assert (base.vision_heads, base.text_heads, base.vision_eps) == (12, 12, 1e-6), f"{base}"
+        assert (base.dec_id, base.enc_id, base.queue_size) == (30522, 30523, 57600), f"{base}"
+        assert large == replace(base, vision_width=1024, vision_layers=24, vision_heads=16)
+
     def test_a_part_of_another_version_or_a_resnet_is_refused(self):
         clip = asdict(toy_clip().config)
         with refused("vision.*unheard"):
@@ -40,6 +46,7 @@ class TestMakeVision:
     def test_it_is_a_vit_with_a_patch_bias_and_a_last_norm(self):
         config = BLIPConfig(**TOY, image_size=15, patch_size=5, vision_layers=3)
         tower, images = randomize(make_vision(config).double()), torch.randn(2, 3, 15, 15).double()
+        assert tower.patch_embed.bias is not None, "patches have no bias"
         assert_same("tokens (B, S, D)", tower(images), loop_vit(tower, images), tower)
         tower = randomize(make_vision(replace(config, vision_eps=0.3)).double())
         assert_close("tokens (B, S, D)", tower(images), loop_vit(tower, images, eps=0.3))
@@ -47,6 +54,8 @@ class TestMakeVision:
     def test_it_may_be_that_of_a_clip(self):
         clip = toy_clip()
         tower = make_vision(BLIPConfig(vision=clip.config)).double()
+        names = tower.state_dict().keys() ^ clip.vision.state_dict().keys()
+        assert not names, f"other weights: {names}"
         tower.load_state_dict(clip.vision.state_dict())
         images = torch.randn(2, 3, 15, 15).double()
         assert_close("class token (B, D)", tower.pooled(images), clip.vision.pooled(images))
@@ -56,6 +65,7 @@ class TestMakeText:
     def test_it_has_the_configs_sizes_and_attends_to_a_context_of_any_width(self):
         config = BLIPConfig(**TOY, text_layers=2, context_length=11)
         model = randomize(make_text(config, 17, has_head=True).double())
+        assert model.head and model.blocks[1].cross.k_proj.in_features == 17, "head or context"
         ids, context = torch.randint(29, (2, 11)), torch.randn(2, 5, 17).double()
         x = loop_bert(model, ids, context, is_causal=True)
         assert_close("logits (B, T, V)", model.logits(ids, context),

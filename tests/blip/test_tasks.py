@@ -1,5 +1,4 @@
 """BLIP fine-tuned: questions, statements about two images, dialogues."""
-import math
 from functools import partial
 from types import SimpleNamespace
 
@@ -9,9 +8,9 @@ import torch
 import blip
 from blip import PairAttention
 from tests.helpers import (BLIP_CLS, BLIP_DEC, BLIP_ENC, BLIP_PAD, assert_close, assert_same,
-                           attend_by_hand, blip_ids, drawing, layer_norm, linear, loop_bert,
+                           attend_by_hand, blip_ids, layer_norm, linear, loop_bert,
                            loop_head, loop_pixels, loop_vit, mlp_by_hand, page, randomize, refused,
-                           toy_blip, toy_clip)
+                           toy_blip)
 
 
 def starting(ids, first):
@@ -40,7 +39,8 @@ class TestVQA:
         both = {id(p) for p in model.encoder.parameters()} & {
             id(p) for p in model.decoder.parameters()}
         assert not both, "shared"
-        widths = [part.blocks[1].cross.k_proj.in_features for part in (model.encoder, model.decoder)]
+        widths = [part.blocks[1].cross.k_proj.in_features
+                  for part in (model.encoder, model.decoder)]
         assert widths == [12, 10], f"contexts are {widths} wide"
 
     @pytest.mark.parametrize("smoothing", [0.0, 0.1])
@@ -132,7 +132,8 @@ class TestJudge:
         with torch.autocast("cpu", torch.bfloat16):
             assert model({"truth": torch.tensor(truth)})["judge"].dtype == torch.float32, "dtype"
 
-    @pytest.mark.parametrize("losses, name", [("two-images", "two_images"), ("dialogue", "dialogue")])
+    @pytest.mark.parametrize("losses, name", [
+        ("two-images", "two_images"), ("dialogue", "dialogue")])
     def test_it_is_measured_on_its_task(self, losses, name, monkeypatch):
         model = toy_blip(losses=losses, text_width=12)
         monkeypatch.setattr(blip.judging, name, lambda *given: given)
@@ -155,8 +156,8 @@ class TestTwoImages:
         for images, ids in zip(batch["images"], batch["ids"]):
             one, other = loop_vit(model.vision, loop_pixels(images))[:, None]
             ids = starting(ids[None, ids != BLIP_PAD], BLIP_ENC)
-            x = model.encoder.token_embed.weight[ids] + model.encoder.pos_embed.weight[:ids.shape[1]]
-            x = norm(model.encoder.norm, x)
+            x = model.encoder.token_embed.weight[ids]
+            x = norm(model.encoder.norm, x + model.encoder.pos_embed.weight[:x.shape[1]])
             for block in model.encoder.blocks:
                 x = norm(block.attn_norm, x + attend_by_hand(block.attn, x, heads=2))
                 x = norm(block.cross_norm, x + pair_by_hand(block.cross, x, one, other))
