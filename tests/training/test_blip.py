@@ -5,7 +5,6 @@ import random
 import re
 import shutil
 import signal
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -54,7 +53,7 @@ def runs(tmp_path_factory):
         settings = [] if name != "blip-toy" else SIZES
         assert start(stage, settings, runs=str(folder), **init, **flags) == 0
         assert (folder / name / "result.json").exists()
-    train.save(train.build("clip", toy_options(out=str(folder / "clip-toy")), SETTINGS["clip"], 0.0))
+    train.save(built("clip", SETTINGS["clip"], out=str(folder / "clip-toy")))
     return folder
 
 
@@ -169,7 +168,8 @@ class TestRuns:
         assert start(stage, init=str(runs / "blip-toy"), out=str(tmp_path / "new")) == 0
         assert figures <= {*result(tmp_path / "new")} and (tmp_path / "new/samples.png").exists()
         old = weights(runs / "blip-toy")
-        own = built(stage, init=str(runs / "blip-toy"), out=str(tmp_path / "at 0")).model.state_dict()
+        run = built(stage, init=str(runs / "blip-toy"), out=str(tmp_path / "at 0"))
+        own = run.model.state_dict()
         names = {name: re.sub(r"\.(first|second)\.", ".", name) for name in own}
         assert {name for name, of in names.items() if of not in old} == {
             name for name in own if name.startswith("head.") or ".merge." in name}
