@@ -352,12 +352,17 @@ class BLIP(nn.Module):
 
     @torch.no_grad()
     def after_step(self, step):
-        """Move the momentum encoders towards the trained ones; keep the temperature in bounds."""
+        """Move the momentum encoders a little; keep the temperature in bounds."""
         if "itc" in self.losses:
             self.temp.clamp_(0.001, 0.5)
-            for name, part in self.momentum.named_children():
-                for old, new in zip(part.parameters(), getattr(self, name).parameters()):
-                    old.lerp_(new, 1 - self.config.momentum)
+            self.move_momentum(1 - self.config.momentum)
+
+    @torch.no_grad()
+    def move_momentum(self, share=1.0):
+        """Move the momentum encoders towards the trained ones; 1: they are equal to them."""
+        for name, part in self.momentum.named_children():
+            for old, new in zip(part.parameters(), getattr(self, name).parameters()):
+                old.lerp_(new, share)
 
     # -------------------------------------------------------------- use and figures
 

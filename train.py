@@ -139,6 +139,8 @@ def build(name, options, settings, began):
         model.check_batch(recipe.batch_size, options.accumulate)
     for module, (weights, where) in frozen.items():
         checkpoint.load_part(model, module, weights, where)
+    if frozen and hasattr(model, "momentum"):
+        model.move_momentum()
     unfrozen = tuple(filter(None, options.unfreeze.split(",")))
     table = freeze(model, stage.file.TRAINS[name] + unfrozen)
     run = Run(name, stage, options, folder, device, half, world, tokenizer, config, recipe, batches,

@@ -22,8 +22,8 @@ def write(rows, world, out):
     """Write the kept texts to `out`, JSON lines, with the human pairs of a user's file; print what
     was kept, and draw examples beside it.
 
-    rows: (index, record with one text, is synthetic, is kept), see blip.bootstrap. In a world that
-    can tell, is_true judges how many texts are true before and after.
+    rows: (index, record with one text, is synthetic, is kept), see blip.capfilt_texts. In a world
+    that can tell, is_true judges how many texts are true before and after.
     """
     lines, examples, found = [], {}, {False: [], True: []}
     for index, record, synthetic, kept in tqdm(rows, "filtering", unit="text", disable=None):
@@ -35,7 +35,8 @@ def write(rows, world, out):
             examples.setdefault(index, (record["images"][0], []))[1].append(
                 (None, f"{'written' if synthetic else 'web'}: {record['texts'][0]}", kept))
     if isinstance(world, Files):
-        humans = (world.entry("human", i) for i in range(world.size("human")))
+        humans = [world.blank(split, i)["source"] for split in ("test", "human")
+                  for i in range(world.size(split))]     # the next run's test split is the same
         lines += [{"image": entry["images"][0], "texts": entry["texts"]} for entry in humans]
     text = "".join(json.dumps(item) + "\n" for item in lines)
     checkpoint.write(out, lambda part: part.write_text(text, encoding="utf-8"))
@@ -48,7 +49,7 @@ def write(rows, world, out):
             summary += f", true {truth[0]:.1%} before and {truth[1]:.1%} after"
         print(summary)
     drawn = Path(out).with_suffix(".png")
-    sheet("Pictures, their texts from the web and the written ones: kept with a check mark, dropped "
-          "with a cross.", [("", picture, cells) for picture, cells in examples.values()]
+    sheet("Pictures, their texts from the web and the written ones: kept with a check mark, "
+          "dropped with a cross.", [("", picture, cells) for picture, cells in examples.values()]
           ).save(drawn)
     print(f"{len(lines):,d} lines in {out}, examples in {drawn}")

@@ -93,7 +93,7 @@ def answers(writer, data, count=8):
     rows = [("", turn["images"][0][0], [(None, f"{turn['prompt']} {text}", text == turn["answer"])])
             for turn, text in zip((record["turns"][0] for record in records),
                                   writer.generate(records, max_new_tokens=6))]
-    return sheet(f"Unseen {data.world.name}: questions in new wordings, and what the model answers.",
+    return sheet(f"Unseen {data.world.name}: questions in new wordings, and the model's answers.",
                  rows)
 
 

@@ -28,8 +28,9 @@ class Recipe:
 def find_recipe(recipes, preset, kinds, changes):
     """The recipe of "PRESET KIND", else of PRESET, else of "", with the user's changes.
 
-    kinds: the name of the data and the losses; changes: {"steps", "batch_size", "lr": number or None, "optimizer": name or None}. Raises
-    ValueError for numbers that no run can have. The warm-up is at most a fifth of the steps.
+    kinds: the name of the data and the losses; changes: {"steps", "batch_size", "lr": number or
+    None, "optimizer": name or None}. Raises ValueError for numbers that no run can have. The
+    warm-up is at most a fifth of the steps.
     """
     keys = [*(f"{preset} {kind}" for kind in kinds), preset, ""]
     recipe = next(recipes[key] for key in keys if key in recipes)

@@ -7,8 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from common.data.collators import ImageTextBatch, InterleavedCollator, PackedTexts, as_text
+from common.data.collators import (CaptionBatch, DialogueBatch, ImageTextBatch, InterleavedCollator,
+                                    PackedTexts, PairBatch, QuestionBatch, as_text)
 from common.data.tokenizer import BOS, EOS, IMAGE, PAD
+from common.prompts import collate
 from flamingo import render_page
 from tests.fuzz import one_line
 from tests.helpers import Words, assert_close, drawing, page
@@ -51,6 +53,107 @@ class TestImageTextBatch:
         assert_close("images (B, 3, H, W)", batch["images"], pixels([[250, 9, 7]] * 30))
         assert_close("ids (B, T)", batch["ids"], Letters().batch(drawn(record["texts"]), 11))
         assert record == before, "the caller's record is changed"
+
+
+class Texts(Words):
+    """Words, each text as <bos> words <eos>."""
+
+    def batch(self, texts, context_length):
+        rows = [[BOS, *self.encode(text)[:context_length - 2], EOS] for text in texts]
+        return collate([(row, row) for row in rows])["ids"]
+
+
+class TestCaptionBatch:
+    def batch(self, prompt, records, context_length=11):
+        config = SimpleNamespace(context_length=context_length, image_size=15, pad_id=PAD,
+                                 eos_id=EOS)
+        return CaptionBatch(Texts(), config, prompt)(records, rngs(len(records)))
+
+    @pytest.mark.parametrize("prompt, labels", [
+        ("", ["- a cat <eos> - -", "- a red blue dog <eos>"]),
+        ("what is ", ["- - - a cat <eos> - -", "- - - a red blue dog <eos>"])])
+    def test_neither_prompt_nor_padding_is_counted(self, prompt, labels):
+        batch = self.batch(prompt, [caption("a cat"), caption("a red blue dog")])
+        assert spelled(batch["ids"]) == [f"<bos> {prompt}a cat <eos> <pad> <pad>",
+                                         f"<bos> {prompt}a red blue dog <eos>"]
+        assert spelled(batch["labels"]) == labels
+        assert_close("images (B, 3, H, W)", batch["images"], pixels([[255, 0, 0]] * 2))
+
+    def test_a_long_text_ends_with_its_end_token_which_is_a_label(self):
+        batch = self.batch("a ", [caption("red cat blue dog")], 5)
+        assert spelled(batch["ids"]) == ["<bos> a red cat <eos>"]
+        assert spelled(batch["labels"]) == ["- - red cat <eos>"]
+
+    def test_captions_and_draws_from_0_to_1_are_functions_of_the_rngs(self):
+        texts = ["a cat", "a dog", "a red"]
+        batch = self.batch("", [caption(*texts)] * 30)
+        assert spelled(batch["ids"]) == [f"<bos> {text} <eos>" for text in drawn(texts)]
+        draws = batch["draws"]
+        assert draws.shape == (30, 2) and draws.min() >= 0 and draws.max() < 1
+        assert len(draws.flatten().unique()) == 60 and draws.std() > 0.2
+        assert_close("draws (B, 2)", self.batch("", [caption(*texts)] * 30)["draws"], draws)
+
+
+class TestQuestionBatch:
+    def test_each_answer_has_its_question_and_its_weight(self):
+        one, many = page(("red", "what is this ?", "dog")), page(("blue", "what ?", "cat"))
+        many["turns"][0]["answers"] = {"cat": 0.7, "blue dog": 0.3}
+        batch = QuestionBatch(Texts(), 11, 15)([many, one], rngs(2))
+        assert spelled(batch["ids"]) == ["<bos> what ? <eos> <pad> <pad>",
+                                         "<bos> what is this ? <eos>"]
+        assert spelled(batch["answer_ids"]) == ["<bos> cat <eos> <pad>", "<bos> blue dog <eos>",
+                                                "<bos> dog <eos> <pad>"]
+        assert_close("questions (A,)", batch["question_index"], [0, 0, 1])
+        assert_close("weights (A,)", batch["weights"], [0.7, 0.3, 1.0])
+        assert_close("images (B, 3, H, W)", batch["images"], pixels([[0, 0, 255], [255, 0, 0]]))
+
+    def test_the_rng_draws_one_of_a_pictures_questions(self):
+        record = page(("red", "a ?", "dog"), ("red", "what ?", "cat"), ("red", "red ?", "blue"))
+        batch = QuestionBatch(Texts(), 11, 15)([record] * 30, rngs(30))
+        turns = drawn(record["turns"])
+        for name, key in (("ids", "prompt"), ("answer_ids", "answer")):
+            assert spelled(batch[name]) == [f"<bos> {turn[key]} <eos>" for turn in turns]
+
+
+class TestPairBatch:
+    def test_a_statement_has_both_its_images_in_order_and_its_truth(self):
+        records = [page(("red blue", "this is a cat", "true")), page(("blue red", "a", "false"))]
+        batch = PairBatch(Texts(), 11, 15)(records)
+        red, blue = [255, 0, 0], [0, 0, 255]
+        assert_close("images (B, 2, 3, H, W)", batch["images"], pixels([[red, blue], [blue, red]]))
+        assert spelled(batch["ids"]) == ["<bos> this is a cat <eos>",
+                                         "<bos> a <eos> <pad> <pad> <pad>"]
+        assert_close("truth (B,)", batch["truth"], [1, 0])
+
+
+class TestDialogueBatch:
+    def record(self):
+        turns = ("red", "what ?", "dog"), ("", "red ?", "is this"), ("", "what is this ?", "cat")
+        return page(*turns) | {"caption": "a red cat", "candidates": ["blue", "cat", "dog"]}
+
+    @pytest.mark.parametrize("context_length, text", [
+        (14, "what ? dog red ? is this what is this ? cat"),
+        (13, "red ? is this what is this ? cat"), (11, "red ? is this what is this ? cat"),
+        (10, "what is this ? cat"), (7, "what is this ? cat")])
+    def test_a_short_context_loses_the_first_turns_and_keeps_the_candidate(
+            self, context_length, text):
+        batch = DialogueBatch(Texts(), context_length, 15).rows([(self.record(), "cat")])
+        assert spelled(batch["ids"]) == [f"<bos> {text} <eos>"]
+
+    def test_candidates_have_their_picture_its_caption_and_their_truth(self):
+        pairs = [(self.record(), "cat"), (self.record(), "blue")]
+        batch = DialogueBatch(Texts(), 37, 15).rows(pairs)
+        assert [row.split()[-2] for row in spelled(batch["ids"])] == ["cat", "blue"]
+        assert spelled(batch["caption_ids"]) == ["<bos> a red cat <eos>"] * 2
+        assert_close("images (B, 3, H, W)", batch["images"], pixels([[255, 0, 0]] * 2))
+        assert_close("truth (B,)", batch["truth"], [1, 0])
+
+    def test_half_of_the_candidates_are_right_and_every_wrong_one_occurs(self):
+        batch = DialogueBatch(Texts(), 37, 15)([self.record()] * 400, rngs(400))
+        said = [row.split()[-2] for row in spelled(batch["ids"])]
+        assert_close("truth (B,)", batch["truth"], [int(text == "cat") for text in said])
+        shares = {text: said.count(text) / 400 for text in ("cat", "dog", "blue")}
+        assert shares == pytest.approx({"cat": 0.5, "dog": 0.25, "blue": 0.25}, abs=0.07)
 
 
 def packed(texts, context_length=37, length=11):

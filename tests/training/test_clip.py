@@ -23,7 +23,7 @@ class TestRecipes:
         ("ViT-B/32", 5e-4), ("ViT-B/16", 5e-4), ("ViT-L/14", 4e-4), ("ViT-L/14@336", 2e-5),
         ("RN50", 5e-4), ("RN101", 5e-4), ("RN50x4", 5e-4), ("RN50x16", 4e-4), ("RN50x64", 3.6e-4)])
     def test_the_papers_numbers(self, name, lr):
-        recipe = find_recipe(RECIPES, name, "shapes", {})
+        recipe = find_recipe(RECIPES, name, ("shapes", ""), {})
         assert (recipe.lr, recipe.batch_size, recipe.weight_decay) == (lr, 32768, 0.2)
         assert (recipe.warmup, recipe.grad_clip, recipe.optimizer) == (2000, None, "adamw")
         assert (recipe.betas, recipe.eps) == (((0.9, 0.999), 1e-8) if name.startswith("RN")
@@ -33,8 +33,8 @@ class TestRecipes:
 
     def test_our_own_presets_clip_the_gradient(self):
         for name in ("tiny", "small", "RN-tiny"):
-            assert find_recipe(RECIPES, name, "shapes", {}).grad_clip == 1.0
-        assert find_recipe(RECIPES, "tiny", "emoji", {}).weight_decay == 2.0
+            assert find_recipe(RECIPES, name, ("shapes", ""), {}).grad_clip == 1.0
+        assert find_recipe(RECIPES, "tiny", ("emoji", ""), {}).weight_decay == 2.0
 
 
 class TestDataSources:

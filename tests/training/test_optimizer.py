@@ -52,17 +52,20 @@ def toy():
 
 
 class TestFindRecipe:
-    def find(self, preset, data="shapes", **changes):
-        table = {"tiny": (7, 2, 0.1), "tiny emoji": (8, 2, 0.2), "": (900, 2, 0.3)}
+    def find(self, preset, *kinds, **changes):
+        table = {"tiny": (7, 2, 0.1), "tiny emoji": (8, 2, 0.2), "tiny lm": (9, 2, 0.4),
+                 "": (900, 2, 0.3)}
         unchanged = dict.fromkeys(("steps", "batch_size", "lr", "optimizer"))
-        return find_recipe({key: Recipe(*numbers) for key, numbers in table.items()}, preset, data,
+        return find_recipe({key: Recipe(*numbers) for key, numbers in table.items()}, preset, kinds,
                            unchanged | changes)
 
-    @pytest.mark.parametrize("preset, data, want", [
-        ("tiny", "emoji", (8, 2, 0.2, 1)), ("tiny", "shapes", (7, 2, 0.1, 1)),
-        ("tiny", "coco", (7, 2, 0.1, 1)), ("huge", "emoji", (900, 2, 0.3, 100))])
-    def test_it_is_of_preset_and_data_else_of_the_preset_else_the_papers(self, preset, data, want):
-        assert self.find(preset, data) == Recipe(*want)
+    @pytest.mark.parametrize("preset, kinds, want", [
+        ("tiny", "emoji,", (8, 2, 0.2, 1)), ("tiny", "shapes,", (7, 2, 0.1, 1)),
+        ("tiny", "coco,lm", (9, 2, 0.4, 1)), ("tiny", "emoji,lm", (8, 2, 0.2, 1)),
+        ("huge", "emoji,lm", (900, 2, 0.3, 100))])
+    def test_it_is_of_preset_and_data_or_losses_else_of_the_preset_else_the_papers(
+            self, preset, kinds, want):
+        assert self.find(preset, *kinds.split(",")) == Recipe(*want)
 
     def test_flags_change_it_and_the_warm_up_is_at_most_a_fifth_of_the_steps(self):
         assert self.find("huge", steps=50, batch_size=8, lr=0.5, optimizer="muon") \

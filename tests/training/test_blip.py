@@ -1,0 +1,355 @@
+"""BLIP in train.py: recipes, data, captioner and filter, new texts; and the commands of blip.py."""
+import functools
+import json
+import random
+import re
+import shutil
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import blip
+import train
+from blip import BLIPConfig, Judge
+from common.data.batches import world_tokenizer
+from common.evaluation import retrieval
+from common.training import checkpoint
+from common.training.optimizer import find_recipe, freeze
+from tests.fuzz import one_line
+from tests.helpers import command, drawing, listed, mistake, picture, toy_blip
+from tests.training.runs import SETTINGS, Toy, assert_same, pair, toy_options, weights
+
+SIZES = ["vision_width=12", "vision_layers=1", "vision_heads=3", "text_width=12", "text_layers=2",
+         "text_heads=2", "embed_dim=7", "queue_size=12"]
+# Run of a stage: its flags; each starts from the first.
+RUNS = {"blip-toy": ("blip", {}), "blip-captioner-toy": ("blip", {"losses": "lm"}),
+        "blip-filter-toy": ("blip", {"losses": "itc,itm"}), "blip-vqa-toy": ("blip-vqa", {})}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_evaluation():
+    """Evaluate on 3 records instead of 400, and retrieval on few classes."""
+    with pytest.MonkeyPatch.context() as patch:
+        for model in (blip.BLIP, blip.VQA, Judge):
+            patch.setattr(model, "evaluate", functools.partialmethod(model.evaluate, count=3))
+        patch.setattr(retrieval, "zero_shot", lambda model, data: {})
+        yield
+
+
+def start(stage="blip", settings=(), **options):
+    """A two-step run -> its exit status."""
+    return train.train(stage, toy_options(**{"batch_size": 6} | options), settings)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A folder with RUNS and clip-toy; a captioner and a filter start from blip-toy."""
+    folder = tmp_path_factory.mktemp("blip")
+    for name, (stage, flags) in RUNS.items():
+        init = {"init": str(folder / "blip-toy")} if flags else {}
+        settings = [] if name != "blip-toy" else SIZES
+        assert start(stage, settings, runs=str(folder), **init, **flags) == 0
+        assert (folder / name / "result.json").exists()
+    train.save(built("clip", SETTINGS["clip"], out=str(folder / "clip-toy")))
+    return folder
+
+
+def result(folder):
+    return json.loads((folder / "result.json").read_text())
+
+
+def built(stage="blip", settings=(), **options):
+    return train.build(stage, toy_options(**{"batch_size": 6} | options), list(settings), 0.0)
+
+
+def quick_end():
+    """A trap: the run ends without figures."""
+    train.measure = lambda run: None
+
+
+class TestRecipes:
+    @pytest.mark.parametrize("preset, lr, batch", [("base", 3e-4, 2880), ("large", 2e-4, 2400)])
+    def test_the_papers_numbers(self, preset, lr, batch):
+        recipe = find_recipe(blip.RECIPES, preset, ("shapes", ""), {})
+        assert (recipe.lr, recipe.batch_size, recipe.weight_decay) == (lr, batch, 0.05)
+        assert (recipe.warmup, recipe.optimizer, recipe.grad_clip) == (3000, "adamw", None)
+        if preset == "base":
+            assert recipe.steps * batch / 14e6 == pytest.approx(20, rel=0.01), "epochs"
+        assert not blip.PRESETS[preset].queue_size % batch
+        assert (blip.PRESETS[preset].momentum, blip.PRESETS[preset].alpha) == (0.995, 0.4)
+
+    @pytest.mark.parametrize("stage", ["blip", "blip-vqa", "blip-two-images", "blip-dialogue"])
+    def test_all_but_the_momentum_encoders_are_trained(self, stage):
+        model = toy_blip(losses={"blip": blip.ALL_LOSSES}.get(stage, stage.removeprefix("blip-")),
+                         text_width=12)
+        freeze(model, blip.TRAINS[stage])
+        assert {name for name, p in model.named_parameters() if not p.requires_grad} == {
+            name for name, _ in model.named_parameters() if name.startswith("momentum.")}
+
+
+class TestDataSources:
+    @pytest.mark.parametrize("losses, keys", [
+        ("itc,itm,lm", "images ids labels draws"), ("lm", "images ids labels draws"),
+        ("vqa", "images ids answer_ids question_index weights"),
+        ("two-images", "images ids truth"), ("dialogue", "images ids caption_ids truth")])
+    def test_batches_are_of_the_configs_sizes_and_go_to_workers(self, losses, keys):
+        world = Toy(image_size=32)
+        config = BLIPConfig(losses=losses, image_size=15, context_length=11)
+        source, = blip.data_sources(world, world_tokenizer(world), config)
+        batch = source.collate([source.record(i, random.Random(i)) for i in range(3)],
+                               [random.Random(i) for i in range(3)])
+        assert [*batch] == keys.split() and batch["images"].shape[-3:] == (3, 15, 15)
+        assert batch["ids"].shape == (3, 11) or losses in ("vqa", "two-images"), batch["ids"].shape
+
+    def test_web_and_human_pairs_are_both_drawn_and_human_only_draws_human_ones(self):
+        world = Toy(image_size=15)
+        for config, size in ((BLIPConfig(), 90), (BLIPConfig(human_only=True), 31),
+                             (BLIPConfig(losses="lm"), 31)):
+            assert blip.data_sources(world, None, config)[0].size() == size
+
+
+class TestRuns:
+    def test_every_figure_has_a_name(self, runs):
+        whole, captioner, judge, vqa = (result(runs / name) for name in RUNS)
+        for found, others, figures in (
+                (whole, {}, "image_to_text_recall@1 text_to_image_recall@10_reranked itm_accuracy "
+                 "filter_precision/shares caption_accuracy caption_accuracy_single"),
+                (captioner, judge, "caption_accuracy caption_accuracy_single"),
+                (judge, captioner, "itm_accuracy filter_precision filter_recall "
+                 "image_to_text_recall@1_reranked"),
+                (vqa, whole, "vqa_accuracy vqa_accuracy_blind vqa_accuracy_ranked")):
+            for name in figures.split():
+                assert 0 <= found[name] <= 1 and name not in others, name
+            assert found["parameters"] >= found["trainable_parameters"] > 0
+
+    def test_captioner_and_filter_start_from_the_run_and_share_nothing_after_it(
+            self, runs, tmp_path):
+        before = weights(runs / "blip-toy")
+        for losses in ("lm", "itc,itm"):
+            own = built(init=str(runs / "blip-toy"), losses=losses,
+                        out=str(tmp_path / losses)).model.state_dict()
+            assert_same(losses, own, {name: before[name] for name in own})
+        captioner, judge = (weights(runs / f"blip-{name}-toy") for name in ("captioner", "filter"))
+        shared = {*captioner} & {*judge}
+        assert {name.split(".")[0] for name in shared} == {"vision"}
+        assert not any(torch.equal(captioner[name], judge[name]) for name in shared
+                       if "k_proj.bias" not in name), "a tensor of both"
+
+    def test_a_start_has_the_sizes_and_words_of_its_run_whatever_the_preset(self, runs, tmp_path):
+        run = built(init=str(runs / "blip-toy"), preset="small", out=str(tmp_path / "new"),
+                    data="shapes")
+        first = built(settings=SIZES, out=str(tmp_path / "first"))
+        assert run.config == first.config
+        assert run.tokenizer.model == (runs / "blip-toy" / "tokenizer.model").read_bytes()
+
+    def test_a_start_is_resumed_without_its_run_and_ends_with_the_same_bits(
+            self, runs, tmp_path, monkeypatch, capsys):
+        shutil.copytree(runs / "blip-toy", tmp_path / "blip-toy")
+        begin = functools.partial(start, "blip-vqa", runs=str(tmp_path), save_every=1)
+        update = train.update
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "update", lambda run, *given: setattr(
+                run, "stopped", signal.SIGTERM) or update(run, *given))
+            assert begin() == 143
+        shutil.rmtree(tmp_path / "blip-toy")
+        for flag, step in (("resume", 1), ("eval_only", 2)):
+            assert begin(**{flag: True}) == 0
+            assert f"resumed from step {step}" in capsys.readouterr().out
+        assert_same("weights", weights(tmp_path / "blip-vqa-toy"), weights(runs / "blip-vqa-toy"))
+
+    @pytest.mark.parametrize("stage, figures", [
+        ("blip-two-images", {"two_images_accuracy"}),
+        ("blip-dialogue", {"dialogue_accuracy", "dialogue_mrr"})])
+    def test_a_judge_has_figures_and_all_that_the_run_can_give_it(
+            self, runs, tmp_path, stage, figures):
+        assert start(stage, init=str(runs / "blip-toy"), out=str(tmp_path / "new")) == 0
+        assert figures <= {*result(tmp_path / "new")} and (tmp_path / "new/samples.png").exists()
+        old = weights(runs / "blip-toy")
+        run = built(stage, init=str(runs / "blip-toy"), out=str(tmp_path / "at 0"))
+        own = run.model.state_dict()
+        names = {name: re.sub(r"\.(first|second)\.", ".", name) for name in own}
+        assert {name for name, of in names.items() if of not in old} == {
+            name for name in own if name.startswith("head.") or ".merge." in name}
+        assert_same(stage, {name: own[name] for name in own if names[name] in old},
+                    {name: old[names[name]] for name in own if names[name] in old})
+
+    def test_the_image_encoder_of_a_clip_run(self, runs, tmp_path):
+        clip, flags = weights(runs / "clip-toy"), {"out": str(tmp_path / "new")}
+        part = {"parts": [f"vision={runs / 'clip-toy'}"]}
+        text = SIZES[3:]
+        assert start(settings=text, **flags, **part) == 0
+        again = built(settings=text, resume=True, parts=["vision=nowhere"], **flags)
+        assert (again.step, again.config.vision_width) == (2, 22)
+        fresh = built(settings=text, out=str(tmp_path / "fresh"), **part).model.state_dict()
+        for name in (own for own in clip if own.startswith("vision.")):
+            assert_same(name, fresh[name], clip[name])
+            assert_same(name, fresh[f"momentum.{name}"], clip[name])
+        assert not torch.equal(weights(tmp_path / "new")["vision.cls_token"],
+                               clip["vision.cls_token"]), "it is trained"
+
+    def test_two_processes_end_with_the_weights_and_queues_of_one(self, tmp_path, monkeypatch):
+        argv = ["blip", "--data", "toy", "--steps", "2", "--precision", "fp32", "--batch_size",
+                "6", "--out", str(tmp_path / "two"), *(f"--set={size}" for size in SIZES)]
+        for process in pair(argv, tmp_path / "two", (quick_end, quick_end)):
+            process.end()
+        monkeypatch.setattr(train, "measure", lambda run: None)
+        assert start(settings=SIZES, out=str(tmp_path / "one")) == 0
+        one = weights(tmp_path / "one")
+        assert {"image_queue", "text_queue", "queue_next"} < {*one}
+        assert_same("weights", weights(tmp_path / "two"), one, 2e-5)
+
+
+class TestMistakes:
+    @pytest.mark.parametrize("stage, flags, settings, words", [
+        ("blip", {}, ["queue_size=13"], "queue_size=13 .* batch of 6 .*--set queue_size=0"),
+        ("blip", {"batch_size": 1}, [], "queue_size=12 .* batch of 1 .*at least 2"),
+        ("blip", {"accumulate": 2}, [], "--accumulate 2.*only --losses lm"),
+        ("blip", {"losses": "itm"}, [], "losses=itm is not one of itc,itm,lm"),
+        ("blip", {"init": "{runs}/clip-toy"}, [], "a run of 'clip', not of 'blip'"),
+        ("blip", {"init": "{runs}/none"}, [], "train.py blip --data toy --out .*/none"),
+        ("blip", {"init": "{runs}/blip-captioner-toy", "losses": "itc,itm"}, [], "missing"),
+        ("blip-vqa", {"runs": "{runs}/none"}, [], "train.py blip --data toy --out .*none/blip-toy"),
+        ("blip-vqa", {"data": "emoji", "init": "{runs}/blip-toy"}, [], "emoji has no question"),
+        ("blip-vqa", {"accumulate": 2, "init": "{runs}/blip-toy"}, [], "--accumulate 2"),
+        ("blip-vqa", {"parts": ["vision={runs}/clip-toy"], "init": "{runs}/blip-toy"}, [],
+         "--from vision.*no parts"),
+        ("blip-dialogue", {"init": "{runs}/wide"}, [], "vision_width=12 and text_width=10")])
+    def test_they_are_one_line_before_anything_is_written(self, runs, tmp_path, stage, flags,
+                                                          settings, words):
+        if "wide" in flags.get("init", "") and not (runs / "wide").exists():
+            train.save(built(settings=[*SIZES, "text_width=10"], out=str(runs / "wide")))
+        flags = {key: value.format(runs=runs) if isinstance(value, str) else
+                 [part.format(runs=runs) for part in value] if isinstance(value, list) else value
+                 for key, value in flags.items()}
+        sizes = SIZES if "init" not in flags and stage == "blip" else []
+        with one_line(words):
+            start(stage, [*sizes, *settings], **{"out": str(tmp_path / "new")} | flags)
+        assert not (tmp_path / "new").exists()
+
+    def test_a_captioner_learns_from_no_web_file(self, runs, tmp_path):
+        spec = listed(tmp_path, 40)
+        file = tmp_path / "data.jsonl"
+        file.write_text(file.read_text().replace("}", ', "web": true}'))
+        with one_line("data.jsonl: all its pairs are marked"):
+            start(data=spec, losses="lm", init=str(runs / "blip-toy"), out=str(tmp_path / "new"))
+        assert not (tmp_path / "new").exists()
+        assert built(data=spec, settings=SIZES, out=str(tmp_path / "new")).step == 0
+
+    def test_a_resnet_is_no_image_encoder(self, tmp_path):
+        sizes = ["stages=1,1,1,1", "vision_width=4", "vision_heads=2"]
+        train.save(built("clip", sizes, out=str(tmp_path / "resnet")))
+        with one_line("vision: a ResNet"):
+            built(parts=[f"vision={tmp_path / 'resnet'}"], out=str(tmp_path / "new"))
+
+
+class TestBootstrap:
+    """The data engine: its list of commands, and the texts that a captioner and a filter make."""
+
+    def call(self, monkeypatch, status, *argv):
+        """The lines that `train.py ARGV` runs, while each ends with the status."""
+        lines = []
+
+        def run(words):
+            lines.append([str(word) for word in words[1:]])
+            return SimpleNamespace(returncode=status)
+        monkeypatch.setattr(train, "train", lambda stage, options, settings, began: lines.append(
+            [stage, options.losses, options.init, options.data, options.out, options.steps]) or 0)
+        monkeypatch.setattr(train.subprocess, "run", run)
+        monkeypatch.setattr(train.sys, "argv", ["train.py", *argv])
+        assert train.main() == status
+        return lines
+
+    def test_the_list_runs_in_order_with_the_users_flags(self, monkeypatch):
+        lines = self.call(monkeypatch, 0, "bootstrap", "--runs", "a", "--steps", "7")
+        assert lines == [
+            ["blip", None, None, "shapes", None, 7], ["blip", "lm", "a/blip", "shapes", None, 7],
+            ["blip", "itc,itm", "a/blip", "shapes", None, 7],
+            [str(Path(train.__file__).with_name("blip.py")), "a/blip-captioner", "bootstrap",
+             "a/blip-filter", "a/texts.jsonl"],
+            ["blip", None, None, "shapes:texts=a/texts.jsonl", "a/blip-bootstrap", 7]]
+        assert self.call(monkeypatch, 3, "bootstrap", "--runs", "a") == [
+            [*line[:5], None] if line[0] == "blip" else line for line in lines[:4]]
+
+    @pytest.mark.parametrize("bias", [9.0, -9.0])
+    def test_kept_texts_train_a_new_model(self, runs, tmp_path, bias):
+        judge, out = tmp_path / "filter", tmp_path / "out.jsonl"
+        shutil.copytree(runs / "blip-filter-toy", judge)
+        state = checkpoint.load(judge / "last.pt")
+        state["model"]["itm_head.bias"] = torch.tensor([-bias, bias])
+        checkpoint.save(judge, state)
+        status, said, err = command("blip.py", runs / "blip-captioner-toy", "bootstrap", judge, out,
+                                    "--data", "toy")
+        assert status == 0, err
+        lines = [json.loads(line) for line in out.read_text().splitlines()]
+        if bias < 0:
+            assert not lines and "web: 0 of 59 texts kept" in said
+            with one_line("no texts in it"):
+                start(data=f"toy:texts={out}", settings=SIZES, out=str(tmp_path / "new"))
+            return
+        web = [record["texts"][0] for record in (Toy().record("web", i) for i in range(59))]
+        own = {}
+        for line in lines:
+            own.setdefault(line["scene"], []).append(line["text"])
+        assert [*map(own.__getitem__, sorted(own))] and all(
+            text in own[scene] and len(own[scene]) <= 2 for scene, text in enumerate(web))
+        assert "web: 59 of 59 texts kept, true" in said and f"{len(lines)} lines" in said
+        assert out.with_suffix(".png").exists()
+        assert start(data=f"toy:texts={out}", settings=SIZES, out=str(tmp_path / "new")) == 0
+
+
+class TestMain:
+    @pytest.fixture(autouse=True)
+    def pictures(self, tmp_path, monkeypatch):
+        """The current folder: a folder of three pictures, a file that is none, own records."""
+        (tmp_path / "many").mkdir()
+        for name in ("red", "blue", "green"):
+            drawing(name, size=40)[0].save(tmp_path / "many" / f"{name}.png")
+        (tmp_path / "red.png").write_bytes(picture(3))
+        (tmp_path / "notes.txt").write_text("not a picture")
+        listed(tmp_path / "own", 40)
+        monkeypatch.chdir(tmp_path)
+
+    @pytest.mark.parametrize("run", ["blip-toy", "blip-captioner-toy"])
+    def test_caption_is_one_line(self, runs, run):
+        status, out, err = command("blip.py", runs / run, "caption", "red.png")
+        assert (status, out.count("\n"), err) == (0, 1, "")
+
+    def test_answer_is_one_line(self, runs):
+        status, out, err = command("blip.py", runs / "blip-vqa-toy", "answer", "red.png", "what?")
+        assert (status, out.count("\n"), err) == (0, 1, "")
+
+    @pytest.mark.parametrize("run", ["blip-toy", "blip-filter-toy"])
+    def test_match_prints_the_probability_of_each_text_by_itself(self, runs, run):
+        texts = ["a red circle", "a blue star", "a red circle"]
+        status, out, err = command("blip.py", runs / run, "match", "red.png", *texts)
+        assert (status, err) == (0, "")
+        shares, printed = zip(*(line.split("%  ") for line in out.splitlines()))
+        assert list(printed) == texts and shares[0] == shares[2]
+        assert all(0 <= float(share) <= 100 for share in shares)
+
+    def test_search_prints_and_draws_the_best(self, runs):
+        status, out, err = command("blip.py", runs / "blip-toy", "search", "a red circle", "many")
+        *lines, last = out.splitlines()
+        assert (status, len(lines)) == (0, 3), err
+        assert last == f"drawn in {runs / 'blip-toy' / 'search.png'}"
+
+    @pytest.mark.parametrize("argv, words", [
+        ("blip-vqa-toy caption red.png", "its losses are vqa; this needs one with lm"),
+        ("blip-captioner-toy match red.png star", "its losses are lm; .* itm"),
+        ("blip-captioner-toy search star many", "its losses are lm; .* itc"),
+        ("blip-toy answer red.png what?", "its losses are itc,itm,lm; .* vqa"),
+        ("blip-filter-toy caption red.png", "its losses are itc,itm; .* lm"),
+        ("blip-toy match red.png", "TEXT"), ("blip-toy caption none.png", "none.png: no such"),
+        ("blip-toy caption notes.txt", "notes.txt: not a readable picture"),
+        ("clip-toy caption red.png", "a run of 'clip', not of 'blip'"),
+        ("none caption red.png", "no run here"),
+        ("blip-filter-toy bootstrap {runs}/blip-filter-toy o", "its losses are itc,itm; .* lm"),
+        ("blip-captioner-toy bootstrap {runs}/blip-captioner-toy o", "its losses are lm; .* itm"),
+        ("blip-captioner-toy bootstrap {runs}/blip-filter-toy o --data jsonl:own/data.jsonl",
+         "no web pairs in it, nothing to bootstrap")])
+    def test_a_mistake_is_told_in_one_line_and_nothing_is_written(self, runs, argv, words):
+        assert re.search(words, mistake("blip.py", *f"{runs}/{argv}".format(runs=runs).split()))
+        assert not Path("o").exists() and not Path("search.png").exists()
