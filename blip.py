@@ -16,22 +16,21 @@ Generation (Li, Li, Xiong, Hoi, 2022).
     python train.py blip-vqa && python blip.py runs/blip-vqa answer PICTURE "what colour is it?"
 
 Differs from the paper
-- Data: the shapes world stands for web and human captions, emoji or your files for either. The
+- Data: the shapes world stands for web and human captions; emoji and your files for either. The
   presets tiny and small and their recipes are ours: Muon (optimizer.py) for the matrices of
-  attention and MLPs, AdamW for the rest (paper: AdamW), gains and biases do not decay.
-- The towers start from random weights, or from a CLIP run (paper: an ImageNet ViT and BERT). There
-  is no dropout, no drop-path and no image augmentation but a crop of your own files.
-- Tokens: ours end with <eos> where BERT has [SEP]; ids of special tokens are fields of the config.
-- Momentum keys and hard negatives come from all processes (released code: from its own process).
-  A wrong partner is drawn by inverse transform from a uniform number that the batch brings along,
-  so it does not depend on the number of processes.
-- A fine-tuned filter keeps the pre-training loss: other captions of an image that are still in the
+  attention and MLPs, AdamW for the rest (paper: AdamW); gains and biases do not decay; the momentum
+  is 0.98 in tiny, since a run is short. The learning rate falls by a cosine or a line (paper: by
+  0.85 an epoch), alpha rises over a tenth of the steps (paper: 2 of 20 epochs).
+- The towers start from random weights, larger in narrow towers, or from a CLIP run (paper: an
+  ImageNet ViT and BERT). There is no dropout, no drop-path and no augmentation but a crop.
+- Published weights: images are cropped to a square (released code: squeezed to one).
+- Tokens: a text ends with <eos>, where BERT has [SEP].
+- Momentum keys and hard negatives come from all processes (released code: from its own). A uniform
+  number that comes with each pair draws its negatives, whatever the number of processes.
+- A filter is fine-tuned with the pre-training losses: other captions of an image that are in the
   queue count as wrong (released code: as right).
-- alpha rises over a tenth of the steps (paper: 2 of 20 epochs). A short run needs a faster momentum
-  encoder: 0.98 in tiny. The learning rate falls by a cosine
-  (paper: by 0.85 an epoch).
-- VQA has one answer to a question unless the data gives several; answers are ranked by their log p
-  over all candidates (released code: of the 128 whose first token is likeliest, smoothed).
+- VQA has one answer to a question unless the data gives several. All candidates are ranked by their
+  log p (released code: the 128 with the likeliest first token, by the smoothed loss).
 - Visual dialogue has no released code: `Dialogue` is our reading of the paper's Figure 5 (c).
 """
 import copy
