@@ -113,7 +113,8 @@ class TestInitWeights:
             p.data.fill_(7.0)
         init_weights(model)
         for name, p in model.named_parameters():
-            if "norm" in name or "ln_post" in name or name in ("temp", "decoder.head.bias"):
+            kept = ("norm", "ln_post", "temp", "decoder.head.bias", "vision.cls", "vision.pos")
+            if any(part in name for part in kept):
                 assert_close(name, p, torch.full_like(p, 7.0))
             elif name.endswith("bias"):
                 assert_close(name, p, torch.zeros_like(p))
