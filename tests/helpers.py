@@ -430,6 +430,7 @@ def block_by_hand(block, x, context=None, *, norm=layer_norm, mlp=mlp_by_hand, n
     cross = partial(attend_by_hand, context=context, mask=context_mask, **sizes)
     parts = [(block.attn_norm, attn, block.attn), (block.cross_norm, cross, block.cross),
              (block.mlp_norm, mlp, block.mlp)]
+    assert context is None or block.cross is not None, "cross-attention is missing"
     for layer, part, weights in parts[::2] if context is None else parts:
         x = x + part(weights, norm(layer, x)) if norm_first else norm(layer, x + part(weights, x))
     return x

@@ -163,9 +163,8 @@ class TestBLIP:
     # ------------------------------------------------------------ the losses
 
     @pytest.mark.parametrize("changes", [
-        {}, {"queue_size": 0}, {"momentum": 0.0}, {"negatives": "random"}, {"sharing": "none"},
-        {"label_smoothing": 0.0}, *({"losses": names} for names in (
-            "itc,itm", "itc,lm", "itc", "lm"))], ids=str)
+        {}, {"queue_size": 0, "momentum": 0.0}, {"negatives": "random", "sharing": "none"},
+        {"losses": "itc,lm"}, {"losses": "itc"}, {"losses": "lm", "label_smoothing": 0.0}], ids=str)
     def test_the_losses_and_their_gradients_are_those_of_the_papers(self, changes):
         model, batch = toy_blip(**changes), blip_batch(6, 3, 9, 5)
         batch["label_count"] = torch.tensor(17.0)
@@ -404,11 +403,13 @@ class TestBLIP:
         with refused(values):
             toy_blip(**changes).check_batch(batch_size, accumulate)
 
-    def test_a_batch_that_divides_the_queue_and_parts_of_a_captioners_are_taken(self):
-        for size in (2, 5, 10):
-            toy_blip().check_batch(size, 1)
-        toy_blip(queue_size=0).check_batch(7, 1)
-        toy_blip(losses="lm").check_batch(7, 3)
+    @pytest.mark.parametrize("changes, batch_size, accumulate", [
+        ({}, 2, 1), ({}, 10, 1), ({"queue_size": 0}, 7, 1), ({"losses": "lm"}, 1, 3)])
+    def test_other_batches_are_taken(self, changes, batch_size, accumulate):
+        try:
+            toy_blip(**changes).check_batch(batch_size, accumulate)
+        except ValueError as error:
+            raise AssertionError(f"refused: {error}") from error
 
     @pytest.mark.parametrize("losses, prompt, expected", [
         ("lm", "what is", [BLIP_DEC, 24, 25]), ("lm", "", [BLIP_DEC]),
