@@ -82,7 +82,8 @@ class TestSheet:
 
 class TestStack:
     def test_sheets_stand_below_one_another_at_the_left_on_white(self):
-        made = np.asarray(stack([plain("red", (3, 5)), plain("blue", (7, 2)), plain("black", (5, 4))]))
+        sheets = [plain("red", (3, 5)), plain("blue", (7, 2)), plain("black", (5, 4))]
+        made = np.asarray(stack(sheets))
         assert made.shape == (11, 7, 3)
         for rows, width, colour in ((slice(0, 5), 3, (255, 0, 0)), (slice(5, 7), 7, (0, 0, 255)),
                                     (slice(7, 11), 5, (0, 0, 0))):
