@@ -9,7 +9,7 @@ from torch import nn
 
 from common.data.images import MEAN, STD, to_tensor
 from common.evaluation.retrieval import (Pool, Retriever, encode_records, evaluate, make_pool,
-                                         recalls, zero_shot, zero_shot_classifier)
+                                         recalls, rerank, zero_shot, zero_shot_classifier)
 from tests.helpers import Numbers, assert_close, drawing
 
 GREEN, RED = (20, 150, 60), (210, 40, 40)
@@ -102,6 +102,26 @@ class TestRecalls:
         assert recalls(torch.eye(11), own) == {1: 1, 5: 1, 10: 1}
 
 
+class TestRerank:
+    cosines = torch.tensor([[0.9, 0.1, 0.5, 0.3], [0.2, 0.8, 0.4, 0.7], [0.3, 0.2, 0.1, 0.0]])
+    logits = torch.tensor([[-3.0, 9, 2, 1], [5, -1, 4, 3], [0, 1, 2, 3]])
+
+    def match(self, queries, items):
+        assert queries.dtype == items.dtype == torch.int64 and queries.shape == items.shape
+        return self.logits[queries, items]
+
+    @pytest.mark.parametrize("k, scores", [
+        (1, [[-2.1, -100, -100, -100], [-100, -0.2, -100, -100], [0.3, -100, -100, -100]]),
+        (2, [[-2.1, -100, 2.5, -100], [-100, -0.2, -100, 3.7], [0.3, 1.2, -100, -100]])])
+    def test_the_k_best_cosines_gain_their_logits_by_hand(self, k, scores):
+        assert_close("scores (Q, N)", rerank(self.cosines, self.match, k), scores)
+
+    @pytest.mark.parametrize("k", [4, 9])
+    def test_with_all_items_it_is_the_ranking_by_logit_and_cosine(self, k):
+        assert_close("scores (Q, N)", rerank(self.cosines, self.match, k),
+                     self.cosines + self.logits)
+
+
 class TestPool:
     def pool(self, images, texts, is_true):
         data = Data(is_true=is_true)
@@ -115,6 +135,12 @@ class TestPool:
         # Image i is nearest to text i + 1.
         found = self.pool(torch.eye(3), torch.eye(3).roll(1, dims=0), is_true).figures()
         assert [found[f"{name}_recall@1"] for name in WAYS] == pytest.approx(expected)
+
+    def test_recalls_take_other_scores_and_a_suffix(self):
+        pool = self.pool(torch.eye(3), torch.eye(3), lambda text, source: int(text) == source)
+        found = pool.recalls(torch.eye(3), torch.tensor([[0, 2, 1], [2, 0, 1], [2, 1, 0]]), "_x")
+        assert found == {f"{name}_recall@{k}_x": name == "image_to_text" or k > 1
+                         for name in WAYS for k in (1, 5, 10)}
 
     def test_each_direction_ranks_what_its_name_says(self):
         # Both images point at text 0, image 0 more so; text 1 points at image 1.
@@ -200,3 +226,19 @@ class TestRetriever:
     def test_search_finds_the_last_of_257_pictures(self):
         many = [self.picture(5)] * 256 + [self.picture(0)]
         assert self.retriever().search("0", many, count=1)[0][0] == 256
+
+    def test_search_ranks_the_best_cosines_again_where_the_model_matches(self):
+        use, asked = self.retriever(), []
+
+        def match(tokens, ids):          # the darkest picture matches best
+            asked.append((len(tokens), ids.flatten().tolist()))
+            return torch.stack([torch.zeros(len(ids)), -9 * tokens.mean(dim=(1, 2, 3))], dim=1)
+        use.model.itm_head, use.model.vision, use.model.match = nn.Identity(), nn.Identity(), match
+        pictures = [self.picture(n) for n in (9, 2, 5, 0, 12, 4)]
+        # The four best cosines with 3 are those of 2, 4, 5 and 0.
+        places, scores = zip(*use.search("3", pictures, count=1))
+        assert places == (3,) and asked == [(4, [3] * 4)]
+        places, _ = zip(*use.search("3", pictures, count=6))
+        assert places == (3, 1, 5, 2, 0, 4)
+        black = (torch.zeros(3) - torch.tensor(MEAN)) / torch.tensor(STD)
+        assert_close("score", scores[0], math.cos(math.pi * 3 / 13) - 9 * black.mean(), 1e-4)

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from common.evaluation.sheet import FONT, GREEN, INK, LINE, RED, sheet, wrap
+from common.evaluation.sheet import FONT, GREEN, INK, LINE, RED, sheet, stack, wrap
 
 CELL = 40
 
@@ -78,3 +78,13 @@ class TestSheet:
 
     def test_letters_of_other_scripts_do_not_break_it(self):
         page([("猫 😀 é", None, [(None, "\u200b кот", None)])])
+
+
+class TestStack:
+    def test_sheets_stand_below_one_another_at_the_left_on_white(self):
+        sheets = [plain("red", (3, 5)), plain("blue", (7, 2)), plain("black", (5, 4))]
+        made = np.asarray(stack(sheets))
+        assert made.shape == (11, 7, 3)
+        for rows, width, colour in ((slice(0, 5), 3, (255, 0, 0)), (slice(5, 7), 7, (0, 0, 255)),
+                                    (slice(7, 11), 5, (0, 0, 0))):
+            assert (made[rows, :width] == colour).all() and (made[rows, width:] == 255).all()

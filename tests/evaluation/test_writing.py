@@ -12,7 +12,7 @@ from common.data.collators import as_turns
 from common.data.shapes.world import Shapes
 from common.data.tokenizer import BOS, EOC, EOS, IMAGE
 from common.evaluation import writing
-from common.evaluation.writing import Writer, read_support, samples
+from common.evaluation.writing import Writer, answers, read_support, samples
 from common.prompts import collate
 from common.training import options
 from tests.fuzz import one_line
@@ -190,6 +190,24 @@ class TestSamples:
         assert plain.height == sheet(records=2).height           # of the first two
         assert more.height > 1.8 * plain.height
         assert len(more.getcolors(1 << 20)) > 2 * len(plain.getcolors(1 << 20))
+
+
+class TestAnswers:
+    @pytest.mark.parametrize("right, colour", [(True, (20, 150, 60)), (False, (210, 40, 40))])
+    def test_questions_stand_beside_their_picture_and_the_marked_answer(self, right, colour):
+        asked, world = [], Shapes(image_size=16)
+
+        def generate(records, max_new_tokens):
+            asked.extend(records)
+            return [r["turns"][0]["answer"] if right else "nothing" for r in records]
+        heights = []
+        for count in (2, 5):
+            page = answers(SimpleNamespace(generate=generate), SimpleNamespace(world=world), count)
+            found = {colour for _, colour in page.getcolors(1 << 20)}
+            assert found & {(20, 150, 60), (210, 40, 40)} == {colour}
+            heights.append(page.height)
+        assert len(asked) == 7 and heights[1] > 2 * heights[0]
+        assert asked[:2] == asked[2:4], "the questions are the same in every evaluation"
 
 
 @pytest.fixture

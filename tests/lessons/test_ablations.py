@@ -1,5 +1,6 @@
 """lessons/ablations.py: each command runs on a small run and prints its table."""
 import functools
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import blip
 import flamingo
 import train
 from common.data.shapes.world import Shapes
@@ -102,14 +104,17 @@ class TestCompare:
         ("sigmoid --pairs 1024", "clip", {"softmax 32": 32, "sigmoid 32": 32}),
         ("flamingo --steps 9", "flamingo", dict.fromkeys(
             ("flamingo", "gates open", "all images", "mlp resampler", "every 2nd", "every 4th",
-             "no pages", "lm unfrozen"), 9))])
+             "no pages", "lm unfrozen"), 9)),
+        ("blip --steps 9", "blip", dict.fromkeys(
+            ("blip", "random negatives", "no soft targets", "no queue", "no momentum", "all shared",
+             "all but cross", "nothing shared"), 9))])
     def test_it_prints_median_and_range_of_the_seeds(self, monkeypatch, said, argv, stage, steps):
         asked = {}
 
         def trained(options, of, name, *flags):
             asked[name] = of, *flags
             return dict.fromkeys(figures.values(), (0.3, 0.1, 0.2)[int(name[-1])])
-        figures = ablations.CLIP_FIGURES if stage == "clip" else ablations.FLAMINGO_FIGURES
+        figures = getattr(ablations, f"{stage.upper()}_FIGURES")
         monkeypatch.setattr(ablations, "trained", trained)
         out = said(*argv.split())
         assert out.count("0.2 (0.1-0.3)") == len(figures) * len(steps)
@@ -122,18 +127,82 @@ class TestCompare:
             == [(stage, seed, str(count)) for count in steps.values() for seed in "012"]
         assert len({frozenset(flags) - set("012") for flags in asked.values()}) == len(steps)
 
-    def test_flamingos_variants_are_settings_that_exist(self):
-        tiny = flamingo.PRESETS["tiny"]
+    @pytest.mark.parametrize("model, table, same", [
+        (flamingo, ablations.FLAMINGO, 2), (blip, ablations.BLIP, 1)])   # plain, and --unfreeze
+    def test_variants_are_settings_that_exist(self, model, table, same):
+        tiny = model.PRESETS["tiny"]
         variants = [options.with_settings(tiny, [flag for flag in flags if "=" in flag])
-                    for flags in ablations.FLAMINGO.values()]
-        assert sum(config == tiny for config in variants) == 2       # plain, and --unfreeze
-        assert len(set(map(str, variants))) == len(variants) - 1
+                    for flags in table.values()]
+        assert sum(config == tiny for config in variants) == same
+        assert len(set(map(str, variants))) == len(variants) - same + 1
 
     def test_the_figures_are_those_of_the_models(self):
         folder = HERE / "common/evaluation"
-        source = (folder / "questions.py").read_text() + (folder / "retrieval.py").read_text()
-        for name in {*ablations.CLIP_FIGURES.values(), *ablations.FLAMINGO_FIGURES.values()}:
+        source = "".join((folder / f"{name}.py").read_text()
+                         for name in ("questions", "retrieval", "matching"))
+        for name in {*ablations.CLIP_FIGURES.values(), *ablations.FLAMINGO_FIGURES.values(),
+                     *ablations.BLIP_FIGURES.values()}:
             assert name.partition("_recall@")[0] in source + "shots_8 seconds step_seconds"
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    """Captioners and filters by name: a caption says who wrote it, a filter keeps even scenes,
+    that of the shared run odd ones."""
+    monkeypatch.setattr(Shapes, "splits", Shapes.splits | {"web": 7})
+    monkeypatch.setattr(ablations.blip_model, "open_trained",
+                        lambda run, losses: (f"{Path(run).name} {losses[0]}", None))
+
+    def texts(writer, keep, world, **how):
+        for i in range(7):
+            record = world.record("web", i) | {"number": i}
+            written = f"by {writer.model} {how.get('num_beams', '')}".strip()
+            for synthetic, text in ((False, record["texts"][0]), (True, written)):
+                row = record | {"texts": [text]}
+                yield i, row, synthetic, keep([row]).item()
+    monkeypatch.setattr(ablations.blip_model, "capfilt_texts", texts)
+    monkeypatch.setattr(ablations.matching, "probabilities", lambda model, tokenizer, records: (
+        torch.tensor([float((r["number"] + ("shared" in model)) % 2 == 0) for r in records])))
+
+
+@pytest.mark.usefixtures("engine")
+class TestCapfilt:
+    def test_each_row_has_its_texts_and_trains_a_new_model(self, tmp_path, said, monkeypatch):
+        made = []
+
+        def trained(args, stage, name, *flags):
+            made.append((stage, name, *flags))
+            return dict.fromkeys(ablations.BLIP_FIGURES.values(), 0.2)
+        monkeypatch.setattr(ablations, "trained", trained)
+        out = said("capfilt", "--runs", tmp_path, "--steps", "9", "--seeds", "1")
+        assert made[0] == ("blip", "shared", "--init", f"{tmp_path}/blip", "--set",
+                           "human_only=true", "--steps", "9")
+        web = [Shapes().record("web", i)["texts"][0] for i in range(7)]
+        every, even = range(7), range(0, 7, 2)
+        by, beams = "by blip-captioner lm", "by blip-captioner lm 3"
+        want = {"none": [(i, web[i]) for i in every], "filter": [(i, web[i]) for i in even],
+                "captioner": [(i, text) for i in every for text in (web[i], by)],
+                "both": [(i, text) for i in even for text in (web[i], by)],
+                "both, beams": [(i, text) for i in even for text in (web[i], beams)],
+                "both, one model": [(i, text) for i in range(1, 7, 2)
+                                    for text in (web[i], "by shared lm")]}
+        for (name, pairs), run in zip(want.items(), made[1:], strict=True):
+            file = run[-1].removeprefix("shapes:texts=")
+            assert run == ("blip", f"{name.replace(' ', '-')}-9-0", "--seed", "0", "--steps", "9",
+                           "--data", f"shapes:texts={file}")
+            rows = [json.loads(line) for line in Path(file).read_text().splitlines()]
+            assert [(row["scene"], row["text"]) for row in rows] == pairs, name
+            assert f"\n{name} " in out
+
+    def test_texts_are_written_once_and_counted(self, tmp_path, capsys):
+        args = SimpleNamespace(runs=str(tmp_path))
+        for _ in range(2):
+            file = ablations.write_texts(args, "both", "a", "b", lambda synthetic, keep: keep)
+        truth = [Shapes().record("web", i)["truth"] for i in range(7)]
+        lines = capsys.readouterr().out.splitlines()
+        assert file == tmp_path / "ablations/both.jsonl" and len(lines) == 2
+        assert lines[0] == (f"both: web texts: kept {4 / 7:.3f}, true {sum(truth) / 7:.3f} before "
+                            f"and {sum(truth[::2]) / 4:.3f} after")
 
 
 class TestTrained:

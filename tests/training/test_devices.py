@@ -6,15 +6,19 @@ from pathlib import Path
 import pytest
 import torch
 
+import blip
 from clip import CLIP
+from common.data.batches import EvalData, world_tokenizer
 from common.training.devices import (autocast, default_workers, find_device, half_precision,
                                      to_device)
 from common.training.optimizer import freeze
 from flamingo import TRAINS, Flamingo
-from tests.helpers import flamingo_config, make_batch
+from tests.helpers import assert_close, blip_batch, blip_ids, flamingo_config, make_batch, toy_blip
+from tests.training.runs import Toy
 
 ROOT = Path(__file__).parents[2]
-FILES = [ROOT / "clip.py", ROOT / "flamingo.py", *sorted((ROOT / "common").glob("*.py"))]
+FILES = [*(ROOT / f"{name}.py" for name in ("clip", "flamingo", "blip")),
+         *sorted((ROOT / "common").glob("*.py"))]
 FACTORIES = ("arange as_tensor empty eye from_numpy full linspace logspace normal ones rand "
              "randint randn randperm scalar_tensor tensor tril_indices triu_indices zeros").split()
 
@@ -22,11 +26,12 @@ FACTORIES = ("arange as_tensor empty eye from_numpy full linspace logspace norma
 def without_device(source):
     """The calls that make tensors on the CPU: factories without a device that is no constant.
 
-    Those of an nn.Module's __init__ may, because .to() moves parameters and buffers.
+    Those of an nn.Module's __init__ and of what it calls may: .to() moves parameters and buffers.
     """
     nodes = [*ast.walk(ast.parse(source))]
     free = {call for node in nodes if isinstance(node, ast.ClassDef) and node.bases
-            for f in node.body if getattr(f, "name", "") in ("__init__", "init_weights")
+            for f in node.body
+            if getattr(f, "name", "") in ("__init__", "init_weights", "make_momentum")
             for call in ast.walk(f)}
     return [ast.unparse(call) for call in nodes if isinstance(call, ast.Call) and call not in free
             and ast.unparse(call.func) in [f"torch.{name}" for name in FACTORIES]
@@ -43,9 +48,28 @@ class TestFactories:
 
 # The training steps of tiny models
 
+BLIP = {"blip": {"text_layers": 1}, "blip vqa": {"text_layers": 1, "losses": "vqa"},
+        "blip two images": {"losses": "two-images"},
+        "blip dialogue": {"text_layers": 1, "losses": "dialogue", "text_width": 12}}
+MODELS = ["clip", "flamingo resnet llama", "flamingo mlp opt", *BLIP]
+
+
+def blip_and_batch(name):
+    batch = blip_batch(4, 7, 5) | {
+        "label_count": torch.tensor(13.0), "truth": torch.tensor([1, 0, 1]),
+        "caption_ids": blip_ids(3, 6, 4), "answer_ids": blip_ids(3, 4, 6, 5),
+        "question_index": torch.tensor([0, 1, 1, 2]), "weights": torch.tensor([1, 0.3, 0.7, 1])}
+    if name == "blip two images":
+        batch["images"] = torch.stack([batch["images"]] * 2, dim=1)
+    return toy_blip(vision_layers=1, **BLIP[name]).float(), batch
+
+
 def model_and_batch(name, device="cpu"):
     """A tiny model in training, and a batch for it."""
     torch.manual_seed(0)
+    if name in BLIP:
+        model, batch = blip_and_batch(name)
+        return model.to(device), to_device(batch, torch.device(device))
     config = flamingo_config(resampler_layers=1)
     config = replace(config, vision=replace(config.vision, vision_layers=2),
                      language=replace(config.language, layers=1))
@@ -72,7 +96,7 @@ def step(model, batch):
     return sum(model(batch).values())
 
 
-@pytest.mark.parametrize("name", ["clip", "flamingo resnet llama", "flamingo mlp opt"])
+@pytest.mark.parametrize("name", MODELS)
 class TestTrainingStep:
     def test_it_has_no_graph_break(self, name):
         torch._dynamo.reset()
@@ -101,6 +125,33 @@ class TestTrainingStep:
             loss = step(model, batch)
         loss.backward()
         assert loss.isfinite() and loss.dtype == torch.float32
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no GPU"))])
+@pytest.mark.parametrize("name", BLIP)
+def test_blip_is_measured_and_writes_in_bf16(name, device):
+    world = Toy(image_size=15)
+    tokenizer = world_tokenizer(world)
+    model = toy_blip(**BLIP[name], vocab_size=len(tokenizer), context_length=37, pad_id=0, eos_id=2)
+    source, = blip.data_sources(world, tokenizer, model.config)
+    data = EvalData(world, tokenizer, source.collate, torch.device(device))
+    model = model.float().to(device).eval()
+    with autocast(torch.device(device), True):
+        figures = model.evaluate(data, count=3)
+        assert model.samples(data).width > 400
+    assert figures and all(0 <= value <= 1 for value in figures.values())
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("name", BLIP)
+def test_blip_is_compiled_on_a_gpu(name):
+    model, batch = model_and_batch(name, "cuda")
+    before = {key: b.clone() for key, b in model.named_buffers()}
+    plain = step(model, batch)
+    for key, b in model.named_buffers():             # the queues of the first step
+        b.copy_(before[key])
+    assert_close("loss", torch.compile(step)(model, batch), plain, 1e-3)
 
 
 # --device and --precision

@@ -108,11 +108,12 @@ class TestCheckFields:
 
     def check(self, **changes):
         options.check_fields(self.Config(**changes), {"kind": ("one", "two")},
-                             {"skip": 0, "share": 0.25})
+                             {"skip": 0, "share": 0.25}, {"share": 0.75})
 
     @pytest.mark.parametrize("changes, words", [
         ({"width": 0}, "width=0.* 1$"), ({"skip": -1}, "skip=-1.* 0$"),
-        ({"share": 0.2}, "share=0.2.* 0.25"), ({"share": math.nan}, "share=nan"),
+        ({"share": 0.2}, "share=0.2.* least 0.25"), ({"share": math.nan}, "share=nan"),
+        ({"share": 0.8}, "share=0.8.* most 0.75"),
         ({"kind": "three"}, "kind=three.* one, two")])
     def test_what_no_model_can_have_is_refused(self, changes, words):
         self.check()

@@ -33,6 +33,12 @@ class TestDefaultFolder:
         found = default_folder("clip", Options(runs="some", data=data, preset=preset))
         assert found == Path("some") / name
 
+    @pytest.mark.parametrize("losses, name", [
+        (None, "blip-emoji"), ("lm", "blip-captioner-emoji"), ("itc,itm", "blip-filter-emoji"),
+        ("itc", "blip-itc-emoji"), ("itc,lm", "blip-itc-lm-emoji")])
+    def test_other_losses_are_other_runs(self, losses, name):
+        assert default_folder("blip", Options(data="emoji"), losses) == Path("runs") / name
+
 
 class TestMissingRun:
     @pytest.mark.parametrize("options, flags", [
