@@ -9,7 +9,7 @@ Generation (Li, Li, Xiong, Hoi, 2022).
          cosines: which pair?         yes or no: a pair?           the next word
          encoder and decoder share all their weights but self-attention (paper, Figure 2)
 
-    python train.py blip                                  from noisy web texts, 40% of them false
+    python train.py clip && python train.py blip          from noisy web texts, 40% of them false
     python train.py bootstrap                             captioner, filter, new texts, a new model
     python blip.py runs/blip caption PICTURE
     python blip.py runs/blip match PICTURE "a red circle"
@@ -21,8 +21,9 @@ Differs from the paper
   attention and MLPs, AdamW for the rest (paper: AdamW); gains and biases do not decay; the momentum
   is 0.98 in tiny, since a run is short. The learning rate falls by a cosine or a line (paper: by
   0.85 an epoch), alpha rises over a tenth of the steps (paper: 2 of 20 epochs).
-- The towers start from random weights, larger in narrow towers, or from a CLIP run (paper: an
-  ImageNet ViT and BERT). There is no dropout, no drop-path and no augmentation but a crop.
+- The image encoder starts as that of a CLIP run, or from random weights (--from vision=none); the
+  text transformer from random weights, larger in narrow ones (paper: an ImageNet ViT and BERT).
+  There is no dropout, no drop-path and no augmentation but a crop.
 - Published weights: images are cropped to a square (released code: squeezed to one).
 - Tokens: a text ends with <eos>, where BERT has [SEP].
 - Momentum keys and hard negatives come from all processes (released code: from its own). A uniform

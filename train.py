@@ -2,6 +2,7 @@
 
     python train.py clip                                       about 90 seconds on 2 CPU cores
     python train.py lm && python train.py flamingo             what Flamingo freezes, then Flamingo
+    python train.py blip                                       from the image encoder of that CLIP
     python train.py clip --data jsonl:captions.jsonl           your own; see common/data/files.py
     python train.py clip --resume                              continue after a stop or a kill
     torchrun --nproc_per_node=2 train.py clip --out runs/two   the same run on two processes
@@ -54,7 +55,7 @@ class Stage:
     """A row of the table. file has PRESETS, RECIPES, TRAINS and data_sources.
 
     parts: {field of the config: (the stage whose run it comes from, the module of the model)};
-    optional: those that the stage also does without. settings: as of --set. init: the stage whose
+    optional: those that the stage can do without. settings: as of --set. init: the stage whose
     run it starts from.
     """
     about: str
@@ -86,7 +87,7 @@ STAGES = {
 # The command lines of a list; {runs} is --runs. One of blip.py is a process of its own.
 LISTS = {
     "all": ["clip", "lm", "flamingo", "blip", "blip-vqa"],
-    "bootstrap": ["blip", "blip --losses lm --init {runs}/blip",
+    "bootstrap": ["clip", "blip", "blip --losses lm --init {runs}/blip",
                   "blip --losses itc,itm --init {runs}/blip",
                   "blip.py {runs}/blip-captioner bootstrap {runs}/blip-filter {runs}/texts.jsonl",
                   "blip --data shapes:texts={runs}/texts.jsonl --out {runs}/blip-bootstrap"],

@@ -47,8 +47,8 @@ class Options:
     losses: str | None = option(None, "what blip learns: itc,itm,lm; lm alone is a captioner, "
                                 "itc,itm a filter")
     init: str | None = option(None, "start from the sizes and weights of this run")
-    parts: tuple = option((), "the run of a frozen part, such as vision=RUN or language=RUN "
-                          "(default RUNS/clip, RUNS/lm); may be given again",
+    parts: tuple = option((), "the run of a part, such as vision=RUN or language=RUN (default "
+                          "RUNS/clip, RUNS/lm), vision=none for blip; may be given again",
                           flag="from", append=True, metavar="PART=RUN")
     unfreeze: str = option("", "also train the parameters of these patterns, such as lm.*")
     runs: str = option("runs", "where stages find each other")
@@ -108,8 +108,9 @@ def open_start(stage, name, options, folder):
 def open_parts(stages, name, options, config, folder, tokenizer=None):
     """The config with its parts' configs, {module: (weights, folder)}, and their tokenizer or None.
 
-    A run that is resumed has all of them itself. A missing run is a ValueError that names the
-    command that makes it.
+    A run that is resumed has all of them itself. `--from PART=none` leaves out a part that the
+    stage can do without; so does --init. A missing run is a ValueError that names the command that
+    makes it.
     """
     stage = stages[name]
     given = dict(part.partition("=")[::2] for part in options.parts)
@@ -122,7 +123,8 @@ def open_parts(stages, name, options, config, folder, tokenizer=None):
     if resumed:
         checkpoint.of_model(resumed, stage.file.__name__, folder.path)
     for part, (source, module) in stage.parts.items():
-        if part in stage.optional and part not in given:
+        if part in stage.optional and not resumed and (
+                given.get(part) == "none" or options.init and part not in given):
             continue
         if resumed:
             own, known = resumed["config"][part], folder.tokenizer()

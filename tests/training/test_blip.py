@@ -39,9 +39,15 @@ def short_evaluation():
         yield
 
 
+def flags_of(stage, options):
+    """Options of a two-step run, by default from random weights."""
+    parts = {"parts": ["vision=none"]} if stage == "blip" else {}
+    return toy_options(**{"batch_size": 6} | parts | options)
+
+
 def start(stage="blip", settings=(), **options):
     """A two-step run -> its exit status."""
-    return train.train(stage, toy_options(**{"batch_size": 6} | options), settings)
+    return train.train(stage, flags_of(stage, options), settings)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +68,7 @@ def result(folder):
 
 
 def built(stage="blip", settings=(), **options):
-    return train.build(stage, toy_options(**{"batch_size": 6} | options), list(settings), 0.0)
+    return train.build(stage, flags_of(stage, options), list(settings), 0.0)
 
 
 def quick_end():
@@ -191,8 +197,8 @@ class TestRuns:
                                clip["vision.cls_token"]), "it is trained"
 
     def test_two_processes_end_with_the_weights_and_queues_of_one(self, tmp_path, monkeypatch):
-        argv = ["blip", "--data", "toy", "--steps", "2", "--precision", "fp32", "--batch_size",
-                "6", "--out", str(tmp_path / "two"), *(f"--set={size}" for size in SIZES)]
+        argv = ["blip", "--data", "toy", "--from", "vision=none", "--steps", "2", "--precision",
+                "fp32", "--batch_size", "6", "--out", str(tmp_path / "two"), *(f"--set={size}" for size in SIZES)]
         for process in pair(argv, tmp_path / "two", (quick_end, quick_end)):
             process.end()
         monkeypatch.setattr(train, "measure", lambda run: None)
@@ -265,13 +271,14 @@ class TestBootstrap:
     def test_the_list_runs_in_order_with_the_users_flags(self, monkeypatch):
         lines = self.call(monkeypatch, 0, "bootstrap", "--runs", "a", "--steps", "7")
         assert lines == [
-            ["blip", None, None, "shapes", None, 7], ["blip", "lm", "a/blip", "shapes", None, 7],
+            ["clip", None, None, "shapes", None, 7], ["blip", None, None, "shapes", None, 7],
+            ["blip", "lm", "a/blip", "shapes", None, 7],
             ["blip", "itc,itm", "a/blip", "shapes", None, 7],
             [str(Path(train.__file__).with_name("blip.py")), "a/blip-captioner", "bootstrap",
              "a/blip-filter", "a/texts.jsonl"],
             ["blip", None, None, "shapes:texts=a/texts.jsonl", "a/blip-bootstrap", 7]]
         assert self.call(monkeypatch, 3, "bootstrap", "--runs", "a") == [
-            [*line[:5], None] if line[0] == "blip" else line for line in lines[:4]]
+            [*line[:5], None] if line[0] in ("clip", "blip") else line for line in lines[:5]]
 
     @pytest.mark.parametrize("bias", [9.0, -9.0])
     def test_kept_texts_train_a_new_model(self, runs, tmp_path, bias):
