@@ -300,6 +300,12 @@ class TestBLIP:
                 expected = m * expected + (1 - m) * before[name.removeprefix("momentum.")]
             assert_close(name, p, expected)
 
+    def test_the_copies_can_be_made_equal(self):
+        model = toy_blip()
+        model.move_momentum()
+        for name, p in momentum(model).items():
+            assert_close(name, p, model.get_parameter(name.removeprefix("momentum.")))
+
     @pytest.mark.parametrize("value, expected", [(0.0, 0.001), (0.7, 0.5), (0.2, 0.2)])
     def test_after_a_step_the_temperature_is_in_its_bounds(self, value, expected):
         assert_close("start", BLIP(toy_blip().config).temp, 0.07)

@@ -32,6 +32,7 @@ class TestBLIPConfig:
         base, large = PRESETS["base"], PRESETS["large"]
         assert (base.vision_heads, base.text_heads, base.vision_eps) == (12, 12, 1e-6), f"{base}"
         assert (base.dec_id, base.enc_id, base.queue_size) == (30522, 30523, 57600), f"{base}"
+        assert (base.momentum, base.alpha, base.label_smoothing) == (0.995, 0.4, 0.1), f"{base}"
         assert large == replace(base, vision_width=1024, vision_layers=24, vision_heads=16)
 
     def test_a_part_of_another_version_or_a_resnet_is_refused(self):
