@@ -15,6 +15,7 @@
 The first three measure a trained run (--run, default runs/clip). The others train short runs under
 RUNS/ablations, three seeds each, and continue where they were stopped.
 """
+import functools
 import json
 import statistics
 import subprocess
@@ -296,42 +297,52 @@ BLIP = {
 
 def blip(args):
     """Figures of BLIP without each of its parts, from noisy web texts."""
-    steps = args.steps or 400
+    steps = args.steps or 300
     compare(args, {name: ["--steps", str(steps), *flags] for name, flags in BLIP.items()},
             steps, "blip", BLIP_FIGURES)
+
+
+@functools.cache
+def judged_texts(captioner, filter, how):
+    """[(line of a file, is synthetic, is kept by the filter, is true), ...] of shapes' web part.
+
+    captioner, filter: runs; how: options of generation, as pairs.
+    """
+    writer = Writer(*blip_model.open_trained(captioner, ("lm",)))
+    judge, world = blip_model.open_trained(filter, ("itm",)), Shapes()
+    rows = blip_model.capfilt_texts(writer, lambda r: matching.probabilities(*judge, r) > 0.5,
+                                    world, **dict(how))
+    return [(capfilt_files.line(world, index, record), synthetic, keep,
+             world.is_true(record["texts"][0], record["source"]))
+            for index, record, synthetic, keep in tqdm(rows, "texts", 2 * world.size("web"))]
 
 
 def write_texts(args, name, captioner, filter, kept, **how):
     """A file of texts for --data shapes:texts=FILE, made unless it is there -> its name.
 
-    captioner, filter: runs. kept(is synthetic, is kept by the filter): whether a text is written.
-    how: options of generation. Prints the fractions of texts that are true and that are kept.
+    kept(is synthetic, is kept by the filter): whether a text is written. Prints the fractions of
+    texts that are true and that the filter keeps. The rest: `judged_texts`.
     """
     out = Path(args.runs) / "ablations" / f"{name}.jsonl"
     if out.exists():
         return out
-    writer = Writer(*blip_model.open_trained(captioner, ("lm",)))
-    judge, world = blip_model.open_trained(filter, ("itm",)), Shapes()
-    lines, counts = [], {False: [], True: []}
-    rows = blip_model.capfilt_texts(writer, lambda r: matching.probabilities(*judge, r) > 0.5,
-                                    world, **how)
-    for index, record, synthetic, keep in tqdm(rows, name, total=2 * world.size("web")):
-        counts[synthetic].append((keep, world.is_true(record["texts"][0], record["source"])))
-        if kept(synthetic, keep):
-            lines.append(json.dumps(capfilt_files.line(world, index, record)) + "\n")
-    for synthetic, pairs in counts.items():
-        kept_ones = [true for keep, true in pairs if keep]
-        print(f"{name}: {'written' if synthetic else 'web'} texts: kept {len(kept_ones) / len(pairs):.3f}"
-              f", true {statistics.mean(true for _, true in pairs):.3f} before and "
+    rows = judged_texts(captioner, filter, tuple(how.items()))
+    for kind in (False, True):
+        judged = [(keep, true) for _, synthetic, keep, true in rows if synthetic == kind]
+        kept_ones = [true for keep, true in judged if keep]
+        print(f"{name}: {'written' if kind else 'web'} texts: kept "
+              f"{len(kept_ones) / len(judged):.3f}, true "
+              f"{statistics.mean(true for _, true in judged):.3f} before and "
               f"{statistics.mean(kept_ones or [0]):.3f} after")
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text("".join(lines))
+    out.write_text("".join(json.dumps(line) + "\n" for line, synthetic, keep, _ in rows
+                           if kept(synthetic, keep)))
     return out
 
 
 def capfilt(args):
     """A new BLIP from each of several sets of texts. Needs RUNS/blip, its captioner and filter."""
-    runs, steps = Path(args.runs), args.steps or 400
+    runs, steps = Path(args.runs), args.steps or 300
     parts = runs / "blip-captioner", runs / "blip-filter"
     trained(args, "blip", "shared", "--init", str(runs / "blip"), "--set", "human_only=true",
             "--steps", str(steps))
