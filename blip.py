@@ -600,7 +600,7 @@ TRAINS = dict.fromkeys(("blip", "blip-vqa", "blip-two-images", "blip-dialogue"),
 # The paper's: 20 epochs of 14M images (its 4.1).
 PAPER = Recipe(steps=97000, batch_size=2880, lr=3e-4, warmup=3000, weight_decay=0.05,
                betas=(0.9, 0.999), eps=1e-8, grad_clip=None)
-TINY = Recipe(steps=1250, batch_size=64, lr=1e-3, weight_decay=0.05, schedule="linear",
+TINY = Recipe(steps=1000, batch_size=64, lr=1e-3, weight_decay=0.05, schedule="linear",
               optimizer="muon", muon_lr_multiplier=4.0, lr_multipliers={"temp": 0.1})
 RECIPES = {
     "tiny": TINY,
