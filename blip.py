@@ -213,7 +213,10 @@ class BLIP(nn.Module):
         return F.normalize(to_float32(model.text_projection(x)), dim=-1)
 
     def match(self, image, ids):
-        """[ENC] text that attends to image tokens (B, S, D): ids (B, T) -> logits (B, 2), 1: a pair."""
+        """[ENC] text that attends to image tokens (B, S, D): ids (B, T) -> logits (B, 2).
+
+        Class 1: they are a pair.
+        """
         c = self.config
         x = self.encoder.first(self.starts_with(ids, c.enc_id), image, mask=ids != c.pad_id)
         return self.itm_head(x)                                       # from (B, D)
@@ -342,8 +345,8 @@ class BLIP(nn.Module):
             raise ValueError(f"queue_size={size} must be a multiple of the batch of {batch_size} "
                              "pairs, at least 2; --set queue_size=0 does without a queue")
         if self.config.losses != "lm" and accumulate > 1:
-            raise ValueError(f"--accumulate {accumulate}: hard negatives and answers need the whole "
-                             "batch; only --losses lm can be accumulated")
+            raise ValueError(f"--accumulate {accumulate}: hard negatives and answers need the "
+                             "whole batch; only --losses lm can be accumulated")
 
     def before_step(self, step, steps):
         """Soft targets come in slowly: at first the momentum encoders know nothing."""
@@ -481,7 +484,7 @@ class VQA(BLIP):
 class PairAttention(nn.Module):
     """Cross-attention to two images: a layer for each, merged by their mean or by a linear layer.
 
-    Both layers start equal (paper, 5.4). layer: an Attention of this width.
+    layer: an Attention of this width. See `TwoImages.adapt` for how both start.
     """
 
     def __init__(self, layer, width, concat):
@@ -524,7 +527,7 @@ class TwoImages(Judge):
     task = "two_pictures"
 
     def make_text(self):
-        """The encoder with twin cross-attention; the second half of its blocks merges by a layer."""
+        """The encoder with twin cross-attention; its second half merges by a layer."""
         c = self.config
         self.encoder = make_text(c, c.vision_width)
         for number, block in enumerate(self.encoder.blocks):
@@ -533,7 +536,8 @@ class TwoImages(Judge):
                                   nn.Linear(c.text_width, 2))
 
     def adapt(self, weights):
-        """Weights of a pre-training run under this model's names; what is new stays as it is."""
+        """Weights of a pre-training run under this model's names: both layers of a pair start from
+        the same weights (paper, 5.4); what is new stays as it is."""
         twins = {name.replace(".cross.", f".cross.{twin}."): value
                  for name, value in weights.items() for twin in ("first", "second")}
         own = self.state_dict()
@@ -543,7 +547,7 @@ class TwoImages(Judge):
     def predict(self, batch):
         """A batch of `PairBatch` -> logits (B, 2), class 1: the statement is true."""
         c, ids = self.config, batch["ids"]
-        tokens = self.vision(normalize_pixels(batch["images"].flatten(0, 1)))         # (2 * B, S, D)
+        tokens = self.vision(normalize_pixels(batch["images"].flatten(0, 1)))    # (2 * B, S, D)
         both = tokens.view(len(ids), -1, c.vision_width)              # (B, 2 * S, D)
         x = self.encoder.first(self.starts_with(ids, c.enc_id), both, mask=ids != c.pad_id)
         return self.head(x)                                           # from (B, D)
@@ -641,8 +645,8 @@ def data_sources(world, tokenizer, config):
     if c.losses == ALL_LOSSES and not c.human_only:
         return [DataSource(world, collate, split="web+human")]
     if not world.size("human"):
-        raise ValueError(f'{world.name}: all its pairs are marked "web"; captioner and filter learn '
-                         "from human pairs (paper, 3.3)")
+        raise ValueError(f'{world.name}: all its pairs are marked "web"; captioner and filter '
+                         "learn from human pairs (paper, 3.3)")
     return [DataSource(world, collate, split="human")]
 
 

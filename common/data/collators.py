@@ -106,9 +106,8 @@ class DialogueBatch(ImageTextBatch):
                 "truth": torch.tensor([int(c == r["turns"][-1]["answer"]) for r, c in pairs])}
 
     def __call__(self, records, rngs):
-        """-> {"images", "ids": history, question and candidate, "caption_ids", "truth": int64 (B,)}.
-
-        In half of the rows the candidate is right."""
+        """-> {"images", "ids": history, question and candidate, "caption_ids", "truth": int64
+        (B,)}. In half of the rows the candidate is right."""
         def candidate(record, rng):
             right = record["turns"][-1]["answer"]
             wrong = [text for text in record["candidates"] if text != right]
