@@ -99,7 +99,7 @@ class BLIPConfig:
     losses: str = ALL_LOSSES             # parts that no loss needs are left out
     sharing: str = "all-but-sa"          # of SHARING
     momentum: float = 0.98               # of the second pair of encoders; 0: there is none
-    queue_size: int = 1024               # K, momentum features that are kept
+    queue_size: int = 960                # K, momentum features that are kept
     alpha: float = 0.4                   # weight of the soft targets after their ramp
     negatives: str = "hard"              # or random
     label_smoothing: float = 0.1
@@ -604,7 +604,7 @@ TRAINS = dict.fromkeys(("blip", "blip-vqa", "blip-two-images", "blip-dialogue"),
 # The paper's: 20 epochs of 14M images (its 4.1).
 PAPER = Recipe(steps=97000, batch_size=2880, lr=3e-4, warmup=3000, weight_decay=0.05,
                betas=(0.9, 0.999), eps=1e-8, grad_clip=None)
-TINY = Recipe(steps=1000, batch_size=64, lr=1e-3, weight_decay=0.05, schedule="linear",
+TINY = Recipe(steps=740, batch_size=96, lr=1e-3, weight_decay=0.05, schedule="linear",
               optimizer="muon", muon_lr_multiplier=4.0, lr_multipliers={"temp": 0.1})
 RECIPES = {
     "tiny": TINY,
