@@ -55,15 +55,15 @@ class Stage:
     """A row of the table. file has PRESETS, RECIPES, TRAINS and data_sources.
 
     parts: {field of the config: (the stage whose run it comes from, the module of the model)};
-    optional: those that the stage can do without. settings: as of --set. init: the stage whose
-    run it starts from.
+    optional: those that the stage can do without. losses: as of --losses; init: the stage whose run
+    is that of --init.
     """
     about: str
     file: object
     model: object
     parts: dict = dataclasses.field(default_factory=dict)
     optional: tuple = ()
-    settings: tuple = ()
+    losses: str | None = None
     init: str | None = None
 
 
@@ -77,12 +77,12 @@ STAGES = {
                       {"vision": ("clip", "vision"), "language": ("lm", "lm")}),
     "blip": Stage("a ViT and a text transformer that match, judge and write (BLIP)",
                   blip, blip.make_model, {"vision": ("clip", "vision")}, optional=("vision",)),
-    "blip-vqa": Stage("BLIP fine-tuned on questions", blip, blip.make_model,
-                      settings=("losses=vqa", "sharing=none"), init="blip"),
+    "blip-vqa": Stage("BLIP fine-tuned on questions", blip, blip.make_model, losses="vqa",
+                      init="blip"),
     "blip-two-images": Stage("BLIP fine-tuned on statements about two images", blip,
-                             blip.make_model, settings=("losses=two-images",), init="blip"),
-    "blip-dialogue": Stage("BLIP fine-tuned on dialogues", blip, blip.make_model,
-                           settings=("losses=dialogue",), init="blip"),
+                             blip.make_model, losses="two-images", init="blip"),
+    "blip-dialogue": Stage("BLIP fine-tuned on dialogues", blip, blip.make_model, losses="dialogue",
+                           init="blip"),
 }
 # The command lines of a list; {runs} is --runs. One of blip.py is a process of its own.
 LISTS = {
@@ -113,8 +113,8 @@ def build(name, options, settings, began):
         options = dataclasses.replace(options, init=str(default_folder(stage.init, options)))
     folder = RunFolder(options.out or default_folder(name, options, options.losses))
     config, tokenizer = open_start(stage, name, options, folder)
-    losses = [f"losses={options.losses}"] if options.losses else []
-    config = with_settings(config, [*stage.settings, *losses, *settings])
+    losses = options.losses or stage.losses
+    config = with_settings(config, [f"losses={losses}"] * bool(losses) + settings)
     config, frozen, tokenizer = open_parts(STAGES, name, options, config, folder, tokenizer)
     world = open_world(options.data, getattr(config, "image_size", 32), options.images,
                        options.skip, options.shuffle)
