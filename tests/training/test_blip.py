@@ -182,23 +182,27 @@ class TestRuns:
         assert_same(stage, {name: own[name] for name in own if names[name] in old},
                     {name: old[names[name]] for name in own if names[name] in old})
 
-    def test_the_image_encoder_of_a_clip_run(self, runs, tmp_path):
+    def test_the_image_encoder_is_that_of_a_clip_run_unless_there_is_none(self, runs, tmp_path):
         clip, flags = weights(runs / "clip-toy"), {"out": str(tmp_path / "new")}
-        part = {"parts": [f"vision={runs / 'clip-toy'}"]}
         text = SIZES[3:]
-        assert start(settings=text, **flags, **part) == 0
-        again = built(settings=text, resume=True, parts=["vision=nowhere"], **flags)
-        assert (again.step, again.config.vision_width) == (2, 22)
-        fresh = built(settings=text, out=str(tmp_path / "fresh"), **part).model.state_dict()
-        for name in (own for own in clip if own.startswith("vision.")):
-            assert_same(name, fresh[name], clip[name])
-            assert_same(name, fresh[f"momentum.{name}"], clip[name])
+        assert start(settings=text, parts=[f"vision={runs / 'clip-toy'}"], **flags) == 0
+        fresh = built(settings=text, parts=[], runs=str(runs), out=str(tmp_path / "fresh"))
+        own = fresh.model.state_dict()
+        for name in (name for name in clip if name.startswith("vision.")):
+            assert_same(name, own[name], clip[name])
+            assert_same(name, own[f"momentum.{name}"], clip[name])
         assert not torch.equal(weights(tmp_path / "new")["vision.cls_token"],
                                clip["vision.cls_token"]), "it is trained"
+        for parts in ([], ["vision=nowhere"]):                       # a run has its parts itself
+            again = built(settings=text, resume=True, parts=parts, **flags)
+            assert (again.step, again.config.vision_width) == (2, 22)
+            again = built(settings=SIZES, resume=True, parts=parts, out=str(runs / "blip-toy"))
+            assert (again.step, again.config.vision) == (2, None)
 
     def test_two_processes_end_with_the_weights_and_queues_of_one(self, tmp_path, monkeypatch):
         argv = ["blip", "--data", "toy", "--from", "vision=none", "--steps", "2", "--precision",
-                "fp32", "--batch_size", "6", "--out", str(tmp_path / "two"), *(f"--set={size}" for size in SIZES)]
+                "fp32", "--batch_size", "6", "--out", str(tmp_path / "two"),
+                *(f"--set={size}" for size in SIZES)]
         for process in pair(argv, tmp_path / "two", (quick_end, quick_end)):
             process.end()
         monkeypatch.setattr(train, "measure", lambda run: None)
@@ -217,6 +221,8 @@ class TestMistakes:
         ("blip", {"init": "{runs}/clip-toy"}, [], "a run of 'clip', not of 'blip'"),
         ("blip", {"init": "{runs}/none"}, [], "train.py blip --data toy --out .*/none"),
         ("blip", {"init": "{runs}/blip-captioner-toy", "losses": "itc,itm"}, [], "missing"),
+        ("blip", {"runs": "{runs}/none", "parts": []}, [],
+         "train.py clip --data toy --out .*none/clip-toy"),
         ("blip-vqa", {"runs": "{runs}/none"}, [], "train.py blip --data toy --out .*none/blip-toy"),
         ("blip-vqa", {"data": "emoji", "init": "{runs}/blip-toy"}, [], "emoji has no question"),
         ("blip-vqa", {"accumulate": 2, "init": "{runs}/blip-toy"}, [], "--accumulate 2"),
