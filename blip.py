@@ -16,24 +16,28 @@ Generation (Li, Li, Xiong, Hoi, 2022).
     python train.py blip-vqa && python blip.py runs/blip-vqa answer PICTURE "what colour is it?"
 
 Differs from the paper
-- Data: the shapes world stands for web and human captions; emoji and your files for either. The
-  presets tiny and small and their recipes are ours: Muon (optimizer.py) for the matrices of
-  attention and MLPs, AdamW for the rest (paper: AdamW); gains and biases do not decay; the momentum
-  is 0.98 in tiny, since a run is short. The learning rate falls by a cosine or a line (paper: by
-  0.85 an epoch), alpha rises over a tenth of the steps (paper: 2 of 20 epochs).
-- The image encoder starts as that of a CLIP run, or from random weights (--from vision=none); the
-  text transformer from random weights, larger in narrow ones (paper: an ImageNet ViT and BERT).
-  There is no dropout, no drop-path and no augmentation but a crop.
-- Published weights: images are cropped to a square (released code: squeezed to one).
+- Data: the shapes world stands for web and human pairs; emoji and files of your own work as well.
+  An epoch has each image once, with one of its captions or questions. The presets tiny and small
+  and their recipes are ours: Muon (optimizer.py) for the matrices of attention and MLPs, AdamW for
+  the rest (paper: AdamW); a faster momentum (0.98, 0.99), since a run is short; softer negatives
+  (`hardness`), since the most similar text is often true here. The learning rate falls by a cosine
+  or a line (paper: by 0.85 an epoch), gains and biases do not decay.
+- The image encoder starts as that of a CLIP run, or from random weights (--from vision=none), the
+  text transformer from random weights (paper: an ImageNet ViT and BERT). Narrow towers start with
+  larger weights. There is no dropout, no drop-path and no augmentation but a crop; fine-tuning
+  keeps the image size (paper: 384 or 480).
+- Published weights: images are cropped to a square (released code: squeezed to one), captions are
+  not cleaned, beams have no least length and nucleus sampling no repetition penalty.
 - Tokens: a text ends with <eos>, where BERT has [SEP].
-- Momentum keys and hard negatives come from all processes (released code: from its own). A uniform
-  number that comes with each pair draws its negatives, whatever the number of processes.
-- A filter is fine-tuned with the pre-training losses: other captions of an image that are in the
-  queue count as wrong (released code: as right).
+- The batch's keys and the hard negatives come from all processes (released code: from its own). Two
+  uniform numbers that come with each pair draw its negatives: any number of processes draws alike.
+- Other captions of an image that are in the queue count as wrong, for a filter as well (released
+  code for retrieval: as right). Re-ranking takes the 16 best (released code: 128 or 256).
 - VQA has one answer to a question unless the data gives several. All candidates are ranked by their
   log p (released code: the 128 with the likeliest first token, by the smoothed loss).
 - Visual dialogue has no released code: `Dialogue` is our reading of the paper's Figure 5 (c).
 """
+import contextlib
 import copy
 from dataclasses import dataclass, replace
 
@@ -59,7 +63,7 @@ from common.training.optimizer import Recipe
 from common.transformer import LayerNorm, LearnedPositions, to_float32, vit_block
 from common.vision import ViT
 
-# What a block of the decoder has in common with the encoder's; each is a module (paper, Table 3).
+# The modules of a block that encoder and decoder share (paper, Table 3).
 FEED_FORWARD, CROSS, SELF = ("mlp", "mlp_norm"), ("cross", "cross_norm"), ("attn", "attn_norm")
 SHARING = {
     "all": FEED_FORWARD + CROSS + SELF,
@@ -68,6 +72,7 @@ SHARING = {
     "none": (),
 }
 EMBEDDINGS = ("token_embed", "pos_embed", "norm")    # shared, too, except with "none"
+MOMENTUM_PARTS = ("vision", "encoder", "image_projection", "text_projection")
 ALL_LOSSES = "itc,itm,lm"
 LOSSES = (ALL_LOSSES, "itc,itm", "itc,lm", "itc", "lm", "vqa", "two-images", "dialogue")
 
@@ -101,10 +106,10 @@ class BLIPConfig:
     momentum: float = 0.98               # of the second pair of encoders; 0: there is none
     queue_size: int = 960                # K, momentum features that are kept
     alpha: float = 0.4                   # weight of the soft targets after their ramp
-    negatives: str = "hard"              # or random
+    hardness: float = 1.0                # of the negatives: 0 random, 1 as the paper's
     label_smoothing: float = 0.1
     prompt: str = "a picture of "        # before every caption where lm is the only loss
-    human_only: bool = False             # no web pairs, also for all three losses together
+    human_only: bool = False             # all three losses learn from human pairs alone
 
     def __post_init__(self):
         if isinstance(self.vision, dict):                             # as JSON has it
@@ -117,9 +122,9 @@ class BLIPConfig:
                 object.__setattr__(self, name, getattr(self.vision, name))
         fractions = ("momentum", "alpha", "label_smoothing")
         options.check_fields(
-            self, {"losses": LOSSES, "sharing": SHARING, "negatives": ("hard", "random")},
-            dict.fromkeys((*fractions, "queue_size", "pad_id", "eos_id", "cls_id", "enc_id",
-                           "dec_id"), 0), dict.fromkeys(fractions, 1))
+            self, {"losses": LOSSES, "sharing": SHARING},
+            dict.fromkeys((*fractions, "hardness", "queue_size", "pad_id", "eos_id", "cls_id",
+                           "enc_id", "dec_id"), 0), dict.fromkeys(fractions, 1))
 
 
 # ------------------------------------------------------------------ the mixture of encoder-decoder
@@ -154,7 +159,7 @@ def share(encoder, decoder, sharing):
 class BLIP(nn.Module):
     """A ViT and one text transformer with three uses (paper, Figure 2)."""
 
-    banned_ids = ()                      # of what it writes; the vocabulary's own ids never occur
+    banned_ids = ()                      # ids that are never written
 
     def __init__(self, config):
         super().__init__()
@@ -195,6 +200,11 @@ class BLIP(nn.Module):
         self.register_buffer("queue_next", torch.zeros((), dtype=torch.int64))
         self.register_buffer("alpha", torch.zeros(()), persistent=False)
 
+    def adapt(self, weights):
+        """The weights of another run of BLIP without those of parts that this model lacks."""
+        own = self.state_dict()
+        return {name: value for name, value in weights.items() if name in own}
+
     # -------------------------------------------------------------- three uses of one text model
 
     def starts_with(self, ids, first):
@@ -222,9 +232,9 @@ class BLIP(nn.Module):
         return self.itm_head(x)                                       # from (B, D)
 
     def logits(self, ids, mask=None, cache=None, last=False, *, context, context_mask=None):
-        """[DEC] text, causal, attends to context (B, S, C): ids (B, T) -> logits (B, T, V).
+        """Causal text that attends to context (B, S, C): ids (B, T) -> logits (B, T, V).
 
-        The arguments are those of `Bert.logits`.
+        The caller puts [DEC] first. The arguments are those of `Bert.logits`.
         """
         return self.decoder.logits(ids, context, mask=mask, context_mask=context_mask, cache=cache,
                                    last=last)
@@ -268,20 +278,19 @@ class BLIP(nn.Module):
         """Image-text contrast (ALBEF, 3.2 and 3.3) -> (loss, (image scores, text scores)).
 
         image, text (B, E): queries. image_keys, text_keys (B, E), without gradient: momentum
-        features of the same pairs. Keys are those of all processes and the K of the queue. The
-        target of a query is 1 at its own partner, softened by alpha: what the momentum feature in
-        its place would answer. The scores (B, B_all), cosine / temp, are those of the batch alone,
-        of texts for each image and of images for each text.
+        features of the same pairs. Keys are those of all processes and the K of the queue. Targets:
+        (1 - alpha) * one-hot + alpha * the softmax that the momentum feature gives in the query's
+        place. Scores (B, B_all): the logits of the batch's keys, without the queue's.
         """
         (image_keys, first), (text_keys, _) = gather(image_keys), gather(text_keys)   # (B_all, E)
         own = torch.arange(len(image), device=image.device) + first   # the positives' columns
 
-        def direction(queries, key_queries, keys, queue):
+        def direction(queries, momentum_queries, keys, queue):
             keys = torch.cat([keys, queue])                           # (B_all + K, E)
             logits = queries @ keys.T / self.temp                     # (B, B_all + K)
             with torch.no_grad():
                 hard = F.one_hot(own, len(keys))
-                soft = (key_queries @ keys.T / self.temp).softmax(dim=1)
+                soft = (momentum_queries @ keys.T / self.temp).softmax(dim=1)
                 target = self.alpha * soft + (1 - self.alpha) * hard
             return -(target * logits.log_softmax(dim=1)).sum(dim=1).mean(), logits.detach()
         rows = slice(first, first + len(image))
@@ -316,10 +325,8 @@ class BLIP(nn.Module):
             ids = F.pad(ids, (0, c.context_length - ids.shape[1]), value=c.pad_id)
         texts, _ = gather(ids)                                        # (B_all, T)
         own = torch.arange(B, device=ids.device) + first
-        if c.negatives == "random":
-            image_scores, text_scores = 0 * image_scores, 0 * text_scores
-        text_index = losses.sample_negatives(image_scores, own, draws[:, 0])
-        image_index = losses.sample_negatives(text_scores, own, draws[:, 1])
+        text_index = losses.sample_negatives(c.hardness * image_scores, own, draws[:, 0])
+        image_index = losses.sample_negatives(c.hardness * text_scores, own, draws[:, 1])
         logits = self.match(torch.cat([image, image, images[image_index]]),
                             torch.cat([ids, texts[text_index], ids]))            # (3 * B, 2)
         labels = torch.arange(3 * B, device=ids.device) < B
@@ -339,17 +346,17 @@ class BLIP(nn.Module):
     # -------------------------------------------------------------- hooks of the training loop
 
     def check_batch(self, batch_size, accumulate):
-        """Raise ValueError for what the losses over a whole batch cannot do."""
+        """Raise ValueError for a batch that the queue or the losses cannot have."""
         size = self.config.queue_size
         if "itc" in self.losses and (size % batch_size or batch_size < 2):
-            raise ValueError(f"queue_size={size} must be a multiple of the batch of {batch_size} "
-                             "pairs, at least 2; --set queue_size=0 does without a queue")
+            raise ValueError(f"queue_size={size} must be a multiple of the batch of {batch_size}, "
+                             "which is at least 2; --set queue_size=0 does without a queue")
         if self.config.losses != "lm" and accumulate > 1:
-            raise ValueError(f"--accumulate {accumulate}: hard negatives and answers need the "
-                             "whole batch; only --losses lm can be accumulated")
+            raise ValueError(f"--accumulate {accumulate}: hard negatives need the whole batch; only "
+                             "--losses lm can be accumulated")
 
     def before_step(self, step, steps):
-        """Soft targets come in slowly: at first the momentum encoders know nothing."""
+        """The weight of the soft targets rises from 0: at first they are as good as random."""
         if "itc" in self.losses:
             self.alpha.fill_(self.config.alpha * min(1.0, step / max(1, 0.1 * steps)))
 
@@ -361,11 +368,11 @@ class BLIP(nn.Module):
             self.move_momentum(1 - self.config.momentum)
 
     @torch.no_grad()
-    def move_momentum(self, share=1.0):
-        """Move the momentum encoders towards the trained ones; 1: they are equal to them."""
+    def move_momentum(self, weight=1.0):
+        """Move the momentum encoders towards the trained ones; 1: they become equal."""
         for name, part in self.momentum.named_children():
             for old, new in zip(part.parameters(), getattr(self, name).parameters()):
-                old.lerp_(new, share)
+                old.lerp_(new, weight)
 
     # -------------------------------------------------------------- use and figures
 
@@ -407,15 +414,12 @@ class BLIP(nn.Module):
         return stack(sheets) if sheets else retrieval.samples(self, data)
 
 
-MOMENTUM_PARTS = ("vision", "encoder", "image_projection", "text_projection")
-
-
 @torch.no_grad()
 def init_weights(model):
-    """BERT's: N(0, 0.02) at the paper's width of 768, biases 0. The ViT keeps its own tables.
+    """Linear layers and embeddings: N(0, 0.02) at the paper's width of 768, biases 0.
 
-    With 0.02 a narrow tower starts too quiet and learns half as fast: the deviation grows with the
-    square root of 768 / width.
+    A narrow tower with 0.02 starts with small outputs and learns slowly: the deviation grows with
+    the square root of 768 / text_width. The ViT's positions and class token keep theirs.
     """
     std = 0.02 * (768 / model.config.text_width) ** 0.5
     for module in model.modules():
@@ -439,6 +443,12 @@ class VQA(BLIP):
         self.encoder = make_text(c, c.vision_width)
         self.decoder = make_text(c, c.text_width, has_head=True)
 
+    def adapt(self, weights):
+        """As in BLIP; the decoder's cross-attention is new where image and text differ in width."""
+        own = self.state_dict()
+        return {name: value if value.shape == own[name].shape else own[name]
+                for name, value in super().adapt(weights).items()}
+
     def encode_question(self, pixels, ids):
         """[ENC] question: pixels (B, 3, H, W), ids (B, T) -> states (B, T, D), mask bool (B, T)."""
         mask = ids != self.config.pad_id
@@ -451,10 +461,10 @@ class VQA(BLIP):
         The sum over an answer's tokens, times its weight, over all answers to the B questions,
         divided by B (released code).
         """
-        c, ids, question = self.config, batch["answer_ids"], batch["question_index"]      # (A, T)
+        c, ids, index = self.config, batch["answer_ids"], batch["question_index"]
         states, mask = self.encode_question(normalize_pixels(batch["images"]), batch["ids"])
         logits = self.logits(self.starts_with(ids, c.dec_id), mask=ids != c.pad_id,
-                             context=states[question], context_mask=mask[question])
+                             context=states[index], context_mask=mask[index])
         return {"vqa": losses.next_token_loss(logits, labels_of(ids, c), len(states),
                                               c.label_smoothing, batch["weights"])}
 
@@ -540,9 +550,9 @@ class TwoImages(Judge):
         the same weights (paper, 5.4); what is new stays as it is."""
         twins = {name.replace(".cross.", f".cross.{twin}."): value
                  for name, value in weights.items() for twin in ("first", "second")}
-        own = self.state_dict()
-        new = {k: v for k, v in own.items() if k.startswith("head.") or ".merge." in k}
-        return new | {k: v for k, v in twins.items() if k in own}
+        new = {name: value for name, value in self.state_dict().items()
+               if name.startswith("head.") or ".merge." in name}
+        return new | super().adapt(twins)
 
     def predict(self, batch):
         """A batch of `PairBatch` -> logits (B, 2), class 1: the statement is true."""
@@ -591,10 +601,10 @@ BASE = BLIPConfig(
     pad_id=0, eos_id=102, cls_id=101, dec_id=30522, enc_id=30523, embed_dim=256, momentum=0.995,
     queue_size=57600)
 PRESETS = {
-    "tiny": BLIPConfig(),
+    "tiny": BLIPConfig(hardness=0.3),
     "small": BLIPConfig(image_size=64, vision_width=384, vision_layers=8, vision_heads=6,
                         text_width=256, text_layers=6, text_heads=4, context_length=64,
-                        embed_dim=256, momentum=0.99, queue_size=8192),
+                        embed_dim=256, momentum=0.99, queue_size=8192, hardness=0.3),
     "base": BASE,
     "large": replace(BASE, vision_width=1024, vision_layers=24, vision_heads=16),
 }
@@ -604,6 +614,9 @@ TRAINS = dict.fromkeys(("blip", "blip-vqa", "blip-two-images", "blip-dialogue"),
 # The paper's: 20 epochs of 14M images (its 4.1).
 PAPER = Recipe(steps=97000, batch_size=2880, lr=3e-4, warmup=3000, weight_decay=0.05,
                betas=(0.9, 0.999), eps=1e-8, grad_clip=None)
+# Its Table 14: 5, 6, 10, 15, 20 epochs of its data sets at 256; the numbers of steps are rounded.
+PAPER_FINE_TUNING = {"lm": (1e-5, 11000), "itc,itm": (1e-5, 13300), "vqa": (2e-5, 54000),
+                     "two-images": (3e-5, 5000), "dialogue": (2e-5, 9600)}
 TINY = Recipe(steps=740, batch_size=96, lr=1e-3, weight_decay=0.05, schedule="linear",
               optimizer="muon", muon_lr_multiplier=4.0, lr_multipliers={"temp": 0.1})
 RECIPES = {
@@ -614,6 +627,8 @@ RECIPES = {
     "tiny two-images": replace(TINY, steps=500), "tiny dialogue": replace(TINY, steps=500),
     "small": replace(TINY, steps=6000, batch_size=512, lr=5e-4, warmup=300),
     "large": replace(PAPER, batch_size=2400, lr=2e-4), "": PAPER,
+    **{f"{size} {losses}": replace(PAPER, batch_size=256, warmup=0, lr=lr, steps=steps)
+       for size in ("base", "large") for losses, (lr, steps) in PAPER_FINE_TUNING.items()},
 }
 # The models that are fine-tuned: class, batch, records of the world.
 TASKS = {"vqa": (VQA, QuestionBatch, "question"),
@@ -627,7 +642,7 @@ def make_model(config):
 
 
 def data_sources(world, tokenizer, config):
-    """All three losses learn from web and human pairs; captioner and filter from human
+    """All three losses learn from web and human pairs, fewer (a captioner, a filter) from human
     pairs alone (paper, 3.3). A world or file without a web part is all human.
 
     Raises ValueError for a world without the task, and for a web file without human pairs.
@@ -653,16 +668,20 @@ def data_sources(world, tokenizer, config):
 # ------------------------------------------------------------------ CapFilt
 
 def capfilt_texts(captioner, keep, world, chunk=512, **how):
-    """CapFilt (paper, 3.3): texts for the web images that a filter takes for true.
+    """CapFilt (paper, 3.3): the texts of the web images and new ones, judged by a filter.
 
-    captioner: a writing.Writer, keep: records -> bool (N,), the filter. For each image of the
-    world's web part: its own texts, and one caption by nucleus sampling, p = 0.9. Yields (index,
-    record with one text, whether it is synthetic, whether it is kept).
+    captioner: a writing.Writer; keep: the filter, records -> bool (N,). For each image of the
+    world's web part: its own texts, and one caption by nucleus sampling, p = 0.9 (how: other
+    options of generation). chunk: images at a time. Yields (index, record with one text, whether it
+    is synthetic, whether the filter keeps it). An image that cannot be read is left out.
     """
     device = captioner.model.vision.pos_embed.device
     for first in range(0, world.size("web"), chunk):
-        places = range(first, min(first + chunk, world.size("web")))
-        records = [world.record("web", i) for i in places]
+        places, records = [], []
+        for i in range(first, min(first + chunk, world.size("web"))):
+            with contextlib.suppress(ValueError):    # a picture of the user's that is not readable
+                records.append(world.record("web", i))
+                places.append(i)
         seeds = [torch.Generator(device).manual_seed(i) for i in places]
         options = {"temperature": 1.0, "top_p": 0.9, "generator": seeds} | how
         written = captioner.generate(records, **options)

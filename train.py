@@ -35,7 +35,7 @@ import flamingo
 from common import transformer
 from common.data.batches import Batches, EvalData, open_world, world_tokenizer
 from common.data.files import Files, Refusals
-from common.data.tokenizer import EOS, PAD
+from common.data.tokenizer import CLS, DEC, ENC, EOS, PAD
 from common.losses import count_labels
 from common.training import checkpoint, distributed, lm
 from common.training.devices import (autocast, default_workers, find_device, half_precision,
@@ -119,7 +119,8 @@ def build(name, options, settings, began):
     world = open_world(options.data, getattr(config, "image_size", 32), options.images,
                        options.skip, options.shuffle)
     tokenizer = tokenizer or world_tokenizer(world)
-    ids = {"vocab_size": len(tokenizer), "eos_id": EOS, "pad_id": PAD}
+    ids = {"vocab_size": len(tokenizer), "pad_id": PAD, "eos_id": EOS, "cls_id": CLS,
+           "enc_id": ENC, "dec_id": DEC}
     for setting in settings:
         if setting.partition("=")[0] in ids:
             raise ValueError(f"--set {setting}: it belongs to the world's tokenizer")

@@ -55,14 +55,15 @@ def sigmoid_contrastive(image, text, scale, bias, gather=no_gather):
 
 
 def sample_negatives(scores, own, draws):
-    """A wrong partner for each query, drawn by its similarity: softmax + 1e-4 (released code).
+    """Hard negatives: another column for each query, with probability softmax(scores) + 1e-4.
 
-    scores float (B, B_all): cosines / temperature. own int64 (B,): the column of the right partner,
-    which is never drawn. draws float (B,), uniform in [0, 1) -> columns int64 (B,).
+    scores float (B, B_all): cosines / temperature (weights as in BLIP's released code). own int64
+    (B,): each query's own column, which is never drawn. draws float (B,), uniform in [0, 1) ->
+    columns int64 (B,).
     """
     weights = (scores.softmax(dim=1) + 1e-4).scatter(1, own[:, None], 0)
     cumulative = weights.cumsum(dim=1)                                # (B, B_all)
-    # Inverse transform: the first column whose cumulative weight exceeds that share of the total.
+    # Inverse transform: the first column whose cumulative weight exceeds draws * the whole weight.
     # Rounding must not lead past the last column that has a weight, hence the clamp.
     threshold = draws.clamp(max=1 - 1e-6)[:, None] * cumulative[:, -1:]
     return (cumulative <= threshold).sum(dim=1)

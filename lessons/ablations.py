@@ -285,7 +285,8 @@ BLIP_FIGURES = {"image to text": "image_to_text_recall@1", "text to image": "tex
                 "captions": "caption_accuracy_single", "and of two": "caption_accuracy"}
 BLIP = {
     "blip": [],
-    "random negatives": ["--set", "negatives=random"],
+    "random negatives": ["--set", "hardness=0"],
+    "hardest negatives": ["--set", "hardness=1"],
     "no soft targets": ["--set", "alpha=0"],
     "no queue": ["--set", "queue_size=0"],
     "no momentum": ["--set", "momentum=0"],

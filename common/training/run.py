@@ -178,9 +178,7 @@ def restore(run):
             print(f"resumed from step {run.step}")
     elif options.init:
         weights = checkpoint.open_run(options.init, run.stage.file.__name__)[2]
-        own = run.model.state_dict()     # a fine-tuned model may lack parts of the other
-        weights = run.model.adapt(weights) if hasattr(run.model, "adapt") else \
-            {name: value for name, value in weights.items() if name in own}
+        weights = run.model.adapt(weights) if hasattr(run.model, "adapt") else weights
         checkpoint.load_weights(run.model, weights, options.init)
     if not options.eval_only:
         folder.begin(describe(run), run.tokenizer, run.step, options.overwrite)

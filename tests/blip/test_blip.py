@@ -52,9 +52,10 @@ def itc_by_hand(model, image, text, image_keys, text_keys, image_queue, text_que
     return total / (2 * len(image)), *torch.stack(scores).chunk(2)
 
 
-def negative_by_hand(scores, own, draw, random):
+def negative_by_hand(scores, own, draw, hardness):
     """The first other item at which the sum of the weights passes its share of the whole."""
-    shares = [1.0 if random else s.exp().item() / scores.exp().sum().item() + 1e-4 for s in scores]
+    odds = [math.exp(hardness * s) for s in scores.tolist()]
+    shares = [o / sum(odds) + 1e-4 for o in odds]
     shares[own] = 0.0
     past = 0.0
     for item, share in enumerate(shares):
@@ -63,9 +64,9 @@ def negative_by_hand(scores, own, draw, random):
             return item
 
 
-def pairs_by_hand(scores, draws, random):
+def pairs_by_hand(scores, draws, hardness):
     """(image, text, is a pair) of the matching loss, for all images and all texts."""
-    texts, images = ([negative_by_hand(row, i, draws[i, side].item(), random)
+    texts, images = ([negative_by_hand(row, i, draws[i, side].item(), hardness)
                       for i, row in enumerate(part)] for side, part in enumerate(scores))
     return [(i, i, 1) for i in range(len(texts))] + [(i, t, 0) for i, t in enumerate(texts)] \
         + [(i, t, 0) for t, i in enumerate(images)]
@@ -95,7 +96,7 @@ def losses_by_hand(model, batch):
                                             model.image_queue.clone(), model.text_queue.clone())
     if "itm" in model.losses:
         terms = []
-        for i, t, label in pairs_by_hand(scores, batch["draws"], c.negatives == "random"):
+        for i, t, label in pairs_by_hand(scores, batch["draws"], c.hardness):
             x = states(model.encoder, batch["ids"][t:t + 1], BLIP_ENC, image[i:i + 1])[0, 0]
             terms.append(-linear(model.itm_head, x).log_softmax(dim=0)[label])
         found["itm"] = sum(terms) / len(terms)
@@ -163,7 +164,7 @@ class TestBLIP:
     # ------------------------------------------------------------ the losses
 
     @pytest.mark.parametrize("changes", [
-        {}, {"queue_size": 0, "momentum": 0.0}, {"negatives": "random", "sharing": "none"},
+        {}, {"queue_size": 0, "momentum": 0.0}, {"hardness": 0.0, "sharing": "none"},
         {"losses": "itc,lm"}, {"losses": "itc"}, {"losses": "lm", "label_smoothing": 0.0}], ids=str)
     def test_the_losses_and_their_gradients_are_those_of_the_papers(self, changes):
         model, batch = toy_blip(**changes), blip_batch(6, 3, 9, 5)
@@ -220,10 +221,10 @@ class TestBLIP:
         loss, _ = model.itc(eye[:3], eye[:3], eye[:3], eye[:3])
         assert_close("loss", loss, math.log(math.e + 6) - 1)
 
-    @pytest.mark.parametrize("negatives", ["hard", "random"])
+    @pytest.mark.parametrize("hardness", [1.0, 0.3, 0.0])
     def test_no_negative_is_a_pair_and_half_keep_their_image_and_half_their_text(
-            self, negatives, monkeypatch):
-        model, B, seen = toy_blip(negatives=negatives), 5, []
+            self, hardness, monkeypatch):
+        model, B, seen = toy_blip(hardness=hardness), 5, []
         ids, image = blip_ids(*[4] * B), torch.arange(B).double()[:, None, None].expand(B, 10, 12)
         ids[:, 1] = torch.arange(14, 14 + B)             # both carry their number
 
@@ -233,7 +234,7 @@ class TestBLIP:
         monkeypatch.setattr(model, "match", match)
         scores, draws = [3 * torch.randn(B, B).double() for _ in range(2)], torch.rand(B, 2)
         loss = model.itm(image, ids, *scores, draws)
-        expected = pairs_by_hand(scores, draws, negatives == "random")
+        expected = pairs_by_hand(scores, draws, hardness)
         assert seen == [(i, t) for i, t, _ in expected], f"pairs {seen}\nexpected {expected}"
         assert all((i == t) == bool(label) for i, t, label in expected)
         terms = [math.log(1 + math.exp((-1) ** label * n / 9)) for n, (*_, label) in
@@ -247,7 +248,7 @@ class TestBLIP:
         scores = scores - 99 * torch.tensor([0.0, 0, 1])     # no text gets image 2 but as its own
         own = model.itm(image, ids, scores, scores, torch.full((3, 2), 0.5))
         grad, = torch.autograd.grad(own, image)
-        pairs = pairs_by_hand((scores, scores), torch.full((3, 2), 0.5), False)
+        pairs = pairs_by_hand((scores, scores), torch.full((3, 2), 0.5), 1.0)
         same = image.detach().requires_grad_()
         logits = torch.cat([model.match(same[i:i + 1], ids[t:t + 1]) for i, t, _ in pairs])
         loss = F.cross_entropy(logits, torch.tensor([label for *_, label in pairs]))
@@ -354,7 +355,7 @@ class TestBLIP:
             assert_close("norms (K,)", queue.norm(dim=1), torch.ones(10))
         assert_close("next place", model.queue_next, 0)
 
-    @pytest.mark.parametrize("changes", [{}, {"momentum": 0.0}, {"negatives": "random"},
+    @pytest.mark.parametrize("changes", [{}, {"momentum": 0.0}, {"hardness": 0.0},
                                          {"losses": "itc"}], ids=str)
     def test_two_processes_have_the_losses_gradients_and_queues_of_one(self, changes):
         whole, batch = toy_blip(**changes), blip_batch(6, 4, 5, 9, 3, 7)

@@ -15,7 +15,7 @@ TOY = {"vision_width": 12, "vision_heads": 3, "text_width": 10, "text_heads": 2,
 
 class TestBLIPConfig:
     @pytest.mark.parametrize("field, value", [
-        ("losses", "itm"), ("sharing", "some"), ("negatives", "soft"), ("text_layers", 0),
+        ("losses", "itm"), ("sharing", "some"), ("hardness", -1.0), ("text_layers", 0),
         ("pad_id", -1), ("enc_id", -1), ("queue_size", -1), ("alpha", 1.5), ("momentum", -0.1),
         ("momentum", 1.1), ("label_smoothing", 2.0), ("embed_dim", 0)])
     def test_a_value_that_no_model_can_have_is_refused(self, field, value):

@@ -106,8 +106,8 @@ class TestCompare:
             ("flamingo", "gates open", "all images", "mlp resampler", "every 2nd", "every 4th",
              "no pages", "lm unfrozen"), 9)),
         ("blip --steps 9", "blip", dict.fromkeys(
-            ("blip", "random negatives", "no soft targets", "no queue", "no momentum", "all shared",
-             "all but cross", "nothing shared"), 9))])
+            ("blip", "random negatives", "hardest negatives", "no soft targets", "no queue",
+             "no momentum", "all shared", "all but cross", "nothing shared"), 9))])
     def test_it_prints_median_and_range_of_the_seeds(self, monkeypatch, said, argv, stage, steps):
         asked = {}
 
