@@ -48,12 +48,12 @@ from torch import nn
 from clip import CLIPConfig, image_tower
 from common import losses
 from common.bert import Bert
-from common.data.batches import DataSource, open_world
+from common.data.batches import DataSource
 from common.data.collators import (CaptionBatch, DialogueBatch, PairBatch, QuestionBatch,
                                     as_turns)
-from common.data.images import center_crop, normalize_pixels, open_image, to_tensor
+from common.data.images import center_crop, normalize_pixels, to_tensor
 from common.data.tokenizer import CLS, DEC, ENC, EOS, PAD
-from common.evaluation import capfilt, judging, matching, questions, retrieval, writing
+from common.evaluation import judging, matching, questions, retrieval, writing
 from common.evaluation.sheet import stack
 from common.prompts import labels_of
 from common.pretrained import blip as pretrained
@@ -352,8 +352,8 @@ class BLIP(nn.Module):
             raise ValueError(f"queue_size={size} must be a multiple of the batch of {batch_size}, "
                              "which is at least 2; --set queue_size=0 does without a queue")
         if self.config.losses != "lm" and accumulate > 1:
-            raise ValueError(f"--accumulate {accumulate}: hard negatives need the whole batch; only "
-                             "--losses lm can be accumulated")
+            raise ValueError(f"--accumulate {accumulate}: hard negatives need the whole batch; "
+                             "only --losses lm can be accumulated")
 
     def before_step(self, step, steps):
         """The weight of the soft targets rises from 0: at first they are as good as random."""
@@ -721,40 +721,7 @@ def open_trained(path, losses):
 
 def main():
     """The command line: caption, match, answer, search and bootstrap."""
-    def caption(run, picture):
-        """write a caption of a picture"""
-        record = {"images": [open_image(picture)], "texts": [""]}
-        print(writing.Writer(*open_trained(run, ("lm",))).generate([record], num_beams=3)[0])
-
-    def answer(run, picture, question):
-        """answer a question about a picture, with a run of blip-vqa"""
-        turn = {"images": [[open_image(picture)]], "prompt": question, "answer": ""}
-        print(writing.Writer(*open_trained(run, ("vqa",))).generate([{"turns": [turn]}])[0])
-
-    def match(run, picture, *texts):
-        """print the probability that each TEXT is true of a picture"""
-        model, tokenizer = open_trained(run, ("itm",))
-        records = [{"images": [open_image(picture)], "texts": [text]} for text in texts]
-        for text, p in zip(texts, matching.probabilities(model, tokenizer, records).tolist()):
-            print(f"{p:7.2%}  {text}")
-
-    def search(run, text, folder):
-        """print the pictures of a folder that fit a text best, and draw them in RUN/search.png"""
-        retriever = retrieval.Retriever(*open_trained(run, ("itc",)))
-        retrieval.search_folder(run, retriever, text, folder)
-
-    def bootstrap(run, filter, out, *, data="shapes", images=None):
-        """write new texts for the web pictures of --data to OUT, a .jsonl for train.py --data: RUN
-        is a captioner, FILTER the run of a filter"""
-        captioner = writing.Writer(*open_trained(run, ("lm",)))
-        judge = open_trained(filter, ("itm",))
-        world = open_world(data, captioner.model.config.image_size, images)
-        if not world.has_web:
-            raise ValueError(f"--data {data}: no web pairs in it, nothing to bootstrap")
-        capfilt.write(capfilt_texts(captioner, lambda r: matching.probabilities(*judge, r) > 0.5,
-                                    world), world, out)
-
-    return options.run_command(__doc__, caption, match, answer, search, bootstrap)
+    return matching.main(__doc__, open_trained, capfilt_texts)
 
 
 if __name__ == "__main__":

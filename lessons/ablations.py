@@ -8,9 +8,9 @@
     python lessons/ablations.py sigmoid      softmax against SigLIP's sigmoid at a small batch
     python lessons/ablations.py flamingo     Flamingo without each of its parts (its Table 3)
     python lessons/ablations.py blip         BLIP without each of its parts; sharing (its Table 3)
-    python lessons/ablations.py capfilt      web texts as they are, filtered, with written ones, both
-                                             (BLIP, Table 1); texts by beams instead of nucleus
-                                             (Table 2); one model as captioner and filter (Table 4)
+    python lessons/ablations.py capfilt      web texts as they are, filtered, with written ones,
+                                             both (BLIP, Table 1); written by beams (Table 2);
+                                             one model as captioner and filter (Table 4)
 
 The first three measure a trained run (--run, default runs/clip). The others train short runs under
 RUNS/ablations, three seeds each, and continue where they were stopped.
@@ -279,7 +279,8 @@ def flamingo(args):
             steps, "flamingo", FLAMINGO_FIGURES)
 
 
-BLIP_FIGURES = {"image to text": "image_to_text_recall@1", "text to image": "text_to_image_recall@1",
+BLIP_FIGURES = {"image to text": "image_to_text_recall@1",
+                "text to image": "text_to_image_recall@1",
                 "re-ranked": "image_to_text_recall@1_reranked",
                 "and": "text_to_image_recall@1_reranked", "matching": "itm_accuracy",
                 "captions": "caption_accuracy_single", "and of two": "caption_accuracy"}
@@ -352,7 +353,8 @@ def capfilt(args):
     def both(synthetic, keep):
         return keep
     texts = {"none": write_texts(args, "none", *parts, lambda synthetic, keep: not synthetic),
-             "filter": write_texts(args, "filter", *parts, lambda synthetic, keep: keep > synthetic),
+             "filter": write_texts(args, "filter", *parts,
+                                   lambda synthetic, keep: keep and not synthetic),
              "captioner": write_texts(args, "captioner", *parts, lambda synthetic, keep: True),
              "both": write_texts(args, "both", *parts, both),
              "both, beams": write_texts(args, "beams", *parts, both, temperature=0.0, top_p=1.0,

@@ -10,7 +10,7 @@ from common.training import checkpoint
 
 
 def line(world, index, record):
-    """What the file says of record `index` of the split "web", with one of its texts."""
+    """The line for one text of web record `index`, a dict."""
     text, = record["texts"]
     if isinstance(world, Files):
         return {"image": record["source"]["images"][0], "text": text, "web": True}
@@ -52,4 +52,6 @@ def write(rows, world, out):
     sheet("Pictures, their texts from the web and the written ones: kept with a check mark, "
           "dropped with a cross.", [("", picture, cells) for picture, cells in examples.values()]
           ).save(drawn)
-    print(f"{len(lines):,d} lines in {out}, examples in {drawn}")
+    flags = f"jsonl:{out} --images {world.folder}" if isinstance(world, Files) else \
+        f"shapes:texts={out}"
+    print(f"examples in {drawn}; {len(lines):,d} lines for python train.py blip --data {flags}")

@@ -1,15 +1,19 @@
 """Matching: does a text fit an image? For any model with `match` (BLIP, BLIP-2's first stage).
 
 match: image tokens float (B, S, D), ids int64 (B, T) -> logits (B, 2), class 1: they are a pair.
-vision: images float (B, 3, H, W) -> image tokens.
+vision: images float (B, 3, H, W) -> image tokens. pixels: records -> such images.
 """
 import torch
 
-from common.data.images import normalize_pixels
+from common.data.batches import open_world
+from common.data.images import normalize_pixels, open_image
 from common.data.shapes.captions import HARDNESSES
+from common.evaluation import capfilt
 from common.evaluation.questions import draw_tasks
-from common.evaluation.retrieval import rerank
+from common.evaluation.retrieval import Retriever, rerank, search_folder
 from common.evaluation.sheet import sheet
+from common.evaluation.writing import Writer
+from common.training import options
 
 
 def image_tokens(model, data, records, chunk=256):
@@ -94,3 +98,46 @@ def samples(model, data, pool, count=6, wrong=2):
                       for t, q in zip(texts, p)]))
     return sheet("A picture, its caption and two false ones that look similar, with the "
                  "probability that they match.", rows)
+
+
+# ------------------------------------------------------------------ commands
+
+def main(description, open_trained, capfilt_texts):
+    """The command line of a model that matches and writes: caption, match, answer, search,
+    bootstrap.
+
+    open_trained(run, losses) -> (model, tokenizer) of a run with one of these losses;
+    capfilt_texts: see blip.py.
+    """
+    def caption(run, picture):
+        """write a caption of a picture"""
+        record = {"images": [open_image(picture)], "texts": [""]}
+        print(Writer(*open_trained(run, ("lm",))).generate([record], num_beams=3)[0])
+
+    def answer(run, picture, question):
+        """answer a question about a picture, with a run of blip-vqa"""
+        turn = {"images": [[open_image(picture)]], "prompt": question, "answer": ""}
+        print(Writer(*open_trained(run, ("vqa",))).generate([{"turns": [turn]}])[0])
+
+    def match(run, picture, *texts):
+        """print the probability that each TEXT is true of a picture"""
+        model, tokenizer = open_trained(run, ("itm",))
+        records = [{"images": [open_image(picture)], "texts": [text]} for text in texts]
+        for text, p in zip(texts, probabilities(model, tokenizer, records).tolist()):
+            print(f"{p:7.2%}  {text}")
+
+    def search(run, text, folder):
+        """print the pictures of a folder that fit a text best, and draw them in RUN/search.png"""
+        search_folder(run, Retriever(*open_trained(run, ("itc",))), text, folder)
+
+    def bootstrap(run, filter, out, *, data="shapes", images=None):
+        """write new texts for the web pictures of --data to OUT, a .jsonl for train.py --data: RUN
+        is a captioner, FILTER the run of a filter"""
+        captioner, judge = Writer(*open_trained(run, ("lm",))), open_trained(filter, ("itm",))
+        world = open_world(data, captioner.model.config.image_size, images)
+        if not world.has_web:
+            raise ValueError(f"--data {data}: no web pairs in it, nothing to bootstrap")
+        rows = capfilt_texts(captioner, lambda r: probabilities(*judge, r) > 0.5, world)
+        capfilt.write(rows, world, out)
+
+    return options.run_command(description, caption, match, answer, search, bootstrap)

@@ -214,8 +214,8 @@ class TestRuns:
 
 class TestMistakes:
     @pytest.mark.parametrize("stage, flags, settings, words", [
-        ("blip", {}, ["queue_size=13"], "queue_size=13 .* batch of 6 .*--set queue_size=0"),
-        ("blip", {"batch_size": 1}, [], "queue_size=12 .* batch of 1 .*at least 2"),
+        ("blip", {}, ["queue_size=13"], "queue_size=13 .* batch of 6, .*--set queue_size=0"),
+        ("blip", {"batch_size": 1}, [], "queue_size=12 .* batch of 1, .*at least 2"),
         ("blip", {"accumulate": 2}, [], "--accumulate 2.*only --losses lm"),
         ("blip", {"losses": "itm"}, [], "losses=itm is not one of itc,itm,lm"),
         ("blip", {"init": "{runs}/clip-toy"}, [], "a run of 'clip', not of 'blip'"),
