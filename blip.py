@@ -408,7 +408,8 @@ class BLIP(nn.Module):
         """An image for people: captions of unseen images, and hard negatives beside theirs."""
         sheets = []
         if "lm" in self.losses:
-            sheets.append(writing.samples(writing.Writer(self, data.tokenizer), data))
+            writer = writing.Writer(self, data.tokenizer)
+            sheets.append(writing.samples(writer, data, shots=False))
         if "itm" in self.losses:
             sheets.append(matching.samples(self, data, retrieval.make_pool(self, data)))
         return stack(sheets) if sheets else retrieval.samples(self, data)

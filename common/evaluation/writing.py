@@ -71,20 +71,21 @@ class Writer:
         return [texts[int(s.argmax())] for texts, s in zip(candidates, scores)]
 
 
-def samples(writer, data, count=6):
-    """An image for people: captions of unseen images, and labels learned from a few shots."""
+def samples(writer, data, count=6, shots=True):
+    """An image for people: captions of unseen images; with shots, labels learned from a few."""
     world, records = data.world, data.records("test")[:count]
     rows = [("", r["images"][0], [(None, text, describes(world, text, r["source"]))])
             for r, text in zip(records, writer.generate(records))]
-    if "episode" in world.tasks:
+    title = f"Unseen {world.name}: a picture and the caption written for it"
+    if shots and "episode" in world.tasks:
+        title += "; then a picture, the label chosen for it, and the shots that define the labels"
         episodes = draw_tasks(world, "episode", count, shots=4)
         labels = writer.choose(episodes, [e["candidates"] for e in episodes])
         for episode, label in zip(episodes, labels):
             *shots, query = episode["turns"]
             rows.append(("", query["images"][0][0], [(None, label, label == query["answer"])] + [
                 (shot["images"][0][0], shot["answer"], None) for shot in shots]))
-    return sheet(f"Unseen {world.name}: a picture and the caption written for it; then a picture, "
-                 "the label chosen for it, and the shots that define the labels.", rows)
+    return sheet(f"{title}.", rows)
 
 
 def answers(writer, data, count=8):
