@@ -177,17 +177,18 @@ class TestSamples:
     @pytest.mark.parametrize("right, colour, other", [
         (True, (20, 150, 60), (210, 40, 40)), (False, (210, 40, 40), (20, 150, 60))])
     def test_answers_are_marked_and_episodes_show_their_shots(self, right, colour, other):
-        def sheet(*tasks, records=4):
+        def sheet(*tasks, records=4, **flags):
             world = Shapes(image_size=16)
             world.tasks = tasks
             data = SimpleNamespace(world=world, records=lambda split: [
                 world.record(split, i) for i in range(records)])
-            return samples(Knows(right), data, count=2)
+            return samples(Knows(right), data, count=2, **flags)
         plain, more = sheet(), sheet("episode")
         for made in (plain, more):
             counts = {value: n for n, value in made.getcolors(1 << 20)}
             assert counts[colour] > 300 and counts.get(other, 0) < 30
         assert plain.height == sheet(records=2).height           # of the first two
+        assert plain.height == sheet("episode", shots=False).height
         assert more.height > 1.8 * plain.height
         assert len(more.getcolors(1 << 20)) > 2 * len(plain.getcolors(1 << 20))
 
