@@ -624,7 +624,7 @@ RECIPES = {
     "tiny": TINY,
     "tiny lm": replace(TINY, steps=300, batch_size=128, lr=5e-4),
     "tiny itc,itm": replace(TINY, steps=400, lr=5e-4),
-    "tiny vqa": replace(TINY, steps=800, batch_size=128),
+    "tiny vqa": replace(TINY, steps=520, batch_size=128),
     "tiny two-images": replace(TINY, steps=500), "tiny dialogue": replace(TINY, steps=500),
     "small": replace(TINY, steps=6000, batch_size=512, lr=5e-4, warmup=300),
     "large": replace(PAPER, batch_size=2400, lr=2e-4), "": PAPER,
@@ -668,7 +668,7 @@ def data_sources(world, tokenizer, config):
 
 # ------------------------------------------------------------------ CapFilt
 
-def capfilt_texts(captioner, keep, world, chunk=512, **how):
+def capfilt_texts(captioner, keep, world, chunk=256, **how):
     """CapFilt (paper, 3.3): the texts of the web images and new ones, judged by a filter.
 
     captioner: a writing.Writer; keep: the filter, records -> bool (N,). For each image of the
@@ -684,7 +684,7 @@ def capfilt_texts(captioner, keep, world, chunk=512, **how):
                 records.append(world.record("web", i))
                 places.append(i)
         seeds = [torch.Generator(device).manual_seed(i) for i in places]
-        options = {"temperature": 1.0, "top_p": 0.9, "generator": seeds} | how
+        options = {"temperature": 1.0, "top_p": 0.9, "generator": seeds, "batch_size": chunk} | how
         written = captioner.generate(records, **options)
         rows = [(i, record | {"texts": [text]}, False)
                 for i, record in zip(places, records) for text in record["texts"]]

@@ -90,7 +90,8 @@ LISTS = {
     "bootstrap": ["clip", "blip", "blip --losses lm --init {runs}/blip",
                   "blip --losses itc,itm --init {runs}/blip",
                   "blip.py {runs}/blip-captioner bootstrap {runs}/blip-filter {runs}/texts.jsonl",
-                  "blip --data shapes:texts={runs}/texts.jsonl --out {runs}/blip-bootstrap"],
+                  "blip --data shapes:texts={runs}/texts.jsonl --from vision={runs}/clip "
+                  "--out {runs}/blip-bootstrap"],
 }
 
 

@@ -360,7 +360,8 @@ def capfilt(args):
              "both, beams": write_texts(args, "beams", *parts, both, temperature=0.0, top_p=1.0,
                                         num_beams=3, generator=None),
              "both, one model": write_texts(args, "one", *shared, both)}
-    compare(args, {name: ["--steps", str(steps), "--data", f"shapes:texts={file}"]
+    compare(args, {name: ["--steps", str(steps), "--data", f"shapes:texts={file}",
+                          "--from", f"vision={runs / 'clip'}"]
                    for name, file in texts.items()}, steps, "blip", BLIP_FIGURES)
 
 

@@ -53,5 +53,5 @@ def write(rows, world, out):
           "dropped with a cross.", [("", picture, cells) for picture, cells in examples.values()]
           ).save(drawn)
     flags = f"jsonl:{out} --images {world.folder}" if isinstance(world, Files) else \
-        f"shapes:texts={out}"
+        f"shapes:texts={out} --from vision=RUN"
     print(f"examples in {drawn}; {len(lines):,d} lines for python train.py blip --data {flags}")

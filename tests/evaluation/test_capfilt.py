@@ -52,7 +52,7 @@ class TestWrite:
             f"web: {len(truth)} of 3 texts kept, true {before:.1%} before and {after:.1%} after",
             f"written: {len(kept) - len(truth)} of 3 texts kept, true 0.0% before and 0.0% after",
             f"examples in {tmp_path / 'out.png'}; {len(kept)} lines for python train.py blip --data "
-            f"shapes:texts={out}"]
+            f"shapes:texts={out} --from vision=RUN"]
         found = Image.open(tmp_path / "out.png").getcolors(1 << 20)
         assert {colour for _, colour in found} & {GREEN, RED} == colours
 
