@@ -114,6 +114,8 @@ def build(name, options, settings, began):
         options = dataclasses.replace(options, init=str(default_folder(stage.init, options)))
     folder = RunFolder(options.out or default_folder(name, options, options.losses))
     config, tokenizer = open_start(stage, name, options, folder)
+    if options.losses and not hasattr(config, "losses"):
+        raise ValueError(f"--losses {options.losses}: {name} has no choice of losses")
     losses = options.losses or stage.losses
     config = with_settings(config, [f"losses={losses}"] * bool(losses) + settings)
     config, frozen, tokenizer = open_parts(STAGES, name, options, config, folder, tokenizer)

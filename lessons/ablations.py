@@ -306,39 +306,38 @@ def blip(args):
 
 @functools.cache
 def judged_texts(captioner, filter, how):
-    """[(line of a file, is synthetic, is kept by the filter, is true), ...] of shapes' web part.
+    """[(line of a file, is synthetic, is kept by the filter), ...] of shapes' web part.
 
-    captioner, filter: runs; how: options of generation, as pairs.
+    captioner, filter: runs; how: options of generation, as pairs. Prints the fractions of texts
+    that the filter keeps and that are true.
     """
     writer = Writer(*blip_model.open_trained(captioner, ("lm",)))
     judge, world = blip_model.open_trained(filter, ("itm",)), Shapes()
+    lines, judged = [], {False: [], True: []}
     rows = blip_model.capfilt_texts(writer, lambda r: matching.probabilities(*judge, r) > 0.5,
                                     world, **dict(how))
-    return [(capfilt_files.line(world, index, record), synthetic, keep,
-             world.is_true(record["texts"][0], record["source"]))
-            for index, record, synthetic, keep in tqdm(rows, "texts", 2 * world.size("web"))]
+    for index, record, synthetic, keep in tqdm(rows, "texts", 2 * world.size("web")):
+        lines.append((capfilt_files.line(world, index, record), synthetic, keep))
+        judged[synthetic].append((keep, world.is_true(record["texts"][0], record["source"])))
+    for synthetic, pairs in judged.items():
+        kept = [true for keep, true in pairs if keep]
+        print(f"{Path(captioner).name} {'written' if synthetic else 'web'} texts: kept "
+              f"{len(kept) / len(pairs):.3f}, true {statistics.mean(t for _, t in pairs):.3f} before "
+              f"and {statistics.mean(kept or [0]):.3f} after")
+    return lines
 
 
 def write_texts(args, name, captioner, filter, kept, **how):
     """A file of texts for --data shapes:texts=FILE, made unless it is there -> its name.
 
-    kept(is synthetic, is kept by the filter): whether a text is written. Prints the fractions of
-    texts that are true and that the filter keeps. The rest: `judged_texts`.
+    kept(is synthetic, is kept): whether a text of `judged_texts` is written.
     """
     out = Path(args.runs) / "ablations" / f"{name}.jsonl"
-    if out.exists():
-        return out
-    rows = judged_texts(captioner, filter, tuple(how.items()))
-    for kind in (False, True):
-        judged = [(keep, true) for _, synthetic, keep, true in rows if synthetic == kind]
-        kept_ones = [true for keep, true in judged if keep]
-        print(f"{name}: {'written' if kind else 'web'} texts: kept "
-              f"{len(kept_ones) / len(judged):.3f}, true "
-              f"{statistics.mean(true for _, true in judged):.3f} before and "
-              f"{statistics.mean(kept_ones or [0]):.3f} after")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text("".join(json.dumps(line) + "\n" for line, synthetic, keep, _ in rows
-                           if kept(synthetic, keep)))
+    if not out.exists():
+        rows = judged_texts(captioner, filter, tuple(how.items()))
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text("".join(json.dumps(line) + "\n" for line, synthetic, keep in rows
+                               if kept(synthetic, keep)))
     return out
 
 

@@ -201,7 +201,7 @@ class TestCapfilt:
         truth = [Shapes().record("web", i)["truth"] for i in range(7)]
         lines = capsys.readouterr().out.splitlines()
         assert file == tmp_path / "ablations/both.jsonl" and len(lines) == 2
-        assert lines[0] == (f"both: web texts: kept {4 / 7:.3f}, true {sum(truth) / 7:.3f} before "
+        assert lines[0] == (f"a web texts: kept {4 / 7:.3f}, true {sum(truth) / 7:.3f} before "
                             f"and {sum(truth[::2]) / 4:.3f} after")
 
 

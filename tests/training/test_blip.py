@@ -218,6 +218,7 @@ class TestMistakes:
         ("blip", {"batch_size": 1}, [], "queue_size=12 .* batch of 1, .*at least 2"),
         ("blip", {"accumulate": 2}, [], "--accumulate 2.*only --losses lm"),
         ("blip", {"losses": "itm"}, [], "losses=itm is not one of itc,itm,lm"),
+        ("clip", {"losses": "lm"}, [], "--losses lm: clip has no choice of losses"),
         ("blip", {"init": "{runs}/clip-toy"}, [], "a run of 'clip', not of 'blip'"),
         ("blip", {"init": "{runs}/none"}, [], "train.py blip --data toy --out .*/none"),
         ("blip", {"init": "{runs}/blip-captioner-toy", "losses": "itc,itm"}, [], "missing"),
