@@ -322,8 +322,8 @@ def judged_texts(captioner, filter, how):
     for synthetic, pairs in judged.items():
         kept = [true for keep, true in pairs if keep]
         print(f"{Path(captioner).name} {'written' if synthetic else 'web'} texts: kept "
-              f"{len(kept) / len(pairs):.3f}, true {statistics.mean(t for _, t in pairs):.3f} before "
-              f"and {statistics.mean(kept or [0]):.3f} after")
+              f"{len(kept) / len(pairs):.3f}, true {statistics.mean(t for _, t in pairs):.3f} "
+              f"before and {statistics.mean(kept or [0]):.3f} after")
     return lines
 
 
