@@ -60,7 +60,8 @@ class TestZeroShotClassifier:
         vectors = F.normalize(torch.randn(13, 5), dim=-1)
         means = torch.stack([sum(vectors[n] for n in own) / len(own) for own in numbers])
         for chunk in (256, 4, 2, 1):             # a chunk may end within a name
-            found = zero_shot_classifier(Model(texts=vectors), NumbersData().ids, names, templates, chunk)
+            found = zero_shot_classifier(Model(texts=vectors), NumbersData().ids, names, templates,
+                                         chunk)
             assert_close("classifier (E, C)", found, (means / means.norm(dim=1)[:, None]).T)
 
 
@@ -132,7 +133,7 @@ class TestPool:
         model = Model(torch.eye(13).roll(-1, dims=1))
         found = make_pool(model, NumbersData()).figures()
         assert set(found) == {f"{name}_recall@{k}" for name in WAYS for k in (1, 5, 10, "1_chance")}
-        assert found == make_pool(model, NumbersData()).figures()        # always the same random pairs
+        assert found == make_pool(model, NumbersData()).figures()   # always the same random pairs
         for name in WAYS:
             assert found[f"{name}_recall@1"] == pytest.approx(12 / 13)
             assert found[f"{name}_recall@1_chance"] == pytest.approx(25 / 169, abs=0.01)
@@ -163,7 +164,8 @@ class TestZeroShot:
 
 class TestEvaluate:
     def test_a_world_without_classes_has_retrieval_alone(self):
-        whole, retrieval = (evaluate(Model(), NumbersData(zero_shot=split)) for split in ("single", None))
+        whole, retrieval = (evaluate(Model(), NumbersData(zero_shot=split))
+                            for split in ("single", None))
         assert retrieval == make_pool(Model(), NumbersData()).figures()
         assert whole == retrieval | zero_shot(Model(), NumbersData())
 
