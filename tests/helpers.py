@@ -187,6 +187,28 @@ class Numbers:
         return source
 
 
+class NumbersData:
+    """What figures need of an EvalData of Numbers, changed as `changes` says; and its tokenizer."""
+
+    def __init__(self, world=None, **changes):
+        self.world, self.tokenizer = world or Numbers(), self
+        vars(self.world).update(changes)
+
+    def records(self, split):
+        return [self.world.record(split, i) for i in range(self.world.size(split))]
+
+    def images(self, records):
+        from common.data.images import to_tensor
+        return to_tensor([record["images"][0] for record in records])
+
+    def ids(self, texts):
+        return torch.tensor([[int(text)] for text in texts])
+
+    def batch(self, texts, context_length):          # as a tokenizer
+        assert context_length == 5
+        return self.ids(texts)
+
+
 class Table:
     """A model that knows one step: logits of the next token given the last, (V, V)."""
 

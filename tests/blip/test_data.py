@@ -1,51 +1,12 @@
-"""BLIP's data: which pairs each loss learns from, the texts that CapFilt keeps; trained models."""
+"""BLIP's own data: the texts that CapFilt keeps; and the losses that a command needs."""
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 import blip
-from blip import BLIPConfig, capfilt_texts, data_sources, open_trained
-from tests.helpers import Words, drawing, refused, toy_blip
-
-
-def world(web=0, human=9, has_web=True, tasks=()):
-    return SimpleNamespace(name="stub", has_web=has_web, tasks=tasks,
-                           size={"web": web, "human": human}.get)
-
-
-class TestDataSources:
-    @pytest.mark.parametrize("changes, has_web, split", [
-        ({}, True, "web+human"), ({"human_only": True}, True, "human"), ({}, False, "train"),
-        ({"losses": "itc,itm"}, True, "human"), ({"losses": "itc,itm"}, False, "train"),
-        ({"losses": "lm"}, True, "human"), ({"losses": "lm"}, False, "train")], ids=str)
-    def test_all_losses_learn_from_all_pairs_captioner_and_filter_from_human_ones(
-            self, changes, has_web, split):
-        given = world(has_web=has_web)
-        source, = data_sources(given, Words(), BLIPConfig(**changes))
-        assert (source.world, source.split, source.kinds) == (given, split, None), f"{source}"
-
-    @pytest.mark.parametrize("losses, prompt", [("itc,itm,lm", ""), ("itc,itm", ""), ("lm", "a ")])
-    def test_only_a_captioners_texts_have_a_prompt(self, losses, prompt):
-        source, = data_sources(world(), Words(), BLIPConfig(losses=losses, prompt="a "))
-        assert source.collate.prompt == prompt, f"prompt {source.collate.prompt!r}"
-
-    @pytest.mark.parametrize("losses, kind, batch", [
-        ("vqa", "question", "QuestionBatch"), ("two-images", "two_pictures", "PairBatch"),
-        ("dialogue", "dialogue", "DialogueBatch")])
-    def test_a_task_learns_from_its_records_and_is_refused_in_a_world_without_them(
-            self, losses, kind, batch):
-        config = BLIPConfig(losses=losses, context_length=11)
-        source, = data_sources(world(tasks=("shots", kind)), Words(), config)
-        assert source.kinds == {kind: 1} and type(source.collate).__name__ == batch, f"{source}"
-        assert (source.collate.context_length, source.collate.image_size) == (11, 32), "sizes"
-        with refused(f"{losses}.*stub.*{kind}"):
-            data_sources(world(tasks=("shots",)), Words(), config)
-
-    def test_a_captioner_without_human_pairs_is_refused(self):
-        data_sources(world(web=9, human=0), Words(), BLIPConfig())
-        with refused("stub.*human"):
-            data_sources(world(web=9, human=0), Words(), BLIPConfig(losses="lm"))
+from blip import capfilt_texts, open_trained
+from tests.helpers import drawing, refused, toy_blip
 
 
 class Captioner:
@@ -89,12 +50,6 @@ class TestCapfiltTexts:
         new = [(i, True, [f"written {i} {i}"], i == 1) for i in range(7) if i != 3]
         assert found == sorted(own + new), f"{found}"
         assert all(record["source"] == i and record["images"] for i, record, *_ in rows), "records"
-
-    def test_a_chunks_own_texts_come_before_its_written_ones(self):
-        rows, _ = self.rows(3)
-        assert [(i, is_new) for i, _, is_new, _ in rows[:9]] == [
-            (0, False), (0, False), (1, False), (1, False), (2, False), (2, False),
-            (0, True), (1, True), (2, True)]
 
     def test_it_writes_by_nucleus_sampling_unless_told_how(self):
         assert self.rows(512)[1].given == [{"temperature": 1.0, "top_p": 0.9}], "by default"

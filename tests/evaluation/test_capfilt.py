@@ -56,14 +56,6 @@ class TestWrite:
         found = Image.open(tmp_path / "out.png").getcolors(1 << 20)
         assert {colour for _, colour in found} & {GREEN, RED} == colours
 
-    def test_the_examples_are_of_eight_images(self, tmp_path):
-        heights = []
-        for count in (8, 9, 11):
-            world = Shapes(image_size=8)
-            write(rows(world, set(), count), world, tmp_path / "out.jsonl")
-            heights.append(Image.open(tmp_path / "out.png").height)
-        assert heights[0] == heights[1] == heights[2]
-
     def test_a_file_of_ones_own_is_read_again_with_its_human_pairs_and_its_test_split(
             self, tmp_path, capsys):
         spec = listed(tmp_path, 60)

@@ -4,31 +4,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from common.data.images import MEAN, STD, normalize_pixels, to_tensor
+from common.data.images import MEAN, STD, normalize_pixels
 from common.evaluation import matching
 from common.evaluation.matching import (filter_figures, image_tokens, judgement, match_scores,
                                         probabilities, reranked)
 from common.evaluation.questions import draw_tasks
 from common.evaluation.retrieval import Pool
 from common.evaluation.sheet import GREEN, RED
-from tests.helpers import Numbers, assert_close
-
-
-class Data:
-    """What the figures need of an EvalData, and of a tokenizer."""
-
-    def __init__(self, world=None):
-        self.world, self.tokenizer = world or Numbers(), self
-
-    def images(self, records):
-        return to_tensor([record["images"][0] for record in records])
-
-    def ids(self, texts):
-        return torch.tensor([[int(text)] for text in texts])
-
-    def batch(self, texts, context_length):
-        assert context_length == 5
-        return self.ids(texts)
+from tests.helpers import Numbers, NumbersData, assert_close
 
 
 class Model:
@@ -39,7 +22,7 @@ class Model:
         self.table = table
 
     def pixels(self, records):
-        return normalize_pixels(Data().images(records))
+        return normalize_pixels(NumbersData().images(records))
 
     def vision(self, images):
         """Float (B, 3, H, W), normalized -> the number of each image (B, 1, 1)."""
@@ -52,13 +35,9 @@ class Model:
         return torch.stack([torch.zeros_like(found), found], dim=1)
 
 
-def records(count=13):
-    return [Numbers().record("test", i) for i in range(count)]
-
-
 def pool(scores):
     """A Pool of 13 images and texts with these cosines."""
-    return Pool(Numbers(), records(), scores, torch.eye(13))
+    return Pool(Numbers(), NumbersData().records("test"), scores, torch.eye(13))
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 256])
@@ -66,7 +45,7 @@ class TestChunks:
     """Whatever the chunk, rows keep their order."""
 
     def test_image_tokens(self, chunk):
-        found = image_tokens(Model(None), Data(), records(), chunk)
+        found = image_tokens(Model(None), NumbersData(), NumbersData().records("test"), chunk)
         assert_close("tokens (N, S, D)", found, torch.arange(13.0)[:, None, None])
 
     def test_scores_are_the_logits_of_a_pair(self, chunk):
@@ -76,8 +55,9 @@ class TestChunks:
 
     def test_probabilities_are_of_each_records_first_text(self, chunk):
         table = torch.randn(13, 13)
-        shown = [record | {"texts": [str(12 - i), "3"]} for i, record in enumerate(records())]
-        assert_close("p (N,)", probabilities(Model(table), Data(), shown, chunk),
+        shown = [record | {"texts": [str(12 - i), "3"]}
+                 for i, record in enumerate(NumbersData().records("test"))]
+        assert_close("p (N,)", probabilities(Model(table), NumbersData(), shown, chunk),
                      table.flip(1).diagonal().sigmoid())
 
 
@@ -85,7 +65,7 @@ class TestReranked:
     @pytest.mark.parametrize("k", [2, 13, 16])
     def test_each_query_adds_the_logits_of_its_k_best(self, k):
         cosines, table = torch.rand(13, 13), torch.randn(13, 13)
-        both = reranked(Model(table), Data(), pool(cosines), k)
+        both = reranked(Model(table), NumbersData(), pool(cosines), k)
         for found, own, logits in zip(both, (cosines, cosines.T), (table, table.T)):
             best = own >= own.sort(descending=True).values[:, min(k, 13) - 1:][:, :1]
             assert_close("scores (N, N)", found, (own + logits).where(best, -100.0))
@@ -115,7 +95,7 @@ class TestFilterFigures:
         # The filter keeps what is true, and what differs; it misses the texts 0 to 2.
         table = torch.eye(13) + torch.eye(13).roll(3, dims=1) - 0.5
         table[:, :3] = -1
-        found = filter_figures(Model(table), Data(Noisy()), 40)
+        found = filter_figures(Model(table), NumbersData(Noisy()), 40)
         judged = {}
         for hardness in ("random", "shares", "differs"):
             for record in draw_tasks(Noisy(), "noisy", 40, hardness=hardness):
@@ -136,7 +116,7 @@ class TestEvaluate:
     def test_recalls_are_those_after_matching_and_only_such_a_world_has_a_filters(
             self, world, more):
         # By their cosines images find the wrong texts.
-        found = matching.evaluate(Model(9 * torch.eye(13)), Data(world()),
+        found = matching.evaluate(Model(9 * torch.eye(13)), NumbersData(world()),
                                   pool(torch.eye(13).roll(5, dims=1)), 7)
         recalls = {name: value for name, value in found.items() if name.endswith("_reranked")}
         assert recalls == {f"{way}_recall@{k}_reranked": 1.0 for k in (1, 5, 10)
@@ -150,7 +130,7 @@ class TestSamples:
         (lambda i, t: True, {GREEN, RED})])
     def test_texts_that_are_judged_right_are_green(self, logit, colours):
         table = torch.tensor([[2.0 * logit(i, t) - 1 for t in range(13)] for i in range(13)])
-        page = matching.samples(Model(table), Data(), pool(torch.rand(13, 13)))
+        page = matching.samples(Model(table), NumbersData(), pool(torch.rand(13, 13)))
         assert {colour for _, colour in page.getcolors(1 << 20)} & {GREEN, RED} == colours
 
     def test_a_picture_stands_beside_its_text_and_the_false_ones_of_the_highest_cosines(self):
@@ -159,5 +139,5 @@ class TestSamples:
             (tokens[:, 0, 0].tolist(), ids[:, 0].tolist())) or torch.zeros(len(ids), 2)
         cosines = torch.zeros(13, 13)
         cosines[1, 0], cosines[1, 4], cosines[1, 7] = 0.9, 0.3, 0.5        # text 0 is true of 1
-        matching.samples(model, Data(), pool(cosines), count=2)
+        matching.samples(model, NumbersData(), pool(cosines), count=2)
         assert asked[1] == ([1, 1, 1], [1, 7, 4]) and len(asked) == 2

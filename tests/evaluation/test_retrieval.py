@@ -7,34 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.data.images import MEAN, STD, to_tensor
+from common.data.images import MEAN, STD
 from common.evaluation.retrieval import (Pool, Retriever, encode_records, evaluate, make_pool,
                                          recalls, rerank, zero_shot, zero_shot_classifier)
-from tests.helpers import Numbers, assert_close, drawing
+from tests.helpers import NumbersData, assert_close, drawing
 
 GREEN, RED = (20, 150, 60), (210, 40, 40)
 WAYS = ("image_to_text", "text_to_image")
-
-
-class Data:
-    """What the figures need of an EvalData."""
-
-    def __init__(self, **changes):
-        self.world = Numbers()
-        vars(self.world).update(changes)
-
-    def records(self, split):
-        return [self.world.record(split, i) for i in range(self.world.size(split))]
-
-    def images(self, records):
-        return to_tensor([record["images"][0] for record in records])
-
-    def ids(self, texts):
-        return torch.tensor([[int(text)] for text in texts])
-
-    def batch(self, texts, context_length):          # as a tokenizer
-        assert context_length == 5
-        return self.ids(texts)
 
 
 class Model(nn.Module):
@@ -66,7 +45,7 @@ def own(query, item):
 
 class TestEncodeRecords:
     def test_all_records_are_encoded_in_order_whatever_the_chunk(self):
-        vectors, data = torch.randn(13, 5), Data()
+        vectors, data = torch.randn(13, 5), NumbersData()
         for chunk in (9, 4, 1, 256):
             found = encode_records(Model(vectors), data, data.records("test")[:9], chunk=chunk)
             assert_close(f"vectors (N, E) in chunks of {chunk}", found, vectors[:9])
@@ -81,7 +60,8 @@ class TestZeroShotClassifier:
         vectors = F.normalize(torch.randn(13, 5), dim=-1)
         means = torch.stack([sum(vectors[n] for n in own) / len(own) for own in numbers])
         for chunk in (256, 4, 2, 1):             # a chunk may end within a name
-            found = zero_shot_classifier(Model(texts=vectors), Data().ids, names, templates, chunk)
+            found = zero_shot_classifier(Model(texts=vectors), NumbersData().ids, names, templates,
+                                         chunk)
             assert_close("classifier (E, C)", found, (means / means.norm(dim=1)[:, None]).T)
 
 
@@ -124,7 +104,7 @@ class TestRerank:
 
 class TestPool:
     def pool(self, images, texts, is_true):
-        data = Data(is_true=is_true)
+        data = NumbersData(is_true=is_true)
         return Pool(data.world, data.records("test")[:len(images)], images, texts)
 
     @pytest.mark.parametrize("is_true, expected", [
@@ -151,9 +131,9 @@ class TestPool:
     def test_figures_are_recall_of_1_5_and_10_both_ways_and_the_chance_of_recall_at_1(self):
         # Image i finds word i - 1, which is true of it, too; word i finds image i + 1.
         model = Model(torch.eye(13).roll(-1, dims=1))
-        found = make_pool(model, Data()).figures()
+        found = make_pool(model, NumbersData()).figures()
         assert set(found) == {f"{name}_recall@{k}" for name in WAYS for k in (1, 5, 10, "1_chance")}
-        assert found == make_pool(model, Data()).figures()        # always the same random pairs
+        assert found == make_pool(model, NumbersData()).figures()   # always the same random pairs
         for name in WAYS:
             assert found[f"{name}_recall@1"] == pytest.approx(12 / 13)
             assert found[f"{name}_recall@1_chance"] == pytest.approx(25 / 169, abs=0.01)
@@ -177,16 +157,17 @@ class TestZeroShot:
         (lambda: torch.eye(13)[[1, 0, *range(2, 13)]], 1 / 5, 1),
         (lambda: torch.eye(13)[[0] * 13], 2 / 5, 0)])
     def test_unseen_pairs_are_candidates_of_unseen_ones_alone(self, images, seen, unseen):
-        assert zero_shot(Model(images(), torch.eye(13)), Data()) == pytest.approx({
+        assert zero_shot(Model(images(), torch.eye(13)), NumbersData()) == pytest.approx({
             "zero_shot_accuracy": seen, "zero_shot_accuracy_chance": 1 / 3,
             "composition_accuracy": unseen, "composition_accuracy_chance": 1 / 4})
 
 
 class TestEvaluate:
     def test_a_world_without_classes_has_retrieval_alone(self):
-        whole, retrieval = (evaluate(Model(), Data(zero_shot=split)) for split in ("single", None))
-        assert retrieval == make_pool(Model(), Data()).figures()
-        assert whole == retrieval | zero_shot(Model(), Data())
+        whole, retrieval = (evaluate(Model(), NumbersData(zero_shot=split))
+                            for split in ("single", None))
+        assert retrieval == make_pool(Model(), NumbersData()).figures()
+        assert whole == retrieval | zero_shot(Model(), NumbersData())
 
 
 class TestRetriever:
@@ -194,7 +175,7 @@ class TestRetriever:
         """Cosines of number 0 with 0 .. 12 fall from 1 to about -1."""
         angles = torch.arange(13) * math.pi / 13
         vectors = torch.stack([angles.cos(), angles.sin()], dim=1)
-        return Retriever(Model(texts=vectors).train(), Data())
+        return Retriever(Model(texts=vectors).train(), NumbersData())
 
     def picture(self, number, size=(8, 8)):
         return drawing((20 * number, 0, 0))[0].resize(size)
