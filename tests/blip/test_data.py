@@ -52,8 +52,9 @@ class TestCapfiltTexts:
         assert all(record["source"] == i and record["images"] for i, record, *_ in rows), "records"
 
     def test_it_writes_by_nucleus_sampling_unless_told_how(self):
-        assert self.rows(512)[1].given == [{"temperature": 1.0, "top_p": 0.9}], "by default"
-        assert self.rows(512, top_p=0.5)[1].given == [{"temperature": 1.0, "top_p": 0.5}], "told"
+        usual = {"temperature": 1.0, "top_p": 0.9, "batch_size": 512}      # one batch, one generator
+        assert self.rows(512)[1].given == [usual], "by default"                     # for each row
+        assert self.rows(512, top_p=0.5)[1].given == [usual | {"top_p": 0.5}], "told"
 
 
 class TestOpenTrained:

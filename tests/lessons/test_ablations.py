@@ -187,9 +187,9 @@ class TestCapfilt:
                 "both, one model": [(i, text) for i in range(1, 7, 2)
                                     for text in (web[i], "by shared lm")]}
         for (name, pairs), run in zip(want.items(), made[1:], strict=True):
-            file = run[-1].removeprefix("shapes:texts=")
+            file = run[-3].removeprefix("shapes:texts=")
             assert run == ("blip", f"{name.replace(' ', '-')}-9-0", "--seed", "0", "--steps", "9",
-                           "--data", f"shapes:texts={file}")
+                           "--data", f"shapes:texts={file}", "--from", f"vision={tmp_path}/clip")
             rows = [json.loads(line) for line in Path(file).read_text().splitlines()]
             assert [(row["scene"], row["text"]) for row in rows] == pairs, name
             assert f"\n{name} " in out
