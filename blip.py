@@ -624,7 +624,7 @@ RECIPES = {
     "tiny": TINY,
     "tiny lm": replace(TINY, steps=300, batch_size=128, lr=5e-4),
     "tiny itc,itm": replace(TINY, steps=400, lr=5e-4),
-    "tiny vqa": replace(TINY, steps=520, batch_size=128),
+    "tiny vqa": replace(TINY, steps=640, batch_size=128, lr=5e-4),
     "tiny two-images": replace(TINY, steps=500), "tiny dialogue": replace(TINY, steps=500),
     "small": replace(TINY, steps=6000, batch_size=512, lr=5e-4, warmup=300),
     "large": replace(PAPER, batch_size=2400, lr=2e-4), "": PAPER,
