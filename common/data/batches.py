@@ -89,7 +89,7 @@ class DataSource:
     def record(self, index, rng):
         """A training record. Raises ValueError for one of the user's that cannot be read."""
         if self.kinds is None:
-            return self.world.record(*self.place(index), rng)
+            return self.world.record(*self.locate(index), rng)
         kind, = rng.choices(list(self.kinds), weights=self.kinds.values())
         return self.world.task(kind, rng) if kind != "text" else self.world.text(rng)
 
@@ -97,7 +97,7 @@ class DataSource:
         """The number of records in an epoch."""
         return sum(map(self.world.size, self.split.split("+")))
 
-    def place(self, index):
+    def locate(self, index):
         """Record number `index` as (split, index in it)."""
         for split in self.split.split("+"):
             if index < self.world.size(split):
@@ -180,7 +180,7 @@ class Batches(torch.utils.data.Dataset):
                 refused.append(str(error))
             rng = draw_rng(self.seed, epoch, f"{index}/{attempt}")
             place = rng.randrange(source.size())
-        return source.world.blank(*source.place(index)), rng, refused
+        return source.world.blank(*source.locate(index)), rng, refused
 
     def loader(self, start, stop, workers):
         """Iterate over the steps start .. stop - 1, made by `workers` processes."""
