@@ -10,7 +10,7 @@ Generation (Li, Li, Xiong, Hoi, 2022).
          encoder and decoder share all their weights but self-attention (paper, Figure 2)
 
     python train.py clip && python train.py blip          from noisy web texts, 40% of them false
-    python train.py bootstrap                             captioner, filter, new texts, a new model
+    python train.py bootstrap --resume                    captioner, filter, new texts, a new model
     python blip.py runs/blip caption PICTURE
     python blip.py runs/blip match PICTURE "a red circle"
     python train.py blip-vqa && python blip.py runs/blip-vqa answer PICTURE "what colour is it?"
@@ -20,7 +20,7 @@ Differs from the paper
   An epoch has each image once, with one of its captions or questions. The presets tiny and small
   and their recipes are ours: Muon (optimizer.py) for the matrices of attention and MLPs, AdamW for
   the rest (paper: AdamW); a faster momentum (0.98, 0.99), since a run is short; softer negatives
-  (`hardness`), since the most similar text is often true here. The learning rate falls by a cosine
+  (`hardness`), since the most similar text may be true here. The learning rate falls by a cosine
   or a line (paper: by 0.85 an epoch), gains and biases do not decay.
 - The image encoder starts as that of a CLIP run, or from random weights (--from vision=none), the
   text transformer from random weights (paper: an ImageNet ViT and BERT). Narrow towers start with

@@ -105,9 +105,7 @@ def build(name, options, settings, began):
     stage, device = STAGES[name], distributed.start(find_device(options.device))
     half = half_precision(options.precision, device)
     transformer.ATTENTION = options.attention
-    for key, least in (("accumulate", 1), ("save_every", 1), ("workers", 0)):
-        if getattr(options, key) is not None and getattr(options, key) < least:
-            raise ValueError(f"--{key} {getattr(options, key)}: must be at least {least}")
+    options.check_counts()
     if options.preset not in stage.file.PRESETS:
         raise ValueError(f"--preset {options.preset}: {name} has {', '.join(stage.file.PRESETS)}")
     if stage.init and not options.init:

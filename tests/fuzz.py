@@ -26,6 +26,13 @@ def mutations(data, count, seed=0):
             yield edited(data, draw)
 
 
+def damages(path, count):
+    """Write damaged copies of the file at `path` over it, one after the other."""
+    for number, data in enumerate(mutations(path.read_bytes(), count)):
+        path.write_bytes(data)
+        yield number
+
+
 def edited(data, draw):
     """JSON or JSON lines with one value replaced or dropped, else some bytes overwritten."""
     with contextlib.suppress(ValueError):

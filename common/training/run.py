@@ -57,6 +57,12 @@ class Options:
     overwrite: bool = option(False, "delete an earlier run in the folder")
     eval_only: bool = option(False, "measure the folder's checkpoint again, train nothing")
 
+    def check_counts(self):
+        """Raise ValueError for a number that no run can have."""
+        for key, least in (("accumulate", 1), ("save_every", 1), ("workers", 0)):
+            if getattr(self, key) is not None and getattr(self, key) < least:
+                raise ValueError(f"--{key} {getattr(self, key)}: must be at least {least}")
+
 
 @dataclass
 class Run:

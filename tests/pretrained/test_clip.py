@@ -12,7 +12,7 @@ import clip
 from clip import CLIP, PRESETS, CLIPConfig
 from common.pretrained import clip as pretrained
 from common.pretrained.bpe import CLIP as STYLE
-from tests.fuzz import mutations, one_line
+from tests.fuzz import damages, one_line
 from tests.helpers import assert_close, command
 from tests.parity import hugging_face_layout, openai_layout
 from tests.pretrained.writers import (byte_vocabulary, check_weights, write_run, write_safetensors,
@@ -68,9 +68,7 @@ class TestRead:
 
     def test_damaged_configs_are_a_model_or_one_line(self, tmp_path):
         hugging_face(tmp_path)
-        path = tmp_path / "config.json"
-        for data in mutations(path.read_bytes(), 200):
-            path.write_bytes(data)
+        for _ in damages(tmp_path / "config.json", 200):
             with one_line(maybe=True):
                 pretrained.read(tmp_path)
 

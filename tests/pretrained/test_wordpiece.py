@@ -5,7 +5,7 @@ import pytest
 
 from common.data.tokenizer import Tokenizer
 from common.pretrained.wordpiece import MOST_BYTES, WordPiece, words
-from tests.fuzz import mutations, one_line
+from tests.fuzz import damages, one_line
 
 PIECES = ["[PAD]", "[unused0]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "re", "red", "##d",
           "##dish", "##di", "dog", "##s", "s", "sep", "n", "t", "do", "[", "]", ".", ",", "'", "!",
@@ -80,8 +80,7 @@ class TestWordPiece:
             WordPiece.load(tmp_path)
 
     def test_damaged_files_are_vocabularies_or_one_line(self, tmp_path):
-        whole = "\n".join(PIECES).encode()
-        for data in mutations(whole, 150):
-            (tmp_path / "vocab.txt").write_bytes(data)
+        (tmp_path / "vocab.txt").write_text("\n".join(PIECES))
+        for _ in damages(tmp_path / "vocab.txt", 150):
             with one_line(maybe=True):
                 WordPiece.load(tmp_path).encode("reddish dog")
