@@ -316,22 +316,11 @@ class BLIP(nn.Module):
         """Image-text matching with hard negatives (ALBEF, 3.2) -> scalar, in nats.
 
         image (B, S, D) and ids (B, T) are pairs; scores (B, B_all) as `itc` gives them; draws
-        (B, 2), uniform. The batch of the second pass has B pairs, B images with a sampled text and
-        B texts with a sampled image: labels 1, 0, 0.
+        (B, 2), uniform.
         """
-        c, B = self.config, len(ids)
-        images, first = gather(image)                                 # (B_all, S, D), with gradient
-        if len(images) > B:              # texts of other processes have other lengths
-            ids = F.pad(ids, (0, c.context_length - ids.shape[1]), value=c.pad_id)
-        texts, _ = gather(ids)                                        # (B_all, T)
-        own = torch.arange(B, device=ids.device) + first
-        text_index = losses.sample_negatives(c.hardness * image_scores, own, draws[:, 0])
-        image_index = losses.sample_negatives(c.hardness * text_scores, own, draws[:, 1])
-        logits = self.match(torch.cat([image, image, images[image_index]]),
-                            torch.cat([ids, texts[text_index], ids]))            # (3 * B, 2)
-        labels = torch.arange(3 * B, device=ids.device) < B
-        with losses.no_autocast(logits):
-            return F.cross_entropy(to_float32(logits), labels.long())
+        c = self.config
+        return losses.matching(self.match, image, ids, c.hardness * image_scores,
+                               c.hardness * text_scores, draws, gather, c.context_length, c.pad_id)
 
     def lm(self, image, ids, labels, label_count=None):
         """Language modeling: each next token of a text, given the image (B, S, D) -> scalar, nats.

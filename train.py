@@ -30,6 +30,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import blip
+import blip2
 import clip
 import flamingo
 from common import transformer
@@ -67,6 +68,7 @@ class Stage:
     init: str | None = None
 
 
+BLIP2_PARTS = {"vision": ("clip", "vision.vit")}
 STAGES = {
     "clip": Stage("image and text encoders, contrastive (CLIP; --set loss=sigmoid: SigLIP's loss)",
                   clip, clip.CLIP),
@@ -83,6 +85,14 @@ STAGES = {
                              blip.make_model, losses="two-images", init="blip"),
     "blip-dialogue": Stage("BLIP fine-tuned on dialogues", blip, blip.make_model, losses="dialogue",
                            init="blip"),
+    "blip2-stage1": Stage("a Q-Former on a frozen CLIP, which matches and writes (BLIP-2)",
+                          blip2, blip2.make_model, BLIP2_PARTS),
+    "blip2-stage2": Stage("its queries as the prompt of a frozen language model", blip2,
+                          blip2.make_model, BLIP2_PARTS | {"language": ("lm", "lm")},
+                          optional=("vision",), losses="lm", init="blip2-stage1"),
+    "blip2-stage2-t5": Stage("the same with a T5, of lm --preset t5-tiny", blip2,
+                             blip2.make_model, BLIP2_PARTS | {"language": ("lm", "lm", "t5-")},
+                             optional=("vision",), losses="lm", init="blip2-stage1"),
 }
 # The command lines of a list; {runs} is --runs. One of blip.py is a process of its own.
 LISTS = {
@@ -110,6 +120,8 @@ def build(name, options, settings, began):
         raise ValueError(f"--preset {options.preset}: {name} has {', '.join(stage.file.PRESETS)}")
     if stage.init and not options.init:
         options = dataclasses.replace(options, init=str(default_folder(stage.init, options)))
+    if options.init == "none":
+        options = dataclasses.replace(options, init=None)
     folder = RunFolder(options.out or default_folder(name, options, options.losses))
     config, tokenizer = open_start(stage, name, options, folder)
     if options.losses and not hasattr(config, "losses"):
@@ -126,7 +138,7 @@ def build(name, options, settings, began):
         if setting.partition("=")[0] in ids:
             raise ValueError(f"--set {setting}: it belongs to the world's tokenizer")
     config = dataclasses.replace(config, **{k: v for k, v in ids.items() if hasattr(config, k)})
-    kinds = options.data.partition(":")[0], getattr(config, "losses", "")
+    kinds = name, options.data.partition(":")[0], getattr(config, "losses", "")
     recipe = find_recipe(stage.file.RECIPES, options.preset, kinds,
                          {key: getattr(options, key)
                           for key in ("steps", "batch_size", "lr", "optimizer")})
@@ -147,7 +159,7 @@ def build(name, options, settings, began):
     unfrozen = tuple(filter(None, options.unfreeze.split(",")))
     table = freeze(model, stage.file.TRAINS[name] + unfrozen)
     run = Run(name, stage, options, folder, device, half, world, tokenizer, config, recipe, batches,
-              model, make_optimizer(model, recipe, half), table, began)
+              model, make_optimizer(model, recipe, half), table, began, tuple(frozen))
     run.refused = Refusals(options.skip) if isinstance(world, Files) else None
     restore(run)
     return run

@@ -69,6 +69,37 @@ def sample_negatives(scores, own, draws):
     return (cumulative <= threshold).sum(dim=1)
 
 
+def best_cosine(images, texts):
+    """Of unit vectors images (N, E) and texts (M, E) the cosines (N, M); of images with Q vectors
+    each, (N, Q, E), the largest one (BLIP-2, 3.2)."""
+    scores = images @ texts.T
+    return scores if scores.dim() == 2 else scores.amax(dim=1)        # from (N, Q, M)
+
+
+def matching(match, image, ids, image_scores, text_scores, draws, gather=no_gather,
+             context_length=None, pad_id=0):
+    """Image-text matching with hard negatives (ALBEF, 3.2) -> float32 scalar, in nats.
+
+    match: image tokens, ids -> logits (B, 2), class 1: they are a pair. image (B, S, D) and ids
+    (B, T) are pairs; scores (B, B_all): logits of each image with all texts and of each text with
+    all images; draws (B, 2), uniform. The batch has B pairs, B images with a sampled text and B
+    texts with a sampled image: labels 1, 0, 0.
+    """
+    B = len(ids)
+    images, first = gather(image)                                     # (B_all, S, D), with gradient
+    if len(images) > B:                  # texts of other processes have other lengths
+        ids = F.pad(ids, (0, context_length - ids.shape[1]), value=pad_id)
+    texts, _ = gather(ids)                                            # (B_all, T)
+    own = torch.arange(B, device=ids.device) + first
+    text_index = sample_negatives(image_scores, own, draws[:, 0])
+    image_index = sample_negatives(text_scores, own, draws[:, 1])
+    logits = match(torch.cat([image, image, images[image_index]]),
+                   torch.cat([ids, texts[text_index], ids]))          # (3 * B, 2)
+    labels = torch.arange(3 * B, device=ids.device) < B
+    with no_autocast(logits):
+        return F.cross_entropy(to_float32(logits), labels.long())
+
+
 def next_token_loss(logits, labels, label_count=None, label_smoothing=0.0, weights=None):
     """Cross-entropy of each next token -> float32 scalar; the one place where labels are shifted.
 

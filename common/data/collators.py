@@ -57,6 +57,34 @@ class CaptionBatch(ImageTextBatch):
                 "draws": torch.tensor([[rng.random(), rng.random()] for rng in rngs])}
 
 
+class PromptBatch(ImageTextBatch):
+    """Images, prompts and the texts that a language model is to write (BLIP-2's second stage).
+
+    training_rows(turns, tokenizer, rng, config) -> {name: (ids, labels)} is the model's own
+    wording; the labels of the last name count.
+    """
+
+    def __init__(self, tokenizer, config, training_rows):
+        super().__init__(tokenizer, config.qformer_context_length, config.image_size)
+        self.config, self.training_rows = config, training_rows
+
+    def __call__(self, records, rngs):
+        """-> {"images": uint8 (B, 3, H, W), "ids", "labels": int64 (B, T), "mask": bool (B, T)}; of
+        an encoder-decoder "answer_ids" and "labels" are one (B, T') beside "ids"; where the Q-Former
+        gets the question, "question_ids" int64 (B, T'')."""
+        pages = [as_turns(record, rng) for record, rng in zip(records, rngs)]
+        rows = [self.training_rows(turns, self.tokenizer, rng, self.config)
+                for turns, rng in zip(pages, rngs)]
+        batch = {"images": self.images(records)}
+        for name in rows[0]:
+            found = collate([row[name] for row in rows])
+            batch |= {name: found["ids"], "labels": found["labels"]}
+            batch.setdefault("mask", found["mask"])
+        if self.config.asks_qformer:
+            batch["question_ids"] = self.ids([turns[-1]["prompt"] for turns in pages])
+        return batch
+
+
 class QuestionBatch(ImageTextBatch):
     """Questions with their answers: a turn has "answers" {text: weight}, or one "answer"."""
 

@@ -1,7 +1,8 @@
 """Retrieval and zero-shot classification with any model that has encode_image and encode_text.
 
-encode_image: float (B, 3, H, W), normalized -> unit vectors (B, E). encode_text: int64 (B, T) ->
-unit vectors (B, E). Figures are fractions in [0, 1].
+encode_image: float (B, 3, H, W), normalized -> unit vectors (B, E), of BLIP-2 (B, Q, E), of which
+the one nearest to a text counts. encode_text: int64 (B, T) -> unit vectors (B, E). Figures are
+fractions in [0, 1].
 
 Any caption that is true of an image counts as right, so recalls are higher than in the papers.
 """
@@ -13,7 +14,7 @@ import torch.nn.functional as F
 
 from common.data.images import center_crop, normalize_pixels, open_folder, open_image, to_tensor
 from common.evaluation.sheet import sheet
-from common.losses import no_autocast
+from common.losses import best_cosine, no_autocast
 from common.training import options
 
 
@@ -76,7 +77,7 @@ class Pool:
         self.world, self.records = world, records
         self.texts = [record["texts"][0] for record in records]
         with no_autocast(images.cpu()):  # in bf16 many cosines would be equal
-            self.scores = images.cpu() @ texts.cpu().T                # (images, texts)
+            self.scores = best_cosine(images.cpu(), texts.cpu())      # (images, texts)
 
     def is_true(self, text, image):
         """Whether caption number `text` is true of image number `image`."""
@@ -129,7 +130,7 @@ def zero_shot(model, data):
                                  ("composition_accuracy", "composition", world.all_classes)):
         records = [world.record(split, i) for i in range(world.size(split))]
         labels = torch.tensor([world.label(record["source"]) for record in records])
-        scores = encode_records(model, data, records) @ classifier[:, :len(classes)]
+        scores = best_cosine(encode_records(model, data, records), classifier[:, :len(classes)].T)
         figures[name] = accuracy(scores.cpu(), labels)
         figures[f"{name}_chance"] = 1 / len(classes)
     return figures
@@ -181,7 +182,7 @@ class Retriever:
         features = torch.cat([self.encode_images(pictures[k:k + 256])
                               for k in range(0, len(pictures), 256)])
         ids = self.ids([text])
-        scores = self.model.encode_text(ids) @ features.T             # (1, N)
+        scores = best_cosine(features, self.model.encode_text(ids)).T            # (1, N)
         if hasattr(self.model, "itm_head"):
 
             def match(_, items):         # the match logits (M,) of pictures with the text

@@ -95,11 +95,16 @@ def load_weights(module, weights, where):
 
 
 def load_part(model, name, weights, where):
-    """`load_weights` of another model's module `name` into `model`, whose own new.* stay."""
-    part, head = getattr(model, name), f"{name}."
-    own = {key: value for key, value in part.state_dict().items() if key.startswith("new.")}
-    load_weights(part, own | {key.removeprefix(head): value for key, value in weights.items()
-                              if key.startswith(head)}, where)
+    """`load_weights` of a run's module into that of `model`, whose own new.* stay.
+
+    name: "lm", or "vision.vit" for the run's "vision". Layers that `model` leaves out are dropped.
+    """
+    part, head = model.get_submodule(name), f"{name.partition('.')[0]}."
+    own = part.state_dict()
+    new = {key: value for key, value in own.items() if key.startswith("new.")}
+    given = {key.removeprefix(head): value for key, value in weights.items()
+             if key.startswith(head)}
+    load_weights(part, new | {key: value for key, value in given.items() if key in own}, where)
 
 
 def config_of(kind, fields, where):

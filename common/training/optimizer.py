@@ -88,7 +88,7 @@ def parameter_groups(model, recipe):
     for name, p in model.named_parameters():
         if p.requires_grad:
             muon = recipe.optimizer == "muon" and p.ndim == 2 and any(
-                part in name for part in (".attn.", ".cross.", ".mlp."))
+                part in name for part in (".attn.", ".cross.", "mlp."))
             decays = p.ndim >= 2 and not any(fnmatch(name, q) for q in recipe.no_decay)
             decay = recipe.muon_weight_decay if muon else recipe.weight_decay
             factor = next((f for q, f in recipe.lr_multipliers.items() if fnmatch(name, q)), 1.0)

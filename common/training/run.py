@@ -82,6 +82,7 @@ class Run:
     optimizer: object
     table: str                           # what is trained and what is frozen
     began: float
+    given: tuple = ()                    # modules that have the weights of another run already
     step: int = 0
     seconds: float = 0.0                 # of earlier sittings
     saved: int | None = None             # the step of the last checkpoint
@@ -128,17 +129,18 @@ def open_parts(stages, name, options, config, folder, tokenizer=None):
     resumed = (options.resume or options.eval_only) and folder.described()
     if resumed:
         checkpoint.of_model(resumed, stage.file.__name__, folder.path)
-    for part, (source, module) in stage.parts.items():
+    for part, (source, module, *prefix) in stage.parts.items():
         if part in stage.optional and not resumed and (
                 given.get(part) == "none" or options.init and part not in given):
             continue
         if resumed:
             own, known = resumed["config"][part], folder.tokenizer()
         else:
-            where = given.get(part) or default_folder(source, options)
+            wanted = dataclasses.replace(options, preset="".join(prefix) + options.preset)
+            where = given.get(part) or default_folder(source, wanted)
             own, known, weights = checkpoint.open_run(
                 where, stages[source].file.__name__, f"--from {part}={where}:",
-                missing_run(source, stages[source].file.PRESETS, options, where))
+                missing_run(source, stages[source].file.PRESETS, wanted, where))
             frozen[module] = weights, where
         tokenizer = known if part == "language" else tokenizer or known
         config = dataclasses.replace(config, **{part: own})
@@ -185,6 +187,8 @@ def restore(run):
     elif options.init:
         weights = checkpoint.open_run(options.init, run.stage.file.__name__)[2]
         weights = run.model.adapt(weights) if hasattr(run.model, "adapt") else weights
+        weights |= {name: value for name, value in run.model.state_dict().items()
+                    if name.startswith(tuple(f"{part}." for part in run.given))}
         checkpoint.load_weights(run.model, weights, options.init)
     if not options.eval_only:
         folder.begin(describe(run), run.tokenizer, run.step, options.overwrite)

@@ -1,0 +1,575 @@
+"""BLIP-2: a Q-Former between a frozen image encoder and a frozen language model.
+
+BLIP-2: Bootstrapping Language-Image Pre-training with Frozen Image Encoders and Large Language
+Models (Li, Li, Savarese, Hoi, 2023), and InstructBLIP (Dai et al., 2023).
+
+    stage 1   image -> frozen ViT -> norm ---+ keys, values of every second layer
+                                             v
+              [ Q learned queries | text ] -> self-attention -> two MLPs -> ITC, ITM, ITG
+                                              three masks: masks.py draws them
+    stage 2   queries -> linear -> [ visual prompt | text ] -> frozen language model -> next word
+
+    python train.py clip && python train.py lm            what is frozen
+    python train.py blip2-stage1 && python train.py blip2-stage2
+    python blip2.py runs/blip2-stage1 search "a red circle" FOLDER
+    python blip2.py runs/blip2-stage2 caption PICTURE
+    python blip2.py runs/blip2-stage2 answer PICTURE "what colour is the circle?"
+"""
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from clip import PRESETS as CLIP_PRESETS
+from clip import CLIPConfig, image_tower
+from common import losses
+from common.bert import LMHead
+from common.cache import KVCache
+from common.data.batches import DataSource
+from common.data.collators import CaptionBatch, PromptBatch, as_turns
+from common.data.images import center_crop, normalize_pixels, to_tensor
+from common.data.tokenizer import CLS, DEC, EOS, PAD
+from common.evaluation import matching, questions, retrieval, writing
+from common.evaluation.sheet import stack
+from common.language import LanguageConfig
+from common.t5 import language_config, make_language
+from common.masks import causal, padding
+from common.prompts import QUESTION_PROMPT, Segment, collate, labels_of, render
+from common.training import checkpoint, options
+from common.training.optimizer import Recipe, eval_frozen
+from common.transformer import MLP, Attention, LayerNorm, LearnedPositions, to_float32, vit_block
+from common.vision import ViT, resize_positions
+
+ALL_LOSSES = "itc,itm,itg"
+FIRST, SECOND = (ALL_LOSSES, "itc,itm"), ("lm", "captions", "vqa", "instruct")
+VISUAL = -1                              # in ids: the place of a visual token
+
+
+@dataclass(frozen=True)
+class EVAConfig:
+    """The paper's ViT-g/14 (EVA-CLIP) without its last block."""
+    image_size: int = 224
+    patch_size: int = 14
+    vision_width: int = 1408
+    vision_layers: int = 39
+    vision_heads: int = 16
+    vision_hidden: int = 6144
+    vision_eps: float = 1e-6
+
+
+@dataclass(frozen=True)
+class BLIP2Config:
+    """The configs of the frozen models, and the sizes of the Q-Former.
+
+    Raises ValueError that names field and value for one that no model can have.
+    """
+    vision: CLIPConfig | EVAConfig = CLIP_PRESETS["tiny"]
+    language: LanguageConfig | None = None           # or a T5Config; None: the first stage
+    image_size: int = 0                  # 0: the vision encoder's; else its positions are resized
+    num_queries: int = 8                 # Q
+    qformer_width: int = 128
+    qformer_layers: int = 4
+    qformer_heads: int = 4
+    cross_attn_every: int = 2            # layers 0, 2, 4, ... have cross-attention
+    qformer_text: bool = True            # False: without the text's embeddings and MLPs
+    qformer_context_length: int = 64
+    vocab_size: int = 1024               # of the Q-Former's text
+    pad_id: int = PAD
+    eos_id: int = EOS
+    cls_id: int = CLS
+    dec_id: int = DEC
+    embed_dim: int = 128                 # E, of the joint space
+    losses: str = ALL_LOSSES             # of the first stage; of the second one its task
+    prompt: str = ""                     # before a caption; published weights: "a photo of"
+    hardness: float = 1.0                # of the negatives: 0 random, 1 as the paper's
+    label_smoothing: float = 0.1
+
+    def __post_init__(self):
+        if isinstance(self.vision, dict):                             # as JSON has it
+            kind = EVAConfig if "vision_hidden" in self.vision else CLIPConfig
+            part = checkpoint.config_of(kind, self.vision, "vision")
+            object.__setattr__(self, "vision", part)
+        if isinstance(self.language, dict):
+            part = language_config(self.language)
+            object.__setattr__(self, "language", part)
+        if not self.image_size:
+            object.__setattr__(self, "image_size", self.vision.image_size)
+        options.check_fields(
+            self, {"losses": FIRST + SECOND},
+            dict.fromkeys(("hardness", "label_smoothing", "pad_id", "eos_id", "cls_id", "dec_id"),
+                          0), {"label_smoothing": 1})
+
+    @property
+    def asks_qformer(self):
+        """Whether the Q-Former gets the question or instruction, too."""
+        return self.losses in ("vqa", "instruct") and self.qformer_text
+
+    @property
+    def question_prompt(self):
+        """How a question is written for the language model; an instruction stays as it is."""
+        return "{}" if self.losses == "instruct" else QUESTION_PROMPT
+
+    @property
+    def context_length(self):
+        """Of the text that is written: the language model's, in the first stage the Q-Former's."""
+        return self.language.context_length if self.language else self.qformer_context_length
+
+
+# ------------------------------------------------------------------ the frozen image encoder
+
+class ImageEncoder(nn.Module):
+    """The tokens of a frozen ViT's second-last layer under a trained norm (paper, 3.4)."""
+
+    def __init__(self, c):
+        super().__init__()
+        v = c.vision
+        if isinstance(v, CLIPConfig):
+            self.vit = image_tower(replace(v, image_size=c.image_size))
+            del self.vit.transformer.blocks[-1]
+            self.vit.ln_post = None
+        else:
+            blocks = [vit_block(width=v.vision_width, heads=v.vision_heads, hidden=v.vision_hidden,
+                                eps=v.vision_eps) for _ in range(v.vision_layers)]
+            self.vit = ViT(image_size=c.image_size, patch_size=v.patch_size, width=v.vision_width,
+                           blocks=blocks, patch_bias=True)
+        self.norm = LayerNorm(v.vision_width)
+
+    def forward(self, images):
+        """images float (B, 3, H, W), normalized -> (B, S, C), the class token first."""
+        return self.norm(self.vit(images))
+
+
+# ------------------------------------------------------------------ the Q-Former
+
+class QFormerBlock(nn.Module):
+    """A BERT layer that queries and text share but for two parts (paper, Figure 2).
+
+    The queries alone cross-attend to the image (context_width None: in this layer they do not), and
+    queries and text have an MLP each. Norms come last.
+    """
+
+    def __init__(self, *, width, heads, context_width=None, has_text=True):
+        super().__init__()
+        norm = partial(LayerNorm, width, 1e-12)
+        self.attn, self.attn_norm = Attention(width=width, heads=heads), norm()
+        self.cross = self.cross_norm = self.text_mlp = self.text_mlp_norm = None
+        if context_width:
+            self.cross = Attention(width=width, heads=heads, context_width=context_width)
+            self.cross_norm = norm()
+        self.mlp, self.mlp_norm = MLP(width=width), norm()
+        if has_text:
+            self.text_mlp, self.text_mlp_norm = MLP(width=width), norm()
+
+    def forward(self, x, Q, image=None, *, mask=None, cache=None):
+        """x (B, Q + T, D): Q queries, then text; image (B, S, C) -> (B, Q + T, D).
+
+        mask, cache: of the self-attention, as in `Attention`.
+        """
+        x = self.attn_norm(x + self.attn(x, mask=mask, cache=cache))
+        queries, text = x[:, :Q], x[:, Q:]
+        if Q and self.cross is not None:
+            queries = self.cross_norm(queries + self.cross(queries, image))
+        if Q:
+            queries = self.mlp_norm(queries + self.mlp(queries))
+        if text.shape[1]:
+            text = self.text_mlp_norm(text + self.text_mlp(text))
+        return torch.cat([queries, text], dim=1)
+
+
+class QFormer(nn.Module):
+    """Learned queries that extract from an image what a text needs (paper, 3.1)."""
+
+    def __init__(self, c):
+        super().__init__()
+        width, self.num_queries = c.qformer_width, c.num_queries
+        self.query_tokens = nn.Parameter(torch.empty(c.num_queries, width))
+        self.token_embed = self.pos_embed = self.head = None
+        if c.qformer_text:
+            self.token_embed = nn.Embedding(c.vocab_size, width)
+            self.pos_embed = LearnedPositions(count=c.qformer_context_length, width=width)
+        self.norm = LayerNorm(width, 1e-12)
+        self.blocks = nn.ModuleList(QFormerBlock(
+            width=width, heads=c.qformer_heads, has_text=c.qformer_text,
+            context_width=None if i % c.cross_attn_every else c.vision.vision_width)
+            for i in range(c.qformer_layers))
+        if "itg" in c.losses:
+            self.head = LMHead(vocab_size=c.vocab_size, width=width)
+
+    def forward(self, image=None, ids=None, *, mask=None, cache=None):
+        """Queries, a text, or both in one sequence -> (B, Q + T, D), the queries first.
+
+        image float (B, S, C): what the queries attend to; None: there are none. ids int64 (B, T),
+        padded right; None: no text. mask bool, of the self-attention, broadcastable to
+        (B, H, Q + T, Q + T). cache: a KVCache of what came before. Queries have no positions; those
+        of the text begin at 0.
+        """
+        parts, Q = [], 0
+        if image is not None:
+            parts, Q = [self.query_tokens.expand(len(image), -1, -1)], self.num_queries
+        if ids is not None:
+            parts.append(self.token_embed(ids) + self.pos_embed.span(0, ids.shape[1]))
+        x = self.norm(torch.cat(parts, dim=1))                        # one norm over both
+        for block in self.blocks:
+            x = block(x, Q, image, mask=mask, cache=cache)
+        return x
+
+    def text_mask(self, ids, pad_id):
+        """Q queries and the tokens of ids (B, T) as keys, without padding: bool (B, 1, 1, Q + T)."""
+        queries = ids.new_ones(len(ids), self.num_queries, dtype=torch.bool)
+        return padding(torch.cat([queries, ids != pad_id], dim=1))
+
+
+class BLIP2(nn.Module):
+    """What both stages have: the frozen image encoder, its norm and the Q-Former."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.vision, self.qformer = ImageEncoder(config), QFormer(config)
+
+    def train(self, mode=True):
+        """As of every module, but frozen parts stay in eval mode."""
+        return eval_frozen(super().train(mode))
+
+    def starts_with(self, ids, first):
+        """ids int64 (B, T) with their first id, the tokenizer's <bos>, replaced by `first`."""
+        return torch.cat([torch.full_like(ids[:, :1], first), ids[:, 1:]], dim=1)
+
+    def pixels(self, records):
+        """The images of all turns of all records -> float (N, 3, H, W), normalized."""
+        images = [center_crop(frame, self.config.image_size) for record in records
+                  for turn in as_turns(record) for frames in turn["images"] for frame in frames]
+        return normalize_pixels(to_tensor(images).to(self.qformer.query_tokens.device))
+
+    def adapt(self, weights):
+        """The weights of another run with this model's names; what is new stays as it is.
+
+        Positions are interpolated to this image size.
+        """
+        own, name = self.state_dict(), "vision.vit.pos_embed"
+        if name in weights:
+            grid_size = self.config.image_size // self.config.vision.patch_size
+            weights = weights | {name: resize_positions(weights[name], grid_size)}
+        return own | {key: value for key, value in weights.items() if key in own}
+
+
+# ------------------------------------------------------------------ stage 1
+
+class Stage1(BLIP2):
+    """Vision-language representation learning from a frozen image encoder (paper, 3.2)."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        c = config
+        self.image_projection = nn.Linear(c.qformer_width, c.embed_dim)
+        self.text_projection = nn.Linear(c.qformer_width, c.embed_dim)
+        self.temp = nn.Parameter(torch.tensor(0.07))                  # it divides the cosines
+        self.itm_head = nn.Linear(c.qformer_width, 2)                 # class 1: a pair
+        init_weights(self)
+
+    def image_feature(self, queries):
+        """The queries' outputs (B, Q, D) -> unit vectors (B, Q, E)."""
+        return F.normalize(to_float32(self.image_projection(queries)), dim=-1)
+
+    def encode_image(self, images):
+        """images float (B, 3, H, W), normalized -> unit vectors (B, Q, E), one for each query."""
+        return self.image_feature(self.qformer(self.vision(images)))
+
+    def encode_text(self, ids):
+        """[CLS] text, without the queries: ids int64 (B, T) -> unit vectors (B, E)."""
+        c = self.config
+        x = self.qformer(ids=self.starts_with(ids, c.cls_id), mask=padding(ids != c.pad_id))
+        return F.normalize(to_float32(self.text_projection(x[:, 0])), dim=-1)
+
+    def match(self, image, ids):
+        """Queries and [CLS] text that all attend to each other: image tokens (B, S, C), ids (B, T)
+        -> logits (B, 2), the mean over the queries. Class 1: they are a pair."""
+        c = self.config
+        x = self.qformer(image, self.starts_with(ids, c.cls_id),
+                         mask=self.qformer.text_mask(ids, c.pad_id))  # (B, Q + T, D)
+        return self.itm_head(x[:, :c.num_queries]).mean(dim=1)
+
+    def forward(self, batch, gather=losses.no_gather):
+        """A batch of `CaptionBatch` with "label_count" -> {"itc", "itm", "itg": scalar, in nats}.
+
+        The queries never attend to the text but for matching, so they are computed once.
+        """
+        ids, cache = batch["ids"], KVCache()
+        image = self.vision(normalize_pixels(batch["images"]))        # (B, S, C)
+        queries = self.qformer(image, cache=cache)                    # (B, Q, D)
+        itc, *scores = self.itc(self.image_feature(queries), self.encode_text(ids), gather)
+        found = {"itc": itc, "itm": self.itm(image, ids, *scores, batch["draws"], gather)}
+        if self.qformer.head is not None:
+            found["itg"] = self.itg(ids, batch["labels"], batch.get("label_count"), cache)
+        return found
+
+    def itc(self, image, text, gather=losses.no_gather):
+        """Image-text contrast: image (B, Q, E), text (B, E) -> (loss, image and text scores).
+
+        A pair's similarity is the largest cosine of its queries. Scores (B, B_all): the logits of
+        all processes' texts and images, without gradient.
+        """
+        (images, first), (texts, _) = gather(image), gather(text)     # (B_all, Q, E), (B_all, E)
+        own = torch.arange(len(image), device=image.device) + first   # the positives' columns
+        with losses.no_autocast(image):
+            image_logits = losses.best_cosine(image, texts) / self.temp          # (B, B_all)
+            text_logits = losses.best_cosine(images, text).T / self.temp
+            loss = sum(F.cross_entropy(logits, own, label_smoothing=self.config.label_smoothing)
+                       for logits in (image_logits, text_logits)) / 2
+        return loss, image_logits.detach(), text_logits.detach()
+
+    def itm(self, image, ids, image_scores, text_scores, draws, gather=losses.no_gather):
+        """Image-text matching with hard negatives, as BLIP's -> scalar, in nats."""
+        c = self.config
+        return losses.matching(self.match, image, ids, c.hardness * image_scores,
+                               c.hardness * text_scores, draws, gather,
+                               c.context_length, c.pad_id)
+
+    def text_logits(self, ids, cache):
+        """Image-grounded text generation: [DEC] text, ids int64 (B, T) -> logits (B, T, V).
+
+        cache: the queries' keys and values in every layer. Text attends to them and to the text
+        before it, never to the image itself.
+        """
+        c, T = self.config, ids.shape[1]
+        mask = causal(T, c.num_queries, ids.device) & self.qformer.text_mask(ids, c.pad_id)
+        x = self.qformer(ids=self.starts_with(ids, c.dec_id), mask=mask, cache=cache)
+        return self.qformer.head(x, self.qformer.token_embed.weight)
+
+    def itg(self, ids, labels, label_count, cache):
+        """Each next token of a text, given the queries: see `text_logits` -> scalar, in nats."""
+        return losses.next_token_loss(self.text_logits(ids, cache), labels, label_count,
+                                      self.config.label_smoothing)
+
+    def check_batch(self, batch_size, accumulate):
+        """Raise ValueError for a batch that the losses cannot have."""
+        if batch_size < 2 or accumulate > 1:
+            raise ValueError(f"--batch_size {batch_size} --accumulate {accumulate}: hard negatives "
+                             "need a whole batch of at least 2")
+
+    @torch.no_grad()
+    def evaluate(self, data, count=400):
+        """Retrieval, re-ranked, matching, and the ITG loss of unseen captions."""
+        pool = retrieval.make_pool(self, data)
+        figures = pool.figures() | retrieval.zero_shot(self, data) \
+            | matching.evaluate(self, data, pool, count)
+        return figures | (self.caption_loss(data, count) if self.qformer.head is not None else {})
+
+    def caption_loss(self, data, count):
+        """The ITG loss of unseen captions, and with the images of other records."""
+        records = data.records("test")[:count]
+        ids = data.ids([record["texts"][0] for record in records])
+        image, figures = self.vision(normalize_pixels(data.images(records))), {}
+        for name, tokens in (("itg_loss", image), ("itg_loss_wrong_image", image.roll(1, 0))):
+            cache = KVCache()
+            self.qformer(tokens, cache=cache)
+            figures[name] = losses.next_token_loss(self.text_logits(ids, cache),
+                                                   labels_of(ids, self.config)).item()
+        return figures
+
+    @torch.no_grad()
+    def samples(self, data):
+        """An image for people: captions and false ones that look similar, and what matches."""
+        return matching.samples(self, data, retrieval.make_pool(self, data))
+
+
+# ------------------------------------------------------------------ stage 2
+
+class Stage2(BLIP2):
+    """Generative learning: the queries' outputs are a prompt of a frozen LM (paper, 3.3)."""
+
+    banned_ids = ()                      # ids that are never written
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.projection = nn.Linear(config.qformer_width, config.language.width)
+        init_weights(self)
+        self.lm = make_language(config.language)
+        self.has_encoder = config.language.kind == "t5"
+        self.stop_ids = (config.language.eos_id,)
+
+    def visual_prompt(self, images, ids=None):
+        """images float (N, 3, H, W), normalized -> (N, Q, D of the language model).
+
+        ids int64 (N, T): an instruction, to which the queries attend (InstructBLIP, 2.2), or None.
+        """
+        c, image, mask = self.config, self.vision(images), None       # (N, S, C)
+        if ids is not None:
+            ids, mask = self.starts_with(ids, c.cls_id), self.qformer.text_mask(ids, c.pad_id)
+        queries = self.qformer(image, ids, mask=mask)[:, :c.num_queries]
+        return self.projection(queries)
+
+    def embed(self, ids, visual):
+        """ids int64 (B, T), VISUAL at the places of all visual tokens (N, Q, D) -> (B, T, D)."""
+        is_visual = ids == VISUAL
+        x = self.lm.embed(ids.masked_fill(is_visual, 0))
+        return x.masked_scatter(is_visual[..., None], visual.to(x.dtype))
+
+    def logits(self, x, mask=None, cache=None, last=False, **state):
+        """ids (B, T) or embeddings (B, T, D) of what is written -> logits (B, T, V).
+
+        state: what a T5's decoder attends to; see `LanguageModel.forward` and `T5.logits`.
+        """
+        if self.has_encoder:
+            return self.lm.logits(x, mask, cache, last, **state)
+        return self.lm(x, mask, cache, last)
+
+    def forward(self, batch, gather=losses.no_gather):
+        """A batch of `PromptBatch` with "label_count" -> {"lm": scalar, in nats}."""
+        visual = self.visual_prompt(normalize_pixels(batch["images"]), batch.get("question_ids"))
+        x = self.embed(batch["ids"], visual)                          # (B, T, D)
+        if self.has_encoder:
+            state = {"context": self.lm.encode(x, batch["mask"]), "context_mask": batch["mask"]}
+            logits = self.logits(batch["answer_ids"], **state)
+        else:                            # padding is behind the text, and causal attention
+            logits = self.logits(x)
+        return {"lm": losses.next_token_loss(logits, batch["labels"], batch.get("label_count"))}
+
+    def prepare(self, records, tokenizer):
+        """Records, the last answer open -> (prompt, mask, state) for evaluation/writing.py.
+
+        A decoder continues the prompt, a T5 encodes it and begins with its start token, <pad>.
+        """
+        c, pages, pixels = self.config, [as_turns(r) for r in records], self.pixels(records)
+        # T5's positions count padding, so it must not stand between the image and the text.
+        rows = [render(prompt_segments(turns, c, tokenizer.bos_id), tokenizer) for turns in pages]
+        batch = collate(rows, side="right" if self.has_encoder else "left")
+        ids, mask = batch["ids"].to(pixels.device), batch["mask"].to(pixels.device)
+        asked = None
+        if c.asks_qformer:
+            asked = tokenizer.batch([turn["prompt"] for turns in pages for turn in turns
+                                     for frames in turn["images"] for _ in frames],
+                                    c.qformer_context_length).to(pixels.device)
+        x = self.embed(ids, self.visual_prompt(pixels, asked))
+        if not self.has_encoder:
+            return x, mask, {}
+        start = torch.full((len(ids), 1), c.language.pad_id, device=ids.device)
+        return start, None, {"context": self.lm.encode(x, mask), "context_mask": mask}
+
+    @torch.no_grad()
+    def evaluate(self, data, count=400):
+        """Captions and questions, as far as the task has them -> {name: number}."""
+        writer, world, task = writing.Writer(self, data.tokenizer), data.world, self.config.losses
+        figures = questions.captions(writer, world, count) if task != "vqa" else {}
+        if task != "captions" and world.tasks:
+            figures |= questions.visual_questions(writer, world, count)
+        return figures
+
+    @torch.no_grad()
+    def samples(self, data):
+        """An image for people: captions of unseen images, questions and the written answers."""
+        writer = writing.Writer(self, data.tokenizer)
+        sheets = [writing.samples(writer, data, shots=False)]
+        return stack(sheets + [writing.answers(writer, data)] if data.world.tasks else sheets)
+
+
+def prompt_segments(turns, c, bos_id):
+    """Turns whose last answer is open -> segments: of each turn its visual tokens, then its text.
+
+    A decoder's <bos> follows the first image, a T5's prompt ends with <eos> (released code).
+    """
+    segments, is_t5 = [], c.language.kind == "t5"
+    for number, turn in enumerate(turns):
+        frames = sum(map(len, turn["images"]))
+        segments.append(Segment((VISUAL,) * (c.num_queries * frames)))
+        if not number and not is_t5:
+            segments.append(Segment((bos_id,)))
+        prompt = turn.get("prefix", c.prompt)
+        segments.append(Segment(c.question_prompt.format(turn["prompt"]) if turn["prompt"]
+                                else prompt))
+        if number + 1 < len(turns):
+            segments.append(Segment(f" {turn['answer']}. "))
+    return segments + [Segment((c.language.eos_id,))] * is_t5
+
+
+def training_rows(turns, tokenizer, rng, c):
+    """Turns -> {"ids": (ids, labels)} of a decoder; of a T5 {"ids", "answer_ids"}, each a pair.
+
+    A T5 learns captions by prefix language modeling: the encoder gets the first words, the decoder
+    writes the others (paper, 3.3; where a text is split is our choice).
+    """
+    turn, answer, is_t5 = turns[-1], turns[-1]["answer"], c.language.kind == "t5"
+    if is_t5 and turn.get("caption"):
+        words = answer.split()
+        k = rng.randrange(len(words))
+        turn, answer = turn | {"prefix": " ".join(words[:k])}, " ".join(words[k:])
+    prompt = prompt_segments([*turns[:-1], turn], c, tokenizer.bos_id)
+    answer = [Segment(f" {answer}", learn=True), Segment((c.language.eos_id,), learn=True)]
+    if not is_t5:
+        return {"ids": render(prompt + answer, tokenizer, c.context_length)}
+    start = Segment((c.language.pad_id,))
+    return {"ids": render(prompt, tokenizer, c.context_length),
+            "answer_ids": render([start, *answer], tokenizer, c.context_length)}
+
+
+@torch.no_grad()
+def init_weights(model):
+    """Linear layers and embeddings: N(0, 0.02) at the paper's width of 768, biases 0.
+
+    A narrow Q-Former starts with larger weights, as in blip.py. The text's MLPs start as copies of
+    the queries' (released code: both are BERT's).
+    """
+    std = 0.02 * (768 / model.config.qformer_width) ** 0.5
+    for name, module in model.named_modules():
+        if name.startswith("vision."):
+            continue
+        if isinstance(module, (nn.Linear, nn.Embedding, LearnedPositions)):
+            nn.init.normal_(module.weight, std=std)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+    nn.init.normal_(model.qformer.query_tokens, std=std)
+    for block in model.qformer.blocks:
+        if block.text_mlp is not None:
+            block.text_mlp.load_state_dict(block.mlp.state_dict())
+
+
+# ------------------------------------------------------------------ presets and recipes
+
+PRESETS = {
+    "tiny": BLIP2Config(hardness=0.3),
+}
+# All but the image encoder and the language model.
+STAGE2 = ("vision.norm.*", "qformer.query_tokens", "qformer.norm.*", "qformer.blocks.*.attn*",
+          "qformer.blocks.*.cross*", "qformer.blocks.*.mlp*", "projection.*")
+TRAINS = {"blip2-stage1": ("vision.norm.*", "[!v]*"), "blip2-stage2": STAGE2,
+          "blip2-stage2-t5": STAGE2, "blip2-instruct": ("vision.norm.*", "qformer.*", "projection.*"),
+          "blip2-vqa": ("vision.*", "qformer.*", "projection.*"),
+          "blip2-captions": ("vision.*", *STAGE2[1:]), "blip2-retrieval": ("*",)}
+TINY = Recipe(steps=740, batch_size=96, lr=1e-3, weight_decay=0.05, schedule="linear",
+              optimizer="muon", muon_lr_multiplier=4.0, lr_multipliers={"temp": 0.1})
+RECIPES = {"tiny": TINY, "": TINY}
+
+
+def make_model(config):
+    """The model of a config. Raises ValueError for losses of another stage."""
+    stage, own = (Stage1, FIRST) if config.language is None else (Stage2, SECOND)
+    if config.losses not in own:
+        raise ValueError(f"losses={config.losses}: the stage "
+                         f"{'without' if stage is Stage1 else 'with'} a language model has "
+                         + ", ".join(own))
+    return stage(config)
+
+
+def data_sources(world, tokenizer, config):
+    """Captions; in the second stage captions, questions or both."""
+    c = config
+    if c.language is None:
+        return [DataSource(world, CaptionBatch(tokenizer, c))]
+    collate = PromptBatch(tokenizer, c, training_rows)
+    if not world.tasks:
+        return [DataSource(world, collate)]
+    return [DataSource(world, collate, kinds={kind: 1}) for kind in
+            {"lm": ("caption", "question"), "captions": ("caption",), "vqa": ("question",)}[c.losses]]
+
+
+# ------------------------------------------------------------------ using a trained model
+
+def from_pretrained(path):
+    """(BLIP-2 in eval mode, tokenizer) of a run folder. Raises ValueError in one line."""
+    config, tokenizer, weights = checkpoint.open_run(path, "blip2")
+    with torch.device("meta"):           # no time spent on random weights
+        model = make_model(checkpoint.config_of(BLIP2Config, config, path))
+    checkpoint.load_weights(model, weights, path)
+    return model.eval(), tokenizer
