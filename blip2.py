@@ -46,6 +46,15 @@ ALL_LOSSES = "itc,itm,itg"
 FIRST, SECOND = (ALL_LOSSES, "itc,itm"), ("lm", "captions", "vqa", "instruct")
 VISUAL = -1                              # in ids: the place of a visual token
 
+# InstructBLIP in small: data sets with their numbers of records, and templates. Those of short
+# answers say so in part; what a teacher wrote stays as it is. Other tasks are held out.
+INSTRUCT_SIZES = {"caption": 16384, "question": 4096, "instruction": 1024}
+HELD_OUT = ("statement", "dialogue", "choice")
+CAPTION_TEMPLATES = ("a short description of the picture:", "describe the picture briefly.",
+                     "what does the picture show? answer in one sentence.")
+SHORT_TEMPLATES = ("{}", "question: {} answer:", "question: {} short answer:",
+                   "{} answer in one word.", "look at the picture. {} a short answer:")
+
 
 @dataclass(frozen=True)
 class EVAConfig:
@@ -83,6 +92,7 @@ class BLIP2Config:
     embed_dim: int = 128                 # E, of the joint space
     losses: str = ALL_LOSSES             # of the first stage; of the second one its task
     prompt: str = ""                     # before a caption; published weights: "a photo of"
+    balance: float = 0.5                 # instruct: a data set's share grows with size ** balance
     hardness: float = 1.0                # of the negatives: 0 random, 1 as the paper's
     label_smoothing: float = 0.1
 
@@ -98,7 +108,7 @@ class BLIP2Config:
             object.__setattr__(self, "image_size", self.vision.image_size)
         options.check_fields(
             self, {"losses": FIRST + SECOND},
-            dict.fromkeys(("hardness", "label_smoothing", "pad_id", "eos_id", "cls_id", "dec_id"),
+            dict.fromkeys(("balance", "hardness", "label_smoothing", "pad_id", "eos_id", "cls_id", "dec_id"),
                           0), {"label_smoothing": 1})
 
     @property
@@ -106,10 +116,11 @@ class BLIP2Config:
         """Whether the Q-Former gets the question or instruction, too."""
         return self.losses in ("vqa", "instruct") and self.qformer_text
 
-    @property
-    def question_prompt(self):
-        """How a question is written for the language model; an instruction stays as it is."""
-        return "{}" if self.losses == "instruct" else QUESTION_PROMPT
+    def wording(self, prompt):
+        """A question, or "" where a caption is wanted, as the language model gets it."""
+        if self.losses == "instruct":
+            return prompt or CAPTION_TEMPLATES[0]
+        return QUESTION_PROMPT.format(prompt) if prompt else self.prompt
 
     @property
     def context_length(self):
@@ -439,7 +450,7 @@ class Stage2(BLIP2):
         ids, mask = batch["ids"].to(pixels.device), batch["mask"].to(pixels.device)
         asked = None
         if c.asks_qformer:
-            asked = tokenizer.batch([turn["prompt"] for turns in pages for turn in turns
+            asked = tokenizer.batch([c.wording(turn["prompt"]) for turns in pages for turn in turns
                                      for frames in turn["images"] for _ in frames],
                                     c.qformer_context_length).to(pixels.device)
         x = self.embed(ids, self.visual_prompt(pixels, asked))
@@ -476,32 +487,42 @@ def prompt_segments(turns, c, bos_id):
         segments.append(Segment((VISUAL,) * (c.num_queries * frames)))
         if not number and not is_t5:
             segments.append(Segment((bos_id,)))
-        prompt = turn.get("prefix", c.prompt)
-        segments.append(Segment(c.question_prompt.format(turn["prompt"]) if turn["prompt"]
-                                else prompt))
+        segments.append(Segment(turn.get("prefix", c.wording(turn["prompt"]))))
         if number + 1 < len(turns):
             segments.append(Segment(f" {turn['answer']}. "))
     return segments + [Segment((c.language.eos_id,))] * is_t5
 
 
-def training_rows(turns, tokenizer, rng, c):
-    """Turns -> {"ids": (ids, labels)} of a decoder; of a T5 {"ids", "answer_ids"}, each a pair.
+def training_rows(turn, tokenizer, rng, c):
+    """A turn -> {"ids": (ids, labels)}, of a T5 {"ids", "answer_ids"}, each a pair; for the Q-Former
+    also {"question_ids": text}.
 
-    A T5 learns captions by prefix language modeling: the encoder gets the first words, the decoder
-    writes the others (paper, 3.3; where a text is split is our choice).
+    A T5 learns captions by prefix language modeling: the encoder gets their first words, the
+    decoder writes the others (paper, 3.3; where a text is split is our choice).
     """
-    turn, answer, is_t5 = turns[-1], turns[-1]["answer"], c.language.kind == "t5"
-    if is_t5 and turn.get("caption"):
-        words = answer.split()
-        k = rng.randrange(len(words))
-        turn, answer = turn | {"prefix": " ".join(words[:k])}, " ".join(words[k:])
-    prompt = prompt_segments([*turns[:-1], turn], c, tokenizer.bos_id)
-    answer = [Segment(f" {answer}", learn=True), Segment((c.language.eos_id,), learn=True)]
+    turn, is_t5, end = turn | {"images": [[None]]}, c.language.kind == "t5", (c.language.eos_id,)
+    if c.losses == "instruct":
+        turn |= {"prompt": instruction(turn, rng)}
+    elif is_t5 and not turn["prompt"]:
+        words = turn["answer"].split()
+        k = rng.choice((0, rng.randrange(len(words))))       # none in half of them, as in use
+        turn |= {"prefix": " ".join(words[:k]), "answer": " ".join(words[k:])}
+    rows = {"question_ids": turn["prompt"]} if c.asks_qformer else {}
+    prompt = prompt_segments([turn], c, tokenizer.bos_id)
+    answer = [Segment(f" {turn['answer']}", learn=True), Segment(end, learn=True)]
     if not is_t5:
-        return {"ids": render(prompt + answer, tokenizer, c.context_length)}
-    start = Segment((c.language.pad_id,))
-    return {"ids": render(prompt, tokenizer, c.context_length),
-            "answer_ids": render([start, *answer], tokenizer, c.context_length)}
+        return rows | {"ids": render(prompt + answer, tokenizer, c.context_length)}
+    answer = [Segment((c.language.pad_id,)), *answer]                 # its start token
+    return rows | {"ids": render(prompt, tokenizer, c.context_length),
+                   "answer_ids": render(answer, tokenizer, c.context_length)}
+
+
+def instruction(turn, rng):
+    """A turn's prompt in one of the templates of its task (InstructBLIP, 2.1 and Appendix C)."""
+    if not turn["prompt"]:
+        return rng.choice(CAPTION_TEMPLATES)
+    is_short = " " not in turn["answer"]
+    return rng.choice(SHORT_TEMPLATES if is_short else ("{}",)).format(turn["prompt"])
 
 
 @torch.no_grad()
@@ -560,6 +581,9 @@ def data_sources(world, tokenizer, config):
     collate = PromptBatch(tokenizer, c, training_rows)
     if not world.tasks:
         return [DataSource(world, collate)]
+    if c.losses == "instruct":           # balanced: in proportion to the square root (paper, 2.5)
+        kinds = {name: size ** c.balance for name, size in INSTRUCT_SIZES.items()}
+        return [DataSource(world, collate, kinds=kinds, sizes=INSTRUCT_SIZES)]
     return [DataSource(world, collate, kinds={kind: 1}) for kind in
             {"lm": ("caption", "question"), "captions": ("caption",), "vqa": ("question",)}[c.losses]]
 

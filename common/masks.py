@@ -54,6 +54,29 @@ def prefix(T, length, past=0, device=None):
     return causal(T, past, device) | (keys < length)
 
 
+def unimodal(Q, T, device=None):
+    """Queries attend to queries, text to text -> bool (Q + T, Q + T).
+
+    The first of BLIP-2's three masks over Q queries and T tokens (its Figure 2): contrast. For
+    matching all attend to all; for generation the queries do not see the text, which is causal:
+
+    >>> print(draw(unimodal(2, 3)))       # contrast
+    ##...
+    ##...
+    ..###
+    ..###
+    ..###
+    >>> print(draw(prefix(2 + 3, 2)))     # generation
+    ##...
+    ##...
+    ###..
+    ####.
+    #####
+    """
+    is_text = torch.arange(Q + T, device=device) >= Q
+    return is_text[:, None] == is_text[None, :]
+
+
 def image_index(is_image, before=0, attend_next=None):
     """The image each token attends to: 1, 2, ... in text order, 0 for none -> int64 (B, T).
 

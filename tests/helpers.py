@@ -143,6 +143,12 @@ class Words:
     """A vocabulary of whole words, with Flamingo's special tokens."""
     words = "output: question: answer: a red blue cat dog what is this ?".split()
     special = {BOS: "<bos>", EOS: "<eos>", IMAGE: "<image>", EOC: "<eoc>", PAD: "<pad>", -100: "-"}
+    bos_id = BOS
+
+    def batch(self, texts, context_length):
+        """<bos> ids <eos> of each text, padded right."""
+        rows = [torch.tensor([BOS, *self.encode(text), EOS]) for text in texts]
+        return nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=PAD)
 
     def encode(self, text):
         return [16 + self.words.index(word) for word in text.split()]
@@ -360,6 +366,74 @@ def blip_batch(*lengths):
     ids, B = blip_ids(*lengths), len(lengths)
     return {"images": torch.randint(256, (B, 3, 15, 15), dtype=torch.uint8), "ids": ids,
             "labels": ids.where(ids != BLIP_PAD, -100), "draws": torch.rand(B, 2)}
+
+
+def toy_blip2(kind=None, **changes):
+    """A model of blip2.py in float64 with random weights, of stage 2 for kind "gpt2" or "t5".
+
+    Images of 15 pixels become 10 tokens, 12 wide; Q = 3 queries, 10 wide, with 3 layers; features
+    7 wide; the language model is 14 wide with 43 words.
+    """
+    from blip2 import BLIP2Config, make_model
+    from clip import CLIPConfig
+    from common.language import LanguageConfig
+    from common.t5 import T5Config
+    language = {None: None, "gpt2": LanguageConfig(
+        kind="gpt2", vocab_size=43, context_length=31, width=14, layers=2, heads=2, kv_heads=2,
+        hidden=19, eos_id=BLIP_EOS, pad_id=BLIP_PAD), "t5": T5Config(
+        vocab_size=43, context_length=31, width=14, layers=2, heads=2, head_width=5, hidden=19,
+        buckets=6, max_distance=11, eos_id=BLIP_EOS, pad_id=BLIP_PAD)}[kind]
+    model = make_model(BLIP2Config(**{
+        "vision": CLIPConfig(image_size=15, patch_size=5, vision_width=12, vision_layers=3,
+                             vision_heads=3, text_width=6, text_layers=1, text_heads=1,
+                             context_length=5, vocab_size=17, embed_dim=2),
+        "language": language, "losses": "lm" if kind else "itc,itm,itg", "num_queries": 3,
+        "qformer_width": 10, "qformer_layers": 3, "qformer_heads": 2, "vocab_size": 29,
+        "qformer_context_length": 11, "embed_dim": 7, "pad_id": BLIP_PAD, "eos_id": BLIP_EOS,
+        "cls_id": BLIP_CLS, "dec_id": BLIP_DEC} | changes)).double()
+    randomize(model, 0.4)
+    if kind is None:
+        model.temp.data.fill_(0.3)
+    return model.eval()
+
+
+def loop_qformer(qformer, image=None, ids=None, may_attend=lambda query, key: True):
+    """Queries of image tokens (S, C), text ids (T,), or both -> (Q + T, D).
+
+    may_attend(query, key): whether a position of the sequence attends to another.
+    """
+    norm, parts = partial(layer_norm, eps=1e-12), []
+    if image is not None:
+        parts.append(qformer.query_tokens)
+    Q = len(parts) and len(parts[0])
+    if ids is not None:
+        parts.append(qformer.token_embed.weight[ids] + qformer.pos_embed.weight[:len(ids)])
+    x = norm(qformer.norm, torch.cat(parts))[None]
+    size = range(x.shape[1])
+    mask = torch.tensor([[bool(may_attend(q, k)) for k in size] for q in size])
+    for number, block in enumerate(qformer.blocks):
+        x = norm(block.attn_norm, x + attend_by_hand(block.attn, x, heads=2, mask=mask))
+        queries, text = x[:, :Q], x[:, Q:]
+        if Q and number % 2 == 0:
+            queries = norm(block.cross_norm, queries + attend_by_hand(block.cross, queries,
+                                                                      image[None], heads=2))
+        if Q:
+            queries = norm(block.mlp_norm, queries + mlp_by_hand(block.mlp, queries))
+        if ids is not None:
+            text = norm(block.text_mlp_norm, text + mlp_by_hand(block.text_mlp, text))
+        x = torch.cat([queries, text], dim=1)
+    return x[0]
+
+
+def loop_image_tokens(encoder, images, heads=3):
+    """BLIP-2's image tokens: a CLIP ViT's without its last block, then a norm of its own."""
+    vit, embed = encoder.vit, encoder.vit.patch_embed.weight.unflatten(1, (3, 5, 5))
+    patches = F.conv2d(images, embed, stride=5).flatten(2).mT
+    x = torch.cat([vit.cls_token.expand(len(images), 1, -1), patches], dim=1) + vit.pos_embed
+    x = layer_norm(vit.ln_pre, x)
+    for block in vit.transformer.blocks:
+        x = block_by_hand(block, x, heads=heads)
+    return layer_norm(encoder.norm, x)
 
 
 def in_processes(count, function):

@@ -77,6 +77,7 @@ class DataSource:
 
     share: its parts of a step's samples. weight: the factor of its mean loss in the step's loss.
     kinds: {task: how often}: records are drawn from the world's tasks instead of its captions.
+    sizes: {task: how many records it has}, those of the tasks' seeds 0, 1, ...; None: no end.
     split: the split of the world that is read; "web+human" joins two.
     """
     world: object
@@ -84,6 +85,7 @@ class DataSource:
     share: int = 1
     weight: float = 1.0
     kinds: dict | None = None
+    sizes: dict | None = None
     split: str = "train"
 
     def record(self, index, rng):
@@ -91,6 +93,8 @@ class DataSource:
         if self.kinds is None:
             return self.world.record(*self.locate(index), rng)
         kind, = rng.choices(list(self.kinds), weights=self.kinds.values())
+        if self.sizes:
+            rng = random.Random(f"{kind}/{rng.randrange(self.sizes[kind])}")
         return self.world.task(kind, rng) if kind != "text" else self.world.text(rng)
 
     def size(self):

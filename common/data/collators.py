@@ -60,8 +60,8 @@ class CaptionBatch(ImageTextBatch):
 class PromptBatch(ImageTextBatch):
     """Images, prompts and the texts that a language model is to write (BLIP-2's second stage).
 
-    training_rows(turns, tokenizer, rng, config) -> {name: (ids, labels)} is the model's own
-    wording; the labels of the last name count.
+    training_rows(turn, tokenizer, rng, config) -> {name: (ids, labels)} is the model's own wording;
+    the labels of the last name count. A text "question_ids" is for the Q-Former.
     """
 
     def __init__(self, tokenizer, config, training_rows):
@@ -69,19 +69,20 @@ class PromptBatch(ImageTextBatch):
         self.config, self.training_rows = config, training_rows
 
     def __call__(self, records, rngs):
-        """-> {"images": uint8 (B, 3, H, W), "ids", "labels": int64 (B, T), "mask": bool (B, T)}; of
-        an encoder-decoder "answer_ids" and "labels" are one (B, T') beside "ids"; where the Q-Former
-        gets the question, "question_ids" int64 (B, T'')."""
-        pages = [as_turns(record, rng) for record, rng in zip(records, rngs)]
-        rows = [self.training_rows(turns, self.tokenizer, rng, self.config)
-                for turns, rng in zip(pages, rngs)]
+        """One turn of each record -> {"images": uint8 (B, 3, H, W), "ids", "labels": int64 (B, T),
+        "mask": bool (B, T)}. Of an encoder-decoder "answer_ids" and "labels" are one (B, T') beside
+        "ids"; where the Q-Former gets the question, there are "question_ids" int64 (B, T'')."""
         batch = {"images": self.images(records)}
+        turns = [rng.choice(as_turns(record, rng)) for record, rng in zip(records, rngs)]
+        rows = [self.training_rows(turn, self.tokenizer, rng, self.config)
+                for turn, rng in zip(turns, rngs)]
         for name in rows[0]:
+            if name == "question_ids":
+                batch[name] = self.ids([row[name] for row in rows])
+                continue
             found = collate([row[name] for row in rows])
             batch |= {name: found["ids"], "labels": found["labels"]}
             batch.setdefault("mask", found["mask"])
-        if self.config.asks_qformer:
-            batch["question_ids"] = self.ids([turns[-1]["prompt"] for turns in pages])
         return batch
 
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common.losses import (count_labels, next_token_loss, no_autocast, no_gather,
-                           sample_negatives, sigmoid_contrastive, softmax_contrastive)
+from common.losses import (best_cosine, count_labels, matching, next_token_loss, no_autocast,
+                           no_gather, sample_negatives, sigmoid_contrastive, softmax_contrastive)
 from tests.helpers import assert_close, assert_same, loss_by_hand, unchanged
 
 
@@ -162,6 +162,50 @@ class TestSampleNegatives:
         scores[0, 4] = scores[1, 5] = 50.0               # a process of rows 4 and 5
         found = sample_negatives(scores, torch.tensor([4, 5]), torch.tensor([LAST, 0.3]))
         assert_close("columns", found, [5, 1])
+
+
+class TestBestCosine:
+    def test_of_several_vectors_of_an_image_the_nearest_to_the_text_counts(self):
+        images, texts = torch.randn(3, 4, 5), torch.randn(2, 5)
+        assert_close("(N, M)", best_cosine(images, texts), [
+            [max(float(query @ text) for query in queries) for text in texts]
+            for queries in images])
+        assert_close("one vector each (N, M)", best_cosine(images[:, 0], texts),
+                     images[:, 0] @ texts.T)
+
+
+class TestMatching:
+    def test_labels_are_one_for_pairs_and_zero_for_sampled_texts_and_images(self):
+        B, seen, draws = 4, [], torch.rand(4, 2)
+        image = torch.arange(B).double()[:, None, None].expand(B, 2, 3)
+        ids = torch.arange(B)[:, None].expand(B, 5)
+        scores = torch.randn(2, B, B).double()
+
+        def match(images, texts):
+            seen.append((images[:, 0, 0].long(), texts[:, 0]))
+            return torch.stack([images[:, 0, 0], 0.3 * texts[:, 0]], dim=1)
+        loss = matching(match, image, ids, *scores, draws)
+        (images, texts), own = seen[0], torch.arange(B)
+        text, other = (sample_negatives(part, own, draws[:, side])
+                       for side, part in enumerate(scores))
+        assert_close("images (3B,)", images, torch.cat([own, own, other]))
+        assert_close("texts (3B,)", texts, torch.cat([own, text, own]))
+        logits = match(images[:, None, None].double(), texts[:, None]).log_softmax(dim=1)
+        assert_close("loss", loss, -(logits[:B, 1].sum() + logits[B:, 0].sum()) / (3 * B))
+
+    def test_texts_of_several_processes_get_one_length(self):
+        ids, lengths = torch.full((2, 3), 7), []
+
+        def gather(x):                   # two processes with the same pairs
+            lengths.append(x.shape[1])
+            return torch.cat([x, x]), 2
+
+        def match(images, texts):
+            assert (texts[:, 3:] == 9).all(), "padding"
+            return torch.zeros(len(texts), 2)
+        matching(match, torch.randn(2, 6, 3), ids, torch.zeros(2, 4), torch.zeros(2, 4),
+                 torch.rand(2, 2), gather, context_length=5, pad_id=9)
+        assert lengths == [6, 5], "lengths of images and texts"
 
 
 class TestNextTokenLoss:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from common import masks
-from common.masks import causal, draw, image_index, media, padding, prefix
+from common.masks import causal, draw, image_index, media, padding, prefix, unimodal
 from tests.helpers import assert_close
 
 
@@ -35,6 +35,13 @@ class TestPadding:
         both = torch.ones(5, 5).tril().bool() & mask
         assert_close("causal & padding (B, 1, T, S)", both, torch.stack(
             [table(5, 5, lambda t, s: s <= t and row[s])[None] for row in real]))
+
+
+class TestUnimodal:
+    @pytest.mark.parametrize("Q, T", [(2, 3), (3, 1), (0, 2)])
+    def test_queries_attend_to_queries_and_text_to_text(self, Q, T):
+        assert_close("unimodal (Q + T, Q + T)", unimodal(Q, T),
+                     table(Q + T, Q + T, lambda t, s: (t < Q) == (s < Q)))
 
 
 class TestPrefix:

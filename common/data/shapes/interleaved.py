@@ -8,7 +8,7 @@ that training never uses; side=None leaves the pictures out; dial: arguments of 
 from dataclasses import replace
 
 from common.data.shapes import captions, conversations
-from common.data.shapes.questions import decidable, pick, wording
+from common.data.shapes.questions import YES_NO, decidable, pick, wording, yes_no
 from common.data.shapes.scene import (BACKGROUNDS, COLOURS, PAIRS, SHAPES, SIZES, Item, Scene,
                                       dialogue_turns, pictures, sample, turn)
 from common.data.shapes.words import describe, vague
@@ -33,6 +33,28 @@ def caption(rng, split="train", side=32, **dial):
 def noisy(rng, split="train", side=32, rate=0.5, hardness=None, **dial):
     """One picture and a caption from the web, see `captions.noisy_caption`."""
     return captions.noisy_caption(sample(rng, **dial), rng, rate, hardness, side)
+
+
+def statement(rng, split="train", side=32, **dial):
+    """One picture and a caption from the web: is it true of the picture?"""
+    record = noisy(rng, split, side, **dial)
+    prompt = f"is this true of the picture: {record['texts'][0]}?"
+    return {"turns": [turn(prompt, yes_no(record["truth"]), (record["source"],), side)],
+            "candidates": list(YES_NO), "source": (record["source"],)}
+
+
+def instruction(rng, split="train", side=32, **dial):
+    """One picture and what a language-only teacher wrote on it, see `conversations`."""
+    return conversations.instruction(sample(rng, **dial), rng, side=side)
+
+
+def choice(rng, split="train", side=32, **dial):
+    """A question that needs a text, too, with its choices, see `conversations.multiple_choice`."""
+    record = conversations.multiple_choice(sample(rng, **dial), rng, side)
+    turns = [record["turns"][0] | {
+        "prompt": f"{record['context']} {record['turns'][0]['prompt']} "
+                  f"options: {', '.join(record['choices'])}."}]
+    return {"turns": turns, "candidates": record["choices"], "source": record["source"]}
 
 
 def album(rng, split="train", side=32, **dial):
@@ -194,5 +216,5 @@ def clip(rng, split="train", side=32, frames=8, kind=None):
 
 
 TASKS = {f.__name__: f for f in
-         (caption, noisy, album, names, question, dialogue, two_pictures, document, episode,
-          glossary, clip)}
+         (caption, noisy, statement, instruction, choice, album, names, question, dialogue,
+          two_pictures, document, episode, glossary, clip)}
