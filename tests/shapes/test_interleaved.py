@@ -16,7 +16,8 @@ from tests.shapes.judge import (NUMBERS, ask_and_answer, blind, held_out, one, p
 
 # How many turns a record has.
 LENGTHS = {"caption": {0}, "noisy": {0}, "album": {2, 3}, "names": {4, 5, 6, 7, 8},
-           "question": {1, 2, 3}, "dialogue": {4}, "two_pictures": {1}, "document": {2, 3, 4},
+           "question": {1, 2, 3}, "dialogue": {4}, "two_pictures": {1}, "statement": {1},
+           "instruction": {1, 3, 4}, "choice": {1}, "document": {2, 3, 4},
            "episode": {3, 5, 7, 9}, "glossary": {3, 4, 5}, "clip": {1}}
 
 
@@ -48,14 +49,14 @@ class TestTasks:
             assert shows(record, scenes_of(record), 16)
             for number, turn in enumerate(record.get("turns", ()), 1):
                 first, last = number == 1, number == len(record["turns"])
-                pictured = {"question": first, "dialogue": first, "glossary": last,
-                            "two_pictures": 2}.get(kind, True)
+                pictured = {"question": first, "dialogue": first, "instruction": first,
+                            "glossary": last, "two_pictures": 2}.get(kind, True)
                 frames = [len(frames) for frames in turn["images"]]
                 assert frames == [8 if kind == "clip" else 1] * pictured
-                asked = (kind in ("question", "dialogue", "clip")
+                asked = (kind in ("question", "dialogue", "clip", "statement", "choice")
                          or number - 1 == record.get("asked"))
                 end = "?" * asked or "." * (kind == "two_pictures")
-                assert turn["prompt"][-1:] == end
+                assert turn["prompt"][-1:] == end or kind == "instruction"
                 context = {"names": first, "glossary": not last}.get(kind, False)
                 assert turn["answer"] and turn.get("learn", True) is not context
             assert not re.search("output|question|answer|[<:]", str(words_of(record)))

@@ -38,7 +38,7 @@ def noisy(rng, split="train", side=32, rate=0.5, hardness=None, **dial):
 def statement(rng, split="train", side=32, **dial):
     """One picture and a caption from the web: is it true of the picture?"""
     record = noisy(rng, split, side, **dial)
-    prompt = f"is this true of the picture: {record['texts'][0]}?"
+    prompt = f"is it true that the picture shows {record['texts'][0]}?"
     return {"turns": [turn(prompt, yes_no(record["truth"]), (record["source"],), side)],
             "candidates": list(YES_NO), "source": (record["source"],)}
 
@@ -53,7 +53,7 @@ def choice(rng, split="train", side=32, **dial):
     record = conversations.multiple_choice(sample(rng, **dial), rng, side)
     turns = [record["turns"][0] | {
         "prompt": f"{record['context']} {record['turns'][0]['prompt']} "
-                  f"options: {', '.join(record['choices'])}."}]
+                  f"{', '.join(record['choices'])}?"}]
     return {"turns": turns, "candidates": record["choices"], "source": record["source"]}
 
 
