@@ -5,7 +5,7 @@ Each is called as collate(records, rngs), with one random.Random for each record
 import torch
 
 from common.data.images import center_crop, to_tensor
-from common.data.tokenizer import BOS, EOS
+from common.data.tokenizer import BOS, EOS, PAD
 from common.prompts import CAPTION_PROMPT, IGNORED, QUESTION_PROMPT, collate, labels_of
 
 
@@ -136,6 +136,30 @@ class PackedTexts:
         # <bos> is no label: which text follows an <eos> cannot be predicted.
         batch = collate([(row, [IGNORED if i == BOS else i for i in row]) for row in rows if row])
         return {"ids": batch["ids"], "labels": batch["labels"]}
+
+
+class SplitTexts:
+    """Texts cut in two at a random token (prefix language modelling, T5, 3.2.3): the encoder reads
+    the first part, the decoder writes the rest. A longer text is cut off at context_length."""
+
+    def __init__(self, tokenizer, context_length):
+        self.tokenizer, self.context_length = tokenizer, context_length
+
+    @staticmethod
+    def split(rows):
+        """[(ids, labels, place), ...] -> {"prompt_ids": int64 (B, P), "ids", "labels": int64
+        (B, T)}: the ids before the place with <eos>, and <pad> with those after it."""
+        prompts = collate([([*ids[:place], EOS],) * 2 for ids, _, place in rows])
+        batch = collate([([PAD, *ids[place:]], [IGNORED, *labels[place:]])
+                         for ids, labels, place in rows])
+        return {"prompt_ids": prompts["ids"], "ids": batch["ids"], "labels": batch["labels"]}
+
+    def __call__(self, records, rngs):
+        """-> the batch, see `split`: one text a row. The decoder writes at least one token."""
+        texts = [self.tokenizer.encode(as_text(record, rng))[:self.context_length - 2]
+                 for record, rng in zip(records, rngs)]
+        return self.split([([*ids, EOS], [*ids, EOS], int(rng.random() * len(ids)))
+                           for ids, rng in zip(texts, rngs)])
 
 
 def as_text(record, rng=None):
