@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from common.data.collators import (CaptionBatch, DialogueBatch, ImageTextBatch, InterleavedCollator,
-                                    PackedTexts, PairBatch, QuestionBatch, as_text)
+                                    PackedTexts, PairBatch, QuestionBatch, SplitTexts, as_text)
 from common.data.tokenizer import BOS, EOS, IMAGE, PAD
 from common.prompts import collate
 from flamingo import render_page
@@ -194,6 +194,36 @@ class TestPackedTexts:
     def test_the_rng_draws_one_text_of_a_record(self):
         batch = PackedTexts(Letters(), 200, 200)([{"texts": ["a", "b", "c"]}] * 30, rngs(30))
         assert [chr(i) for i in batch["ids"].flatten().tolist() if i > 90] == drawn("abc")
+
+
+class TestSplitTexts:
+    @pytest.mark.parametrize("context_length, letters", [(37, "abcde"), (6, "abcd")])
+    def test_both_parts_end_and_the_second_begins_with_padding(self, context_length, letters):
+        places = set()
+        for seed in range(60):
+            batch = SplitTexts(Letters(), context_length)(
+                [{"texts": ["x"]}, {"texts": ["abcde"]}], [random.Random(0), random.Random(seed)])
+            (prompt, short), (ids, other), (labels, more) = [
+                [row.tolist() for row in batch[name].flip(0)]
+                for name in ("prompt_ids", "ids", "labels")]
+            place, P, T = prompt.index(EOS), len(prompt), len(ids)
+            assert prompt == [*map(ord, letters[:place]), EOS] + [PAD] * (P - place - 1)
+            assert ids == [PAD, *map(ord, letters[place:]), EOS]
+            assert labels == [NO, *map(ord, letters[place:]), EOS]
+            assert short == [EOS] + [PAD] * (P - 1), "a text of one token is written whole"
+            assert other == [PAD, ord("x"), EOS] + [PAD] * (T - 3)
+            assert more == [NO, ord("x"), EOS] + [NO] * (T - 3)
+            places.add(place)
+        assert places == set(range(len(letters))), "not every place occurs"
+
+    def test_the_rng_draws_one_text_of_a_record(self):
+        batch = SplitTexts(Letters(), 200)([{"texts": ["a", "b", "c"]}] * 30, rngs(30))
+        assert [chr(i) for i in batch["ids"].flatten().tolist() if i > 90] == drawn("abc")
+
+    def test_an_empty_text_is_an_end_alone(self):
+        batch = SplitTexts(Letters(), 9)([{"texts": [""]}], rngs())
+        assert {name: value.tolist() for name, value in batch.items()} == {
+            "prompt_ids": [[EOS]], "ids": [[PAD, EOS]], "labels": [[NO, EOS]]}
 
 
 class TestAsText:
