@@ -139,27 +139,36 @@ class PackedTexts:
 
 
 class SplitTexts:
-    """Texts cut in two at a random token (prefix language modelling, T5, 3.2.3): the encoder reads
-    the first part, the decoder writes the rest. A longer text is cut off at context_length."""
+    """Texts cut in two at a random token (prefix language modelling; T5, 3.2.3): the encoder reads
+    the first part, the decoder writes the rest, at least one token.
 
-    def __init__(self, tokenizer, context_length):
+    Rows of both have several texts, up to about `length` tokens; a longer text is cut off.
+    """
+
+    def __init__(self, tokenizer, context_length, length):
         self.tokenizer, self.context_length = tokenizer, context_length
+        self.length = min(length, context_length)
 
     @staticmethod
-    def split(rows):
+    def split(texts, length=0):
         """[(ids, labels, place), ...] -> {"prompt_ids": int64 (B, P), "ids", "labels": int64
-        (B, T)}: the ids before the place with <eos>, and <pad> with those after it."""
-        prompts = collate([([*ids[:place], EOS],) * 2 for ids, _, place in rows])
-        batch = collate([([PAD, *ids[place:]], [IGNORED, *labels[place:]])
-                         for ids, labels, place in rows])
+        (B, T)}: the ids before the place and <eos>, <pad> and those after it, text after text."""
+        rows = []
+        for ids, labels, place in texts:
+            prompt, rest = [*ids[:place], EOS], [PAD, *ids[place:]]
+            if not rows or max(len(rows[-1][0]) + len(prompt), len(rows[-1][1]) + len(rest)) > length:
+                rows.append(([], [], []))
+            for row, new in zip(rows[-1], (prompt, rest, [IGNORED, *labels[place:]])):
+                row += new
+        prompts, batch = collate([row[:1] * 2 for row in rows]), collate([row[1:] for row in rows])
         return {"prompt_ids": prompts["ids"], "ids": batch["ids"], "labels": batch["labels"]}
 
     def __call__(self, records, rngs):
-        """-> the batch, see `split`: one text a row. The decoder writes at least one token."""
-        texts = [self.tokenizer.encode(as_text(record, rng))[:self.context_length - 2]
+        """-> the batch, see `split`."""
+        texts = [self.tokenizer.encode(as_text(record, rng))[:self.length - 2]
                  for record, rng in zip(records, rngs)]
         return self.split([([*ids, EOS], [*ids, EOS], int(rng.random() * len(ids)))
-                           for ids, rng in zip(texts, rngs)])
+                           for ids, rng in zip(texts, rngs)], self.length)
 
 
 def as_text(record, rng=None):

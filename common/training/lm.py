@@ -26,25 +26,32 @@ PRESETS = language.PRESETS | t5.PRESETS
 TRAINS = {"lm": ("*",)}
 ADAMW = Recipe(steps=4000, batch_size=64, lr=3e-3, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
 MUON = replace(ADAMW, optimizer="muon", muon_lr_multiplier=1.25, schedule="linear", steps=1080)
-T5_MUON = replace(MUON, steps=1080)
+# Relative biases grow from 0.1 to several units before a token attends to its neighbour alone, and
+# scores are not scaled, so that the same step of a query moves them K ** 0.5 times as far.
+T5_MUON = replace(MUON, no_decay=("*_bias.weight",),
+                  lr_multipliers={"*_bias.weight": 10, "*.q_proj.weight": 0.3})
 RECIPES = {"tiny": MUON, "small": MUON, "t5-tiny": T5_MUON, "t5-small": T5_MUON, "": ADAMW}
 
 
 def data_sources(world, tokenizer, config):
-    """The world's own texts where it has them, else its captions.
-
-    For a decoder in rows of 80 tokens, for T5 each cut in two.
-    """
-    collate = SplitTexts(tokenizer, config.context_length) if isinstance(config, T5Config) else \
-        PackedTexts(tokenizer, config.context_length, 80)
-    return [DataSource(world, collate, kinds={"text": 1} if hasattr(world, "text") else None)]
+    """The world's own texts where it has them, else its captions, in rows of 80 tokens."""
+    collate = SplitTexts if isinstance(config, T5Config) else PackedTexts
+    return [DataSource(world, collate(tokenizer, config.context_length, 80),
+                       kinds={"text": 1} if hasattr(world, "text") else None)]
 
 
 def logits_of(lm, ids, prompt_ids=None):
-    """Logits (B, T, V) of ids int64 (B, T); prompt_ids int64 (B, S): what T5's encoder reads."""
+    """Logits (B, T, V) of ids int64 (B, T); prompt_ids int64 (B, S): what T5's encoder reads.
+
+    Each text of a row has its own prompt, see `SplitTexts`, and no token attends to another text.
+    """
     if prompt_ids is None:
         return lm(ids)
-    return lm(prompt_ids, ids, prompt_ids != lm.config.pad_id)
+    text = (ids == lm.config.pad_id).cumsum(dim=1)[:, :, None]        # (B, T, 1): 1, 2, ...
+    is_end = prompt_ids == lm.config.eos_id
+    prompt = (1 + is_end.cumsum(dim=1) - is_end.long())[:, :, None]   # (B, S, 1)
+    states = lm.encode(prompt_ids, prompt == prompt.mT)
+    return lm.logits(ids, text == text.mT, context=states, context_mask=text == prompt.mT)
 
 
 @torch.no_grad()
