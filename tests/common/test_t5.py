@@ -157,6 +157,17 @@ class TestT5:
             assert_close("logits", t5(prompts, ids, mask), expected, 1e-6)
             prompts[~mask] = PAD               # whatever stands in the padding
 
+    def test_texts_of_one_row_are_what_they_are_alone(self):
+        t5, (prompts, _, ids) = model(), texts()
+        first, second = torch.arange(S) < 5, torch.arange(T) < 4
+        states = t5.encode(prompts, (first[:, None] == first).expand(3, S, S))
+        found = t5.logits(ids, (second[:, None] == second).expand(3, T, T), context=states,
+                          context_mask=(second[:, None] == first).expand(3, T, S))
+        for place, prompt in ((second, first), (~second, ~first)):
+            expected = torch.cat([logits_by_hand(t5, p[prompt][None], row[place][None])
+                                  for p, row in zip(prompts, ids)])
+            assert_close("logits of a text", found[:, place], expected, 1e-6)
+
     @pytest.mark.parametrize("side", ["left", "right"])
     def test_padding_of_the_decoder_changes_nothing(self, side):
         t5, (prompts, _, ids) = model(), texts()

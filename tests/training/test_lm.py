@@ -64,8 +64,8 @@ class TestDataSources:
 
     def test_texts_for_t5_are_split(self):
         source, = data_sources(WithTexts(), "tokenizer", T5Config(context_length=19))
-        assert (type(source.collate).__name__, source.collate.context_length) == ("SplitTexts", 19)
-        assert {"tiny", "t5-tiny", "flan-t5-xl"} <= set(PRESETS) and set(RECIPES) - {""} <= set(PRESETS)
+        assert (type(source.collate).__name__, source.collate.length) == ("SplitTexts", 19)
+        assert {"tiny", "t5-tiny", "flan-t5-xl"} | set(RECIPES) - {""} <= set(PRESETS)
 
 
 class TestPerplexity:
@@ -89,12 +89,18 @@ class TestPerplexity:
 
 
 class TestLogitsOf:
-    def test_padding_of_the_prompts_is_not_read(self):
-        lm, prompts = t5_pretraining().lm.double(), torch.tensor([[5, EOS, PAD], [5, 6, EOS]])
-        ids = torch.tensor([[PAD, 7], [PAD, 7]])
-        expected = torch.cat([lm(prompts[:1, :2], ids[:1]), lm(prompts[1:], ids[1:])])
-        assert_close("logits (B, T, V)", logits_of(lm, ids, prompts), expected)
+    def test_each_text_of_a_row_reads_its_own_prompt_alone(self):
+        lm, texts = t5_pretraining().lm.double(), [([5, 6, 7, EOS], 1), ([8, 9, EOS], 2),
+                                                   ([4, EOS], 0), ([5, EOS], 1)]
+        batch = SplitTexts.split([(ids, ids, place) for ids, place in texts], length=9)
+        assert [row.count(EOS) for row in batch["prompt_ids"].tolist()] == [3, 1]
+        found = logits_of(lm, batch["ids"], batch["prompt_ids"])
+        expected = [lm(torch.tensor([[*ids[:place], EOS]]), torch.tensor([[PAD, *ids[place:]]]))
+                    for ids, place in texts]
+        assert_close("logits of the first row", found[:1], torch.cat(expected[:3], dim=1))
+        assert_close("logits of the second row", found[1:, :2], expected[3])
         decoder = toy_lm()
+        ids = batch["ids"]
         assert_close("logits of a decoder", logits_of(decoder, ids), decoder(ids))
 
 
@@ -122,7 +128,7 @@ class TestPretraining:
         assert_close("loss", model({"ids": ids, "labels": labels})["lm"], want.item())
 
     def test_of_t5_the_labels_follow_the_prompts(self):
-        model, rows = t5_pretraining().double(), [([5, 6, 7, EOS], 1), ([8, 9, EOS], 2), ([4, EOS], 0)]
+        model, rows = t5_pretraining().double(), [([5, 6, 7, EOS], 1), ([8, EOS], 1), ([4, EOS], 0)]
         batch = SplitTexts.split([(ids, ids, place) for ids, place in rows])
         terms = sum((t5_nll(model.lm, *row) for row in rows), [])
         assert_close("loss", model(batch)["lm"], sum(terms) / len(terms))
