@@ -148,7 +148,7 @@ class T5(nn.Module):
                                  f"{self.config.context_length}")
         if mask is None:
             return None
-        return padding(mask) if mask.dim() == 2 else mask[:, None]    # broadcastable to (B, H, T, S)
+        return padding(mask) if mask.dim() == 2 else mask[:, None]    # (B, 1, 1 or T, S)
 
     def encode(self, x, mask=None):
         """x: ids int64 (B, S) or embeddings float (B, S, D) -> states (B, S, D).

@@ -155,11 +155,11 @@ class SplitTexts:
         (B, T)}: the ids before the place and <eos>, <pad> and those after it, text after text."""
         rows = []
         for ids, labels, place in texts:
-            prompt, rest = [*ids[:place], EOS], [PAD, *ids[place:]]
-            if not rows or max(len(rows[-1][0]) + len(prompt), len(rows[-1][1]) + len(rest)) > length:
+            new = [*ids[:place], EOS], [PAD, *ids[place:]], [IGNORED, *labels[place:]]
+            if not rows or any(len(a) + len(b) > length for a, b in zip(rows[-1], new)):
                 rows.append(([], [], []))
-            for row, new in zip(rows[-1], (prompt, rest, [IGNORED, *labels[place:]])):
-                row += new
+            for row, part in zip(rows[-1], new):
+                row += part
         prompts, batch = collate([row[:1] * 2 for row in rows]), collate([row[1:] for row in rows])
         return {"prompt_ids": prompts["ids"], "ids": batch["ids"], "labels": batch["labels"]}
 

@@ -105,23 +105,18 @@ class Pretraining(nn.Module):
             return data.ids(list(itertools.islice(world.corpus(), count)))
         return data.ids([as_text(record) for record in data.records(split)])
 
-    def rows(self, rows, ids):
-        """[(ids, labels, place), ...], which begin with <bos> -> a batch on the device of `ids`.
+    def batch_of(self, texts, device):
+        """[(ids, labels, place), ...] -> {"ids", "labels", for T5 "prompt_ids"}, a text a row.
 
-        place: that of the first token which T5 is to write; the encoder reads those before it.
+        The ids begin with <bos>; T5's encoder reads the others before the place.
         """
         if isinstance(self.lm, T5):
             batch = SplitTexts.split([(ids[1:], labels[1:], place - 1)
-                                      for ids, labels, place in rows])
+                                      for ids, labels, place in texts])
         else:
-            batch = collate([row[:2] for row in rows])
+            batch = collate([(ids, labels) for ids, labels, _ in texts])
             del batch["mask"]
-        return {name: value.to(ids.device) for name, value in batch.items()}
-
-    def halves(self, ids):
-        """Texts int64 (N, T) -> a batch, for T5 with the second half of each to be written."""
-        real = [row[:row.index(EOS) + 1] for row in ids.tolist()]
-        return self.rows([(row, row, (1 + len(row)) // 2) for row in real], ids)
+        return {name: value.to(device) for name, value in batch.items()}
 
     def evaluate(self, data):
         """Perplexity of unseen texts beside a unigram model's -> {name: number}.
@@ -130,18 +125,18 @@ class Pretraining(nn.Module):
         with known odds, beside the entropy of those odds, which no model can go below.
         """
         ids = self.texts(data)
-        batch = self.halves(ids)
+        texts = [row[:row.index(EOS) + 1] for row in ids.tolist()]
+        batch = self.batch_of([(text, text, (1 + len(text)) // 2) for text in texts], ids.device)
         figures = {"perplexity": perplexity(self.lm, **batch),
                    "perplexity_unigram": unigram_perplexity(self.texts(data, "train"),
                                                             batch["ids"], self.config),
                    "perplexity_chance": float(self.config.vocab_size)}
         if hasattr(data.world, "labelled"):
             drawn = [data.world.labelled(random.Random(f"labels/{i}")) for i in range(400)]
-            rendered = [render([Segment((BOS,)), *(Segment(*part) for part in parts)],
-                               data.tokenizer) for parts, _ in drawn]
-            batch = self.rows([(row, labels, next(
-                place for place, label in enumerate(labels) if label != IGNORED))
-                for row, labels in rendered], ids)
+            texts = [render([Segment((BOS,)), *(Segment(*part) for part in parts)], data.tokenizer)
+                     for parts, _ in drawn]
+            first = [[label != IGNORED for label in labels].index(True) for _, labels in texts]
+            batch = self.batch_of([(*text, place) for text, place in zip(texts, first)], ids.device)
             entropy = sum(nats for _, nats in drawn) / int((batch["labels"] != IGNORED).sum())
             figures |= {"perplexity_labels": perplexity(self.lm, **batch),
                         "perplexity_labels_entropy": math.exp(entropy)}

@@ -74,6 +74,7 @@ def stack(t5, x, context=None, act=partial(F.gelu, approximate="tanh")):
     rows = [[bucket(s - t, c.buckets, c.max_distance, not is_causal) for s in range(T)]
             for t in range(T)]
     transformer = t5.decoder if is_causal else t5.encoder
+    assert transformer.norm is not None and len(transformer.blocks) == c.layers, transformer
     for block in transformer.blocks:
         x = block_by_hand(block, x, context, norm=partial(rms_norm, eps=c.eps), heads=c.heads,
                           mlp=partial(gated_mlp, act=act), scale=1.0,
