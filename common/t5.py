@@ -42,10 +42,8 @@ class T5Config:
 
     def __post_init__(self):
         options.check_fields(self, {"kind": ("t5",), "act": ACTIVATIONS}, {
-            "eps": 1e-12, "buckets": 4, "eos_id": 0, "pad_id": 0})
-        if self.max_distance <= self.buckets // 2:
-            raise ValueError(f"max_distance={self.max_distance}: must be more than half of the "
-                             f"{self.buckets} buckets")
+            "eps": 1e-12, "buckets": 4, "max_distance": self.buckets // 2 + 1, "eos_id": 0,
+            "pad_id": 0})
 
 
 FLAN_T5_XL = T5Config(vocab_size=32128, context_length=512, width=2048, layers=24, heads=32,
@@ -135,40 +133,44 @@ class T5(nn.Module):
         """ids int64 (B, T) -> (B, T, D)."""
         return self.token_embed(ids)
 
-    def check_mask(self, mask, S):
-        """Raise ValueError for a mask that is not bool (B, S), and for S beyond the context."""
-        if mask is not None and (mask.dtype != torch.bool or mask.shape[1] != S):
+    def attn_mask(self, mask, S):
+        """mask bool (B, S) or (B, T, S), True = may attend -> for the blocks; None stays None.
+
+        Raises ValueError for a mask of another kind, and for S tokens beyond the context.
+        """
+        if mask is not None and (mask.dtype != torch.bool or mask.shape[-1] != S):
             raise ValueError(f"a mask of {mask.dtype} {tuple(mask.shape)} for {S} tokens: it must "
                              f"be bool (B, {S})")
         if S > self.config.context_length:           # padding does not count
-            longest = S if mask is None else int(mask.sum(dim=1).max())
+            longest = S if mask is None else int(mask.sum(dim=-1).max())
             if longest > self.config.context_length:
                 raise ValueError(f"{longest} tokens, but the context is "
                                  f"{self.config.context_length}")
+        if mask is None:
+            return None
+        return padding(mask) if mask.dim() == 2 else mask[:, None]    # (B, 1, 1 or T, S)
 
     def encode(self, x, mask=None):
         """x: ids int64 (B, S) or embeddings float (B, S, D) -> states (B, S, D).
 
-        mask: bool (B, S), True at tokens and False at padding; None: no padding.
+        mask: bool (B, S), True at tokens and False at padding; None: no padding. Where a row has
+        several texts: bool (B, S, S), True where two tokens are of one text.
         """
         x, S = x if x.is_floating_point() else self.embed(x), x.shape[1]
-        self.check_mask(mask, S)
-        return self.encoder(x, mask=None if mask is None else padding(mask),
-                            bias=self.encoder_bias(S, S))
+        return self.encoder(x, mask=self.attn_mask(mask, S), bias=self.encoder_bias(S, S))
 
     def logits(self, ids, mask=None, cache=None, last=False, *, context, context_mask=None):
         """The decoder: ids int64 (B, T) -> logits (B, T, V). Its texts begin with pad_id.
 
         context float (B, S, D): the encoder's states; context_mask bool (B, S): its tokens. mask:
-        bool (B, past + T), False at padding, on either side because only distances count. cache: a
-        KVCache. last: the logits of the newest position alone, (B, 1, V).
+        bool (B, past + T), False at padding, on either side because only distances count. Both may
+        be (B, T, ...), as in `encode`. cache: a KVCache. last: the logits of the newest position
+        alone, (B, 1, V).
         """
         T, past = ids.shape[1], 0 if cache is None else cache.length
-        self.check_mask(mask, past + T)
-        attn_mask = causal(T, past, ids.device)
-        attn_mask = attn_mask if mask is None else attn_mask & padding(mask)
-        context_mask = None if context_mask is None else padding(context_mask)
-        x = self.decoder(self.embed(ids), context, mask=attn_mask, context_mask=context_mask,
+        mask, order = self.attn_mask(mask, past + T), causal(T, past, ids.device)
+        x = self.decoder(self.embed(ids), context, mask=order if mask is None else order & mask,
+                         context_mask=self.attn_mask(context_mask, context.shape[1]),
                          bias=self.decoder_bias(T, past + T), cache=cache)
         return self.output(x[:, -1:] if last else x)
 

@@ -5,7 +5,7 @@ Each is called as collate(records, rngs), with one random.Random for each record
 import torch
 
 from common.data.images import center_crop, to_tensor
-from common.data.tokenizer import BOS, EOS
+from common.data.tokenizer import BOS, EOS, PAD
 from common.prompts import CAPTION_PROMPT, IGNORED, QUESTION_PROMPT, collate, labels_of
 
 
@@ -165,6 +165,39 @@ class PackedTexts:
         # <bos> is no label: which text follows an <eos> cannot be predicted.
         batch = collate([(row, [IGNORED if i == BOS else i for i in row]) for row in rows if row])
         return {"ids": batch["ids"], "labels": batch["labels"]}
+
+
+class SplitTexts:
+    """Texts cut in two at a random token (prefix language modelling; T5, 3.2.3): the encoder reads
+    the first part, the decoder writes the rest, at least one token.
+
+    Rows of both have several texts, up to about `length` tokens; a longer text is cut off.
+    """
+
+    def __init__(self, tokenizer, context_length, length):
+        self.tokenizer, self.context_length = tokenizer, context_length
+        self.length = min(length, context_length)
+
+    @staticmethod
+    def split(texts, length=0):
+        """[(ids, labels, place), ...] -> {"prompt_ids": int64 (B, P), "ids", "labels": int64
+        (B, T)}: the ids before the place and <eos>, <pad> and those after it, text after text."""
+        rows = []
+        for ids, labels, place in texts:
+            new = [*ids[:place], EOS], [PAD, *ids[place:]], [IGNORED, *labels[place:]]
+            if not rows or any(len(a) + len(b) > length for a, b in zip(rows[-1], new)):
+                rows.append(([], [], []))
+            for row, part in zip(rows[-1], new):
+                row += part
+        prompts, batch = collate([row[:1] * 2 for row in rows]), collate([row[1:] for row in rows])
+        return {"prompt_ids": prompts["ids"], "ids": batch["ids"], "labels": batch["labels"]}
+
+    def __call__(self, records, rngs):
+        """-> the batch, see `split`."""
+        texts = [self.tokenizer.encode(as_text(record, rng))[:self.length - 2]
+                 for record, rng in zip(records, rngs)]
+        return self.split([([*ids, EOS], [*ids, EOS], int(rng.random() * len(ids)))
+                           for ids, rng in zip(texts, rngs)], self.length)
 
 
 def as_text(record, rng=None):

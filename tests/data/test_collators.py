@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from common.data.collators import (CaptionBatch, DialogueBatch, ImageTextBatch, InterleavedCollator,
-                                    PackedTexts, PairBatch, QuestionBatch, as_text)
+                                    PackedTexts, PairBatch, QuestionBatch, SplitTexts, as_text)
 from common.data.tokenizer import BOS, EOS, IMAGE, PAD
 from common.prompts import collate
 from flamingo import render_page
@@ -194,6 +194,41 @@ class TestPackedTexts:
     def test_the_rng_draws_one_text_of_a_record(self):
         batch = PackedTexts(Letters(), 200, 200)([{"texts": ["a", "b", "c"]}] * 30, rngs(30))
         assert [chr(i) for i in batch["ids"].flatten().tolist() if i > 90] == drawn("abc")
+
+
+class TestSplitTexts:
+    @pytest.mark.parametrize("context_length, letters", [(37, "abcde"), (6, "abcd")])
+    def test_both_parts_end_and_the_second_begins_with_padding(self, context_length, letters):
+        places = set()
+        for rng in rngs(60):
+            batch = SplitTexts(Letters(), context_length, 7)([{"texts": ["abcde"]}], [rng])
+            (prompt,), (ids,), (labels,) = [batch[name].tolist()
+                                            for name in ("prompt_ids", "ids", "labels")]
+            places.add(place := prompt.index(EOS))
+            assert prompt == [*map(ord, letters[:place]), EOS]
+            assert ids == [PAD, *map(ord, letters[place:]), EOS]
+            assert labels == [NO, *map(ord, letters[place:]), EOS]
+        assert places == set(range(len(letters))), "not every place occurs"
+
+    def test_texts_share_a_row_while_both_parts_fit(self):
+        a, b, c, d = map(ord, "abcd")
+        batch = SplitTexts.split([([a, a, EOS], [NO, a, EOS], 1), ([b, EOS], [b, EOS], 0),
+                                  ([c, d, EOS], [c, d, EOS], 2), ([d, EOS], [d, EOS], 1)], 7)
+        assert {name: value.tolist() for name, value in batch.items()} == {
+            "prompt_ids": [[a, EOS, EOS, PAD, PAD], [c, d, EOS, d, EOS]],
+            "ids": [[PAD, a, EOS, PAD, b, EOS], [PAD, EOS, PAD, EOS, PAD, PAD]],
+            "labels": [[NO, a, EOS, NO, b, EOS], [NO, EOS, NO, EOS, NO, NO]]}
+        prompts = SplitTexts.split([([a, b, c, EOS], [NO] * 4, 3)] * 2, 7)["prompt_ids"]
+        assert prompts.tolist() == [[a, b, c, EOS]] * 2, "the prompts are too long for one row"
+
+    def test_the_rng_draws_one_text_of_a_record(self):
+        batch = SplitTexts(Letters(), 200, 200)([{"texts": ["a", "b", "c"]}] * 30, rngs(30))
+        assert [chr(i) for i in batch["ids"].flatten().tolist() if i > 90] == drawn("abc")
+
+    def test_an_empty_text_is_an_end_alone(self):
+        batch = SplitTexts(Letters(), 9, 9)([{"texts": [""]}], rngs())
+        assert {name: value.tolist() for name, value in batch.items()} == {
+            "prompt_ids": [[EOS]], "ids": [[PAD, EOS]], "labels": [[NO, EOS]]}
 
 
 class TestAsText:

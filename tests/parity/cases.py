@@ -16,7 +16,7 @@ from common.language import LanguageConfig, LanguageModel
 from common.masks import causal, padding
 from common.pretrained import blip
 from common.pretrained.language import config_fields, translated
-from common.t5 import RelativeBias
+from common.t5 import RelativeBias, T5, T5Config
 from common.transformer import (GatedMLP, MLP, bert_block, gelu_tanh, gpt2_block, llama_block,
                                 opt_block, rope_table, t5_block)
 
@@ -273,6 +273,68 @@ class T5Case(BlockCase):
         return self.run(block, inputs, context=context, bias=bias(T, T))
 
 
+class T5ModelCase:
+    """A whole T5 of version 1.1: the encoder's states, logits and texts, with padded prompts.
+
+    Both of its activations: BLIP-2's released code sets dense_act_fn to the exact one.
+    """
+    name, acts = "t5", {"gelu": "gelu", "gelu_tanh": "gelu_new"}
+    searches = {"greedy": {}, "beams": {"num_beams": 3}}
+    stop = [2, 5, 19]                    # so many that some rows end early
+
+    def reference(self, seed):
+        from transformers import T5Config as Config, T5ForConditionalGeneration
+        c = Config(vocab_size=31, d_model=28, d_kv=5, d_ff=37, num_layers=2, num_heads=4,
+                   relative_attention_num_buckets=8, relative_attention_max_distance=7,
+                   dropout_rate=0.0, feed_forward_proj="gated-gelu", tie_word_embeddings=False,
+                   eos_token_id=2, pad_token_id=1, decoder_start_token_id=1)   # it takes 0 for None
+        prompts, ids = torch.randint(3, 31, (B, T)), torch.randint(3, 31, (B, S))
+        ids[:, 0], outputs = 1, {}
+        prompt = {"input_ids": prompts.where(REAL, 1), "attention_mask": REAL.long()}
+        for act, c.dense_act_fn in self.acts.items():
+            model = randomize(T5ForConditionalGeneration(c), seed)
+            for name, parameter in model.named_parameters():          # so that texts differ
+                parameter.data += "layer_norm" in name
+            out = model(**prompt, decoder_input_ids=ids)
+            outputs |= {f"{act} states": out.encoder_last_hidden_state[REAL],
+                        f"{act} logits": out.logits}
+            for name, options in self.searches.items():
+                outputs[f"{act} {name}"] = model.generate(
+                    **prompt, max_new_tokens=8, do_sample=False, eos_token_id=self.stop,
+                    **options)[:, 1:]
+        names = {"shared": "token_embed", "lm_head": "output"}
+        for stack, mlp in (("encoder", 1), ("decoder", 2)):
+            names[f"{stack}.final_layer_norm"] = f"{stack}.norm"
+            names[f"{stack}.block.0.layer.0.SelfAttention.relative_attention_bias"] = f"{stack}_bias"
+            for i in range(2):
+                theirs, own = f"{stack}.block.{i}.layer", f"{stack}.blocks.{i}"
+                names |= {f"{theirs}.0.layer_norm": f"{own}.attn_norm",
+                          f"{theirs}.1.layer_norm": f"{own}.cross_norm",
+                          f"{theirs}.{mlp}.layer_norm": f"{own}.mlp_norm"}
+                names |= {f"{theirs}.{k}.{attn}.{a}": f"{own}.{name}.{b}_proj"
+                          for k, attn, name in ((0, "SelfAttention", "attn"),
+                                                (1, "EncDecAttention", "cross"))
+                          for a, b in zip("qkvo", ("q", "k", "v", "out"))}
+                names |= {f"{theirs}.{mlp}.DenseReluDense.{a}": f"{own}.mlp.{b}_proj"
+                          for a, b in (("wi_0", "gate"), ("wi_1", "up"), ("wo", "down"))}
+        return (arrays(renamed(model, names)), arrays({"prompts": prompts, "ids": ids}),
+                arrays(outputs))
+
+    def ours(self, weights, inputs):
+        prompts, ids = (torch.as_tensor(inputs[name]) for name in ("prompts", "ids"))
+        outputs = {}
+        for act in self.acts:
+            t5 = load(T5(T5Config(vocab_size=31, width=28, layers=2, heads=4, head_width=5,
+                                  hidden=37, act=act, buckets=8, max_distance=7,
+                                  pad_id=1)), weights)
+            outputs |= {f"{act} states": t5.encode(prompts, REAL)[REAL],
+                        f"{act} logits": t5(prompts, ids, REAL)}
+            for name, options in self.searches.items():
+                outputs[f"{act} {name}"] = t5.generate(prompts, REAL, max_new_tokens=8,
+                                                       stop=self.stop, **options)
+        return outputs
+
+
 class LanguageCase:
     """A whole language model from its config.json: logits under padding left and right, and texts.
 
@@ -444,6 +506,7 @@ CASES = [BlipCase("lm", "BlipForConditionalGeneration", 24),
          BlipCase("itc,itm", "BlipForImageTextRetrieval", 24), ClipCase(), Gpt2Case(), OptCase(),
          LlamaCase(), BertCase(), T5Case(decoder=True, gated=False),
          T5Case(decoder=True, gated=True), T5Case(decoder=False, gated=False),
+         T5ModelCase(),
          LanguageCase("gpt2", model_type="gpt2", n_embd=24, n_layer=2, n_head=4, n_positions=19,
                       layer_norm_epsilon=1e-3),
          LanguageCase("opt", model_type="opt", hidden_size=24, ffn_dim=37, num_hidden_layers=2,

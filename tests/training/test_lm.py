@@ -1,4 +1,5 @@
 """The lm stage: the loss of a step, perplexity, and the figures of its result.json."""
+import functools
 import math
 import random
 from types import SimpleNamespace
@@ -6,9 +7,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from common.data.tokenizer import BOS, Tokenizer
+from common.data.collators import SplitTexts
+from common.data.tokenizer import BOS, EOS, PAD, Tokenizer
 from common.language import LanguageConfig
-from common.training.lm import Pretraining, data_sources, perplexity, unigram_perplexity
+from common.t5 import T5Config
+from common.training.lm import (PRESETS, RECIPES, Pretraining, data_sources, logits_of, perplexity,
+                                unigram_perplexity)
 from tests.helpers import V, assert_close, prompts, randomize, toy_lm
 
 T, LENGTHS = 11, (11, 8, 3, 2, 11, 5)
@@ -18,6 +22,17 @@ def pretraining(vocab_size=V):
     return Pretraining(LanguageConfig(
         vocab_size=vocab_size, context_length=19, width=24, layers=2, heads=3, kv_heads=1,
         hidden=37, tie_embeddings=False))
+
+
+def t5_pretraining(vocab_size=V):
+    return Pretraining(T5Config(vocab_size=vocab_size, context_length=19, width=24, layers=1,
+                                heads=3, head_width=5, hidden=37))
+
+
+def t5_nll(lm, ids, place):
+    """Of each token from `place` on: -log p given those before; ids without <bos>."""
+    prompt, target = torch.tensor([[*ids[:place], EOS]]), torch.tensor([[PAD, *ids[place:]]])
+    return nll(lambda text: lm(prompt, text), [target])
 
 
 def nll(lm, texts):
@@ -47,6 +62,11 @@ class TestDataSources:
         assert (source.world, source.kinds, source.weight) == (here, kinds, 1.0)
         assert (source.collate.tokenizer, source.collate.length) == ("tokenizer", 19)
 
+    def test_texts_for_t5_are_split(self):
+        source, = data_sources(WithTexts(), "tokenizer", T5Config(context_length=19))
+        assert (type(source.collate).__name__, source.collate.length) == ("SplitTexts", 19)
+        assert {"tiny", "t5-tiny", "flan-t5-xl"} | set(RECIPES) - {""} <= set(PRESETS)
+
 
 class TestPerplexity:
     @pytest.mark.parametrize("rows", [64, 6, 4, 1])
@@ -66,6 +86,22 @@ class TestPerplexity:
     def test_beyond_all_numbers_it_is_infinite(self):
         model = randomize(toy_lm(), 100.0)                   # logits of tens of thousands
         assert perplexity(model, prompts(T)[0]) == math.inf
+
+
+class TestLogitsOf:
+    def test_each_text_of_a_row_reads_its_own_prompt_alone(self):
+        lm, texts = t5_pretraining().lm.double(), [([5, 6, 7, EOS], 1), ([8, 9, EOS], 2),
+                                                   ([4, EOS], 0), ([5, EOS], 1)]
+        batch = SplitTexts.split([(ids, ids, place) for ids, place in texts], length=9)
+        assert [row.count(EOS) for row in batch["prompt_ids"].tolist()] == [3, 1]
+        found = logits_of(lm, batch["ids"], batch["prompt_ids"])
+        expected = [lm(torch.tensor([[*ids[:place], EOS]]), torch.tensor([[PAD, *ids[place:]]]))
+                    for ids, place in texts]
+        assert_close("logits of the first row", found[:1], torch.cat(expected[:3], dim=1))
+        assert_close("logits of the second row", found[1:, :2], expected[3])
+        decoder = toy_lm()
+        ids = batch["ids"]
+        assert_close("logits of a decoder", logits_of(decoder, ids), decoder(ids))
 
 
 class TestUnigramPerplexity:
@@ -91,7 +127,15 @@ class TestPretraining:
         want = -model.lm(ids)[0, 3].log_softmax(dim=-1)[7]
         assert_close("loss", model({"ids": ids, "labels": labels})["lm"], want.item())
 
-    def data(self, world):
+    def test_of_t5_the_labels_follow_the_prompts(self):
+        model, rows = t5_pretraining().double(), [([5, 6, 7, EOS], 1), ([8, EOS], 1), ([4, EOS], 0)]
+        batch = SplitTexts.split([(ids, ids, place) for ids, place in rows])
+        terms = sum((t5_nll(model.lm, *row) for row in rows), [])
+        assert_close("loss", model(batch)["lm"], sum(terms) / len(terms))
+        assert_close("share of a step of 70 labels", sum(terms) / 70,
+                     model(batch | {"label_count": torch.tensor(70.0)})["lm"].item())
+
+    def data(self, world, pretraining=pretraining):
         """A model and what it needs of an EvalData."""
         tokenizer = Tokenizer.train(["a red circle", "two blue stars"], 400)
         records = [{"texts": [text, "another caption"]}
@@ -129,7 +173,22 @@ class TestPretraining:
         assert_close("entropy", figures["perplexity_labels_entropy"],
                      math.exp(400 * math.log(2) / len(counted)))
 
-    def test_samples_are_a_picture(self):
-        model, data = self.data(Captions())
+    def test_t5_writes_the_second_halves_and_labels_after_all_that_precedes_them(self):
+        model, data = self.data(WithTexts(), t5_pretraining)
+        figures, encode = model.evaluate(data), data.tokenizer.encode
+        nll_of = functools.cache(lambda ids, place: t5_nll(model.lm, ids, place))
+        texts = [tuple(row[1:row.index(EOS) + 1]) for row in model.texts(data).tolist()]
+        words = [data.world.labelled(random.Random(f"labels/{i}"))[0][1][0] for i in range(400)]
+        for name, rows in (
+                ("perplexity", [(ids, len(ids) // 2) for ids in texts]),
+                ("perplexity_labels", [((*encode("a red"), *encode(word)), len(encode("a red")))
+                                       for word in words])):
+            terms = sum((nll_of(*row) for row in rows), [])
+            assert_close(name, figures[name], math.exp(sum(terms) / len(terms)), 1e-4)
+        assert set(figures) == set(self.data(WithTexts())[0].evaluate(data)), "other figures"
+
+    @pytest.mark.parametrize("pretraining", [pretraining, t5_pretraining])
+    def test_samples_are_a_picture(self, pretraining):
+        model, data = self.data(Captions(), pretraining)
         page = model.samples(data)
         assert page.mode == "RGB" and min(page.size) > 100 and len(page.getcolors(1 << 24)) > 2
