@@ -160,6 +160,7 @@ class BLIP(nn.Module):
     """A ViT and one text transformer with three uses (paper, Figure 2)."""
 
     banned_ids = ()                      # ids that are never written
+    caption_options, answer_options = {"num_beams": 3}, {}
 
     def __init__(self, config):
         super().__init__()

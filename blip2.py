@@ -271,6 +271,8 @@ class BLIP2(nn.Module):
 class Stage1(BLIP2):
     """Vision-language representation learning from a frozen image encoder (paper, 3.2)."""
 
+    towers = ("vision.vit",)             # stored in half precision where they are frozen
+
     def __init__(self, config):
         super().__init__(config)
         c = config
@@ -392,6 +394,9 @@ class Stage2(BLIP2):
     """Generative learning: the queries' outputs are a prompt of a frozen LM (paper, 3.3)."""
 
     banned_ids = ()                      # ids that are never written
+    towers = ("vision.vit", "lm")
+    caption_options = {"num_beams": 5, "length_penalty": 1.0}         # paper, 4.1 and 4.2
+    answer_options = {"num_beams": 5, "length_penalty": -1.0, "max_new_tokens": 10}
 
     def __init__(self, config):
         super().__init__(config)
@@ -466,6 +471,8 @@ class Stage2(BLIP2):
         figures = questions.captions(writer, world, count) if task != "vqa" else {}
         if task != "captions" and world.tasks:
             figures |= questions.visual_questions(writer, world, count)
+        if task == "instruct" and world.tasks:
+            figures |= questions.ranked_tasks(writer, world, count, HELD_OUT)
         return figures
 
     @torch.no_grad()
@@ -548,44 +555,83 @@ def init_weights(model):
 
 # ------------------------------------------------------------------ presets and recipes
 
+BERT = BLIP2Config(
+    num_queries=32, qformer_width=768, qformer_layers=12, qformer_heads=12,
+    qformer_context_length=512, vocab_size=30523, pad_id=0, eos_id=102, cls_id=101, dec_id=30522,
+    embed_dim=256)
 PRESETS = {
     "tiny": BLIP2Config(hardness=0.3),
+    "small": BLIP2Config(vision=CLIP_PRESETS["small"], num_queries=16, qformer_width=256,
+                         qformer_layers=6, embed_dim=256, hardness=0.3),
+    "vit-l": replace(BERT, vision=CLIP_PRESETS["ViT-L/14"], image_size=224),
+    "vit-g": replace(BERT, vision=EVAConfig(), image_size=224),
 }
-# All but the image encoder and the language model.
-STAGE2 = ("vision.norm.*", "qformer.query_tokens", "qformer.norm.*", "qformer.blocks.*.attn*",
-          "qformer.blocks.*.cross*", "qformer.blocks.*.mlp*", "projection.*")
-TRAINS = {"blip2-stage1": ("vision.norm.*", "[!v]*"), "blip2-stage2": STAGE2,
-          "blip2-stage2-t5": STAGE2, "blip2-instruct": ("vision.norm.*", "qformer.*", "projection.*"),
-          "blip2-vqa": ("vision.*", "qformer.*", "projection.*"),
-          "blip2-captions": ("vision.*", *STAGE2[1:]), "blip2-retrieval": ("*",)}
-TINY = Recipe(steps=740, batch_size=96, lr=1e-3, weight_decay=0.05, schedule="linear",
+NORM, VISION, TEXT = "vision.norm.*", "vision.*", "qformer.*"
+QUERIES = ("qformer.query_tokens", "qformer.norm.*", "qformer.blocks.*.attn*",
+           "qformer.blocks.*.cross*", "qformer.blocks.*.mlp*", "projection.*")
+TRAINS = {"blip2-stage1": (NORM, "[!v]*"), "blip2-stage2": (NORM, *QUERIES),
+          "blip2-stage2-t5": (NORM, *QUERIES), "blip2-instruct": (NORM, TEXT, "projection.*"),
+          "blip2-vqa": (VISION, TEXT, "projection.*"), "blip2-captions": (VISION, *QUERIES),
+          "blip2-retrieval": ("*",)}
+
+# The paper's (its 3.4 and Tables 7 to 9; the numbers of steps of fine-tuning are rounded), and
+# InstructBLIP's.
+PAPER = Recipe(steps=250000, batch_size=2320, lr=1e-4, warmup=2000, weight_decay=0.05, eps=1e-8,
+               grad_clip=None)
+FINE_TUNING = replace(PAPER, lr=1e-5, warmup=1000, betas=(0.9, 0.999))
+PAPERS = {"": PAPER, "blip2-stage2": replace(PAPER, steps=80000, batch_size=1920),
+          "blip2-stage2-t5": replace(PAPER, steps=80000, batch_size=1520),
+          "blip2-captions": replace(FINE_TUNING, steps=11000, batch_size=256),
+          "blip2-vqa": replace(FINE_TUNING, steps=54000, batch_size=128, layer_decay=0.95),
+          "blip2-retrieval": replace(FINE_TUNING, steps=12600, batch_size=224, layer_decay=0.95),
+          "blip2-instruct": replace(PAPER, steps=60000, batch_size=128, lr=1e-5, warmup=1000)}
+TINY = Recipe(steps=400, batch_size=96, lr=1e-3, weight_decay=0.05, schedule="linear",
               optimizer="muon", muon_lr_multiplier=4.0, lr_multipliers={"temp": 0.1})
-RECIPES = {"tiny": TINY, "": TINY}
+TUNE = replace(TINY, steps=200, lr=2.5e-4, layer_decay=0.8)
+RECIPES = {
+    "tiny": TINY, "tiny blip2-vqa": TUNE, "tiny blip2-captions": TUNE, "tiny blip2-retrieval": TUNE,
+    "small": replace(TINY, steps=6000, batch_size=512, lr=5e-4, warmup=300),
+    "vit-l blip2-retrieval": replace(PAPERS["blip2-retrieval"], lr=5e-6, layer_decay=1.0),
+    **{f"{size} {stage}".rstrip(): recipe for size in ("vit-l", "vit-g")
+       for stage, recipe in PAPERS.items() if (size, stage) != ("vit-l", "blip2-retrieval")},
+    "vit-g": replace(PAPER, batch_size=1680), "": PAPER,
+}
 
 
-def make_model(config):
-    """The model of a config. Raises ValueError for losses of another stage."""
+def stage_of(config):
+    """Stage1 or Stage2: with a language model the second. ValueError for losses of the other."""
     stage, own = (Stage1, FIRST) if config.language is None else (Stage2, SECOND)
     if config.losses not in own:
         raise ValueError(f"losses={config.losses}: the stage "
                          f"{'without' if stage is Stage1 else 'with'} a language model has "
                          + ", ".join(own))
-    return stage(config)
+    return stage
+
+
+def make_model(config):
+    """The model of a config."""
+    return stage_of(config)(config)
 
 
 def data_sources(world, tokenizer, config):
-    """Captions; in the second stage captions, questions or both."""
+    """Captions; in the second stage captions and questions, one of the two, or instructions.
+
+    Raises ValueError for a world without the task.
+    """
     c = config
-    if c.language is None:
+    if stage_of(c) is Stage1:
         return [DataSource(world, CaptionBatch(tokenizer, c))]
     collate = PromptBatch(tokenizer, c, training_rows)
-    if not world.tasks:
+    kinds = {"lm": ("caption", "question"), "captions": ("caption",), "vqa": ("question",),
+             "instruct": tuple(INSTRUCT_SIZES)}[c.losses]
+    if not world.tasks and "caption" in kinds:       # captions are all there is
         return [DataSource(world, collate)]
-    if c.losses == "instruct":           # balanced: in proportion to the square root (paper, 2.5)
-        kinds = {name: size ** c.balance for name, size in INSTRUCT_SIZES.items()}
-        return [DataSource(world, collate, kinds=kinds, sizes=INSTRUCT_SIZES)]
-    return [DataSource(world, collate, kinds={kind: 1}) for kind in
-            {"lm": ("caption", "question"), "captions": ("caption",), "vqa": ("question",)}[c.losses]]
+    if not {*kinds} <= {*world.tasks}:
+        raise ValueError(f"{c.losses}: {world.name} has no {kinds[0]} records")
+    if c.losses == "instruct":           # balanced: by the square root of their number (paper, 2.3)
+        shares = {name: size ** c.balance for name, size in INSTRUCT_SIZES.items()}
+        return [DataSource(world, collate, kinds=shares, sizes=INSTRUCT_SIZES)]
+    return [DataSource(world, collate, kinds={kind: 1}) for kind in kinds]
 
 
 # ------------------------------------------------------------------ using a trained model
@@ -597,3 +643,26 @@ def from_pretrained(path):
         model = make_model(checkpoint.config_of(BLIP2Config, config, path))
     checkpoint.load_weights(model, weights, path)
     return model.eval(), tokenizer
+
+
+def open_trained(path, needs):
+    """`from_pretrained` of a model that has learned one of `needs`: itc, itm, lm (captions), vqa.
+
+    Raises ValueError for another.
+    """
+    model, tokenizer = from_pretrained(path)
+    losses = model.config.losses
+    can = {"lm": "lm,vqa", "captions": "lm", "instruct": "lm,vqa"}.get(losses, losses).split(",")
+    if not set(needs) & set(can):
+        raise ValueError(f"{path}: its losses are {losses}; this needs one with "
+                         + " or ".join(needs))
+    return model, tokenizer
+
+
+def main():
+    """The command line: caption, match, answer and search."""
+    return matching.main(__doc__, open_trained)
+
+
+if __name__ == "__main__":
+    options.run_main(main)

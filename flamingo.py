@@ -225,6 +225,7 @@ class Flamingo(nn.Module):
     """The two frozen models, a resampler and gated blocks between them (paper, Figure 3)."""
 
     stop_ids, banned_ids = (EOC, EOS), (IMAGE,)      # a written <image> would have no image
+    towers = ("vision", "lm")            # stored in half precision where they are frozen
 
     def __init__(self, config):
         super().__init__()

@@ -42,7 +42,7 @@ from common.training import checkpoint, distributed, lm
 from common.training.devices import (autocast, default_workers, find_device, half_precision,
                                      peak_memory, to_device)
 from common.training.optimizer import (find_recipe, freeze, learning_rate, make_optimizer,
-                                       set_learning_rate)
+                                       set_learning_rate, store_frozen)
 from common.training.options import add_options, parser, run_main, with_settings
 from common.training.run import (Options, Run, check, open_parts, open_start, restore, save,
                                  stop_on_signals)
@@ -55,7 +55,8 @@ BEGAN, ROOT = time.time(), Path(__file__).parent
 class Stage:
     """A row of the table. file has PRESETS, RECIPES, TRAINS and data_sources.
 
-    parts: {field of the config: (the stage whose run it comes from, the module of the model)};
+    parts: {field of the config: (the stage whose run it comes from, the module of the model, and
+    perhaps the kind of language model)};
     optional: those that the stage can do without. losses: as of --losses; init: the stage whose run
     is that of --init.
     """
@@ -91,12 +92,21 @@ STAGES = {
                           blip2.make_model, BLIP2_PARTS | {"language": ("lm", "lm")},
                           optional=("vision",), losses="lm", init="blip2-stage1"),
     "blip2-stage2-t5": Stage("the same with a T5, of lm --preset t5-tiny", blip2,
-                             blip2.make_model, BLIP2_PARTS | {"language": ("lm", "lm", "t5-")},
+                             blip2.make_model, BLIP2_PARTS | {"language": ("lm", "lm", "t5")},
                              optional=("vision",), losses="lm", init="blip2-stage1"),
+    "blip2-retrieval": Stage("stage 1 fine-tuned with the image encoder", blip2, blip2.make_model,
+                             losses=blip2.ALL_LOSSES, init="blip2-stage1"),
+    "blip2-captions": Stage("stage 2 fine-tuned on captions with the image encoder", blip2,
+                            blip2.make_model, losses="captions", init="blip2-stage2"),
+    "blip2-vqa": Stage("the same on questions, which the Q-Former gets, too", blip2,
+                       blip2.make_model, losses="vqa", init="blip2-stage2"),
+    "blip2-instruct": Stage("stage 2 tuned on instructions (InstructBLIP)", blip2,
+                            blip2.make_model, losses="instruct", init="blip2-stage2"),
 }
 # The command lines of a list; {runs} is --runs. One of blip.py is a process of its own.
 LISTS = {
-    "all": ["clip", "lm", "flamingo", "blip", "blip-vqa"],
+    "all": ["clip", "lm", "flamingo", "blip", "blip-vqa", "blip2-stage1", "blip2-stage2",
+            "blip2-vqa", "blip2-instruct"],
     "bootstrap": ["clip", "blip", "blip --losses lm --init {runs}/blip",
                   "blip --losses itc,itm --init {runs}/blip",
                   "blip.py {runs}/blip-captioner bootstrap {runs}/blip-filter {runs}/texts.jsonl",
@@ -120,7 +130,7 @@ def build(name, options, settings, began):
         raise ValueError(f"--preset {options.preset}: {name} has {', '.join(stage.file.PRESETS)}")
     if stage.init and not options.init:
         options = dataclasses.replace(options, init=str(default_folder(stage.init, options)))
-    if options.init == "none":
+    if stage.init and options.init == "none":        # from the parts alone
         options = dataclasses.replace(options, init=None)
     folder = RunFolder(options.out or default_folder(name, options, options.losses))
     config, tokenizer = open_start(stage, name, options, folder)
@@ -158,6 +168,8 @@ def build(name, options, settings, began):
         model.move_momentum()
     unfrozen = tuple(filter(None, options.unfreeze.split(",")))
     table = freeze(model, stage.file.TRAINS[name] + unfrozen)
+    if half and device.type == "cuda":
+        store_frozen(model, getattr(model, "towers", ()), torch.bfloat16)
     run = Run(name, stage, options, folder, device, half, world, tokenizer, config, recipe, batches,
               model, make_optimizer(model, recipe, half), table, began, tuple(frozen))
     run.refused = Refusals(options.skip) if isinstance(world, Files) else None

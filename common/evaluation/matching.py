@@ -102,22 +102,24 @@ def samples(model, data, pool, count=6, wrong=2):
 
 # ------------------------------------------------------------------ commands
 
-def main(description, open_trained, capfilt_texts):
-    """The command line of a model that matches and writes: caption, match, answer, search,
-    bootstrap.
+def main(description, open_trained, capfilt_texts=None):
+    """The command line of a model that matches and writes: caption, match, answer, search, and
+    with capfilt_texts bootstrap.
 
     open_trained(run, losses) -> (model, tokenizer) of a run with one of these losses;
     capfilt_texts: see blip.py.
     """
     def caption(run, picture):
         """write a caption of a picture"""
-        record = {"images": [open_image(picture)], "texts": [""]}
-        print(Writer(*open_trained(run, ("lm",))).generate([record], num_beams=3)[0])
+        record, writer = {"images": [open_image(picture)], "texts": [""]}, \
+            Writer(*open_trained(run, ("lm",)))
+        print(writer.generate([record], **writer.model.caption_options)[0])
 
     def answer(run, picture, question):
-        """answer a question about a picture, with a run of blip-vqa"""
+        """answer a question about a picture, with a run that has learned to"""
         turn = {"images": [[open_image(picture)]], "prompt": question, "answer": ""}
-        print(Writer(*open_trained(run, ("vqa",))).generate([{"turns": [turn]}])[0])
+        writer = Writer(*open_trained(run, ("vqa",)))
+        print(writer.generate([{"turns": [turn]}], **writer.model.answer_options)[0])
 
     def match(run, picture, *texts):
         """print the probability that each TEXT is true of a picture"""
@@ -140,4 +142,5 @@ def main(description, open_trained, capfilt_texts):
         rows = capfilt_texts(captioner, lambda r: probabilities(*judge, r) > 0.5, world)
         capfilt.write(rows, world, out)
 
-    return options.run_command(description, caption, match, answer, search, bootstrap)
+    commands = [caption, match, answer, search] + [bootstrap] * bool(capfilt_texts)
+    return options.run_command(description, *commands)

@@ -99,6 +99,17 @@ def ranked_answers(writer, world, count):
             "vqa_accuracy_ranked_chance": 1 / len(answers)}
 
 
+def ranked_tasks(writer, world, count, kinds):
+    """Tasks with candidates, of which the likeliest counts (InstructBLIP, 2.4)."""
+    figures = {}
+    for kind in kinds:
+        records = draw_tasks(world, kind, count)
+        candidates = [record["candidates"] for record in records]
+        figures |= {f"vqa_accuracy/{kind}": exact(writer.choose(records, candidates), records),
+                    f"vqa_accuracy/{kind}_chance": 1 / len(candidates[0])}
+    return figures
+
+
 def retrieved_shots(writer, world, count, select_shots, shots=4):
     """Questions after shots drawn at random, and after those that select_shots retrieves."""
     queries = draw_tasks(world, "question", count)

@@ -1,5 +1,6 @@
 """What is trained, and how: recipes, freezing, the two optimizers, the learning rate."""
 import math
+import re
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 
@@ -20,6 +21,7 @@ class Recipe:
     grad_clip: float | None = 1.0        # largest norm of the gradient; None: not clipped
     no_decay: tuple = ()                 # patterns of names of matrices that do not decay either
     lr_multipliers: dict = field(default_factory=dict)       # pattern of names -> factor of lr
+    layer_decay: float = 1.0             # factor of lr from an image encoder's block to the one below
     optimizer: str = "adamw"             # "muon": Muon for the matrices of attention and MLPs
     muon_lr_multiplier: float = 3.0      # Muon's rate in multiples of lr
     muon_weight_decay: float = 0.05
@@ -64,6 +66,14 @@ def freeze(model, patterns):
                         f"{trained:,d} trained") for name, (trained, frozen) in table.items())
 
 
+def store_frozen(model, names, dtype):
+    """Keep the frozen parameters of the modules `names` in a half-precision dtype."""
+    for name in names:
+        for p in model.get_submodule(name).parameters():
+            if not p.requires_grad:
+                p.data = p.data.to(dtype)
+
+
 def eval_frozen(model):
     """Put every module without a trained parameter into eval mode; returns the model.
 
@@ -78,13 +88,22 @@ def eval_frozen(model):
     return model
 
 
+def vision_depth(name):
+    """The place of a parameter in the image encoder: 0 in the embeddings, i + 1 in block i; else
+    None."""
+    found = re.match(r"vision\.(?:vit\.)?(?:transformer\.blocks\.(\d+)|\w+_(?:embed|token|pre))\b",
+                     name)
+    return found and int(found[1] or -1) + 1
+
+
 def parameter_groups(model, recipe):
     """The trained parameters in groups by optimizer, weight decay and learning rate.
 
     Each group has "muon" and "lr_multiplier". Muon gets the matrices of attention and MLPs, if the
     recipe says so. Of the others matrices decay; gains, biases and scalars do not.
     """
-    groups = {}
+    groups, depths = {}, {name: vision_depth(name) for name, _ in model.named_parameters()}
+    top = max((depth for depth in depths.values() if depth is not None), default=0) + 1
     for name, p in model.named_parameters():
         if p.requires_grad:
             muon = recipe.optimizer == "muon" and p.ndim == 2 and any(
@@ -93,6 +112,8 @@ def parameter_groups(model, recipe):
             decay = recipe.muon_weight_decay if muon else recipe.weight_decay
             factor = next((f for q, f in recipe.lr_multipliers.items() if fnmatch(name, q)), 1.0)
             factor *= recipe.muon_lr_multiplier if muon else 1.0
+            if depths[name] is not None:
+                factor *= recipe.layer_decay ** (top - depths[name])
             groups.setdefault((muon, decay if decays else 0.0, factor), []).append(p)
     return [{"params": groups[key], "muon": key[0], "weight_decay": key[1],
              "lr_multiplier": key[2]} for key in sorted(groups, reverse=True)]

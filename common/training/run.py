@@ -136,11 +136,14 @@ def open_parts(stages, name, options, config, folder, tokenizer=None):
         if resumed:
             own, known = resumed["config"][part], folder.tokenizer()
         else:
-            wanted = dataclasses.replace(options, preset="".join(prefix) + options.preset)
+            wanted = dataclasses.replace(options, preset="-".join([*prefix, options.preset]))
             where = given.get(part) or default_folder(source, wanted)
             own, known, weights = checkpoint.open_run(
                 where, stages[source].file.__name__, f"--from {part}={where}:",
                 missing_run(source, stages[source].file.PRESETS, wanted, where))
+            if prefix and own.get("kind") not in prefix:
+                raise ValueError(f"--from {part}={where}: a {own.get('kind')}; {name} needs a "
+                                 f"{prefix[0]}")
             frozen[module] = weights, where
         tokenizer = known if part == "language" else tokenizer or known
         config = dataclasses.replace(config, **{part: own})
