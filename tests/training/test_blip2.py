@@ -187,8 +187,8 @@ class TestRuns:
             elif name.startswith("qformer.") and "head" not in name and "k_proj.bias" not in name:
                 text = any(part in name for part in ("text_mlp", "token_embed", "pos_embed"))
                 assert torch.equal(second[name], value) == text, f"{name} in stage 2"
-                used = "blocks.2.text_mlp" not in name       # the last text is not read
-                assert torch.equal(instruct[name], second[name]) != used, f"{name} of InstructBLIP"
+                if "blocks.2.text_mlp" not in name:          # nothing reads the last text
+                    assert not torch.equal(instruct[name], second[name]), f"{name}, InstructBLIP"
         for name, value in lm.items():
             assert_same(name, second[name], value)
             assert_same(name, instruct[name], value)

@@ -12,7 +12,7 @@ import clip
 import train
 from common.training.optimizer import (
     Muon, Recipe, eval_frozen, find_recipe, freeze, learning_rate, make_optimizer,
-    parameter_groups, set_learning_rate)
+    parameter_groups, set_learning_rate, store_frozen, vision_depth)
 from common.training.options import with_settings
 from common.transformer import MLP, Attention, GatedMLP, bert_block
 from tests.helpers import assert_close
@@ -117,6 +117,28 @@ class TestEvalFrozen:
             assert eval_frozen(model.train()) is model
 
 
+class TestStoreFrozen:
+    def test_frozen_parameters_of_the_modules_alone_become_half(self):
+        model = toy()
+        freeze(model, ("lm.0.*",))
+        before = {name: p.clone() for name, p in model.named_parameters()}
+        store_frozen(model, ("lm",), torch.bfloat16)
+        for name, p in model.named_parameters():
+            half = name.startswith("lm.") and not name.startswith("lm.0.")
+            assert p.dtype == (torch.bfloat16 if half else torch.float32), name
+            assert_close(name, p.float(), before[name], 0.01)
+
+
+class TestVisionDepth:
+    @pytest.mark.parametrize("name, depth", [
+        ("vision.vit.pos_embed", 0), ("vision.cls_token", 0), ("vision.patch_embed.weight", 0),
+        ("vision.vit.ln_pre.bias", 0), ("vision.transformer.blocks.0.mlp.fc1.weight", 1),
+        ("vision.vit.transformer.blocks.11.attn_norm.bias", 12), ("vision.norm.weight", None),
+        ("lm.transformer.blocks.3.mlp.fc1.weight", None), ("qformer.token_embed.weight", None)])
+    def test_it_counts_blocks_of_the_image_encoder_from_its_embeddings(self, name, depth):
+        assert vision_depth(name) == depth
+
+
 def named_groups(model, recipe):
     """{(weight decay, lr multiplier): names}."""
     names = {p: name for name, p in model.named_parameters()}
@@ -143,6 +165,15 @@ class TestParameterGroups:
         assert "vision.patch_embed.weight" in groups[0.0, 1.0]
         assert "text.token_embed.weight" in groups[0.2, 1.0]
         assert sum(map(len, groups.values())) == len(list(model.parameters()))
+
+    def test_each_block_of_the_image_encoder_learns_slower_than_the_one_above(self, model, recipe):
+        groups = named_groups(model, replace(recipe, layer_decay=0.5))
+        blocks = len(model.vision.transformer.blocks)
+        for (_, factor), names in groups.items():
+            for name in names:
+                depth = vision_depth(name)
+                want = 1.0 if depth is None else 0.5 ** (blocks + 1 - depth)
+                assert factor == pytest.approx(want), name
 
     @pytest.mark.parametrize("stage, settings", [
         ("clip", []), ("clip", ["image_size=64", "stages=1,1,1,1", "vision_width=4"]),
