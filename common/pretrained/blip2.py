@@ -98,35 +98,39 @@ def read(path):
     path = Path(path)
     folder = path if path.is_dir() else path.parent
     weights = read_weights(path)
+    check_tied(weights, path)
     if path.is_dir() or any(name.startswith("vision_model.") for name in weights):
         where = folder / "config.json"
-        config = read_json(where, dict)
-        check_tied(weights, path)
-        fields, weights = hugging_face(weights, config, where)
+        fields, weights = hugging_face(weights, read_json(where, dict), where)
     else:
-        check_tied(weights, path)
         fields, weights = lavis(with_image_encoder(weights, folder), path)
-    task, tokenizer = fields["losses"], None
-    if "qformer.token_embed.weight" in weights:
-        tokenizer = WordPiece.load(folder / "qformer_tokenizer" if task == "instruct" else folder,
-                                   added=("[DEC]",))
-        if len(tokenizer) > fields["vocab_size"]:
-            raise ValueError(f"{folder}: a vocabulary of {len(tokenizer)} pieces, [DEC] included, "
-                             f"but the weights have rows for {fields['vocab_size']}")
-        fields |= {"pad_id": tokenizer.pad_id, "eos_id": tokenizer.eos_id,
-                   "cls_id": tokenizer.bos_id, "dec_id": tokenizer.dec_id}
-    if "language" in fields:
-        lm, words = fields["language"], tokenizer
-        tokenizer = language.load_tokenizer(folder, lm)
-        # BLIP-2's OPT was trained to end a text with a line break.
-        eos_id = tokenizer.encode("\n")[0] if lm["kind"] == "opt" else tokenizer.eos_id
-        fields["language"] = lm | {"eos_id": eos_id, "pad_id": tokenizer.pad_id}
-        if task == "instruct":
-            tokenizer.qformer = words
-        if task == "instruct" and lm["kind"] == "llama":
-            tokenizer.bos_id = tokenizer.eos_id      # its Vicuna reads </s> first (released code)
     check_preprocessing(folder / "preprocessor_config.json", fields["vision"]["image_size"])
-    return fields, weights, tokenizer
+    ids, tokenizer = load_tokenizers(fields, folder)
+    return fields | ids, weights, tokenizer
+
+
+def load_tokenizers(fields, folder):
+    """The vocabularies of a model of these fields -> (fields with their ids, tokenizer)."""
+    words, out, task = None, {}, fields["losses"]
+    if fields["qformer_text"]:
+        words = WordPiece.load(folder / "qformer_tokenizer" if task == "instruct" else folder,
+                               added=("[DEC]",))
+        if len(words) > fields["vocab_size"]:
+            raise ValueError(f"{folder}: a vocabulary of {len(words)} pieces, [DEC] included, "
+                             f"but the weights have rows for {fields['vocab_size']}")
+        out = {"pad_id": words.pad_id, "eos_id": words.eos_id, "cls_id": words.bos_id,
+               "dec_id": words.dec_id}
+    if "language" not in fields:
+        return out, words
+    lm = fields["language"]
+    tokenizer = language.load_tokenizer(folder, lm)
+    # BLIP-2's OPT was trained to end a text with a line break.
+    eos_id = tokenizer.encode("\n")[0] if lm["kind"] == "opt" else tokenizer.eos_id
+    if task == "instruct":
+        tokenizer.qformer = words
+        if lm["kind"] == "llama":
+            tokenizer.bos_id = tokenizer.eos_id      # its Vicuna reads </s> first (released code)
+    return out | {"language": lm | {"eos_id": eos_id, "pad_id": tokenizer.pad_id}}, tokenizer
 
 
 def check_tied(weights, where):
@@ -218,9 +222,9 @@ def lavis(weights, path):
               "vision_hidden": shape("vision.vit.transformer.blocks.0.mlp.fc1.weight")[0],
               "patch_size": patch_size, "image_size": patch_size * grid_size,
               "vision_eps": 1e-6, "norm_eps": 1e-5}
-    return {"vision": vision, "losses": "itc,itm,itg", "num_queries": num_queries,
-            "qformer_width": qformer_width, "qformer_layers": counts["qformer"],
-            "qformer_heads": heads(qformer_width, path), "cross_attn_every": 2,
-            "vocab_size": shape("qformer.token_embed.weight")[0],
+    return {"vision": vision, "losses": "itc,itm,itg", "qformer_text": True,
+            "num_queries": num_queries, "qformer_width": qformer_width,
+            "qformer_layers": counts["qformer"], "qformer_heads": heads(qformer_width, path),
+            "cross_attn_every": 2, "vocab_size": shape("qformer.token_embed.weight")[0],
             "qformer_context_length": shape("qformer.pos_embed.weight")[0],
             "embed_dim": shape("image_projection.weight")[0]}, weights

@@ -467,7 +467,8 @@ class Blip2Case:
                                                "eos_token_id": 2, "bos_token_id": 3,
                                                "decoder_start_token_id": 1}
 
-    def reference(self, seed):
+    def model(self, seed):
+        """Transformers' model with random weights."""
         import transformers
         kind = transformers.InstructBlipConfig if self.instructs else transformers.Blip2Config
         model = getattr(transformers, self.kind)(kind(**self.config))
@@ -482,22 +483,33 @@ class Blip2Case:
                 parameter.data *= 0.2
             if name.startswith(("language_projection", "language_model.lm_head")):
                 parameter.data *= 3
+        return model
+
+    def reference(self, seed):
+        model = self.model(seed)
         inputs = {"images": torch.randint(256, (B, 3, 15, 15), dtype=torch.uint8),
                   "ids": torch.randint(6, 29, (B, T)).where(REAL, 1),
                   "answers": torch.randint(6, 29, (B, T)).where(REAL.flip(0), 1),
                   "question": torch.randint(6, 29, (B, T)).where(REAL.roll(1, 0), 0)}
         inputs["question"][:, 0] = 4     # [CLS]
-        pixels = normalize_pixels(inputs["images"])
+        return arrays(model.state_dict()), arrays(inputs), arrays(self.theirs(model, inputs))
+
+    def theirs(self, model, inputs):
+        """The outputs of transformers' model."""
         with torch.no_grad():
-            outputs = (self.their_texts if self.lm else self.their_scores)(model, pixels, **inputs)
-        return arrays(model.state_dict()), arrays(inputs), arrays(outputs)
+            return (self.their_texts if self.lm else self.their_scores)(
+                model, normalize_pixels(inputs["images"]), **inputs)
 
     def ours(self, weights, inputs):
         weights = {name: torch.as_tensor(value) for name, value in weights.items()}
         fields, weights = blip2_weights.hugging_face(weights, self.config, "config.json")
         if self.lm:
             fields["language"] |= {"pad_id": 1, "eos_id": 2}
-        model = load(blip2.make_model(blip2.BLIP2Config(**fields, pad_id=0, cls_id=4)), weights)
+        model = blip2.make_model(blip2.BLIP2Config(**fields, pad_id=0, cls_id=4))
+        return self.outputs(load(model, weights), inputs)
+
+    def outputs(self, model, inputs):
+        """The outputs of our model."""
         with torch.no_grad():
             return (self.our_texts if self.lm else self.our_scores)(
                 model, **{name: torch.as_tensor(value) for name, value in inputs.items()})
