@@ -42,9 +42,9 @@ def stands_alone(c):
 class WordPiece:
     """A list of pieces, of which the place is the id, with the interface of tokenizer.Tokenizer.
 
-    `added`, BLIP's [DEC] and [ENC], follow the pieces. No user's text can spell a special token: "[SEP]"
-    becomes the three words [ sep ], where transformers' tokenizers would read the token. Raises
-    ValueError for a piece that is missing or there twice.
+    `added`, such as BLIP's [DEC] and [ENC], follow the pieces. No user's text can spell a special
+    token: "[SEP]" becomes the three words [ sep ], where transformers' tokenizers would read the
+    token. Raises ValueError for a piece that is missing or there twice.
     """
 
     def __init__(self, pieces, added=ADDED):

@@ -30,8 +30,9 @@ LAVIS = {
     **QFORMER, r"attention\.attention\.": "attention.self.",
     "^image_projection": "vision_proj", "^text_projection": "text_proj"}
 T5 = {r"^(encoder|decoder)_bias": r"\1.block.0.layer.0.SelfAttention.relative_attention_bias",
-      r"^(encoder|decoder)\.norm": r"\1.final_layer_norm", r"encoder\.(.*)mlp": r"encoder.\1layer.1",
-      r"decoder\.(.*)mlp": r"decoder.\1layer.2", r"(layer\..)_norm": r"\1.layer_norm",
+      r"^(encoder|decoder)\.norm": r"\1.final_layer_norm",
+      r"encoder\.(.*)mlp": r"encoder.\1layer.1", r"decoder\.(.*)mlp": r"decoder.\1layer.2",
+      r"(layer\..)_norm": r"\1.layer_norm",
       r"(layer\..)\.(gate|up|down)_proj": r"\1.DenseReluDense.\2", r"\.gate\.": ".wi_0.",
       r"\.up\.": ".wi_1.", r"\.down\.": ".wo.", "attn_norm": "layer.0.layer_norm",
       "cross_norm": "layer.1.layer_norm", r"\.attn\.": ".layer.0.SelfAttention.",

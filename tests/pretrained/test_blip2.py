@@ -1,4 +1,4 @@
-"""BLIP-2's and InstructBLIP's published weights: names, sizes, vocabularies, and what is refused."""
+"""BLIP-2's and InstructBLIP's published weights: names, sizes, vocabularies, what is refused."""
 import json
 import re
 from dataclasses import replace
@@ -265,7 +265,8 @@ class TestLavis:
         assert BLIP2Config(**fields | {key: WORDS[key] for key in WORDS if "id" in key}) \
             == BLIP2Config(**WIDE)
         for head, names in (("q_proj", "q_bias"), ("v_proj", "v_bias"), ("k_proj", None)):
-            expected = theirs[f"visual_encoder.blocks.1.attn.{names}"] if names else torch.zeros(176)
+            expected = (theirs[f"visual_encoder.blocks.1.attn.{names}"] if names else
+                        torch.zeros(176))
             assert_close(head, ours[f"vision.vit.transformer.blocks.1.attn.{head}.bias"], expected)
 
     @pytest.mark.parametrize("name, shape, message", [
@@ -311,22 +312,21 @@ class TestFromPretrained:
     def test_an_instruction_has_its_own_ids_in_the_qformer(self, tmp_path, kind):
         hugging_face(tmp_path, kind)
         model, tokenizer = blip2.from_pretrained(tmp_path)
-        records = [page(("red", "a c", "x")), page(("blue", "b", "x"))]
+        texts = ["a c", "b", ""]         # without an instruction: a caption's
+        records = [page((color, text, "x")) for color, text in zip(("red", "blue", "red"), texts)]
+        texts[2] = model.config.prompt
         with torch.no_grad():
             x, mask, state = model.prepare(records, tokenizer)
-            visual = model.visual_prompt(model.pixels(records), torch.tensor(
-                [[3, 2, 6, 4], [3, 5, 4, 1]]))
-            if kind == "instruct-t5":
-                rows = [torch.tensor([*tokenizer.encode(text), 1]) for text in ("a c", "b")]
-                for k, row in enumerate(rows):
-                    prompt = torch.cat([visual[k], model.lm.embed(row)])[None]
-                    assert_close("states (1, Q + T, D)", state["context"][k:k + 1, :prompt.shape[1]],
-                                 model.lm.encode(prompt), 1e-4)
-                assert x.tolist() == [[0], [0]]
-            else:
-                for k, text in enumerate(("a c", "b")):
+            visual = model.visual_prompt(model.pixels(records), tokenizer.qformer.batch(texts, 11))
+            for k, text in enumerate(texts):
+                if kind == "instruct-llama":
                     row = model.lm.embed(torch.tensor([2, *tokenizer.encode(text)]))
                     assert_close("prompt (Q + T, D)", x[k][mask[k]], torch.cat([visual[k], row]))
+                    continue
+                row = model.lm.embed(torch.tensor([*tokenizer.encode(text), 1]))
+                states = model.lm.encode(torch.cat([visual[k], row])[None])
+                assert_close("states (Q + T, D)", state["context"][k, :states.shape[1]], states[0],
+                             1e-4)
 
     def test_laviss_file(self, tmp_path):
         path, ours = lavis(tmp_path)
