@@ -36,6 +36,8 @@ from common.evaluation.sheet import stack
 from common.language import LanguageConfig
 from common.t5 import language_config, make_language
 from common.masks import causal, padding
+from common.pretrained import blip2 as pretrained
+from common.pretrained.files import is_published
 from common.prompts import QUESTION_PROMPT, Segment, collate, labels_of, render
 from common.training import checkpoint, options
 from common.training.optimizer import Recipe, eval_frozen
@@ -66,6 +68,7 @@ class EVAConfig:
     vision_heads: int = 16
     vision_hidden: int = 6144
     vision_eps: float = 1e-6
+    norm_eps: float = 1e-5               # of the trained norm behind it; Hugging Face: 1e-6
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,7 @@ class BLIP2Config:
     embed_dim: int = 128                 # E, of the joint space
     losses: str = ALL_LOSSES             # of the first stage; of the second one its task
     prompt: str = ""                     # before a caption; published weights: "a photo of"
+    question_prompt: str = QUESTION_PROMPT           # of the language model; instructions have none
     balance: float = 0.5                 # instruct: a data set's share grows with size ** balance
     hardness: float = 1.0                # of the negatives: 0 random, 1 as the paper's
     label_smoothing: float = 0.1
@@ -119,8 +123,8 @@ class BLIP2Config:
     def wording(self, prompt):
         """A question, or "" where a caption is wanted, as the language model gets it."""
         if self.losses == "instruct":
-            return prompt or CAPTION_TEMPLATES[0]
-        return QUESTION_PROMPT.format(prompt) if prompt else self.prompt
+            return prompt or self.prompt or CAPTION_TEMPLATES[0]
+        return self.question_prompt.format(prompt) if prompt else self.prompt
 
     @property
     def context_length(self):
@@ -139,13 +143,14 @@ class ImageEncoder(nn.Module):
         if isinstance(v, CLIPConfig):
             self.vit = image_tower(replace(v, image_size=c.image_size))
             del self.vit.transformer.blocks[-1]
-            self.vit.ln_post = None
+            self.vit.ln_post, eps = None, 1e-5
         else:
             blocks = [vit_block(width=v.vision_width, heads=v.vision_heads, hidden=v.vision_hidden,
                                 eps=v.vision_eps) for _ in range(v.vision_layers)]
             self.vit = ViT(image_size=c.image_size, patch_size=v.patch_size, width=v.vision_width,
                            blocks=blocks, patch_bias=True)
-        self.norm = LayerNorm(v.vision_width)
+            eps = v.norm_eps
+        self.norm = LayerNorm(v.vision_width, eps)
 
     def forward(self, images):
         """images float (B, 3, H, W), normalized -> (B, S, C), the class token first."""
@@ -455,9 +460,10 @@ class Stage2(BLIP2):
         ids, mask = batch["ids"].to(pixels.device), batch["mask"].to(pixels.device)
         asked = None
         if c.asks_qformer:
-            asked = tokenizer.batch([c.wording(turn["prompt"]) for turns in pages for turn in turns
-                                     for frames in turn["images"] for _ in frames],
-                                    c.qformer_context_length).to(pixels.device)
+            prompts = [c.wording(turn["prompt"]) for turns in pages for turn in turns
+                       for frames in turn["images"] for _ in frames]
+            vocabulary = getattr(tokenizer, "qformer", tokenizer)     # InstructBLIP has two
+            asked = vocabulary.batch(prompts, c.qformer_context_length).to(pixels.device)
         x = self.embed(ids, self.visual_prompt(pixels, asked))
         if not self.has_encoder:
             return x, mask, {}
@@ -637,8 +643,14 @@ def data_sources(world, tokenizer, config):
 # ------------------------------------------------------------------ using a trained model
 
 def from_pretrained(path):
-    """(BLIP-2 in eval mode, tokenizer) of a run folder. Raises ValueError in one line."""
-    config, tokenizer, weights = checkpoint.open_run(path, "blip2")
+    """(BLIP-2 in eval mode, tokenizer) of a run folder, of Hugging Face's or of LAVIS's weights.
+
+    Raises ValueError in one line when it is none of them, damaged, or of another model.
+    """
+    if is_published(path):
+        config, weights, tokenizer = pretrained.read(path)
+    else:
+        config, tokenizer, weights = checkpoint.open_run(path, "blip2")
     with torch.device("meta"):           # no time spent on random weights
         model = make_model(checkpoint.config_of(BLIP2Config, config, path))
     checkpoint.load_weights(model, weights, path)

@@ -54,21 +54,24 @@ TEXT = (                                 # the same in both layouts
     ("itm_head.{weight,bias}", "itm_head.{weight,bias}"),
     ("temp", "temp"),
 )
-HUGGING_FACE = (
-    *under("vision_model.embeddings.", "vision.", (
+HUGGING_FACE_VIT = (
+    *under("embeddings.", "", (
         ("class_embedding", "cls_token", class_token),
         ("position_embedding", "pos_embed", positions),
         ("patch_embedding.weight", "patch_embed.weight", flatten_kernel),
         ("patch_embedding.bias", "patch_embed.bias"))),
-    *under("vision_model.encoder.layers.{vision}.", "vision.transformer.blocks.{vision}.", (
+    *under("encoder.layers.{vision}.", "transformer.blocks.{vision}.", (
         ("self_attn.qkv.weight", "attn.{q,k,v}_proj.weight", thirds),
         ("self_attn.qkv.bias", "attn.{q,k,v}_proj.bias", thirds),
         ("self_attn.projection.{weight,bias}", "attn.out_proj.{weight,bias}"),
         ("layer_norm{1,2}.{weight,bias}", "{attn,mlp}_norm.{weight,bias}"),
         ("mlp.{fc1,fc2}.{weight,bias}", "mlp.{fc1,fc2}.{weight,bias}"))),
+)
+HUGGING_FACE = (
+    *under("vision_model.", "vision.", HUGGING_FACE_VIT),
     ("vision_model.post_layernorm.{weight,bias}", "vision.ln_post.{weight,bias}"),
 )
-SALESFORCE = under("visual_encoder.", "vision.", (
+SALESFORCE_VIT = (
     ("cls_token", "cls_token", class_token),
     ("pos_embed", "pos_embed", positions),
     ("patch_embed.proj.weight", "patch_embed.weight", flatten_kernel),
@@ -79,8 +82,11 @@ SALESFORCE = under("visual_encoder.", "vision.", (
         ("attn.proj.{weight,bias}", "attn.out_proj.{weight,bias}"),
         ("norm{1,2}.{weight,bias}", "{attn,mlp}_norm.{weight,bias}"),
         ("mlp.{fc1,fc2}.{weight,bias}", "mlp.{fc1,fc2}.{weight,bias}"))),
-    ("norm.{weight,bias}", "ln_post.{weight,bias}"),
-))
+)
+SALESFORCE = (
+    *under("visual_encoder.", "vision.", SALESFORCE_VIT),
+    ("visual_encoder.norm.{weight,bias}", "vision.ln_post.{weight,bias}"),
+)
 # The output matrix is the token table, see `check_tied`.
 NOT_READ = (PREDICTIONS + "decoder.*", "*.position_ids", "visual_encoder_m.*", "text_encoder_m.*",
             "vision_proj_m.*", "text_proj_m.*", "*queue", "queue_ptr")
@@ -147,9 +153,14 @@ def check_tied(weights, shared, where):
              PREDICTIONS + "decoder.bias": PREDICTIONS + "bias"}
     twins |= {name: decoder + name.removeprefix("text_encoder.") for name in weights
               if shared and name.startswith("text_encoder.") and ".attention." not in name}
+    check_equal(weights, twins, where)
+
+
+def check_equal(weights, twins, where):
+    """ValueError unless for each name: twin the tensors are equal, where the file has both."""
     for name, twin in twins.items():
         if name in weights and twin in weights and not torch.equal(weights[name], weights[twin]):
-            raise ValueError(f"{where}: {name} and {twin} differ, which BLIP's training ties")
+            raise ValueError(f"{where}: {name} and {twin} differ, which its training ties")
 
 
 def hugging_face(weights, config, path):

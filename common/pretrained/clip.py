@@ -192,7 +192,8 @@ def openai(weights, path):
 def heads(width, path, head_width=64):
     """How many heads a tower has. All of OpenAI's are 64 wide, which no shape says."""
     if width % head_width:
-        raise ValueError(f"{path}: a tower of width {width}, but published heads are 64 wide")
+        raise ValueError(f"{path}: a tower of width {width}, but published heads are {head_width} "
+                         "wide")
     return width // head_width
 
 

@@ -81,14 +81,23 @@ REQUIRED = {
 def read(folder):
     """A published model's folder -> (fields of a LanguageConfig, weights of ours, tokenizer)."""
     fields, weights = read_model(folder)
-    if fields["kind"] == "llama":
+    tokenizer = load_tokenizer(folder, fields)
+    return fields | {"eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}, weights, tokenizer
+
+
+def load_tokenizer(folder, fields):
+    """The vocabulary beside a model of these fields. ValueError for more pieces than rows."""
+    kind = fields["kind"]
+    if kind in ("gpt2", "opt"):
+        tokenizer = BPE.load(folder, GPT2 if kind == "gpt2" else OPT)
+    elif kind == "llama":
         tokenizer = Pieces.load(Path(folder) / "tokenizer.model")
     else:
-        tokenizer = BPE.load(folder, GPT2 if fields["kind"] == "gpt2" else OPT)
+        tokenizer = T5Pieces.load(Path(folder) / "spiece.model")
     if len(tokenizer) > fields["vocab_size"]:
         raise ValueError(f"{folder}: a vocabulary of {len(tokenizer)} pieces, but the weights have "
                          f"rows for {fields['vocab_size']}")
-    return fields | {"eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}, weights, tokenizer
+    return tokenizer
 
 
 def read_model(folder):
@@ -154,3 +163,13 @@ class Pieces(Tokenizer):
     def decode(self, ids):
         """Ids -> text, without special tokens and without ids that have no piece."""
         return super().decode([i for i in ids if i < len(self)])
+
+
+class T5Pieces(Pieces):
+    """T5's SentencePiece vocabulary. It has no piece for a start: <pad> stands for it."""
+
+    def _check(self):
+        self.eos_id, self.pad_id = self.pieces.eos_id(), self.pieces.pad_id()
+        self.bos_id = self.pad_id
+        if min(self.eos_id, self.pad_id) < 0:
+            raise ValueError("a vocabulary without </s> or <pad>")

@@ -15,7 +15,7 @@ from common.data.safe_read import read_bytes
 from common.data.tokenizer import Tokenizer
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-ADDED = ("[DEC]", "[ENC]")               # BLIP's, in this order: 30522 and 30523
+ADDED = ("[DEC]", "[ENC]")               # BLIP's, in this order: 30522 and 30523; BLIP-2: [DEC]
 MOST_BYTES = 10_000_000                  # BERT's file has 232 thousand
 LONGEST = 100                            # characters of a word; a longer one is unknown
 IDEOGRAPHS = re.compile("[\u4e00-\u9fff\u3400-\u4dbf\uf900-\ufaff\U00020000-\U0002a6df"
@@ -42,13 +42,13 @@ def stands_alone(c):
 class WordPiece:
     """A list of pieces, of which the place is the id, with the interface of tokenizer.Tokenizer.
 
-    BLIP's [DEC] and [ENC] follow the pieces. No user's text can spell a special token: "[SEP]"
-    becomes the three words [ sep ], where transformers' tokenizers would read the token. Raises
-    ValueError for a piece that is missing or there twice.
+    `added`, such as BLIP's [DEC] and [ENC], follow the pieces. No user's text can spell a special
+    token: "[SEP]" becomes the three words [ sep ], where transformers' tokenizers would read the
+    token. Raises ValueError for a piece that is missing or there twice.
     """
 
-    def __init__(self, pieces):
-        self.pieces = [*pieces, *(piece for piece in ADDED if piece not in pieces)]
+    def __init__(self, pieces, added=ADDED):
+        self.pieces = [*pieces, *(piece for piece in added if piece not in pieces)]
         self.vocab = {piece: i for i, piece in enumerate(self.pieces)}
         missing = [piece for piece in SPECIAL[:4] if piece not in self.vocab]
         twice = [piece for i, piece in enumerate(self.pieces) if self.vocab[piece] != i]
@@ -59,12 +59,13 @@ class WordPiece:
         self.dec_id, self.enc_id = map(self.vocab.get, ADDED)
 
     @classmethod
-    def load(cls, folder):
+    def load(cls, folder, added=ADDED):
         """Read vocab.txt, one piece a line."""
         path = Path(folder) / "vocab.txt"
         data = read_bytes(path, most=MOST_BYTES)
         try:
-            return cls(data.decode().replace("\r\n", "\n").removesuffix("\n").split("\n"))
+            return cls(data.decode().replace("\r\n", "\n").removesuffix("\n").split("\n"),
+                       added)
         except ValueError as error:      # of decode too: not UTF-8
             raise ValueError(f"{path}: {error}") from None
 

@@ -8,13 +8,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import blip2
 from blip import BLIPConfig, make_model
 from clip import CLIP, CLIPConfig
 from common.data.images import normalize_pixels
 from common.generation import generate
 from common.language import LanguageConfig, LanguageModel
+from common.losses import best_cosine
 from common.masks import causal, padding
 from common.pretrained import blip
+from common.pretrained import blip2 as blip2_weights
 from common.pretrained.language import config_fields, translated
 from common.t5 import RelativeBias, T5, T5Config
 from common.transformer import (GatedMLP, MLP, bert_block, gelu_tanh, gpt2_block, llama_block,
@@ -501,9 +504,164 @@ class BlipCase:
                 "logits": model.match(model.vision(pixels), ids)}
 
 
+class Blip2Case:
+    """A BLIP-2 or InstructBLIP whose weights keep their names, as BlipCase.
+
+    `lm`: the language model's config.json; None: the model for retrieval.
+    """
+    Q, image_id, searches = 7, 30, {"greedy": {}, "beams": {"num_beams": 3}}
+    stop = [2, 5, 11]                    # so many that some rows end early
+
+    def __init__(self, name, kind, model_type, lm=None, **qformer):
+        self.name, self.kind, self.lm = name, kind, lm
+        self.is_t5, self.instructs = lm and lm["model_type"] == "t5", model_type == "instructblip"
+        self.config = {
+            "model_type": model_type, "num_query_tokens": self.Q, "image_text_hidden_size": 17,
+            "image_token_index": self.image_id if lm else None,
+            "vision_config": dict(hidden_size=20, intermediate_size=37, num_hidden_layers=2,
+                                  num_attention_heads=5, image_size=15, patch_size=5,
+                                  layer_norm_eps=0.1),
+            "qformer_config": dict(hidden_size=12, intermediate_size=48, num_hidden_layers=3,
+                                   num_attention_heads=3, max_position_embeddings=11,
+                                   vocab_size=29, **qformer)}
+        if lm:
+            self.config["text_config"] = lm | {"vocab_size": 31, "pad_token_id": 1,
+                                               "eos_token_id": 2, "bos_token_id": 3,
+                                               "decoder_start_token_id": 1}
+
+    def model(self, seed):
+        """Transformers' model with random weights."""
+        import transformers
+        kind = transformers.InstructBlipConfig if self.instructs else transformers.Blip2Config
+        model = getattr(transformers, self.kind)(kind(**self.config))
+        if self.is_t5:                   # transformers ties what FLAN-T5 does not
+            head = model.language_model.lm_head
+            head.weight = torch.nn.Parameter(head.weight.detach().clone())
+        randomize(model, seed)
+        for name, parameter in model.named_parameters():              # so that texts differ
+            if "norm" in name.lower() and name.endswith("weight"):
+                parameter.data += 1
+            if name.endswith("bias"):
+                parameter.data *= 0.2
+            if name.startswith(("language_projection", "language_model.lm_head")):
+                parameter.data *= 3
+        return model
+
+    def reference(self, seed):
+        model = self.model(seed)
+        inputs = {"images": torch.randint(256, (B, 3, 15, 15), dtype=torch.uint8),
+                  "ids": torch.randint(6, 29, (B, T)).where(REAL, 1),
+                  "answers": torch.randint(6, 29, (B, T)).where(REAL.flip(0), 1),
+                  "question": torch.randint(6, 29, (B, T)).where(REAL.roll(1, 0), 0)}
+        inputs["question"][:, 0] = 4     # [CLS]
+        return arrays(model.state_dict()), arrays(inputs), arrays(self.theirs(model, inputs))
+
+    def theirs(self, model, inputs):
+        """The outputs of transformers' model."""
+        with torch.no_grad():
+            return (self.their_texts if self.lm else self.their_scores)(
+                model, normalize_pixels(inputs["images"]), **inputs)
+
+    def ours(self, weights, inputs):
+        weights = {name: torch.as_tensor(value) for name, value in weights.items()}
+        fields, weights = blip2_weights.hugging_face(weights, self.config, "config.json")
+        if self.lm:
+            fields["language"] |= {"pad_id": 1, "eos_id": 2}
+        model = blip2.make_model(blip2.BLIP2Config(**fields, pad_id=0, cls_id=4))
+        return self.outputs(load(model, weights), inputs)
+
+    def outputs(self, model, inputs):
+        """The outputs of our model."""
+        with torch.no_grad():
+            return (self.our_texts if self.lm else self.our_scores)(
+                model, **{name: torch.as_tensor(value) for name, value in inputs.items()})
+
+    def their_scores(self, model, pixels, question, **_):
+        inputs = {"pixel_values": pixels, "input_ids": question,
+                  "attention_mask": (question != 0).long()}
+        return {"cosines": model(**inputs).logits_per_image,
+                "logits": model(**inputs, use_image_text_matching_head=True).logits_per_image}
+
+    def our_scores(self, model, images, question, **_):
+        pixels, ids = normalize_pixels(images), F.pad(question[:, 1:], (1, 0), value=3)
+        return {"cosines": best_cosine(model.encode_image(pixels), model.encode_text(ids)),
+                "logits": model.match(model.vision(pixels), ids)}
+
+    def prompts(self, ids, side="right"):
+        """Q places for the image, then the text: ids and mask (B, Q + T), padded on a side."""
+        ids = F.pad(ids, (self.Q, 0), value=self.image_id)
+        mask = F.pad(REAL, (self.Q, 0), value=True)
+        if side == "left":
+            shifts = [int(n) for n in (~mask).sum(dim=1)]
+            ids, mask = (torch.stack([row.roll(n) for row, n in zip(x, shifts)])
+                         for x in (ids, mask))
+        return ids, mask
+
+    def their_texts(self, model, pixels, ids, answers, question, **_):
+        (right, mask), (left, left_mask) = self.prompts(ids), self.prompts(ids, "left")
+        inputs = {"pixel_values": pixels} | ({
+            "qformer_input_ids": question, "qformer_attention_mask": (question != 0).long()}
+            if self.instructs else {})
+        labels = (answers.where(REAL.flip(0), -100) if self.is_t5 else
+                  right.where(mask & (right != self.image_id), -100))
+        out = model(**inputs, input_ids=right, attention_mask=mask.long(), labels=labels)
+        found = {"logits": out.logits[REAL.flip(0) if self.is_t5 else mask], "loss": out.loss}
+        prompt, attended = (right, mask) if self.is_t5 else (left, left_mask)
+        for name, options in self.searches.items():
+            new = model.generate(**inputs, input_ids=prompt, attention_mask=attended.long(),
+                                 max_new_tokens=8, do_sample=False, eos_token_id=self.stop,
+                                 pad_token_id=1, **options)
+            found[name] = new[:, 1 if self.is_t5 else self.Q + T:]
+        return found
+
+    def our_texts(self, model, images, ids, answers, question):
+        question = F.pad(question[:, 1:], (1, 0), value=3) if self.instructs else None
+        visual = model.visual_prompt(normalize_pixels(images), question)
+
+        def embed(side):
+            rows, mask = self.prompts(ids, side)
+            return model.embed(rows.masked_fill(rows == self.image_id, blip2.VISUAL), visual), mask
+        rows, mask = self.prompts(ids)
+        x = embed("right")[0]
+        batch = {"images": images, "ids": rows.masked_fill(rows == self.image_id, blip2.VISUAL),
+                 "labels": rows.where(mask & (rows != self.image_id), -100)}
+        if question is not None:
+            batch["question_ids"] = question
+        if self.is_t5:
+            written = F.pad(answers, (1, 0), value=1)
+            real = F.pad(REAL.flip(0), (1, 0))
+            batch |= {"mask": mask, "answer_ids": written, "labels": written.where(real, -100)}
+            state = {"context": model.lm.encode(x, mask), "context_mask": mask}
+            found = {"logits": model.logits(written, **state)[:, :-1][REAL.flip(0)]}
+            prompt, prompt_mask = torch.full((B, 1), 1), None
+        else:
+            found, state = {"logits": model.logits(x, mask)[mask]}, {}
+            prompt, prompt_mask = embed("left")
+        found["loss"] = model(batch)["lm"]
+        return found | {name: generate(model.logits, prompt, prompt_mask, max_new_tokens=8,
+                                       stop=self.stop, pad_id=1, state=state, **options)
+                        for name, options in self.searches.items()}
+
+
+OPT = dict(model_type="opt", hidden_size=24, ffn_dim=37, num_hidden_layers=2,
+           num_attention_heads=4, max_position_embeddings=23, word_embed_proj_dim=24)
+FLAN_T5 = dict(model_type="t5", d_model=16, d_kv=5, d_ff=37, num_layers=2, num_heads=4,
+               feed_forward_proj="gated-gelu", tie_word_embeddings=False,
+               relative_attention_num_buckets=8, relative_attention_max_distance=9)
+VICUNA = dict(model_type="llama", hidden_size=24, intermediate_size=37, num_hidden_layers=2,
+              num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=23)
 CASES = [BlipCase("lm", "BlipForConditionalGeneration", 24),
          BlipCase("vqa", "BlipForQuestionAnswering", 28),          # theirs: both widths must agree
-         BlipCase("itc,itm", "BlipForImageTextRetrieval", 24), ClipCase(), Gpt2Case(), OptCase(),
+         BlipCase("itc,itm", "BlipForImageTextRetrieval", 24),
+         Blip2Case("blip2_opt", "Blip2ForConditionalGeneration", "blip-2", OPT),
+         Blip2Case("blip2_t5", "Blip2ForConditionalGeneration", "blip-2",
+                   FLAN_T5 | {"dense_act_fn": "gelu"}),
+         Blip2Case("blip2_retrieval", "Blip2ForImageTextRetrieval", "blip-2",
+                   use_qformer_text_input=True),
+         Blip2Case("instructblip_t5", "InstructBlipForConditionalGeneration", "instructblip",
+                   FLAN_T5),
+         Blip2Case("instructblip_llama", "InstructBlipForConditionalGeneration", "instructblip",
+                   VICUNA), ClipCase(), Gpt2Case(), OptCase(),
          LlamaCase(), BertCase(), T5Case(decoder=True, gated=False),
          T5Case(decoder=True, gated=True), T5Case(decoder=False, gated=False),
          T5ModelCase(),

@@ -1,4 +1,5 @@
 """Published weights and vocabularies: what we read against what the reference libraries read."""
+import copy
 import json
 import random
 import unicodedata
@@ -8,15 +9,18 @@ import pytest
 import torch
 
 import blip
+import blip2
 import clip
 from common.pretrained import blip as blip_pretrained
-from common.pretrained.bpe import BPE, BYTES, CLIP, GPT2
+from common.pretrained import blip2 as blip2_pretrained
+from common.pretrained.bpe import BPE, BYTES, CLIP, GPT2, OPT
 from common.pretrained import clip as pretrained
 from common.pretrained import safetensors
 from common.pretrained.names import plan
 from tests.fuzz import mutations
 from tests.parity import openai_layout
-from tests.parity.cases import CASES, BlipCase, randomize
+from tests.parity.cases import CASES, Blip2Case, BlipCase, arrays, compare, randomize
+from tests.pretrained.writers import byte_vocabulary, sentencepieces, write_vocabulary
 
 WHY = "needs transformers and safetensors: pip install -r tests/requirements.txt"
 pytest.importorskip("transformers", reason=WHY)
@@ -173,6 +177,43 @@ def test_a_blip_folder_that_transformers_wrote_gives_the_same_logits(tmp_path, s
         want = model(input_ids=ids, pixel_values=pictures, attention_mask=mask.long()).logits
         got = ours.logits(ids, mask, context=ours.vision(pictures))
     torch.testing.assert_close(got[mask], want[mask], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("save", [save_whole, save_pickle])
+@pytest.mark.parametrize("case", [case for case in CASES if isinstance(case, Blip2Case)],
+                         ids=lambda case: case.name)
+def test_a_blip_2_folder_that_transformers_wrote_gives_the_same_outputs(tmp_path, case, save):
+    case = copy.deepcopy(case)
+    if case.lm:
+        case.config["text_config"]["vocab_size"] = 307       # more than the vocabularies have
+    model, (_, inputs, _) = case.model(0), case.reference(0)
+    inputs = {name: torch.as_tensor(value) for name, value in inputs.items()}
+    save(model, tmp_path)
+    words = tmp_path / "qformer_tokenizer" if case.instructs else tmp_path
+    words.mkdir(exist_ok=True)
+    pieces = ["[PAD]", "[UNK]", "a", "[SEP]", "[CLS]", *map(chr, range(98, 121))]
+    (words / "vocab.txt").write_text("\n".join(pieces))
+    write_vocabulary(tmp_path, byte_vocabulary(OPT, []), [])
+    (tmp_path / "tokenizer.model").write_bytes(sentencepieces())
+    (tmp_path / "spiece.model").write_bytes(sentencepieces(pad_id=0, eos_id=1, unk_id=2, bos_id=-1))
+    ours, _ = blip2.from_pretrained(tmp_path)
+    compare(case.outputs(ours, inputs), arrays(case.theirs(model, inputs)))
+
+
+def test_the_tables_name_exactly_what_a_blip_2_of_the_published_size_holds():
+    import transformers
+    lms = {"opt": {"model_type": "opt"}, "t5": {
+        "model_type": "t5", "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}}
+    for kind, config in lms.items():
+        with torch.device("meta"):
+            theirs = transformers.Blip2ForConditionalGeneration(
+                transformers.Blip2Config(text_config=config)).state_dict()
+        fields, weights = blip2_pretrained.hugging_face(
+            theirs, {"model_type": "blip-2", "text_config": config}, "here")
+        with torch.device("meta"):
+            own = blip2.make_model(blip2.BLIP2Config(**fields)).state_dict()
+        assert {name: weight.shape for name, weight in weights.items()} == {
+            name: weight.shape for name, weight in own.items()}, kind
 
 
 def text(draw):

@@ -1,20 +1,19 @@
 """Published folders of GPT-2, OPT and LLaMA: names, configs, vocabularies, and what is refused."""
-import functools
-import io
 import json
 from dataclasses import asdict
 
 import pytest
-import sentencepiece
 import torch
 
 from common.language import PRESETS, LanguageConfig, LanguageModel, from_pretrained
 from common.pretrained.bpe import GPT2, OPT
-from common.pretrained.language import Pieces, config_fields, read_model, translated
+from common.pretrained.language import (Pieces, T5Pieces, config_fields, load_tokenizer,
+                                        read_model, translated)
 from tests.fuzz import one_line
 from tests.helpers import assert_close, randomize
 from tests.parity import hugging_face_layout
-from tests.pretrained.writers import byte_vocabulary, check_weights, write_run, write_vocabulary
+from tests.pretrained.writers import (byte_vocabulary, check_weights, sentencepieces, write_run,
+                                      write_vocabulary)
 
 WIDTH, VOCAB = 24, 263
 SIZES = {"vocab_size": VOCAB, "hidden_size": WIDTH, "num_hidden_layers": 2,
@@ -134,16 +133,6 @@ class TestTranslated:
         assert "output.weight" not in translated(theirs, fields("gpt2"), "F")
 
 
-@functools.cache
-def sentencepieces(**more):
-    out = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(["a red circle", "two blue stars"]), model_writer=out,
-        vocab_size=299, hard_vocab_limit=False, byte_fallback=True, model_type="bpe",
-        minloglevel=2, **more)
-    return out.getvalue()
-
-
 class TestPieces:
     def test_a_text_that_spells_a_special_token_is_only_text(self):
         vocabulary = Pieces(sentencepieces())
@@ -159,6 +148,20 @@ class TestPieces:
     def test_a_vocabulary_without_an_end_is_told(self):
         with one_line("</s>"):
             Pieces(sentencepieces(eos_id=-1))
+
+
+class TestT5Pieces:
+    def test_padding_begins_a_text_and_special_tokens_leave_no_trace(self, tmp_path):
+        (tmp_path / "spiece.model").write_bytes(
+            sentencepieces(pad_id=0, eos_id=1, unk_id=2, bos_id=-1))
+        vocabulary = load_tokenizer(tmp_path, {"kind": "t5", "vocab_size": 400})
+        assert (vocabulary.pad_id, vocabulary.eos_id, vocabulary.bos_id) == (0, 1, 0)
+        ids = vocabulary.encode("a red")
+        assert vocabulary.decode([0, *ids, 1, 0, 399]) == "a red"
+
+    def test_a_vocabulary_without_padding_is_told(self):
+        with one_line("<pad>"):
+            T5Pieces(sentencepieces())
 
 
 class TestFromPretrained:

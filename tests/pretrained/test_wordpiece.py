@@ -49,6 +49,10 @@ class TestWordPiece:
             assert (use.dec_id, use.enc_id, len(use)) == (30, 31, 32)
         assert not {30, 31} & {*use.encode("[DEC] [ENC]")}
 
+    def test_blip_2_adds_dec_alone(self):
+        use = WordPiece(PIECES, added=("[DEC]",))
+        assert (use.dec_id, use.enc_id, len(use)) == (30, None, 31)
+
     def test_decoding_joins_pieces_and_leaves_special_tokens_and_unknown_ids_out(self):
         use = WordPiece(PIECES)
         assert use.decode([30, *ids("[CLS] red ##dish dog ##s [UNK] [MASK] . [SEP] [PAD]"), 31, 32,

@@ -1,8 +1,11 @@
 """Published files and run folders, written without the code that reads them."""
+import functools
+import io
 import json
 import struct
 from dataclasses import asdict
 
+import sentencepiece
 import torch
 
 from common.data.tokenizer import Tokenizer
@@ -44,6 +47,17 @@ def write_vocabulary(folder, vocab, merges):
     (folder / "vocab.json").write_text(json.dumps(vocab))
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, merges), ""]),
                                        encoding="utf-8")
+
+
+@functools.cache
+def sentencepieces(**more):
+    """A small SentencePiece model, LLaMA's kind: its bytes."""
+    out = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["a red circle", "two blue stars"]), model_writer=out,
+        vocab_size=299, hard_vocab_limit=False, byte_fallback=True, model_type="bpe",
+        minloglevel=2, **more)
+    return out.getvalue()
 
 
 def write_run(folder, name, config, weights):
