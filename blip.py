@@ -46,6 +46,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from clip import CLIPConfig, image_tower
+from clip import from_pretrained as clip_from_pretrained
 from common import losses
 from common.bert import Bert
 from common.data.batches import DataSource
@@ -658,11 +659,11 @@ def data_sources(world, tokenizer, config):
 
 # ------------------------------------------------------------------ CapFilt
 
-def capfilt_texts(captioner, keep, world, chunk=256, **how):
+def capfilt_texts(captioner, keep, world, chunk=256, count=1, **how):
     """CapFilt (paper, 3.3): the texts of the web images and new ones, judged by a filter.
 
     captioner: a writing.Writer; keep: the filter, records -> bool (N,). For each image of the
-    world's web part: its own texts, and one caption by nucleus sampling, p = 0.9 (how: other
+    world's web part: its own texts, and `count` captions by nucleus sampling, p = 0.9 (how: other
     options of generation). chunk: images at a time. Yields (index, record with one text, whether it
     is synthetic, whether the filter keeps it). An image that cannot be read is left out.
     """
@@ -675,11 +676,11 @@ def capfilt_texts(captioner, keep, world, chunk=256, **how):
                 places.append(i)
         seeds = [torch.Generator(device).manual_seed(i) for i in places]
         options = {"temperature": 1.0, "top_p": 0.9, "generator": seeds, "batch_size": chunk} | how
-        written = captioner.generate(records, **options)
         rows = [(i, record | {"texts": [text]}, False)
                 for i, record in zip(places, records) for text in record["texts"]]
-        rows += [(i, record | {"texts": [text]}, True)
-                 for i, record, text in zip(places, records, written) if text]
+        for _ in range(count):           # the generators go on
+            rows += [(i, record | {"texts": [text]}, True) for i, record, text in zip(
+                places, records, captioner.generate(records, **options)) if text]
         for row, kept in zip(rows, keep([record for _, record, _ in rows]).tolist()):
             yield *row, kept
 
@@ -712,7 +713,7 @@ def open_trained(path, losses):
 
 def main():
     """The command line: caption, match, answer, search and bootstrap."""
-    return matching.main(__doc__, open_trained, capfilt_texts)
+    return matching.main(__doc__, open_trained, capfilt_texts, clip_from_pretrained)
 
 
 if __name__ == "__main__":

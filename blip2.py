@@ -9,11 +9,36 @@ Models (Li, Li, Savarese, Hoi, 2023), and InstructBLIP (Dai et al., 2023).
                                               three masks: masks.py draws them
     stage 2   queries -> linear -> [ visual prompt | text ] -> frozen language model -> next word
 
-    python train.py clip && python train.py lm            what is frozen
-    python train.py blip2-stage1 && python train.py blip2-stage2
-    python blip2.py runs/blip2-stage1 search "a red circle" FOLDER
-    python blip2.py runs/blip2-stage2 caption PICTURE
+    python train.py clip && python train.py lm             what is frozen
+    python train.py blip2-stage1 && python blip2.py runs/blip2-stage1 search "a red circle" FOLDER
+    python train.py blip2-stage2 && python blip2.py runs/blip2-stage2 caption PICTURE
     python blip2.py runs/blip2-stage2 answer PICTURE "what colour is the circle?"
+    python train.py lm --preset t5-tiny && python train.py blip2-stage2-t5       the same with a T5
+    python train.py blip2-instruct                         InstructBLIP, from stage 2
+    python blip.py runs/blip-captioner bootstrap runs/clip OUT.jsonl --captions 10 --best 2
+    python train.py blip2-stage1 --data shapes:texts=OUT.jsonl         the paper's kind of texts (3.4)
+
+In place of a run: a Hugging Face folder, or LAVIS's .pth file of stage 1.
+
+Differs from the papers
+- Data: the shapes world stands for 129 million web pairs. The presets tiny and small and their
+  recipes are ours: Muon (optimizer.py) for the matrices of attention and MLPs, AdamW for the rest
+  (papers: AdamW); softer negatives (`hardness`); the learning rate falls by a line or a cosine to 0
+  (paper: to 5e-5 in stage 2). There is no dropout and no augmentation but a crop.
+- The Q-Former starts from random weights (paper: BERT's), narrow ones with larger weights. Its text
+  ends with <eos>, where BERT has [SEP].
+- Contrast has gradients through the features of all processes (released code: of its own alone),
+  and other captions of an image count as wrong (released code for retrieval: as right). Negatives
+  are sampled as BLIP's, by numbers that come with each pair.
+- Stage 2 learns captions and questions at once, so that it answers without fine-tuning (paper:
+  captions; it answers zero-shot). A T5 gets the first words of half of the captions as its prefix.
+  The text's weights of the Q-Former stay in stage 2, unused and frozen, for questions and
+  instructions after it (released code: drops them).
+- Fine-tuning keeps the image size unless --set image_size=... (paper: 364 or 490).
+- Instructions: three held-in data sets of the world with eight templates, drawn a record at a time
+  (paper: 13 with 10 to 15 each; released code: a batch at a time). An instruction is cut at the end.
+- Published weights: images are cropped to a square (released code: squeezed to one), captions are
+  not cleaned, beams have no least length and no repetition penalty.
 """
 from dataclasses import dataclass, replace
 from functools import partial
@@ -625,8 +650,9 @@ def data_sources(world, tokenizer, config):
     Raises ValueError for a world without the task.
     """
     c = config
-    if stage_of(c) is Stage1:
-        return [DataSource(world, CaptionBatch(tokenizer, c))]
+    if stage_of(c) is Stage1:            # of a file of texts for shapes (blip.py bootstrap) those
+        split = "web" if getattr(world, "web_texts", None) else "train"
+        return [DataSource(world, CaptionBatch(tokenizer, c), split=split)]
     collate = PromptBatch(tokenizer, c, training_rows)
     kinds = {"lm": ("caption", "question"), "captions": ("caption",), "vqa": ("question",),
              "instruct": tuple(INSTRUCT_SIZES)}[c.losses]

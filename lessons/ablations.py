@@ -11,6 +11,12 @@
     python lessons/ablations.py capfilt      web texts as they are, filtered, with written ones,
                                              both (BLIP, Table 1); written by beams (Table 2);
                                              one model as captioner and filter (Table 4)
+    python lessons/ablations.py stage1       BLIP-2's first stage without ITG (its Table 6), and with
+                                             1, 4 or 16 queries
+    python lessons/ablations.py stage2       its second stage with and without the first (Figure 5)
+    python lessons/ablations.py instruct     InstructBLIP with a Q-Former that gets no instruction,
+                                             and with plain sampling (its Table 2), with 1 query
+    python lessons/ablations.py shots        shots in the prompt: Flamingo gains, BLIP-2 does not
 
 The first three measure a trained run (--run, default runs/clip). The others train short runs under
 RUNS/ablations, three seeds each, and continue where they were stopped.
@@ -34,7 +40,9 @@ from torch import nn                                                  # noqa: E4
 from tqdm import tqdm                                                 # noqa: E402
 
 import blip as blip_model                                             # noqa: E402
+import blip2 as blip2_model                                           # noqa: E402
 import clip                                                           # noqa: E402
+import flamingo as flamingo_model                                     # noqa: E402
 from common.data.batches import Batches, DataSource, EvalData         # noqa: E402
 from common.data.collators import ImageTextBatch                      # noqa: E402
 from common.data.images import normalize_pixels                       # noqa: E402
@@ -42,7 +50,7 @@ from common.data.safe_read import read_json                           # noqa: E4
 from common.data.shapes.scene import STYLES                           # noqa: E402
 from common.data.shapes.world import Shapes                           # noqa: E402
 from common.evaluation import capfilt as capfilt_files                # noqa: E402
-from common.evaluation import matching, retrieval                     # noqa: E402
+from common.evaluation import matching, questions, retrieval          # noqa: E402
 from common.evaluation.writing import Writer                          # noqa: E402
 from common.training.devices import autocast, half_precision          # noqa: E402
 from common.training.optimizer import Recipe, make_optimizer, set_learning_rate    # noqa: E402
@@ -364,8 +372,65 @@ def capfilt(args):
                    for name, file in texts.items()}, steps, "blip", BLIP_FIGURES)
 
 
+STAGE1_FIGURES = {"image to text": "image_to_text_recall@1",
+                  "text to image": "text_to_image_recall@1",
+                  "re-ranked": "image_to_text_recall@1_reranked",
+                  "and": "text_to_image_recall@1_reranked", "matching": "itm_accuracy"}
+STAGE1 = {"stage 1": [], "without itg": ["--losses", "itc,itm"],
+          **{f"{n} queries": ["--set", f"num_queries={n}"] for n in (1, 4, 16)}}
+STAGE2_FIGURES = {"captions": "caption_accuracy_single", "and of two": "caption_accuracy",
+                  "questions": "vqa_accuracy", "wrong image": "vqa_accuracy_blind"}
+
+
+def stage1(args):
+    """Figures of BLIP-2's first stage; below, of a second stage from each. Needs RUNS/clip, lm."""
+    steps = args.steps or 200
+    compare(args, {name: ["--steps", str(steps), *flags] for name, flags in STAGE1.items()},
+            steps, "blip2-stage1", STAGE1_FIGURES)
+    compare(args, {f"from {name}": ["--steps", str(steps), "--init", short_run(args, name, steps)]
+                   for name in STAGE1}, steps, "blip2-stage2", STAGE2_FIGURES)
+
+
+def short_run(args, name, size, seed=0):
+    """The folder of a run that `compare` has made."""
+    return str(Path(args.runs) / "ablations" / f"{name.replace(' ', '-')}-{size}-{seed}")
+
+
+def stage2(args):
+    """The second stage from RUNS/blip2-stage1 and from nothing, with both language models."""
+    steps = args.steps or 200
+    for stage, name in (("blip2-stage2", "decoder"), ("blip2-stage2-t5", "t5")):
+        compare(args, {f"{name}{more}": ["--steps", str(steps), *flags] for more, flags in (
+            ("", []), (" without stage 1", ["--init", "none"]))}, steps, stage, STAGE2_FIGURES)
+
+
+INSTRUCT_FIGURES = {"questions": "vqa_accuracy", "wrong image": "vqa_accuracy_blind",
+                    "statements": "vqa_accuracy/statement", "dialogues": "vqa_accuracy/dialogue",
+                    "choices": "vqa_accuracy/choice"}
+INSTRUCT = {"instructed": [], "blind q-former": ["--set", "qformer_text=false"],
+            "plain sampling": ["--set", "balance=1"], "uniform sampling": ["--set", "balance=0"]}
+
+
+def instruct(args):
+    """InstructBLIP through one query. Statements, dialogues and choices are tasks held out."""
+    steps, start = args.steps or 200, short_run(args, "from 1 queries", args.steps or 200)
+    compare(args, {name: ["--steps", str(steps), "--init", start, *flags]
+                   for name, flags in INSTRUCT.items()}, steps, "blip2-instruct", INSTRUCT_FIGURES)
+
+
+def shots(args):
+    """Labels that only shots define, ranked by RUNS/flamingo and by RUNS/blip2-stage2."""
+    world, rows = Shapes(), []
+    for name, file in (("flamingo", flamingo_model), ("blip2-stage2", blip2_model)):
+        opened = file.from_pretrained(Path(args.runs) / name)
+        writer = opened if isinstance(opened, Writer) else Writer(*opened)
+        found = questions.episodes(writer, world, 400)
+        rows.append([name, *(value for key, value in found.items() if key != "shots_chance")])
+    table(["labels, chance 0.5", "0 shots", "2", "4", "8", "8 shuffled"], rows)
+
+
 ABLATIONS = {f.__name__: f for f in (ensemble, probe, shift, batch, sigmoid, flamingo, blip,
-                                     capfilt)}
+                                     capfilt, stage1, stage2, instruct, shots)}
 
 
 def main():
@@ -379,8 +444,8 @@ def main():
     options.add_argument("--pairs", type=int, default=128000,
                          help="pairs that each run sees (default 128000)")
     options.add_argument("--steps", type=int,
-                         help="shift: of the supervised classifier; flamingo, blip, capfilt: of "
-                         "a run")
+                         help="shift: of the supervised classifier; flamingo and what follows: "
+                         "of a run")
     args = options.parse_args()
     ABLATIONS[args.ablation](args)
 

@@ -52,6 +52,25 @@ def reranked(model, data, pool, k=16):
             rerank(pool.scores.T, lambda texts, images: match(images, texts), k))
 
 
+def most_similar(retriever, kept):
+    """keep(records) -> bool (N,): of each image's texts the `kept` most similar to it (BLIP-2, 3.4).
+
+    retriever: a retrieval.Retriever. The records of an image, wherever they stand, share it.
+    """
+    def keep(records):
+        images = {id(r["images"][0]): r["images"][0] for r in records}
+        features = dict(zip(images, retriever.encode_images(list(images.values()))))
+        own = torch.stack([features[id(r["images"][0])] for r in records])       # (N, E)
+        with torch.no_grad():
+            texts = retriever.model.encode_text(retriever.ids([r["texts"][0] for r in records]))
+        scores, best = (own * texts).sum(dim=1).tolist(), {}
+        for i in sorted(range(len(records)), key=lambda i: -scores[i]):
+            best.setdefault(id(records[i]["images"][0]), {}).setdefault(records[i]["texts"][0], i)
+        first = {i for found in best.values() for i in list(found.values())[:kept]}
+        return torch.tensor([i in first for i in range(len(records))])
+    return keep
+
+
 def judgement(keeps, truth):
     """Precision and recall of kept texts: two bool (N,) -> (of the kept the true ones, of the true
     ones the kept)."""
@@ -102,12 +121,12 @@ def samples(model, data, pool, count=6, wrong=2):
 
 # ------------------------------------------------------------------ commands
 
-def main(description, open_trained, capfilt_texts=None):
+def main(description, open_trained, capfilt_texts=None, open_clip=None):
     """The command line of a model that matches and writes: caption, match, answer, search, and
     with capfilt_texts bootstrap.
 
     open_trained(run, losses) -> (model, tokenizer) of a run with one of these losses;
-    capfilt_texts: see blip.py.
+    capfilt_texts: see blip.py; open_clip(run) -> a Retriever.
     """
     def caption(run, picture):
         """write a caption of a picture"""
@@ -132,15 +151,20 @@ def main(description, open_trained, capfilt_texts=None):
         """print the pictures of a folder that fit a text best, and draw them in RUN/search.png"""
         search_folder(run, Retriever(*open_trained(run, ("itc",))), text, folder)
 
-    def bootstrap(run, filter, out, *, data="shapes", images=None):
+    def bootstrap(run, filter, out, *, data="shapes", images=None, captions=1, best=0):
         """write new texts for the web pictures of --data to OUT, a .jsonl for train.py --data: RUN
-        is a captioner, FILTER the run of a filter"""
-        captioner, judge = Writer(*open_trained(run, ("lm",))), open_trained(filter, ("itm",))
+        is a captioner, FILTER the run of a filter; with --best 2 of a CLIP, which keeps the 2 most
+        similar texts of a picture and of its --captions (BLIP-2: 10)"""
+        captioner = Writer(*open_trained(run, ("lm",)))
+        if best:
+            keep = most_similar(open_clip(filter), best)
+        else:
+            judge = open_trained(filter, ("itm",))
+            keep = lambda records: probabilities(*judge, records) > 0.5           # noqa: E731
         world = open_world(data, captioner.model.config.image_size, images)
         if not world.has_web:
             raise ValueError(f"--data {data}: no web pairs in it, nothing to bootstrap")
-        rows = capfilt_texts(captioner, lambda r: probabilities(*judge, r) > 0.5, world)
-        capfilt.write(rows, world, out)
+        capfilt.write(capfilt_texts(captioner, keep, world, count=captions), world, out)
 
     commands = [caption, match, answer, search] + [bootstrap] * bool(capfilt_texts)
     return options.run_command(description, *commands)

@@ -7,11 +7,11 @@ import torch
 from common.data.images import MEAN, STD, normalize_pixels
 from common.evaluation import matching
 from common.evaluation.matching import (filter_figures, image_tokens, judgement, match_scores,
-                                        probabilities, reranked)
+                                        most_similar, probabilities, reranked)
 from common.evaluation.questions import draw_tasks
 from common.evaluation.retrieval import Pool
 from common.evaluation.sheet import GREEN, RED
-from tests.helpers import Numbers, NumbersData, assert_close
+from tests.helpers import Numbers, NumbersData, assert_close, drawing
 
 
 class Model:
@@ -38,6 +38,24 @@ class Model:
 def pool(scores):
     """A Pool of 13 images and texts with these cosines."""
     return Pool(Numbers(), NumbersData().records("test"), scores, torch.eye(13))
+
+
+class TestMostSimilar:
+    def test_each_image_keeps_its_best_texts_and_each_text_once(self):
+        pictures = drawing("red", "blue")
+        vectors = {"red": torch.tensor([1.0, 0.0]), "blue": torch.tensor([0.0, 1.0]),
+                   "both": torch.tensor([0.6, 0.8]), "none": torch.tensor([-1.0, 0.0])}
+        retriever = SimpleNamespace(
+            encode_images=lambda found: torch.stack([vectors[str(
+                ("red", "blue")[p.getpixel((0, 0)) == (0, 0, 255)])] for p in found]),
+            ids=lambda texts: texts, model=SimpleNamespace(
+                encode_text=lambda texts: torch.stack([vectors[t] for t in texts])))
+        rows = [(0, "none"), (0, "red"), (1, "red"), (1, "both"), (0, "both"), (1, "blue"),
+                (0, "red")]
+        records = [{"images": [pictures[i]], "texts": [text]} for i, text in rows]
+        for kept, expected in ((1, [1, 5]), (2, [1, 3, 4, 5]), (9, [0, 1, 2, 3, 4, 5])):
+            found = most_similar(retriever, kept)(records)
+            assert_close(f"the best {kept} (N,)", found, [i in expected for i in range(7)])
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 256])

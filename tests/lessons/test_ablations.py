@@ -205,6 +205,56 @@ class TestCapfilt:
                             f"and {sum(truth[::2]) / 4:.3f} after")
 
 
+class TestBlip2:
+    """The four commands on BLIP-2 and InstructBLIP."""
+
+    def runs(self, said, monkeypatch, command, figures):
+        """[(stage, name, flags), ...] of the runs that a command makes, and what it prints."""
+        made = []
+        monkeypatch.setattr(ablations, "trained", lambda args, stage, name, *flags: made.append(
+            (stage, name, " ".join(flags))) or dict.fromkeys(figures.values(), 0.2))
+        out = said(command, "--runs", "a", "--steps", "9", "--seeds", "1")
+        assert out.count("0.2 (0.2-0.2)") == len(made) * len(figures)
+        return made
+
+    def test_stage_1_and_a_second_one_from_each(self, said, monkeypatch):
+        both = ablations.STAGE1_FIGURES | ablations.STAGE2_FIGURES
+        made = []
+        monkeypatch.setattr(ablations, "trained", lambda args, stage, name, *flags: made.append(
+            (stage, name, " ".join(flags[2:]))) or dict.fromkeys(both.values(), 0.2))
+        said("stage1", "--runs", "a", "--steps", "9", "--seeds", "1")
+        names = [name for _, name, _ in made]
+        assert names[:5] == ["stage-1-9-0", "without-itg-9-0", *(f"{n}-queries-9-0"
+                                                                 for n in (1, 4, 16))]
+        assert [name for _, name, _ in made[5:]] == [f"from-{name}" for name in names[:5]]
+        assert made[1] == ("blip2-stage1", names[1], "--steps 9 --losses itc,itm")
+        assert made[9] == ("blip2-stage2", "from-16-queries-9-0",
+                           "--steps 9 --init a/ablations/16-queries-9-0")
+
+    def test_stage_2_with_and_without_the_first(self, said, monkeypatch):
+        made = self.runs(said, monkeypatch, "stage2", ablations.STAGE2_FIGURES)
+        assert [run[:2] for run in made] == [
+            ("blip2-stage2", "decoder-9-0"), ("blip2-stage2", "decoder-without-stage-1-9-0"),
+            ("blip2-stage2-t5", "t5-9-0"), ("blip2-stage2-t5", "t5-without-stage-1-9-0")]
+        assert ["--init none" in flags for *_, flags in made] == [False, True] * 2
+
+    def test_instructions_through_one_query(self, said, monkeypatch):
+        made = self.runs(said, monkeypatch, "instruct", ablations.INSTRUCT_FIGURES)
+        assert {stage for stage, *_ in made} == {"blip2-instruct"}
+        assert all("--init a/ablations/from-1-queries-9-0" in flags for *_, flags in made)
+        assert "--set qformer_text=false" in made[1][2] and "--set balance=1" in made[2][2]
+
+    def test_shots_of_flamingo_and_of_blip2(self, said, monkeypatch):
+        for file in (ablations.flamingo_model, ablations.blip2_model):
+            monkeypatch.setattr(file, "from_pretrained", lambda path: (path.name, None))
+        monkeypatch.setattr(ablations.questions, "episodes", lambda writer, world, count: {
+            "shots_0": len(writer.model) / 100, "shots_2": 0.5, "shots_4": 0.6, "shots_8": 0.7,
+            "shots_8_shuffled": 0.8, "shots_chance": 0.5})
+        lines = said("shots", "--runs", "a").splitlines()
+        assert lines[1].split() == ["flamingo", "0.080", "0.500", "0.600", "0.700", "0.800"]
+        assert lines[2].split()[:2] == ["blip2-stage2", "0.120"] and len(lines) == 3
+
+
 class TestTrained:
     def test_a_run_is_made_once_and_its_step_is_timed_by_its_log(self, tmp_path, monkeypatch):
         made, out = [], tmp_path / "ablations/a-9-0"
