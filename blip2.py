@@ -203,13 +203,15 @@ class QFormerBlock(nn.Module):
         if has_text:
             self.text_mlp, self.text_mlp_norm = MLP(width=width), norm()
 
-    def forward(self, x, Q, image=None, *, mask=None, cache=None):
+    def forward(self, x, Q, image=None, *, mask=None, cache=None, keep=None):
         """x (B, Q + T, D): Q queries, then text; image (B, S, C) -> (B, Q + T, D).
 
-        mask, cache: of the self-attention, as in `Attention`.
+        mask, cache: of the self-attention, as in `Attention`. keep: the outputs of the first `keep`
+        positions alone, without a cache; of the others only keys and values are computed.
         """
-        x = self.attn_norm(x + self.attn(x, mask=mask, cache=cache))
-        queries, text = x[:, :Q], x[:, Q:]
+        x, context = (x, None) if keep is None else (x[:, :keep], x)
+        x = self.attn_norm(x + self.attn(x, context, mask=mask, cache=cache))
+        queries, text = x.split([Q, x.shape[1] - Q], dim=1)
         if Q and self.cross is not None:
             queries = self.cross_norm(queries + self.cross(queries, image))
         if Q:
@@ -238,13 +240,14 @@ class QFormer(nn.Module):
         if "itg" in c.losses:
             self.head = LMHead(vocab_size=c.vocab_size, width=width)
 
-    def forward(self, image=None, ids=None, *, mask=None, cache=None):
+    def forward(self, image=None, ids=None, *, mask=None, cache=None, keep=None):
         """Queries, a text, or both in one sequence -> (B, Q + T, D), the queries first.
 
         image float (B, S, C): what the queries attend to; None: there are none. ids int64 (B, T),
         padded right; None: no text. mask bool, of the self-attention, broadcastable to
         (B, H, Q + T, Q + T). cache: a KVCache of what came before. Queries have no positions; those
-        of the text begin at 0.
+        of the text begin at 0. keep: the outputs of the first `keep` positions alone, without a
+        cache; the mask is then (B, 1, 1, Q + T) or None.
         """
         parts, Q = [], 0
         if image is not None:
@@ -252,9 +255,9 @@ class QFormer(nn.Module):
         if ids is not None:
             parts.append(self.token_embed(ids) + self.pos_embed.span(0, ids.shape[1]))
         x = self.norm(torch.cat(parts, dim=1))                        # one norm over both
-        for block in self.blocks:
+        for block in self.blocks[:-1]:
             x = block(x, Q, image, mask=mask, cache=cache)
-        return x
+        return self.blocks[-1](x, Q, image, mask=mask, cache=cache, keep=keep)
 
     def text_mask(self, ids, pad_id):
         """Q queries and the tokens of ids (B, T) as keys, without padding: bool (B, 1, 1, Q + T)."""
@@ -323,16 +326,16 @@ class Stage1(BLIP2):
     def encode_text(self, ids):
         """[CLS] text, without the queries: ids int64 (B, T) -> unit vectors (B, E)."""
         c = self.config
-        x = self.qformer(ids=self.starts_with(ids, c.cls_id), mask=padding(ids != c.pad_id))
+        x = self.qformer(ids=self.starts_with(ids, c.cls_id), mask=padding(ids != c.pad_id), keep=1)
         return F.normalize(to_float32(self.text_projection(x[:, 0])), dim=-1)
 
     def match(self, image, ids):
         """Queries and [CLS] text that all attend to each other: image tokens (B, S, C), ids (B, T)
         -> logits (B, 2), the mean over the queries. Class 1: they are a pair."""
         c = self.config
-        x = self.qformer(image, self.starts_with(ids, c.cls_id),
-                         mask=self.qformer.text_mask(ids, c.pad_id))  # (B, Q + T, D)
-        return self.itm_head(x[:, :c.num_queries]).mean(dim=1)
+        x = self.qformer(image, self.starts_with(ids, c.cls_id), keep=c.num_queries,
+                         mask=self.qformer.text_mask(ids, c.pad_id))  # (B, Q, D)
+        return self.itm_head(x).mean(dim=1)
 
     def forward(self, batch, gather=losses.no_gather):
         """A batch of `CaptionBatch` with "label_count" -> {"itc", "itm", "itg": scalar, in nats}.

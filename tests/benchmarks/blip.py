@@ -9,10 +9,7 @@ ratio (below 1: ours is faster). Captions are greedy, and their ids must agree.
 Needs transformers: pip install -r tests/requirements.txt
 """
 import dataclasses
-import statistics
 import sys
-import time
-from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,19 +24,9 @@ from common.generation import generate                                          
 from common.pretrained.blip import hugging_face                                   # noqa: E402
 from common.prompts import labels_of                                              # noqa: E402
 from common.training.checkpoint import load_weights                               # noqa: E402
-from common.training.devices import autocast, find_device, to_device              # noqa: E402
-from common.training.options import add_options, option, parser, run_main         # noqa: E402
-
-
-@dataclass
-class Options:
-    """The command line."""
-    preset: str = option("tiny", "one of blip.py's")
-    batch: int = option(64, "images with a caption each")
-    length: int = option(16, "tokens of a caption")
-    repeats: int = option(9, "timed turns of each side")
-    precision: str = option("fp32", "bf16: autocast on both sides", choices=("fp32", "bf16"))
-    device: str = option("auto", "auto, cpu, cuda")
+from common.training.devices import find_device, to_device                        # noqa: E402
+from common.training.options import run_main                                      # noqa: E402
+from tests.benchmarks.turns import compare, read_options, train_step, writer      # noqa: E402
 
 
 def reference_model(c):
@@ -62,12 +49,8 @@ def reference_model(c):
 
 def main():
     """Read the command line and run."""
-    args = parser(__doc__)
-    add_options(args, Options)
-    options = Options(**vars(args.parse_args()))
-    if options.preset not in PRESETS:
-        raise ValueError(f"--preset {options.preset}: there are {', '.join(PRESETS)}")
-    device, half = find_device(options.device), options.precision == "bf16"
+    options = read_options(__doc__, PRESETS)
+    device, half = find_device(options.device), options.half
     c = dataclasses.replace(PRESETS[options.preset], losses="lm", sharing="none")
     torch.manual_seed(0)
     theirs, config = reference_model(c)
@@ -79,8 +62,6 @@ def main():
     batch = to_device({"images": images, "ids": ids, "labels": labels_of(ids, c)}, device)
     pixels, ids = normalize_pixels(batch["images"]), batch["ids"]
     models = {"ours": ours.to(device), "transformers": theirs.to(device)}
-    optimizers = {name: torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
-                  for name, model in models.items()}
     losses = {"ours": lambda: ours(batch)["lm"],
               "transformers": lambda: theirs(pixel_values=pixels, input_ids=ids, labels=ids).loss}
     never = c.vocab_size + 1             # no end: both write all the tokens
@@ -91,34 +72,11 @@ def main():
             input_ids=ids[:, :1], encoder_hidden_states=theirs.vision_model(pixels)[0],
             max_new_tokens=options.length, do_sample=False, eos_token_id=never,
             pad_token_id=c.pad_id)[:, 1:]}
-
-    def step(name):
-        with autocast(device, half):
-            loss = losses[name]()
-        loss.backward()
-        optimizers[name].step(), optimizers[name].zero_grad()
-        return loss.item()
-
-    @torch.no_grad()
-    def write(name):
-        with autocast(device, half):
-            return writers[name]().tolist()
     for model in models.values():
         model.eval()                     # no dropout
-    if not half and (write("ours") != write("transformers")
-                     or abs(step("ours") - step("transformers")) > 1e-3):
-        raise ValueError("the two do not compute the same")
-    for title, work in (("step", step), ("captions", write)):
-        times = {name: [] for name in models}
-        for turn in range(options.repeats + 2):
-            for name in [*models][::1 if turn % 2 else -1]:
-                began = time.perf_counter()
-                work(name)
-                times[name] += [time.perf_counter() - began] if turn > 1 else []  # two warm up
-        mine, other = (statistics.median(times[name]) for name in models)
-        print(f"{options.preset} {title:9s} batch {options.batch} {options.precision}: ours "
-              f"{mine * 1000:,.1f} ms, transformers {other * 1000:,.1f} ms, ratio "
-              f"{mine / other:.2f}")
+    compare("captions", {name: writer(writers[name], device, half) for name in models}, options)
+    compare("step", {name: train_step(model, losses[name], device, half)
+                     for name, model in models.items()}, options)
 
 
 if __name__ == "__main__":

@@ -97,6 +97,15 @@ class TestQFormer:
         assert_close("outputs", qformer(image, ids, mask=mask)[1, :6],
                      loop_qformer(qformer, image[1], ids[1, :3]))
 
+    @pytest.mark.parametrize("has_image, keep", [(True, Q), (True, Q + 2), (False, 1)])
+    def test_the_first_outputs_are_those_of_the_whole_pass(self, has_image, keep):
+        qformer, ids, image = toy_blip2().qformer, blip_ids(5, 3), image_tokens()
+        mask = qformer.text_mask(ids, BLIP_PAD)
+        given = (image, ids) if has_image else (None, ids)
+        mask = mask if has_image else mask[..., Q:]
+        assert_close("outputs (B, keep, D)", qformer(*given, mask=mask, keep=keep),
+                     qformer(*given, mask=mask)[:, :keep])
+
     def test_queries_alone_and_text_alone_are_the_unimodal_pass(self):
         qformer, ids, image = toy_blip2().qformer, blip_ids(5, 5), image_tokens()
         both = qformer(image, ids, mask=mask_of(RULES["contrast"]))
