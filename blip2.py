@@ -16,7 +16,7 @@ Models (Li, Li, Savarese, Hoi, 2023), and InstructBLIP (Dai et al., 2023).
     python train.py lm --preset t5-tiny && python train.py blip2-stage2-t5       the same with a T5
     python train.py blip2-instruct                         InstructBLIP, from stage 2
     python blip.py runs/blip-captioner bootstrap runs/clip OUT.jsonl --captions 10 --best 2
-    python train.py blip2-stage1 --data shapes:texts=OUT.jsonl         the paper's kind of texts (3.4)
+    python train.py blip2-stage1 --data shapes:texts=OUT.jsonl         the paper's texts (3.4)
 
 In place of a run: a Hugging Face folder, or LAVIS's .pth file of stage 1.
 
@@ -36,7 +36,7 @@ Differs from the papers
   instructions after it (released code: drops them).
 - Fine-tuning keeps the image size unless --set image_size=... (paper: 364 or 490).
 - Instructions: three held-in data sets of the world with eight templates, drawn a record at a time
-  (paper: 13 with 10 to 15 each; released code: a batch at a time). An instruction is cut at the end.
+  (paper: 13 with 10 to 15 each; released code: a batch at a time). Long ones are cut at the end.
 - Published weights: images are cropped to a square (released code: squeezed to one), captions are
   not cleaned, beams have no least length and no repetition penalty.
 """
@@ -73,8 +73,8 @@ ALL_LOSSES = "itc,itm,itg"
 FIRST, SECOND = (ALL_LOSSES, "itc,itm"), ("lm", "captions", "vqa", "instruct")
 VISUAL = -1                              # in ids: the place of a visual token
 
-# InstructBLIP in small: data sets with their numbers of records, and templates. Those of short
-# answers say so in part; what a teacher wrote stays as it is. Other tasks are held out.
+# InstructBLIP in small: data sets with their numbers of records, and templates. Some of those of
+# short answers say so; what a teacher wrote stays as it is. Other tasks are held out.
 INSTRUCT_SIZES = {"caption": 16384, "question": 4096, "instruction": 1024}
 HELD_OUT = ("statement", "dialogue", "choice")
 CAPTION_TEMPLATES = ("a short description of the picture:", "describe the picture briefly.",
@@ -137,8 +137,8 @@ class BLIP2Config:
             object.__setattr__(self, "image_size", self.vision.image_size)
         options.check_fields(
             self, {"losses": FIRST + SECOND},
-            dict.fromkeys(("balance", "hardness", "label_smoothing", "pad_id", "eos_id", "cls_id", "dec_id"),
-                          0), {"label_smoothing": 1})
+            dict.fromkeys(("balance", "hardness", "label_smoothing", "pad_id", "eos_id", "cls_id",
+                           "dec_id"), 0), {"label_smoothing": 1})
 
     @property
     def asks_qformer(self):
@@ -260,7 +260,7 @@ class QFormer(nn.Module):
         return self.blocks[-1](x, Q, image, mask=mask, cache=cache, keep=keep)
 
     def text_mask(self, ids, pad_id):
-        """Q queries and the tokens of ids (B, T) as keys, without padding: bool (B, 1, 1, Q + T)."""
+        """Queries and the tokens of ids (B, T) are keys, padding is none: bool (B, 1, 1, Q + T)."""
         queries = ids.new_ones(len(ids), self.num_queries, dtype=torch.bool)
         return padding(torch.cat([queries, ids != pad_id], dim=1))
 
@@ -535,8 +535,8 @@ def prompt_segments(turns, c, bos_id):
 
 
 def training_rows(turn, tokenizer, rng, c):
-    """A turn -> {"ids": (ids, labels)}, of a T5 {"ids", "answer_ids"}, each a pair; for the Q-Former
-    also {"question_ids": text}.
+    """A turn -> {"ids": (ids, labels)}, of a T5 {"ids", "answer_ids"}, each a pair; where the
+    Q-Former gets the question also {"question_ids": text}.
 
     A T5 learns captions by prefix language modeling: the encoder gets their first words, the
     decoder writes the others (paper, 3.3; where a text is split is our choice).

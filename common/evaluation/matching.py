@@ -53,7 +53,7 @@ def reranked(model, data, pool, k=16):
 
 
 def most_similar(retriever, kept):
-    """keep(records) -> bool (N,): of each image's texts the `kept` most similar to it (BLIP-2, 3.4).
+    """keep(records) -> bool (N,): of an image's texts the `kept` most similar to it (BLIP-2, 3.4).
 
     retriever: a retrieval.Retriever. The records of an image, wherever they stand, share it.
     """

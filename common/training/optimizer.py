@@ -21,7 +21,7 @@ class Recipe:
     grad_clip: float | None = 1.0        # largest norm of the gradient; None: not clipped
     no_decay: tuple = ()                 # patterns of names of matrices that do not decay either
     lr_multipliers: dict = field(default_factory=dict)       # pattern of names -> factor of lr
-    layer_decay: float = 1.0             # factor of lr from an image encoder's block to the one below
+    layer_decay: float = 1.0             # factor of lr, once for each block of the ViT above
     optimizer: str = "adamw"             # "muon": Muon for the matrices of attention and MLPs
     muon_lr_multiplier: float = 3.0      # Muon's rate in multiples of lr
     muon_weight_decay: float = 0.05
