@@ -1,12 +1,14 @@
 """BLIP-2's second stage and InstructBLIP: visual prompts of frozen language models, their texts."""
 import random
+from dataclasses import replace
 from fnmatch import fnmatch
 
 import pytest
 import torch
 
+import blip2
 from blip2 import (CAPTION_TEMPLATES, SHORT_TEMPLATES, TRAINS, VISUAL, Stage1, Stage2, instruction,
-                   make_model, prompt_segments, training_rows)
+                   make_model, open_trained, prompt_segments, stage_of, training_rows)
 from tests.helpers import (BLIP_CLS, BLIP_EOS, BLIP_PAD, Words, assert_close, blip_ids, drawing,
                            linear, loop_image_tokens, loop_pixels, loop_qformer, refused, toy_blip2,
                            unchanged)
@@ -158,10 +160,34 @@ class TestMakeModel:
         assert isinstance(make_model(toy_blip2().config), Stage1)
         assert isinstance(make_model(toy_blip2("t5").config), Stage2)
 
+
+class TestStageOf:
+    def test_a_language_model_makes_it_the_second(self):
+        assert [stage_of(toy_blip2(kind).config) for kind in (None, "gpt2", "t5")] == \
+            [Stage1, Stage2, Stage2]
+
     @pytest.mark.parametrize("kind, losses", [(None, "vqa"), ("gpt2", "itc,itm")])
     def test_losses_of_the_other_stage_are_refused(self, kind, losses):
+        config = replace(toy_blip2(kind).config, losses=losses)
         with refused(f"losses={losses}"):
-            toy_blip2(kind, losses=losses)
+            stage_of(config)
+
+
+class TestOpenTrained:
+    @pytest.mark.parametrize("losses, needs, is_right", [
+        ("itc,itm,itg", ("itc", "itm"), True), ("itc,itm", ("lm",), False),
+        ("lm", ("lm",), True), ("lm", ("vqa",), True), ("captions", ("lm",), True),
+        ("captions", ("vqa",), False), ("vqa", ("vqa",), True), ("vqa", ("lm",), False),
+        ("instruct", ("lm",), True), ("instruct", ("vqa", "itm"), True), ("lm", ("itc",), False)])
+    def test_a_model_without_the_task_of_a_command_is_refused(
+            self, losses, needs, is_right, monkeypatch):
+        model = toy_blip2("gpt2" if losses.isalpha() else None, losses=losses)
+        monkeypatch.setattr(blip2, "from_pretrained", lambda path: (model, path))
+        if is_right:
+            assert open_trained("runs/x", needs) == (model, "runs/x")
+        else:
+            with refused(f"runs/x.*{losses}.*" + ".*".join(needs)):
+                open_trained("runs/x", needs)
 
 
 class TestPromptSegments:
