@@ -15,6 +15,7 @@ Q = 3
 
 
 def unit(layer, x):
+    assert layer.bias is not None, "a projection without bias"
     x = linear(layer, x)
     return x / x.norm(dim=-1, keepdim=True)
 

@@ -30,6 +30,7 @@ def turn(prompt="what is this", answer="red dog", images=1):
 
 def visual_by_hand(model, images, questions=None):
     """The visual prompt of each image, (Q, D of the language model)."""
+    assert model.projection.bias is not None, "the projection has no bias"
     tokens = loop_image_tokens(model.vision, images)
     ids = [None] * len(tokens) if questions is None else [
         torch.tensor([BLIP_CLS, *row[row != BLIP_PAD][1:]]) for row in questions]
@@ -227,9 +228,9 @@ class TestTrainingRows:
         assert rows["answer_ids"] == ([BLIP_PAD, *words, BLIP_EOS], [-100, *words, BLIP_EOS])
 
     def test_of_a_t5_a_caption_is_split_at_every_word_and_often_not(self):
-        splits, words = [], "a red dog red cat".split()
+        splits, words, config = [], "a red dog red cat".split(), toy_blip2("t5").config
         for seed in range(200):
-            rows = self.rows(turn("", " ".join(words)), "t5", seed)
+            rows = training_rows(turn("", " ".join(words)), AnyWords(), random.Random(seed), config)
             first = rows["ids"][0][Q:-1]
             assert first + rows["answer_ids"][0][1:-1] == AnyWords().encode(" ".join(words))
             splits.append(len(first))
