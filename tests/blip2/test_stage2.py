@@ -17,6 +17,14 @@ Q, BOS = 3, 1
 KINDS = pytest.mark.parametrize("kind", ["gpt2", "t5"])
 
 
+class ToyWords(Words):
+    """With the toy models' padding."""
+
+    def batch(self, texts, context_length):
+        ids = super().batch(texts, context_length)
+        return ids.masked_fill(ids == 0, BLIP_PAD)
+
+
 class AnyWords(Words):
     """An id for every word, 14 to 42."""
 
@@ -104,7 +112,9 @@ class TestStage2:
                                       weight_decay=0.5)
         for _ in range(2):
             model.train()
-            model(batch_of(kind)[0])["lm"].backward()
+            loss = model(batch_of(kind)[0])["lm"]
+            assert loss.requires_grad, "no gradient passes the language model"
+            loss.backward()
             optimizer.step()
         for name, p in model.named_parameters():
             if p.requires_grad:
@@ -116,13 +126,15 @@ class TestStage2:
         assert not model.lm.training and not model.vision.vit.training, "train mode"
 
     @KINDS
-    def test_records_become_a_visual_prompt_and_a_text_that_is_open(self, kind):
-        model = toy_blip2(kind)
+    @pytest.mark.parametrize("losses", ["lm", "vqa"])
+    def test_records_become_a_visual_prompt_and_a_text_that_is_open(self, kind, losses):
+        model, texts = toy_blip2(kind, losses=losses), ("what is this", "what")
         records = [{"turns": [turn(prompt=text) | {"images": [drawing(colour)]}]}
-                   for colour, text in (("red", "what is this"), ("blue", "what"))]
-        x, mask, state = model.prepare(records, Words())
+                   for colour, text in zip(("red", "blue"), texts)]
+        x, mask, state = model.prepare(records, ToyWords())
         pixels = torch.tensor([[255, 0, 0], [0, 0, 255]], dtype=torch.uint8)[:, :, None, None]
-        visuals = visual_by_hand(model, loop_pixels(pixels.expand(2, 3, 15, 15)))
+        asked = None if losses == "lm" else ToyWords().batch(map(model.config.wording, texts), 11)
+        visuals = visual_by_hand(model, loop_pixels(pixels.expand(2, 3, 15, 15)), asked)
         for row, record in enumerate(records):
             segments = prompt_segments(record["turns"], model.config, BOS)
             text = [i for s in segments[1:] for i in
