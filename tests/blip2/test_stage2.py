@@ -2,13 +2,15 @@
 import random
 from dataclasses import replace
 from fnmatch import fnmatch
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import blip2
-from blip2 import (CAPTION_TEMPLATES, SHORT_TEMPLATES, TRAINS, VISUAL, Stage1, Stage2, instruction,
-                   make_model, open_trained, prompt_segments, stage_of, training_rows)
+from blip2 import (CAPTION_TEMPLATES, SHORT_TEMPLATES, TRAINS, VISUAL, BLIP2Config, Stage1, Stage2,
+                   instruction, make_model, open_trained, prompt_segments, stage_of,
+                   training_rows)
 from tests.helpers import (BLIP_CLS, BLIP_EOS, BLIP_PAD, Words, assert_close, blip_ids, drawing,
                            linear, loop_image_tokens, loop_pixels, loop_qformer, refused, toy_blip2,
                            unchanged)
@@ -163,6 +165,10 @@ class TestStage2:
         assert_close("the same image again", again, red, 1e-5)
         assert (blue - red).abs().max() > 1e-3, "another image has the same tokens"
 
+    def test_a_new_language_model_keeps_its_own_weights(self):
+        model = Stage2(toy_blip2("t5").config)
+        assert_close("deviation of T5's embeddings", model.lm.token_embed.weight.std(), 1, 0.1)
+
     @KINDS
     def test_its_texts_end_at_eos(self, kind):
         assert toy_blip2(kind).stop_ids == (BLIP_EOS,)
@@ -175,32 +181,41 @@ class TestMakeModel:
 
 
 class TestStageOf:
+    def config(self, kind, losses):
+        return BLIP2Config(language=kind and {"kind": kind}, losses=losses)
+
     def test_a_language_model_makes_it_the_second(self):
-        assert [stage_of(toy_blip2(kind).config) for kind in (None, "gpt2", "t5")] == \
-            [Stage1, Stage2, Stage2]
+        for kind, losses, stage in ((None, "itc,itm", Stage1), ("gpt2", "vqa", Stage2),
+                                    ("t5", "lm", Stage2)):
+            assert stage_of(self.config(kind, losses)) is stage
 
     @pytest.mark.parametrize("kind, losses", [(None, "vqa"), ("gpt2", "itc,itm")])
     def test_losses_of_the_other_stage_are_refused(self, kind, losses):
-        config = replace(toy_blip2(kind).config, losses=losses)
         with refused(f"losses={losses}"):
-            stage_of(config)
+            stage_of(self.config(kind, losses))
 
 
 class TestOpenTrained:
-    @pytest.mark.parametrize("losses, needs, is_right", [
-        ("itc,itm,itg", ("itc", "itm"), True), ("itc,itm", ("lm",), False),
-        ("lm", ("lm",), True), ("lm", ("vqa",), True), ("captions", ("lm",), True),
-        ("captions", ("vqa",), False), ("vqa", ("vqa",), True), ("vqa", ("lm",), False),
-        ("instruct", ("lm",), True), ("instruct", ("vqa", "itm"), True), ("lm", ("itc",), False)])
-    def test_a_model_without_the_task_of_a_command_is_refused(
-            self, losses, needs, is_right, monkeypatch):
-        model = toy_blip2("gpt2" if losses.isalpha() else None, losses=losses)
+    @pytest.mark.parametrize("losses, tasks", [
+        ("itc,itm,itg", "itc itm"), ("itc,itm", "itc itm"), ("lm", "lm vqa"), ("captions", "lm"),
+        ("vqa", "vqa"), ("instruct", "lm vqa")])
+    def test_a_model_serves_the_tasks_that_it_has_learned(self, losses, tasks, monkeypatch):
         monkeypatch.setattr(blip2, "from_pretrained", lambda path: (model, path))
-        if is_right:
-            assert open_trained("runs/x", needs) == (model, "runs/x")
-        else:
-            with refused(f"runs/x.*{losses}.*" + ".*".join(needs)):
-                open_trained("runs/x", needs)
+        model = toy_blip2("gpt2" if losses.isalpha() else None, losses=losses)
+
+        def serves(*needs):
+            try:
+                return open_trained("runs/x", needs) == (model, "runs/x")
+            except ValueError:
+                return False
+        assert [task for task in ("itc", "itm", "lm", "vqa") if serves(task)] == tasks.split()
+        assert serves("nothing", tasks.split()[0]), "one of two is enough"
+
+    def test_the_message_names_the_run_its_losses_and_what_is_needed(self, monkeypatch):
+        model = toy_blip2("gpt2", losses="vqa")
+        monkeypatch.setattr(blip2, "from_pretrained", lambda path: (model, path))
+        with refused("runs/x.*vqa.*itm.*lm"):
+            open_trained("runs/x", ("itm", "lm"))
 
 
 class TestPromptSegments:
@@ -231,6 +246,15 @@ class TestTrainingRows:
         assert ids == [VISUAL] * Q + [BOS, *words, BLIP_EOS]
         assert labels == [-100] * (Q + 1) + [*words, BLIP_EOS]
 
+    @KINDS
+    def test_a_space_stands_before_the_answer(self, kind):
+        letters = SimpleNamespace(bos_id=BOS, encode=lambda text: [ord(letter) for letter in text])
+        config = replace(toy_blip2(kind, losses="vqa").config, question_prompt="{}?")
+        rows = training_rows(turn("what", "red dog"), letters, random.Random(0), config)
+        text = "".join(chr(i) for name in ("ids", "answer_ids") if name in rows
+                       for i in rows[name][0] if i > BLIP_EOS)
+        assert text == "what? red dog"
+
     def test_of_a_t5_the_decoder_starts_with_padding(self):
         rows = self.rows(turn("what", "red dog"), "t5", losses="vqa")
         words = AnyWords().encode(" red dog")
@@ -247,6 +271,10 @@ class TestTrainingRows:
             assert first + rows["answer_ids"][0][1:-1] == AnyWords().encode(" ".join(words))
             splits.append(len(first))
         assert {*splits} == {0, 1, 2, 3, 4} and 90 < splits.count(0) < 150, f"{splits.count(0)}"
+
+    def test_a_caption_has_an_instruction_too(self):
+        rows = [self.rows(turn("", "a red dog"), seed=seed, losses="instruct") for seed in range(30)]
+        assert {row["question_ids"] for row in rows} == {*CAPTION_TEMPLATES}
 
     @pytest.mark.parametrize("changes, asks", [({"losses": "instruct"}, True), ({}, False), (
         {"losses": "instruct", "qformer_text": False}, False)])
