@@ -220,7 +220,11 @@ class TestMatching:
             rows = slice(3 * rank, 3 * rank + 3)
             return matching(match, image[rows], ids[rows, :(3, 5)[rank]], *scores[:, rows],
                             draws[rows], gather, context_length=7, pad_id=9)
-        expected = matching(match, image, ids, *scores, draws)
+        text, other = (sample_negatives(part, torch.arange(6), draws[:, side])
+                       for side, part in enumerate(scores))
+        logits = match(torch.cat([image, image, image[other]]), torch.cat([ids, ids[text], ids]))
+        log_p = logits.log_softmax(dim=1)
+        expected = -(log_p[:6, 1].sum() + log_p[6:, 0].sum()) / 18
         assert_same("mean loss", sum(in_processes(2, own)) / 2, expected, image=image)
 
     def test_half_precision_logits_are_compared_in_float32(self):

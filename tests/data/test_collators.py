@@ -98,7 +98,10 @@ class TestCaptionBatch:
 class TestPromptBatch:
     def batch(self, records, *names):
         """With rows of prompt and answer, of an encoder-decoder apart."""
+        given, seen = rngs(len(records)), []
+
         def rows(turn, tokenizer, rng, config):
+            seen.append(rng)
             prompt, answer = (tokenizer.encode(turn[key]) for key in ("prompt", "answer"))
             made = {"question_ids": turn["prompt"], "answer_ids": (answer, answer),
                     "ids": (prompt, [NO] * len(prompt))}
@@ -106,7 +109,9 @@ class TestPromptBatch:
                 made["ids"] = prompt + answer, [NO] * len(prompt) + answer
             return {name: made[name] for name in names}
         config = SimpleNamespace(context_length=37, qformer_context_length=5, image_size=15)
-        return PromptBatch(Texts(), config, rows)(records, rngs(len(records)))
+        batch = PromptBatch(Texts(), config, rows)(records, given)
+        assert seen == given, "each record has its own rng"
+        return batch
 
     def records(self):
         return [page(("red", "what is this ?", "dog")), page(("blue", "what", "red cat dog"))]
