@@ -166,7 +166,8 @@ def test_it_is_measured_and_writes_in_bf16(name, device):
         kind, losses = BLIP2[name]
         language = toy_blip2(kind).config.language if kind else None
         language = replace(language, **sizes, context_length=99) if kind else None
-        model = toy_blip2(kind, losses=losses, language=language, qformer_context_length=37, **sizes)
+        model = toy_blip2(kind, losses=losses, language=language, qformer_context_length=37,
+                          **sizes)
     source, *_ = (blip if name in BLIP else blip2).data_sources(world, tokenizer, model.config)
     data = EvalData(world, tokenizer, source.collate, torch.device(device))
     model = model.float().to(device).eval()
