@@ -397,6 +397,22 @@ def toy_blip2(kind=None, **changes):
     return model.eval()
 
 
+def loop_qformer_block(block, x, Q, image=None, mask=None):
+    """x (B, Q + T, D); image (B, S, C), None where the queries do not see it."""
+    assert image is None or block.cross is not None, "cross-attention is missing"
+    norm = partial(layer_norm, eps=1e-12)
+    x = norm(block.attn_norm, x + attend_by_hand(block.attn, x, heads=2, mask=mask))
+    queries, text = x[:, :Q], x[:, Q:]
+    if image is not None:
+        queries = norm(block.cross_norm, queries + attend_by_hand(block.cross, queries, image,
+                                                                  heads=2))
+    if Q:
+        queries = norm(block.mlp_norm, queries + mlp_by_hand(block.mlp, queries))
+    if text.shape[1]:
+        text = norm(block.text_mlp_norm, text + mlp_by_hand(block.text_mlp, text))
+    return torch.cat([queries, text], dim=1)
+
+
 def loop_qformer(qformer, image=None, ids=None, may_attend=lambda query, key: True):
     """Queries of image tokens (S, C), text ids (T,), or both -> (Q + T, D).
 
@@ -412,16 +428,8 @@ def loop_qformer(qformer, image=None, ids=None, may_attend=lambda query, key: Tr
     size = range(x.shape[1])
     mask = torch.tensor([[bool(may_attend(q, k)) for k in size] for q in size])
     for number, block in enumerate(qformer.blocks):
-        x = norm(block.attn_norm, x + attend_by_hand(block.attn, x, heads=2, mask=mask))
-        queries, text = x[:, :Q], x[:, Q:]
-        if Q and number % 2 == 0:
-            queries = norm(block.cross_norm, queries + attend_by_hand(block.cross, queries,
-                                                                      image[None], heads=2))
-        if Q:
-            queries = norm(block.mlp_norm, queries + mlp_by_hand(block.mlp, queries))
-        if ids is not None:
-            text = norm(block.text_mlp_norm, text + mlp_by_hand(block.text_mlp, text))
-        x = torch.cat([queries, text], dim=1)
+        seen = None if image is None or number % 2 else image[None]
+        x = loop_qformer_block(block, x, Q, seen, mask)
     return x[0]
 
 

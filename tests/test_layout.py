@@ -37,7 +37,8 @@ def node_of(path, name):
     """
     stem, camel = Path(path).stem, "".join(p[0].upper() + p[1:] for p in name.split("_"))
     wanted = f"Test{camel}" + "Function" * (camel != name and camel in public(path))
-    files = [f"{stem}/test_*.py" if stem in MODELS else f"common/test_{stem}.py"]
+    folder = Path(path).parent.name                  # of common/data/files.py: data
+    files = [f"{stem}/test_*.py" if stem in MODELS else f"{folder}/test_{stem}.py"]
     if name in ELSEWHERE:
         files = [f"pretrained/test_{stem}.py", f"training/test_{stem}.py"]
     found = [f"{file.relative_to(ROOT)}::{wanted}"

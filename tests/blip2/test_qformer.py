@@ -5,8 +5,9 @@ import pytest
 import torch
 
 from blip2 import BLIP2, BLIP2Config, EVAConfig, ImageEncoder, QFormerBlock, init_weights
-from tests.helpers import (BLIP_PAD, assert_close, blip_ids, loop_image_tokens, loop_qformer,
-                           make_cache, randomize, refused, toy_blip2)
+from tests.helpers import (BLIP_PAD, assert_close, assert_same, blip_ids, loop_image_tokens,
+                           loop_qformer, loop_qformer_block, make_cache, randomize, refused,
+                           toy_blip2, unchanged)
 
 Q = 3
 
@@ -33,6 +34,7 @@ class TestEVAConfig:
         count = sum(p.numel() for p in encoder.vit.parameters())
         assert (len(encoder.vit.transformer.blocks), count) == (39, 985_949_440), count
         assert encoder.vit.ln_pre is None and encoder.vit.ln_post is None, "a norm of the ViT"
+        assert encoder.vit.transformer.blocks[0].attn.heads == 16, "heads are 88 wide"
 
 
 class TestBLIP2Config:
@@ -48,6 +50,17 @@ class TestBLIP2Config:
                        BLIP2Config(vision=EVAConfig(vision_layers=3))):
             assert BLIP2Config(**asdict(config)) == config
 
+    def test_sizes_follow_the_frozen_models(self):
+        assert BLIP2Config(vision=EVAConfig(image_size=28)).image_size == 28
+        assert toy_blip2("gpt2").config.context_length == 31, "the language model's"
+        assert toy_blip2().config.context_length == 11, "the Q-Former's"
+
+    @pytest.mark.parametrize("losses, asks", [
+        ("vqa", True), ("instruct", True), ("captions", False), ("lm", False)])
+    def test_the_qformer_gets_questions_and_instructions_if_it_has_text(self, losses, asks):
+        assert BLIP2Config(losses=losses).asks_qformer == asks
+        assert not BLIP2Config(losses=losses, qformer_text=False).asks_qformer
+
     @pytest.mark.parametrize("losses, prompt, expected", [
         ("lm", "what?", "question: what? answer:"), ("lm", "", "a photo of"),
         ("instruct", "what?", "what?"), ("instruct", "", "a photo of")])
@@ -59,14 +72,21 @@ class TestImageEncoder:
     def test_tokens_are_those_of_the_second_last_layer_under_a_norm_of_its_own(self):
         model, images = toy_blip2(), torch.randn(2, 3, 15, 15).double()
         assert len(model.vision.vit.transformer.blocks) == 2, "of the CLIP's 3 blocks"
-        assert_close("tokens (B, S, C)", model.vision(images),
-                     loop_image_tokens(model.vision, images))
+        assert_same("tokens (B, S, C)", model.vision(images),
+                    loop_image_tokens(model.vision, images), model.vision.norm)
 
 
 class TestQFormerBlock:
-    def test_every_second_block_has_cross_attention(self):
-        assert [block.cross is not None for block in toy_blip2().qformer.blocks] == [
-            True, False, True]
+    @pytest.mark.parametrize("sees_image", [True, False])
+    @pytest.mark.parametrize("queries, text", [(Q, 4), (Q, 0), (0, 4)])
+    def test_queries_and_text_share_the_self_attention_alone(self, queries, text, sees_image):
+        block = QFormerBlock(width=10, heads=2, context_width=12 if sees_image else None).double()
+        randomize(block)
+        x, image = torch.randn(2, queries + text, 10).double(), image_tokens()
+        mask = torch.ones(queries + text, queries + text).tril().bool()
+        seen = image if sees_image and queries else None
+        assert_same("outputs (B, Q + T, D)", block(x, queries, image, mask=mask),
+                    loop_qformer_block(block, x, queries, seen, mask), block)
 
     def test_text_has_its_own_mlp_and_never_attends_to_the_image(self):
         block, x = randomize(QFormerBlock(width=10, heads=2, context_width=12).double()), \
@@ -83,6 +103,10 @@ class TestQFormerBlock:
 
 
 class TestQFormer:
+    def test_every_second_block_has_cross_attention(self):
+        assert [block.cross is not None for block in toy_blip2().qformer.blocks] == [
+            True, False, True]
+
     @pytest.mark.parametrize("name", RULES)
     def test_each_mask_is_that_of_the_papers_figure(self, name):
         qformer, ids, image = toy_blip2().qformer, blip_ids(5, 5), image_tokens()
@@ -118,6 +142,7 @@ class TestQFormer:
         keys = qformer.text_mask(ids, BLIP_PAD)
         both = qformer(image, ids, mask=mask_of(RULES["generation"]) & keys)
         assert_close("queries (B, Q, D)", qformer(image, cache=cache), both[:, :Q])
+        assert_close("keys and values of the queries", cache.length, Q)
         text = qformer(ids=ids, mask=mask_of(RULES["generation"], rows=5) & keys, cache=cache)
         real = ids != BLIP_PAD
         assert_close("text (N, D)", text[real], both[:, Q:][real])
@@ -125,7 +150,7 @@ class TestQFormer:
     def test_without_text_it_has_the_same_queries_and_fewer_weights(self):
         whole = toy_blip2("gpt2")
         bare = toy_blip2("gpt2", qformer_text=False)
-        bare.load_state_dict({k: v for k, v in whole.state_dict().items() if k in bare.state_dict()})
+        bare.load_state_dict({name: whole.state_dict()[name] for name in bare.state_dict()})
         image = image_tokens()
         assert_close("queries", bare.qformer(image), whole.qformer(image))
         names = {name.split(".")[-2] for name in bare.qformer.state_dict() if "." in name}
@@ -143,7 +168,8 @@ class TestBLIP2:
     def test_a_text_starts_with_the_given_id(self):
         ids = blip_ids(6, 4)
         expected = [[17, *row[1:]] for row in ids.tolist()]
-        assert_close("ids (B, T)", toy_blip2().starts_with(ids, 17), expected)
+        with unchanged(ids=ids):
+            assert_close("ids (B, T)", toy_blip2().starts_with(ids, 17), expected)
 
     def test_another_run_gives_what_it_has_and_its_positions_are_resized(self):
         first, second = toy_blip2(), toy_blip2("gpt2", image_size=25)

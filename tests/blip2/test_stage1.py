@@ -15,6 +15,7 @@ Q = 3
 
 
 def unit(layer, x):
+    assert layer.bias is not None, "a projection without bias"
     x = linear(layer, x)
     return x / x.norm(dim=-1, keepdim=True)
 
@@ -153,6 +154,28 @@ class TestStage1:
             assert_close("scores", image_scores, torch.eye(2) / temp)
             assert not image_scores.requires_grad, "scores have a gradient"
 
+    def test_scores_are_of_each_image_with_all_texts_and_of_each_text_with_all_images(self):
+        model, image, text = toy_blip2(), torch.randn(4, Q, 7).double(), torch.randn(4, 7).double()
+        for name, *pair in zip(("loss", "scores of images (B, B_all)", "scores of texts"),
+                               model.itc(image, text), itc_by_hand(model, image, text)):
+            assert_close(name, *pair)
+
+    @pytest.mark.parametrize("hardness", [1.0, 0.3, 0.0])
+    def test_negatives_are_drawn_by_the_scores_times_the_hardness(self, hardness, monkeypatch):
+        model, B, seen = toy_blip2(hardness=hardness), 7, []
+        ids, image = blip_ids(*[4] * B), torch.arange(B).double()[:, None, None].expand(B, 10, 12)
+        ids[:, 1] = torch.arange(14, 14 + B)             # both carry their number
+
+        def match(images, texts):
+            seen.extend(zip(images[:, 0, 0].int().tolist(), (texts[:, 1] - 14).tolist()))
+            return torch.zeros(len(texts), 2)
+        monkeypatch.setattr(model, "match", match)
+        scores, draws = [3 * torch.randn(B, B).double() for _ in range(2)], torch.rand(B, 2)
+        model.itm(image, ids, *scores, draws)
+        texts, images = ([negative_by_hand(hardness * row, i, draws[i, side].item())
+                          for i, row in enumerate(part)] for side, part in enumerate(scores))
+        assert seen == [*zip(range(B), range(B)), *enumerate(texts), *zip(images, range(B))]
+
     def test_at_the_start_the_losses_are_those_of_a_guess(self):
         torch.manual_seed(0)
         model = Stage1(toy_blip2().config).double()
@@ -166,6 +189,9 @@ class TestStage1:
         model = toy_blip2().float()
         with torch.autocast("cpu", torch.bfloat16):
             found = model(blip_batch(6, 3, 9, 5))
+            image, text = torch.randn(3, Q, 7), torch.randn(3, 7)
+            itc = model.itc(image, text)[0]
+        assert_close("contrast of the same features", itc, model.itc(image, text)[0])
         assert {loss.dtype for loss in found.values()} == {torch.float32}, "dtypes"
         assert all(loss.isfinite() for loss in found.values()), f"{found}"
 

@@ -1,18 +1,30 @@
 """BLIP-2's second stage and InstructBLIP: visual prompts of frozen language models, their texts."""
 import random
+from dataclasses import replace
 from fnmatch import fnmatch
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from blip2 import (CAPTION_TEMPLATES, SHORT_TEMPLATES, TRAINS, VISUAL, Stage1, Stage2, instruction,
-                   make_model, prompt_segments, training_rows)
+import blip2
+from blip2 import (CAPTION_TEMPLATES, SHORT_TEMPLATES, TRAINS, VISUAL, BLIP2Config, Stage1, Stage2,
+                   instruction, make_model, open_trained, prompt_segments, stage_of,
+                   training_rows)
 from tests.helpers import (BLIP_CLS, BLIP_EOS, BLIP_PAD, Words, assert_close, blip_ids, drawing,
                            linear, loop_image_tokens, loop_pixels, loop_qformer, refused, toy_blip2,
                            unchanged)
 
 Q, BOS = 3, 1
 KINDS = pytest.mark.parametrize("kind", ["gpt2", "t5"])
+
+
+class ToyWords(Words):
+    """With the toy models' padding."""
+
+    def batch(self, texts, context_length):
+        ids = super().batch(texts, context_length)
+        return ids.masked_fill(ids == 0, BLIP_PAD)
 
 
 class AnyWords(Words):
@@ -28,6 +40,7 @@ def turn(prompt="what is this", answer="red dog", images=1):
 
 def visual_by_hand(model, images, questions=None):
     """The visual prompt of each image, (Q, D of the language model)."""
+    assert model.projection.bias is not None, "the projection has no bias"
     tokens = loop_image_tokens(model.vision, images)
     ids = [None] * len(tokens) if questions is None else [
         torch.tensor([BLIP_CLS, *row[row != BLIP_PAD][1:]]) for row in questions]
@@ -101,7 +114,9 @@ class TestStage2:
                                       weight_decay=0.5)
         for _ in range(2):
             model.train()
-            model(batch_of(kind)[0])["lm"].backward()
+            loss = model(batch_of(kind)[0])["lm"]
+            assert loss.requires_grad, "no gradient passes the language model"
+            loss.backward()
             optimizer.step()
         for name, p in model.named_parameters():
             if p.requires_grad:
@@ -113,13 +128,18 @@ class TestStage2:
         assert not model.lm.training and not model.vision.vit.training, "train mode"
 
     @KINDS
-    def test_records_become_a_visual_prompt_and_a_text_that_is_open(self, kind):
-        model = toy_blip2(kind)
+    @pytest.mark.parametrize("losses", ["lm", "vqa", "instruct"])
+    def test_records_become_a_visual_prompt_and_a_text_that_is_open(self, kind, losses):
+        model, texts = toy_blip2(kind, losses=losses), ("what is this", "what")
         records = [{"turns": [turn(prompt=text) | {"images": [drawing(colour)]}]}
-                   for colour, text in (("red", "what is this"), ("blue", "what"))]
-        x, mask, state = model.prepare(records, Words())
+                   for colour, text in zip(("red", "blue"), texts)]
+        tokenizer = Words() if losses == "instruct" else ToyWords()
+        if losses == "instruct":
+            tokenizer.qformer = ToyWords()               # the Q-Former has a vocabulary of its own
+        x, mask, state = model.prepare(records, tokenizer)
         pixels = torch.tensor([[255, 0, 0], [0, 0, 255]], dtype=torch.uint8)[:, :, None, None]
-        visuals = visual_by_hand(model, loop_pixels(pixels.expand(2, 3, 15, 15)))
+        asked = None if losses == "lm" else ToyWords().batch(map(model.config.wording, texts), 11)
+        visuals = visual_by_hand(model, loop_pixels(pixels.expand(2, 3, 15, 15)), asked)
         for row, record in enumerate(records):
             segments = prompt_segments(record["turns"], model.config, BOS)
             text = [i for s in segments[1:] for i in
@@ -148,6 +168,10 @@ class TestStage2:
         assert_close("the same image again", again, red, 1e-5)
         assert (blue - red).abs().max() > 1e-3, "another image has the same tokens"
 
+    def test_a_new_language_model_keeps_its_own_weights(self):
+        model = Stage2(toy_blip2("t5").config)
+        assert_close("deviation of T5's embeddings", model.lm.token_embed.weight.std(), 1, 0.1)
+
     @KINDS
     def test_its_texts_end_at_eos(self, kind):
         assert toy_blip2(kind).stop_ids == (BLIP_EOS,)
@@ -158,10 +182,43 @@ class TestMakeModel:
         assert isinstance(make_model(toy_blip2().config), Stage1)
         assert isinstance(make_model(toy_blip2("t5").config), Stage2)
 
+
+class TestStageOf:
+    def config(self, kind, losses):
+        return BLIP2Config(language=kind and {"kind": kind}, losses=losses)
+
+    def test_a_language_model_makes_it_the_second(self):
+        for kind, losses, stage in ((None, "itc,itm", Stage1), ("gpt2", "vqa", Stage2),
+                                    ("t5", "lm", Stage2)):
+            assert stage_of(self.config(kind, losses)) is stage
+
     @pytest.mark.parametrize("kind, losses", [(None, "vqa"), ("gpt2", "itc,itm")])
     def test_losses_of_the_other_stage_are_refused(self, kind, losses):
         with refused(f"losses={losses}"):
-            toy_blip2(kind, losses=losses)
+            stage_of(self.config(kind, losses))
+
+
+class TestOpenTrained:
+    @pytest.mark.parametrize("losses, tasks", [
+        ("itc,itm,itg", "itc itm"), ("itc,itm", "itc itm"), ("lm", "lm vqa"), ("captions", "lm"),
+        ("vqa", "vqa"), ("instruct", "lm vqa")])
+    def test_a_model_serves_the_tasks_that_it_has_learned(self, losses, tasks, monkeypatch):
+        monkeypatch.setattr(blip2, "from_pretrained", lambda path: (model, path))
+        model = toy_blip2("gpt2" if losses.isalpha() else None, losses=losses)
+
+        def serves(*needs):
+            try:
+                return open_trained("runs/x", needs) == (model, "runs/x")
+            except ValueError:
+                return False
+        assert [task for task in ("itc", "itm", "lm", "vqa") if serves(task)] == tasks.split()
+        assert serves("nothing", tasks.split()[0]), "one of two is enough"
+
+    def test_the_message_names_the_run_its_losses_and_what_is_needed(self, monkeypatch):
+        model = toy_blip2("gpt2", losses="vqa")
+        monkeypatch.setattr(blip2, "from_pretrained", lambda path: (model, path))
+        with refused("runs/x.*vqa.*itm.*lm"):
+            open_trained("runs/x", ("itm", "lm"))
 
 
 class TestPromptSegments:
@@ -192,6 +249,15 @@ class TestTrainingRows:
         assert ids == [VISUAL] * Q + [BOS, *words, BLIP_EOS]
         assert labels == [-100] * (Q + 1) + [*words, BLIP_EOS]
 
+    @KINDS
+    def test_a_space_stands_before_the_answer(self, kind):
+        letters = SimpleNamespace(bos_id=BOS, encode=lambda text: [ord(letter) for letter in text])
+        config = replace(toy_blip2(kind, losses="vqa").config, question_prompt="{}?")
+        rows = training_rows(turn("what", "red dog"), letters, random.Random(0), config)
+        text = "".join(chr(i) for name in ("ids", "answer_ids") if name in rows
+                       for i in rows[name][0] if i > BLIP_EOS)
+        assert text == "what? red dog"
+
     def test_of_a_t5_the_decoder_starts_with_padding(self):
         rows = self.rows(turn("what", "red dog"), "t5", losses="vqa")
         words = AnyWords().encode(" red dog")
@@ -201,13 +267,18 @@ class TestTrainingRows:
         assert rows["answer_ids"] == ([BLIP_PAD, *words, BLIP_EOS], [-100, *words, BLIP_EOS])
 
     def test_of_a_t5_a_caption_is_split_at_every_word_and_often_not(self):
-        splits, words = [], "a red dog red cat".split()
+        splits, words, config = [], "a red dog red cat".split(), toy_blip2("t5").config
         for seed in range(200):
-            rows = self.rows(turn("", " ".join(words)), "t5", seed)
+            rows = training_rows(turn("", " ".join(words)), AnyWords(), random.Random(seed), config)
             first = rows["ids"][0][Q:-1]
             assert first + rows["answer_ids"][0][1:-1] == AnyWords().encode(" ".join(words))
             splits.append(len(first))
         assert {*splits} == {0, 1, 2, 3, 4} and 90 < splits.count(0) < 150, f"{splits.count(0)}"
+
+    def test_a_caption_has_an_instruction_too(self):
+        found = {self.rows(turn(""), seed=seed, losses="instruct")["question_ids"]
+                 for seed in range(30)}
+        assert found == {*CAPTION_TEMPLATES}, f"{found}"
 
     @pytest.mark.parametrize("changes, asks", [({"losses": "instruct"}, True), ({}, False), (
         {"losses": "instruct", "qformer_text": False}, False)])

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from common.losses import (best_cosine, count_labels, matching, next_token_loss, no_autocast,
                            no_gather, sample_negatives, sigmoid_contrastive, softmax_contrastive)
-from tests.helpers import assert_close, assert_same, loss_by_hand, unchanged
+from tests.helpers import assert_close, assert_same, in_processes, loss_by_hand, unchanged
 
 
 def unit(*shape, seed=0):
@@ -206,6 +206,35 @@ class TestMatching:
         matching(match, torch.randn(2, 6, 3), ids, torch.zeros(2, 4), torch.zeros(2, 4),
                  torch.rand(2, 2), gather, context_length=5, pad_id=9)
         assert lengths == [6, 5], "lengths of images and texts"
+
+    def test_two_processes_have_the_loss_and_gradients_of_one(self):
+        image, weight = torch.randn(6, 4, 3).double().requires_grad_(), torch.randn(3, 2).double()
+        ids, draws = torch.randint(1, 9, (6, 5)), torch.rand(6, 2)
+        ids[:3, 3:] = 9                  # padding: the first process has shorter texts
+        scores = torch.randn(2, 6, 6).double()
+
+        def match(images, texts):
+            return images.mean(dim=1) @ weight * texts.where(texts != 9, 0).sum(dim=1)[:, None]
+
+        def own(rank, gather):
+            rows = slice(3 * rank, 3 * rank + 3)
+            return matching(match, image[rows], ids[rows, :(3, 5)[rank]], *scores[:, rows],
+                            draws[rows], gather, context_length=7, pad_id=9)
+        text, other = (sample_negatives(part, torch.arange(6), draws[:, side])
+                       for side, part in enumerate(scores))
+        logits = match(torch.cat([image, image, image[other]]), torch.cat([ids, ids[text], ids]))
+        log_p = logits.log_softmax(dim=1)
+        expected = -(log_p[:6, 1].sum() + log_p[6:, 0].sum()) / 18
+        assert_same("mean loss", sum(in_processes(2, own)) / 2, expected, image=image)
+
+    def test_half_precision_logits_are_compared_in_float32(self):
+        image, ids, scores = torch.zeros(2, 3, 5), torch.ones(2, 4).long(), torch.zeros(2, 2)
+        row = torch.tensor([3.01, -2.0]).bfloat16()
+        loss = matching(lambda images, texts: row.expand(6, 2), image, ids, scores, scores,
+                        torch.rand(2, 2))
+        assert loss.dtype == torch.float32, f"loss is {loss.dtype}"
+        log_p = row.double().log_softmax(dim=0)
+        assert_close("loss", loss, -(log_p[1] + 2 * log_p[0]) / 3)
 
 
 class TestNextTokenLoss:

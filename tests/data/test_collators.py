@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from common.data.collators import (CaptionBatch, DialogueBatch, ImageTextBatch, InterleavedCollator,
-                                    PackedTexts, PairBatch, QuestionBatch, SplitTexts, as_text)
+                                    PackedTexts, PairBatch, PromptBatch, QuestionBatch, SplitTexts,
+                                    as_text)
 from common.data.tokenizer import BOS, EOS, IMAGE, PAD
 from common.prompts import collate
 from flamingo import render_page
@@ -92,6 +93,54 @@ class TestCaptionBatch:
         assert draws.shape == (30, 2) and draws.min() >= 0 and draws.max() < 1
         assert len(draws.flatten().unique()) == 60 and draws.std() > 0.2
         assert_close("draws (B, 2)", self.batch("", [caption(*texts)] * 30)["draws"], draws)
+
+
+class TestPromptBatch:
+    def batch(self, records, *names):
+        """With rows of prompt and answer, of an encoder-decoder apart."""
+        given, seen = rngs(len(records)), []
+
+        def rows(turn, tokenizer, rng, config):
+            seen.append(rng)
+            prompt, answer = (tokenizer.encode(turn[key]) for key in ("prompt", "answer"))
+            made = {"question_ids": turn["prompt"], "answer_ids": (answer, answer),
+                    "ids": (prompt, [NO] * len(prompt))}
+            if "answer_ids" not in names:
+                made["ids"] = prompt + answer, [NO] * len(prompt) + answer
+            return {name: made[name] for name in names}
+        config = SimpleNamespace(context_length=37, qformer_context_length=5, image_size=15)
+        batch = PromptBatch(Texts(), config, rows)(records, given)
+        assert seen == given, "each record has its own rng"
+        return batch
+
+    def records(self):
+        return [page(("red", "what is this ?", "dog")), page(("blue", "what", "red cat dog"))]
+
+    def test_of_a_decoder_prompt_and_answer_are_one_text(self):
+        batch = self.batch(self.records(), "ids")
+        assert [*batch] == ["images", "ids", "labels", "mask"]
+        assert spelled(batch["ids"]) == ["what is this ? dog", "what red cat dog <pad>"]
+        assert spelled(batch["labels"]) == ["- - - - dog", "- red cat dog -"]
+        assert_close("mask (B, T)", batch["mask"], [[True] * 5, [True] * 4 + [False]])
+        assert_close("images (B, 3, H, W)", batch["images"], pixels([[255, 0, 0], [0, 0, 255]]))
+
+    def test_of_an_encoder_decoder_they_are_two_with_the_mask_of_the_first(self):
+        batch = self.batch(self.records(), "question_ids", "ids", "answer_ids")
+        assert spelled(batch["ids"]) == ["what is this ?", "what <pad> <pad> <pad>"]
+        assert spelled(batch["answer_ids"]) == ["dog <pad> <pad>", "red cat dog"]
+        assert spelled(batch["labels"]) == ["dog - -", "red cat dog"]
+        assert_close("mask (B, T)", batch["mask"], [[True] * 4, [True] + [False] * 3])
+        # Of the Q-Former's own context: five ids.
+        assert spelled(batch["question_ids"]) == ["<bos> what is this <eos>",
+                                                  "<bos> what <eos> <pad> <pad>"]
+
+    def test_the_rng_draws_a_turn_and_a_caption(self):
+        turns = page(("red", "a", "dog"), ("red", "what", "cat"), ("red", "?", "blue"))
+        batch = self.batch([turns] * 30, "ids")
+        assert spelled(batch["ids"]) == [f"{turn['prompt']} {turn['answer']}"
+                                         for turn in drawn(turns["turns"])]
+        texts = ["a cat", "a dog", "a red"]
+        assert spelled(self.batch([caption(*texts)] * 30, "ids")["ids"]) == drawn(texts)
 
 
 class TestQuestionBatch:

@@ -43,6 +43,11 @@ def own(query, item):
     return query == item
 
 
+def several():
+    """Three vectors for each image (13, 3, 13): its own, and twice the other way."""
+    return torch.stack([torch.eye(13), -torch.eye(13), -torch.eye(13)], dim=1)
+
+
 class TestEncodeRecords:
     def test_all_records_are_encoded_in_order_whatever_the_chunk(self):
         vectors, data = torch.randn(13, 5), NumbersData()
@@ -138,6 +143,11 @@ class TestPool:
             assert found[f"{name}_recall@1"] == pytest.approx(12 / 13)
             assert found[f"{name}_recall@1_chance"] == pytest.approx(25 / 169, abs=0.01)
 
+    def test_of_several_vectors_of_an_image_the_nearest_to_a_text_counts(self):
+        images = torch.stack([torch.eye(3), -torch.eye(3).roll(1, dims=0)], dim=1)   # (N, Q, E)
+        pool = self.pool(images, torch.eye(3), lambda text, source: int(text) == source)
+        assert_close("cosines (images, texts)", pool.scores, torch.eye(3))
+
     @pytest.mark.parametrize("right, marks", [
         (("0", 2), {GREEN, RED}), (("4", 1), {GREEN, RED}),    # an image found, a text found
         (("4", 2), {RED}), (("3", 0), {RED})])
@@ -160,6 +170,11 @@ class TestZeroShot:
         assert zero_shot(Model(images(), torch.eye(13)), NumbersData()) == pytest.approx({
             "zero_shot_accuracy": seen, "zero_shot_accuracy_chance": 1 / 3,
             "composition_accuracy": unseen, "composition_accuracy_chance": 1 / 4})
+
+
+    def test_of_several_vectors_of_an_image_the_nearest_to_a_class_counts(self):
+        found = zero_shot(Model(several(), torch.eye(13)), NumbersData())
+        assert found["zero_shot_accuracy"] == found["composition_accuracy"] == 1
 
 
 class TestEvaluate:
@@ -203,6 +218,11 @@ class TestRetriever:
         places, cosines = zip(*use.search("3", pictures, count=3))
         assert places == (1, 2, 3) and len(use.search("3", pictures)) == 5
         assert_close("cosines", cosines, [math.cos(math.pi * k / 13) for k in (1, 2, 3)])
+
+    def test_search_takes_the_nearest_of_several_vectors_of_a_picture(self):
+        use = Retriever(Model(several(), torch.eye(13)), NumbersData())
+        best = use.search("3", [self.picture(n) for n in (9, 2, 3)], count=1)
+        assert best == [(2, 1.0)], f"{best}"
 
     def test_search_finds_the_last_of_257_pictures(self):
         many = [self.picture(5)] * 256 + [self.picture(0)]

@@ -134,6 +134,11 @@ class TestDataSources:
 
 
 class TestRuns:
+    def test_a_run_is_read_back_in_eval_mode(self, runs):
+        model, tokenizer = blip2.from_pretrained(runs / "blip2-stage2-toy")
+        assert not model.training and len(tokenizer) == model.config.vocab_size
+        assert_same("weights", dict(model.state_dict()), weights(runs / "blip2-stage2-toy"))
+
     def test_every_figure_has_a_name(self, runs):
         for run, figures in (
                 ("stage1", "image_to_text_recall@1 text_to_image_recall@1_reranked itm_accuracy"),
@@ -255,10 +260,3 @@ class TestMain:
     def test_a_mistake_is_told_in_one_line_and_nothing_is_written(self, runs, argv, words):
         assert re.search(words, mistake("blip2.py", *f"{runs}/{argv}".split()))
         assert not Path("search.png").exists()
-
-
-class TestFromPretrained:
-    def test_a_run_is_read_in_eval_mode(self, runs):
-        model, tokenizer = blip2.from_pretrained(runs / "blip2-stage2-toy")
-        assert not model.training and len(tokenizer) == model.config.vocab_size
-        assert_same("weights", dict(model.state_dict()), weights(runs / "blip2-stage2-toy"))

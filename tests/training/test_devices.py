@@ -7,17 +7,20 @@ import pytest
 import torch
 
 import blip
+import blip2
+from blip2 import VISUAL
 from clip import CLIP
 from common.data.batches import EvalData, world_tokenizer
 from common.training.devices import (autocast, default_workers, find_device, half_precision,
                                      to_device)
 from common.training.optimizer import freeze
 from flamingo import TRAINS, Flamingo
-from tests.helpers import assert_close, blip_batch, blip_ids, flamingo_config, make_batch, toy_blip
+from tests.helpers import (BLIP_EOS, BLIP_PAD, assert_close, blip_batch, blip_ids, flamingo_config,
+                           make_batch, toy_blip, toy_blip2)
 from tests.training.runs import Toy
 
 ROOT = Path(__file__).parents[2]
-FILES = [*(ROOT / f"{name}.py" for name in ("clip", "flamingo", "blip")),
+FILES = [*(ROOT / f"{name}.py" for name in ("clip", "flamingo", "blip", "blip2")),
          *sorted((ROOT / "common").glob("*.py"))]
 FACTORIES = ("arange as_tensor empty eye from_numpy full linspace logspace normal ones rand "
              "randint randn randperm scalar_tensor tensor tril_indices triu_indices zeros").split()
@@ -51,7 +54,11 @@ class TestFactories:
 BLIP = {"blip": {"text_layers": 1}, "blip vqa": {"text_layers": 1, "losses": "vqa"},
         "blip two images": {"losses": "two-images"},
         "blip dialogue": {"text_layers": 1, "losses": "dialogue", "text_width": 12}}
-MODELS = ["clip", "flamingo resnet llama", "flamingo mlp opt", *BLIP]
+BLIP2 = {"blip2-stage1": (None, "itc,itm,itg"), "blip2-retrieval": (None, "itc,itm"),
+         "blip2-stage2": ("gpt2", "lm"),
+         "blip2-stage2-t5": ("t5", "lm"), "blip2-vqa": ("gpt2", "vqa"),
+         "blip2-instruct": ("t5", "instruct")}        # the stage: kind and losses
+MODELS = ["clip", "flamingo resnet llama", "flamingo mlp opt", *BLIP, *BLIP2]
 
 
 def blip_and_batch(name):
@@ -64,9 +71,27 @@ def blip_and_batch(name):
     return toy_blip(vision_layers=1, **BLIP[name]).float(), batch
 
 
+def blip2_and_batch(name):
+    (kind, losses), batch = BLIP2[name], blip_batch(4, 7, 5)
+    model = toy_blip2(kind, losses=losses, qformer_layers=1).float()
+    if kind:
+        ids = torch.cat([torch.full((3, 3), VISUAL), batch["ids"]], dim=1)
+        batch |= {"ids": ids, "mask": ids != BLIP_PAD, "labels": ids}
+        if kind == "t5":
+            batch |= {"answer_ids": blip_ids(3, 6, 4), "labels": blip_ids(3, 6, 4)}
+        if model.config.asks_qformer:
+            batch["question_ids"] = blip_ids(6, 3, 5)
+        batch["labels"] = batch["labels"].masked_fill(batch["labels"] < BLIP_EOS, -100)
+    freeze(model, blip2.TRAINS[name])
+    return model.train(), batch | {"label_count": torch.tensor(13.0)}
+
+
 def model_and_batch(name, device="cpu"):
     """A tiny model in training, and a batch for it."""
     torch.manual_seed(0)
+    if name in BLIP2:
+        model, batch = blip2_and_batch(name)
+        return model.to(device), to_device(batch, torch.device(device))
     if name in BLIP:
         model, batch = blip_and_batch(name)
         return model.to(device), to_device(batch, torch.device(device))
@@ -108,7 +133,8 @@ class TestTrainingStep:
         loss = step(model, batch)
         loss.backward()
         assert loss.is_meta and loss.shape == ()
-        for key in ("ids", "images"):    # "meta" stands for a GPU: it refuses tensors of the CPU
+        # "meta" stands for a GPU: it refuses tensors of the CPU, but as indices and masks alone.
+        for key in ("labels" if "mask" in batch else "ids", "images"):
             here = batch | {key: torch.zeros_like(batch[key], device="cpu")}
             with pytest.raises(RuntimeError, match="device"):
                 step(model, here)
@@ -129,23 +155,31 @@ class TestTrainingStep:
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
     not torch.cuda.is_available(), reason="no GPU"))])
-@pytest.mark.parametrize("name", BLIP)
-def test_blip_is_measured_and_writes_in_bf16(name, device):
+@pytest.mark.parametrize("name", [*BLIP, *BLIP2])
+def test_it_is_measured_and_writes_in_bf16(name, device):
     world = Toy(image_size=15)
     tokenizer = world_tokenizer(world)
-    model = toy_blip(**BLIP[name], vocab_size=len(tokenizer), context_length=37, pad_id=0, eos_id=2)
-    source, = blip.data_sources(world, tokenizer, model.config)
+    sizes = {"vocab_size": len(tokenizer), "pad_id": 0, "eos_id": 2}
+    if name in BLIP:
+        model = toy_blip(**BLIP[name], **sizes, context_length=37)
+    else:
+        kind, losses = BLIP2[name]
+        language = toy_blip2(kind).config.language if kind else None
+        language = replace(language, **sizes, context_length=99) if kind else None
+        model = toy_blip2(kind, losses=losses, language=language, qformer_context_length=37,
+                          **sizes)
+    source, *_ = (blip if name in BLIP else blip2).data_sources(world, tokenizer, model.config)
     data = EvalData(world, tokenizer, source.collate, torch.device(device))
     model = model.float().to(device).eval()
     with autocast(torch.device(device), True):
         figures = model.evaluate(data, count=3)
         assert model.samples(data).width > 400
-    assert figures and all(0 <= value <= 1 for value in figures.values())
+    assert figures and all(0 <= value <= 1 for key, value in figures.items() if key[:3] != "itg")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-@pytest.mark.parametrize("name", BLIP)
-def test_blip_is_compiled_on_a_gpu(name):
+@pytest.mark.parametrize("name", [*BLIP, *BLIP2])
+def test_it_is_compiled_on_a_gpu(name):
     model, batch = model_and_batch(name, "cuda")
     before = {key: b.clone() for key, b in model.named_buffers()}
     plain = step(model, batch)
