@@ -48,7 +48,7 @@ from torch import nn
 from clip import CLIPConfig, image_tower
 from clip import from_pretrained as clip_from_pretrained
 from common import losses
-from common.bert import Bert
+from common.bert import Bert, starts_with
 from common.data.batches import DataSource
 from common.data.collators import (CaptionBatch, DialogueBatch, PairBatch, QuestionBatch,
                                     as_turns)
@@ -209,10 +209,6 @@ class BLIP(nn.Module):
 
     # -------------------------------------------------------------- three uses of one text model
 
-    def starts_with(self, ids, first):
-        """ids int64 (B, T) with their first id, the tokenizer's <bos>, replaced by `first`."""
-        return torch.cat([torch.full_like(ids[:, :1], first), ids[:, 1:]], dim=1)
-
     def image_feature(self, cls, model=None):
         """The class token (B, D) -> unit vectors (B, E); model: self, or its momentum copy."""
         projection = (model or self).image_projection
@@ -221,7 +217,7 @@ class BLIP(nn.Module):
     def text_feature(self, ids, model=None):
         """[CLS] text, without the image: ids int64 (B, T) -> unit vectors (B, E)."""
         model, c = model or self, self.config
-        x = model.encoder.first(self.starts_with(ids, c.cls_id), mask=ids != c.pad_id)      # (B, D)
+        x = model.encoder.first(starts_with(ids, c.cls_id), mask=ids != c.pad_id)      # (B, D)
         return F.normalize(to_float32(model.text_projection(x)), dim=-1)
 
     def match(self, image, ids):
@@ -230,7 +226,7 @@ class BLIP(nn.Module):
         Class 1: they are a pair.
         """
         c = self.config
-        x = self.encoder.first(self.starts_with(ids, c.enc_id), image, mask=ids != c.pad_id)
+        x = self.encoder.first(starts_with(ids, c.enc_id), image, mask=ids != c.pad_id)
         return self.itm_head(x)                                       # from (B, D)
 
     def logits(self, ids, mask=None, cache=None, last=False, *, context, context_mask=None):
@@ -331,7 +327,7 @@ class BLIP(nn.Module):
         prompt of a captioner.
         """
         c = self.config
-        logits = self.logits(self.starts_with(ids, c.dec_id), mask=ids != c.pad_id, context=image)
+        logits = self.logits(starts_with(ids, c.dec_id), mask=ids != c.pad_id, context=image)
         return losses.next_token_loss(logits, labels, label_count, c.label_smoothing)
 
     # -------------------------------------------------------------- hooks of the training loop
@@ -444,7 +440,7 @@ class VQA(BLIP):
     def encode_question(self, pixels, ids):
         """[ENC] question: pixels (B, 3, H, W), ids (B, T) -> states (B, T, D), mask bool (B, T)."""
         mask = ids != self.config.pad_id
-        ids = self.starts_with(ids, self.config.enc_id)
+        ids = starts_with(ids, self.config.enc_id)
         return self.encoder(ids, self.vision(pixels), mask=mask), mask
 
     def forward(self, batch, gather=losses.no_gather):
@@ -455,7 +451,7 @@ class VQA(BLIP):
         """
         c, ids, index = self.config, batch["answer_ids"], batch["question_index"]
         states, mask = self.encode_question(normalize_pixels(batch["images"]), batch["ids"])
-        logits = self.logits(self.starts_with(ids, c.dec_id), mask=ids != c.pad_id,
+        logits = self.logits(starts_with(ids, c.dec_id), mask=ids != c.pad_id,
                              context=states[index], context_mask=mask[index])
         return {"vqa": losses.next_token_loss(logits, labels_of(ids, c), len(states),
                                               c.label_smoothing, batch["weights"])}
@@ -551,7 +547,7 @@ class TwoImages(Judge):
         c, ids = self.config, batch["ids"]
         tokens = self.vision(normalize_pixels(batch["images"].flatten(0, 1)))    # (2 * B, S, D)
         both = tokens.view(len(ids), -1, c.vision_width)              # (B, 2 * S, D)
-        x = self.encoder.first(self.starts_with(ids, c.enc_id), both, mask=ids != c.pad_id)
+        x = self.encoder.first(starts_with(ids, c.enc_id), both, mask=ids != c.pad_id)
         return self.head(x)                                           # from (B, D)
 
 
@@ -577,10 +573,10 @@ class Dialogue(Judge):
         c, ids, caption = self.config, batch["ids"], batch["caption_ids"]
         image = self.vision(normalize_pixels(batch["images"]))        # (B, S, D)
         caption_mask = caption != c.pad_id                            # (B, T')
-        caption = self.encoder(self.starts_with(caption, c.cls_id), mask=caption_mask)
+        caption = self.encoder(starts_with(caption, c.cls_id), mask=caption_mask)
         context = torch.cat([image, caption], dim=1)                  # (B, S + T', D)
         context_mask = torch.cat([caption_mask.new_ones(image.shape[:2]), caption_mask], dim=1)
-        x = self.encoder.first(self.starts_with(ids, c.enc_id), context, mask=ids != c.pad_id,
+        x = self.encoder.first(starts_with(ids, c.enc_id), context, mask=ids != c.pad_id,
                                context_mask=context_mask)
         return self.itm_head(x)
 

@@ -50,7 +50,7 @@ from torch import nn
 from clip import PRESETS as CLIP_PRESETS
 from clip import CLIPConfig, image_tower
 from common import losses
-from common.bert import LMHead
+from common.bert import LMHead, starts_with
 from common.cache import KVCache
 from common.data.batches import DataSource
 from common.data.collators import CaptionBatch, PromptBatch, as_turns
@@ -277,10 +277,6 @@ class BLIP2(nn.Module):
         """As of every module, but frozen parts stay in eval mode."""
         return eval_frozen(super().train(mode))
 
-    def starts_with(self, ids, first):
-        """ids int64 (B, T) with their first id, the tokenizer's <bos>, replaced by `first`."""
-        return torch.cat([torch.full_like(ids[:, :1], first), ids[:, 1:]], dim=1)
-
     def pixels(self, records):
         """The images of all turns of all records -> float (N, 3, H, W), normalized."""
         images = [center_crop(frame, self.config.image_size) for record in records
@@ -326,14 +322,14 @@ class Stage1(BLIP2):
     def encode_text(self, ids):
         """[CLS] text, without the queries: ids int64 (B, T) -> unit vectors (B, E)."""
         c = self.config
-        x = self.qformer(ids=self.starts_with(ids, c.cls_id), mask=padding(ids != c.pad_id), keep=1)
+        x = self.qformer(ids=starts_with(ids, c.cls_id), mask=padding(ids != c.pad_id), keep=1)
         return F.normalize(to_float32(self.text_projection(x[:, 0])), dim=-1)
 
     def match(self, image, ids):
         """Queries and [CLS] text that all attend to each other: image tokens (B, S, C), ids (B, T)
         -> logits (B, 2), the mean over the queries. Class 1: they are a pair."""
         c = self.config
-        x = self.qformer(image, self.starts_with(ids, c.cls_id), keep=c.num_queries,
+        x = self.qformer(image, starts_with(ids, c.cls_id), keep=c.num_queries,
                          mask=self.qformer.text_mask(ids, c.pad_id))  # (B, Q, D)
         return self.itm_head(x).mean(dim=1)
 
@@ -380,8 +376,8 @@ class Stage1(BLIP2):
         before it, never to the image itself.
         """
         c, T = self.config, ids.shape[1]
-        mask = causal(T, c.num_queries, ids.device) & self.qformer.text_mask(ids, c.pad_id)
-        x = self.qformer(ids=self.starts_with(ids, c.dec_id), mask=mask, cache=cache)
+        mask = causal(T, c.num_queries, ids.device)                   # padding comes last
+        x = self.qformer(ids=starts_with(ids, c.dec_id), mask=mask, cache=cache)
         return self.qformer.head(x, self.qformer.token_embed.weight)
 
     def itg(self, ids, labels, label_count, cache):
@@ -446,7 +442,7 @@ class Stage2(BLIP2):
         """
         c, image, mask = self.config, self.vision(images), None       # (N, S, C)
         if ids is not None:
-            ids, mask = self.starts_with(ids, c.cls_id), self.qformer.text_mask(ids, c.pad_id)
+            ids, mask = starts_with(ids, c.cls_id), self.qformer.text_mask(ids, c.pad_id)
         queries = self.qformer(image, ids, mask=mask)[:, :c.num_queries]
         return self.projection(queries)
 

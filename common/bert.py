@@ -11,6 +11,11 @@ from common.masks import causal, padding
 from common.transformer import LayerNorm, LearnedPositions, bert_block, gelu
 
 
+def starts_with(ids, first):
+    """ids int64 (B, T) with their first id, the tokenizer's <bos>, replaced by `first`."""
+    return torch.cat([torch.full_like(ids[:, :1], first), ids[:, 1:]], dim=1)
+
+
 class LMHead(nn.Module):
     """BERT's head for words: a linear layer, GELU, a norm; then the embedding table and a bias."""
 

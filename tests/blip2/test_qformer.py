@@ -7,7 +7,7 @@ import torch
 from blip2 import BLIP2, BLIP2Config, EVAConfig, ImageEncoder, QFormerBlock, init_weights
 from tests.helpers import (BLIP_PAD, assert_close, assert_same, blip_ids, loop_image_tokens,
                            loop_qformer, loop_qformer_block, make_cache, randomize, refused,
-                           toy_blip2, unchanged)
+                           toy_blip2)
 
 Q = 3
 
@@ -164,12 +164,6 @@ class TestBLIP2:
             p.requires_grad = False
         model.train()
         assert not model.vision.vit.training and model.qformer.training
-
-    def test_a_text_starts_with_the_given_id(self):
-        ids = blip_ids(6, 4)
-        expected = [[17, *row[1:]] for row in ids.tolist()]
-        with unchanged(ids=ids):
-            assert_close("ids (B, T)", toy_blip2().starts_with(ids, 17), expected)
 
     def test_another_run_gives_what_it_has_and_its_positions_are_resized(self):
         first, second = toy_blip2(), toy_blip2("gpt2", image_size=25)

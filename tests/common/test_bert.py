@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from common.bert import Bert, LMHead
+from common.bert import Bert, LMHead, starts_with
 from tests.helpers import (ToyCache, assert_close, assert_same, loop_bert, loop_head, randomize,
                            refused, unchanged)
 
@@ -23,6 +23,13 @@ def inputs(T=6):
     context_mask[:, 0] = True
     return {"ids": torch.randint(V, (3, T)), "context": torch.randn(3, S, C).double(),
             "mask": mask, "context_mask": context_mask}
+
+
+class TestStartsWith:
+    def test_the_first_id_alone_is_another(self):
+        ids = torch.randint(V, (3, 5))
+        with unchanged(ids=ids):
+            assert_close("ids (B, T)", starts_with(ids, 17), [[17, *row[1:]] for row in ids.tolist()])
 
 
 class TestLMHead:
