@@ -590,7 +590,7 @@ BERT = BLIP2Config(
     qformer_context_length=512, vocab_size=30523, pad_id=0, eos_id=102, cls_id=101, dec_id=30522,
     embed_dim=256)
 PRESETS = {
-    "tiny": BLIP2Config(hardness=0.3),
+    "tiny": BLIP2Config(hardness=0.5),
     "small": BLIP2Config(vision=CLIP_PRESETS["small"], num_queries=16, qformer_width=256,
                          qformer_layers=6, embed_dim=256, hardness=0.3),
     "vit-l": replace(BERT, vision=CLIP_PRESETS["ViT-L/14"], image_size=224),
@@ -615,11 +615,14 @@ PAPERS = {"": PAPER, "blip2-stage2": replace(PAPER, steps=80000, batch_size=1920
           "blip2-vqa": replace(FINE_TUNING, steps=54000, batch_size=128, layer_decay=0.95),
           "blip2-retrieval": replace(FINE_TUNING, steps=12600, batch_size=224, layer_decay=0.95),
           "blip2-instruct": replace(PAPER, steps=60000, batch_size=128, lr=1e-5, warmup=1000)}
-TINY = Recipe(steps=400, batch_size=96, lr=1e-3, weight_decay=0.05, schedule="linear",
+TINY = Recipe(steps=390, batch_size=64, lr=1e-3, weight_decay=0.05, schedule="linear",
               optimizer="muon", muon_lr_multiplier=4.0, lr_multipliers={"temp": 0.1})
-TUNE = replace(TINY, steps=200, lr=2.5e-4, layer_decay=0.8)
+WRITE = replace(TINY, steps=780, batch_size=96)
+TUNE = replace(WRITE, steps=300, lr=5e-4, layer_decay=0.8)
 RECIPES = {
-    "tiny": TINY, "tiny blip2-vqa": TUNE, "tiny blip2-captions": TUNE, "tiny blip2-retrieval": TUNE,
+    "tiny": TINY, "tiny blip2-stage2": WRITE, "tiny blip2-stage2-t5": WRITE,
+    "tiny blip2-instruct": replace(WRITE, steps=500),
+    "tiny blip2-vqa": TUNE, "tiny blip2-captions": TUNE, "tiny blip2-retrieval": TUNE,
     "small": replace(TINY, steps=6000, batch_size=512, lr=5e-4, warmup=300),
     "vit-l blip2-retrieval": replace(PAPERS["blip2-retrieval"], lr=5e-6, layer_decay=1.0),
     **{f"{size} {stage}".rstrip(): recipe for size in ("vit-l", "vit-g")
@@ -662,7 +665,8 @@ def data_sources(world, tokenizer, config):
     if c.losses == "instruct":           # balanced: by the square root of their number (paper, 2.3)
         shares = {name: size ** c.balance for name, size in INSTRUCT_SIZES.items()}
         return [DataSource(world, collate, kinds=shares, sizes=INSTRUCT_SIZES)]
-    return [DataSource(world, collate, kinds={kind: 1}) for kind in kinds]
+    shares = {"caption": 2, "question": 1}
+    return [DataSource(world, collate, share=shares[kind], kinds={kind: 1}) for kind in kinds]
 
 
 # ------------------------------------------------------------------ using a trained model
