@@ -484,7 +484,7 @@ class Stage2(BLIP2):
         ids, mask = batch["ids"].to(pixels.device), batch["mask"].to(pixels.device)
         asked = None
         if c.asks_qformer:
-            prompts = [c.wording(turn["prompt"]) for turns in pages for turn in turns
+            prompts = [turn["prompt"] or c.wording("") for turns in pages for turn in turns
                        for frames in turn["images"] for _ in frames]
             vocabulary = getattr(tokenizer, "qformer", tokenizer)     # InstructBLIP has two
             asked = vocabulary.batch(prompts, c.qformer_context_length).to(pixels.device)

@@ -138,7 +138,7 @@ class TestStage2:
             tokenizer.qformer = ToyWords()               # the Q-Former has a vocabulary of its own
         x, mask, state = model.prepare(records, tokenizer)
         pixels = torch.tensor([[255, 0, 0], [0, 0, 255]], dtype=torch.uint8)[:, :, None, None]
-        asked = None if losses == "lm" else ToyWords().batch(map(model.config.wording, texts), 11)
+        asked = None if losses == "lm" else ToyWords().batch(texts, 11)
         visuals = visual_by_hand(model, loop_pixels(pixels.expand(2, 3, 15, 15)), asked)
         for row, record in enumerate(records):
             segments = prompt_segments(record["turns"], model.config, BOS)
