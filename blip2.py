@@ -617,7 +617,7 @@ PAPERS = {"": PAPER, "blip2-stage2": replace(PAPER, steps=80000, batch_size=1920
           "blip2-instruct": replace(PAPER, steps=60000, batch_size=128, lr=1e-5, warmup=1000)}
 TINY = Recipe(steps=390, batch_size=64, lr=1e-3, weight_decay=0.05, schedule="linear",
               optimizer="muon", muon_lr_multiplier=4.0, lr_multipliers={"temp": 0.1})
-WRITE = replace(TINY, steps=780, batch_size=96)
+WRITE = replace(TINY, steps=860, batch_size=96)
 TUNE = replace(WRITE, steps=300, lr=5e-4, layer_decay=0.8)
 RECIPES = {
     "tiny": TINY, "tiny blip2-stage2": WRITE, "tiny blip2-stage2-t5": WRITE,
@@ -656,17 +656,17 @@ def data_sources(world, tokenizer, config):
         split = "web" if getattr(world, "web_texts", None) else "train"
         return [DataSource(world, CaptionBatch(tokenizer, c), split=split)]
     collate = PromptBatch(tokenizer, c, training_rows)
-    kinds = {"lm": ("caption", "question"), "captions": ("caption",), "vqa": ("question",),
-             "instruct": tuple(INSTRUCT_SIZES)}[c.losses]
+    kinds = {"lm": {"caption": 5, "question": 1}, "captions": {"caption": 1},
+             "vqa": {"question": 1}, "instruct": INSTRUCT_SIZES}[c.losses]       # {task: its share}
     if not world.tasks and "caption" in kinds:       # captions are all there is
         return [DataSource(world, collate)]
     if not {*kinds} <= {*world.tasks}:
-        raise ValueError(f"{c.losses}: {world.name} has no {kinds[0]} records")
+        raise ValueError(f"{c.losses}: {world.name} has no question records")
     if c.losses == "instruct":           # balanced: by the square root of their number (paper, 2.3)
-        shares = {name: size ** c.balance for name, size in INSTRUCT_SIZES.items()}
-        return [DataSource(world, collate, kinds=shares, sizes=INSTRUCT_SIZES)]
-    shares = {"caption": 2, "question": 1}
-    return [DataSource(world, collate, share=shares[kind], kinds={kind: 1}) for kind in kinds]
+        shares = {name: size ** c.balance for name, size in kinds.items()}
+        return [DataSource(world, collate, kinds=shares, sizes=kinds)]
+    return [DataSource(world, collate, share=share, kinds={kind: 1})
+            for kind, share in kinds.items()]
 
 
 # ------------------------------------------------------------------ using a trained model
