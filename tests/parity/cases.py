@@ -11,6 +11,7 @@ import torch.nn.functional as F
 import blip2
 from blip import BLIPConfig, make_model
 from clip import CLIP, CLIPConfig
+from common.bert import starts_with
 from common.data.images import normalize_pixels
 from common.generation import generate
 from common.language import LanguageConfig, LanguageModel
@@ -464,7 +465,7 @@ class BlipCase:
 
     def our_lm(self, model, images, ids, answers):
         image, prompt = model.vision(normalize_pixels(images)), ids[:1, :2].repeat(B, 1)
-        logits = model.logits(model.starts_with(ids, model.config.dec_id), mask=REAL, context=image)
+        logits = model.logits(starts_with(ids, model.config.dec_id), mask=REAL, context=image)
         loss = model.lm(image, ids, ids.masked_fill(~REAL, -100))
         return {"logits": logits[REAL], "loss": loss} | self.write(
             model, self.first(prompt, "dec_id"), context=image)
