@@ -83,12 +83,12 @@ class TestTrains:
 
 class TestRecipes:
     @pytest.mark.parametrize("preset, stage, steps, batch, lr", [
-        ("vit-l", "blip2-stage1", 250000, 2320, 1e-4), ("vit-g", "blip2-stage1", 250000, 1680, 1e-4),
-        ("vit-g", "blip2-stage2", 80000, 1920, 1e-4), ("vit-l", "blip2-stage2-t5", 80000, 1520, 1e-4),
-        ("vit-g", "blip2-captions", 11000, 256, 1e-5), ("vit-g", "blip2-retrieval", 12600, 224, 1e-5),
-        ("vit-l", "blip2-retrieval", 12600, 224, 5e-6), ("vit-g", "blip2-instruct", 60000, 128, 1e-5)])
+        ("vit-l", "stage1", 250000, 2320, 1e-4), ("vit-g", "stage1", 250000, 1680, 1e-4),
+        ("vit-g", "stage2", 80000, 1920, 1e-4), ("vit-l", "stage2-t5", 80000, 1520, 1e-4),
+        ("vit-g", "captions", 11000, 256, 1e-5), ("vit-g", "retrieval", 12600, 224, 1e-5),
+        ("vit-l", "retrieval", 12600, 224, 5e-6), ("vit-g", "instruct", 60000, 128, 1e-5)])
     def test_the_papers_numbers(self, preset, stage, steps, batch, lr):
-        recipe = find_recipe(RECIPES, preset, (stage, "shapes", "lm"), {})
+        recipe = find_recipe(RECIPES, preset, (f"blip2-{stage}", "shapes", "lm"), {})
         assert (recipe.steps, recipe.batch_size, recipe.lr) == (steps, batch, lr)
         assert (recipe.weight_decay, recipe.optimizer) == (0.05, "adamw")
 
