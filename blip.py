@@ -698,12 +698,10 @@ def from_pretrained(path):
     return model.eval(), tokenizer
 
 
-def open_trained(path, losses):
+def open_trained(path, needs):
     """`from_pretrained` of a model with one of these losses. Raises ValueError for another."""
     model, tokenizer = from_pretrained(path)
-    if not set(losses) & set(model.losses):
-        raise ValueError(f"{path}: its losses are {model.config.losses}; this needs one with "
-                         + " or ".join(losses))
+    matching.check_losses(path, model.config.losses, model.config.losses, needs)
     return model, tokenizer
 
 

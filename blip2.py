@@ -34,7 +34,7 @@ Differs from the papers
   captions; it answers zero-shot). A T5 gets the first words of half of the captions as its prefix.
   The text's weights of the Q-Former stay in stage 2, unused and frozen, for questions and
   instructions after it (released code: drops them).
-- Fine-tuning keeps the image size unless --set image_size=... (paper: 364 or 490).
+- Fine-tuning keeps the image size unless --set resize_to=... (paper: 364 or 490).
 - Instructions: three held-in data sets of the world with eight templates, drawn a record at a time
   (paper: 13 with 10 to 15 each; released code: a batch at a time). Long ones are cut at the end.
 - Published weights: images are cropped to a square (released code: squeezed to one), captions are
@@ -104,7 +104,7 @@ class BLIP2Config:
     """
     vision: CLIPConfig | EVAConfig = CLIP_PRESETS["tiny"]
     language: LanguageConfig | None = None           # or a T5Config; None: the first stage
-    image_size: int = 0                  # 0: the vision encoder's; else its positions are resized
+    resize_to: int = 0                   # image size; 0: the vision encoder's own
     num_queries: int = 8                 # Q
     qformer_width: int = 128
     qformer_layers: int = 4
@@ -133,12 +133,17 @@ class BLIP2Config:
         if isinstance(self.language, dict):
             part = language_config(self.language)
             object.__setattr__(self, "language", part)
-        if not self.image_size:
-            object.__setattr__(self, "image_size", self.vision.image_size)
+        if getattr(self.vision, "stages", ()):
+            raise ValueError("vision: a ResNet; BLIP-2 takes the tokens of a ViT")
         options.check_fields(
             self, {"losses": FIRST + SECOND},
-            dict.fromkeys(("balance", "hardness", "label_smoothing", "pad_id", "eos_id", "cls_id",
-                           "dec_id"), 0), {"label_smoothing": 1})
+            dict.fromkeys(("resize_to", "balance", "hardness", "label_smoothing", "pad_id", "eos_id",
+                           "cls_id", "dec_id"), 0), {"label_smoothing": 1})
+
+    @property
+    def image_size(self):
+        """Pixels a side; positions of another size are interpolated, see `BLIP2.adapt`."""
+        return self.resize_to or self.vision.image_size
 
     @property
     def asks_qformer(self):
@@ -438,7 +443,7 @@ class Stage2(BLIP2):
     def visual_prompt(self, images, ids=None):
         """images float (N, 3, H, W), normalized -> (N, Q, D of the language model).
 
-        ids int64 (N, T): an instruction, to which the queries attend (InstructBLIP, 2.2), or None.
+        ids int64 (N, T): an instruction, to which the queries attend (InstructBLIP, 2.3), or None.
         """
         c, image, mask = self.config, self.vision(images), None       # (N, S, C)
         if ids is not None:
@@ -593,8 +598,8 @@ PRESETS = {
     "tiny": BLIP2Config(hardness=0.5),
     "small": BLIP2Config(vision=CLIP_PRESETS["small"], num_queries=16, qformer_width=256,
                          qformer_layers=6, embed_dim=256, hardness=0.3),
-    "vit-l": replace(BERT, vision=CLIP_PRESETS["ViT-L/14"], image_size=224),
-    "vit-g": replace(BERT, vision=EVAConfig(), image_size=224),
+    "vit-l": replace(BERT, vision=CLIP_PRESETS["ViT-L/14"]),
+    "vit-g": replace(BERT, vision=EVAConfig()),
 }
 NORM, VISION, TEXT = "vision.norm.*", "vision.*", "qformer.*"
 QUERIES = ("qformer.query_tokens", "qformer.norm.*", "qformer.blocks.*.attn*",
@@ -662,7 +667,7 @@ def data_sources(world, tokenizer, config):
         return [DataSource(world, collate)]
     if not {*kinds} <= {*world.tasks}:
         raise ValueError(f"{c.losses}: {world.name} has no question records")
-    if c.losses == "instruct":           # balanced: by the square root of their number (paper, 2.3)
+    if c.losses == "instruct":           # balanced: by the square root of their number (paper, 2.4)
         shares = {name: size ** c.balance for name, size in kinds.items()}
         return [DataSource(world, collate, kinds=shares, sizes=kinds)]
     return [DataSource(world, collate, share=share, kinds={kind: 1})
@@ -693,10 +698,8 @@ def open_trained(path, needs):
     """
     model, tokenizer = from_pretrained(path)
     losses = model.config.losses
-    can = {"lm": "lm,vqa", "captions": "lm", "instruct": "lm,vqa"}.get(losses, losses).split(",")
-    if not set(needs) & set(can):
-        raise ValueError(f"{path}: its losses are {losses}; this needs one with "
-                         + " or ".join(needs))
+    can = {"lm": "lm,vqa", "captions": "lm", "instruct": "lm,vqa"}.get(losses, losses)
+    matching.check_losses(path, losses, can, needs)
     return model, tokenizer
 
 

@@ -3,6 +3,7 @@
     python train.py clip                                       about 90 seconds on 2 CPU cores
     python train.py lm && python train.py flamingo             what Flamingo freezes, then Flamingo
     python train.py blip                                       from the image encoder of that CLIP
+    python train.py blip2-stage1 && python train.py blip2-stage2      a Q-Former between both
     python train.py clip --data jsonl:captions.jsonl           your own; see common/data/files.py
     python train.py clip --resume                              continue after a stop or a kill
     torchrun --nproc_per_node=2 train.py clip --out runs/two   the same run on two processes
@@ -45,7 +46,7 @@ from common.training.optimizer import (find_recipe, freeze, learning_rate, make_
                                        set_learning_rate, store_frozen)
 from common.training.options import add_options, parser, run_main, with_settings
 from common.training.run import (Options, Run, check, open_parts, open_start, restore, save,
-                                 stop_on_signals)
+                                 stop_on_signals, with_start)
 from common.training.run_folder import RunFolder, default_folder
 
 BEGAN, ROOT = time.time(), Path(__file__).parent
@@ -56,9 +57,8 @@ class Stage:
     """A row of the table. file has PRESETS, RECIPES, TRAINS and data_sources.
 
     parts: {field of the config: (the stage whose run it comes from, the module of the model, and
-    perhaps the kind of language model)};
-    optional: those that the stage can do without. losses: as of --losses; init: the stage whose run
-    is that of --init.
+    perhaps the kind of language model)}; optional: those that the stage can do without. losses: as
+    of --losses; init: the stage whose run is that of --init.
     """
     about: str
     file: object
@@ -128,10 +128,7 @@ def build(name, options, settings, began):
     options.check_counts()
     if options.preset not in stage.file.PRESETS:
         raise ValueError(f"--preset {options.preset}: {name} has {', '.join(stage.file.PRESETS)}")
-    if stage.init and not options.init:
-        options = dataclasses.replace(options, init=str(default_folder(stage.init, options)))
-    if stage.init and options.init == "none":        # from the parts alone
-        options = dataclasses.replace(options, init=None)
+    options = with_start(stage, options)
     folder = RunFolder(options.out or default_folder(name, options, options.losses))
     config, tokenizer = open_start(stage, name, options, folder)
     if options.losses and not hasattr(config, "losses"):

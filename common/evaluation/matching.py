@@ -121,6 +121,16 @@ def samples(model, data, pool, count=6, wrong=2):
 
 # ------------------------------------------------------------------ commands
 
+def check_losses(path, losses, can, needs):
+    """Raise ValueError unless a run with these losses can do one of what a command needs.
+
+    losses, can: lists with commas, such as "itc,itm".
+    """
+    if not {*needs} & {*can.split(",")}:
+        raise ValueError(f"{path}: its losses are {losses}; this needs one with "
+                         + " or ".join(needs))
+
+
 def main(description, open_trained, capfilt_texts=None, open_clip=None):
     """The command line of a model that matches and writes: caption, match, answer, search, and
     with capfilt_texts bootstrap.

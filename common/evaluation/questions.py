@@ -100,7 +100,7 @@ def ranked_answers(writer, world, count):
 
 
 def ranked_tasks(writer, world, count, kinds):
-    """Tasks with candidates, of which the likeliest counts (InstructBLIP, 2.4)."""
+    """Tasks with candidates, of which the likeliest counts (InstructBLIP, 2.5)."""
     figures = {}
     for kind in kinds:
         records = draw_tasks(world, kind, count)

@@ -96,6 +96,14 @@ class Run:
         return self.seconds + time.time() - self.began
 
 
+def with_start(stage, options):
+    """The options with the run that the stage starts from; --init none: from its parts alone."""
+    if not stage.init:
+        return options
+    init = options.init or str(default_folder(stage.init, options))
+    return dataclasses.replace(options, init=None if init == "none" else init)
+
+
 def open_start(stage, name, options, folder):
     """The config that a run starts from, and its tokenizer or None: the preset's, or --init's."""
     file, preset = stage.file, stage.file.PRESETS[options.preset]

@@ -40,7 +40,8 @@ class TestEVAConfig:
 class TestBLIP2Config:
     @pytest.mark.parametrize("changes, values", [
         ({"losses": "itg"}, "losses=itg"), ({"num_queries": 0}, "num_queries=0"),
-        ({"label_smoothing": 1.5}, "label_smoothing=1.5"), ({"hardness": -1}, "hardness=-1")])
+        ({"label_smoothing": 1.5}, "label_smoothing=1.5"),
+        ({"vision": {"stages": [1, 1, 1, 1]}}, "vision: a ResNet"), ({"hardness": -1}, "hardness=-1")])
     def test_a_value_that_no_model_can_have_is_refused(self, changes, values):
         with refused(values):
             BLIP2Config(**changes)
@@ -52,6 +53,7 @@ class TestBLIP2Config:
 
     def test_sizes_follow_the_frozen_models(self):
         assert BLIP2Config(vision=EVAConfig(image_size=28)).image_size == 28
+        assert BLIP2Config(vision=EVAConfig(image_size=28), resize_to=42).image_size == 42
         assert toy_blip2("gpt2").config.context_length == 31, "the language model's"
         assert toy_blip2().config.context_length == 11, "the Q-Former's"
 
@@ -166,7 +168,7 @@ class TestBLIP2:
         assert not model.vision.vit.training and model.qformer.training
 
     def test_another_run_gives_what_it_has_and_its_positions_are_resized(self):
-        first, second = toy_blip2(), toy_blip2("gpt2", image_size=25)
+        first, second = toy_blip2(), toy_blip2("gpt2", resize_to=25)
         own = {name: value.clone() for name, value in second.state_dict().items()}
         found = second.adapt(first.state_dict())
         assert found.keys() == own.keys()

@@ -6,12 +6,12 @@ import torch
 
 from common.data.images import MEAN, STD, normalize_pixels
 from common.evaluation import matching
-from common.evaluation.matching import (filter_figures, image_tokens, judgement, match_scores,
-                                        most_similar, probabilities, reranked)
+from common.evaluation.matching import (check_losses, filter_figures, image_tokens, judgement,
+                                        match_scores, most_similar, probabilities, reranked)
 from common.evaluation.questions import draw_tasks
 from common.evaluation.retrieval import Pool
 from common.evaluation.sheet import GREEN, RED
-from tests.helpers import Numbers, NumbersData, assert_close, drawing
+from tests.helpers import Numbers, NumbersData, assert_close, drawing, refused
 
 
 class Model:
@@ -38,6 +38,13 @@ class Model:
 def pool(scores):
     """A Pool of 13 images and texts with these cosines."""
     return Pool(Numbers(), NumbersData().records("test"), scores, torch.eye(13))
+
+
+class TestCheckLosses:
+    def test_one_of_what_a_command_needs_is_enough(self):
+        check_losses("runs/x", "itc,itm", "itc,itm", ("lm", "itm"))
+        with refused("runs/x.*its losses are vqa; .* lm or itm"):
+            check_losses("runs/x", "vqa", "vqa", ("lm", "itm"))
 
 
 class TestMostSimilar:

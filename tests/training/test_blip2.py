@@ -187,9 +187,15 @@ class TestRuns:
                     weights(runs / "lm-toy-t5-tiny")["lm.token_embed.weight"])
 
     def test_a_larger_image_has_interpolated_positions(self, runs, tmp_path):
-        run = built("blip2-vqa", ["image_size=48"], runs=str(runs), out=str(tmp_path / "new"))
+        run = built("blip2-vqa", ["resize_to=48"], runs=str(runs), out=str(tmp_path / "new"))
         assert run.model.vision.vit.pos_embed.shape[0] == 1 + 36
         assert run.world.image_size == 48
+
+    def test_images_have_the_size_of_the_clip_run(self, runs, tmp_path):
+        train.save(built("clip", ["image_size=48", *SETTINGS["clip"]], out=str(tmp_path / "clip")))
+        run = built("blip2-stage1", SIZES, parts=[f"vision={tmp_path / 'clip'}"],
+                    out=str(tmp_path / "new"))
+        assert run.world.image_size == run.config.image_size == 48
 
     def test_two_processes_end_with_the_weights_of_one(self, runs, tmp_path, monkeypatch):
         argv = ["blip2-stage1", "--data", "toy", "--runs", str(runs), "--steps", "2", "--precision",
