@@ -3,6 +3,7 @@
 Models are imported where they are made, so that a file with a mistake fails its own tests alone.
 """
 import contextlib
+import copy
 import io
 import itertools
 import json
@@ -462,6 +463,30 @@ def in_processes(count, function):
             raise AssertionError(f"process {rank} fails: {error!r}") from error
     with ThreadPoolExecutor(count) as pool:
         return list(pool.map(process, range(count)))
+
+
+def assert_two_equal_one(whole, batch):
+    """Two processes with half of the batch each have the mean losses and the gradients of one.
+
+    The first half's texts are cut to 6 tokens, as long as its longest. Returns the two models.
+    """
+    both = [copy.deepcopy(whole) for _ in range(2)]
+    shares = [{name: x[rows] for name, x in batch.items()} for rows in (slice(3), slice(3, 6))]
+    for name in ("ids", "labels"):
+        shares[0][name] = shares[0][name][:, :6]
+    count = (batch["labels"][:, 1:] != -100).sum()
+    found = in_processes(2, lambda rank, gather: both[rank](
+        shares[rank] | {"label_count": count / 2}, gather))
+    expected = whole(batch | {"label_count": count})
+    for name, loss in expected.items():
+        assert_close(f"mean {name}", sum(losses[name] for losses in found) / 2, loss, 1e-6)
+    sum(loss / 2 for losses in found for loss in losses.values()).backward()
+    sum(expected.values()).backward()
+    for name, p in whole.named_parameters():
+        if p.requires_grad:
+            grads = [dict(model.named_parameters())[name].grad for model in both]
+            assert_close(f"gradient of {name}", sum(grads), p.grad, 1e-6)
+    return both
 
 
 # The papers in loops and plain products

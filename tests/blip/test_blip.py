@@ -1,5 +1,4 @@
 """BLIP: three uses of one text transformer, three losses, momentum encoders and their queues."""
-import copy
 import math
 from fnmatch import fnmatch
 
@@ -8,7 +7,7 @@ import torch
 
 from blip import MOMENTUM_PARTS, TRAINS, BLIP
 from tests.helpers import (BLIP_CLS, BLIP_DEC, BLIP_ENC, BLIP_PAD, Words, assert_close, assert_same,
-                           blip_batch, blip_ids, drawing, in_processes, linear, loop_bert,
+                           assert_two_equal_one, blip_batch, blip_ids, drawing, linear, loop_bert,
                            loop_head, loop_pixels, loop_vit, refused, toy_blip, unchanged)
 
 ALL = ("itc", "itm", "lm")
@@ -282,23 +281,8 @@ class TestBLIP:
     @pytest.mark.parametrize("changes", [{}, {"momentum": 0.0}, {"hardness": 0.0},
                                          {"losses": "itc"}], ids=str)
     def test_two_processes_have_the_losses_gradients_and_queues_of_one(self, changes):
-        whole, batch = toy_blip(**changes), blip_batch(6, 4, 5, 9, 3, 7)
-        both = [copy.deepcopy(whole) for _ in range(2)]
-        shares = [{name: x[rows] for name, x in batch.items()} for rows in (slice(3), slice(3, 6))]
-        for name in ("ids", "labels"):
-            shares[0][name] = shares[0][name][:, :6]     # as long as its longest text
-        count = (batch["labels"][:, 1:] != -100).sum()
-        found = in_processes(2, lambda rank, gather: both[rank](
-            shares[rank] | {"label_count": count / 2}, gather))
-        expected = whole(batch | {"label_count": count})
-        for name, loss in expected.items():
-            assert_close(f"mean {name}", sum(losses[name] for losses in found) / 2, loss, 1e-6)
-        sum(loss / 2 for losses in found for loss in losses.values()).backward()
-        sum(expected.values()).backward()
-        for name, p in whole.named_parameters():
-            if p.requires_grad:
-                grads = [dict(model.named_parameters())[name].grad for model in both]
-                assert_close(f"gradient of {name}", sum(grads), p.grad, 1e-6)
+        whole = toy_blip(**changes)
+        both = assert_two_equal_one(whole, blip_batch(6, 4, 5, 9, 3, 7))
         for name, queue in queue_of(whole).items():
             for model in both:
                 assert_close(name, getattr(model, name), queue, 1e-6)

@@ -1,5 +1,4 @@
 """BLIP-2's first stage: contrast, matching and generation, from one frozen image encoder."""
-import copy
 import math
 from fnmatch import fnmatch
 
@@ -7,9 +6,10 @@ import pytest
 import torch
 
 from blip2 import TRAINS, Stage1
-from tests.helpers import (BLIP_CLS, BLIP_DEC, BLIP_PAD, assert_close, assert_same, blip_batch,
-                           blip_ids, in_processes, linear, loop_head, loop_image_tokens,
-                           loop_pixels, loop_qformer, make_cache, refused, toy_blip2, unchanged)
+from tests.helpers import (BLIP_CLS, BLIP_DEC, BLIP_PAD, assert_close, assert_same,
+                           assert_two_equal_one, blip_batch, blip_ids, linear, loop_head,
+                           loop_image_tokens, loop_pixels, loop_qformer, make_cache, refused,
+                           toy_blip2, unchanged)
 
 Q = 3
 
@@ -196,22 +196,7 @@ class TestStage1:
         assert all(loss.isfinite() for loss in found.values()), f"{found}"
 
     def test_two_processes_have_the_losses_and_gradients_of_one(self):
-        whole, batch = toy_blip2(), blip_batch(6, 4, 5, 9, 3, 7)
-        both = [copy.deepcopy(whole) for _ in range(2)]
-        shares = [{name: x[rows] for name, x in batch.items()} for rows in (slice(3), slice(3, 6))]
-        for name in ("ids", "labels"):
-            shares[0][name] = shares[0][name][:, :6]     # as long as its longest text
-        count = (batch["labels"][:, 1:] != -100).sum()
-        found = in_processes(2, lambda rank, gather: both[rank](
-            shares[rank] | {"label_count": count / 2}, gather))
-        expected = whole(batch | {"label_count": count})
-        for name, loss in expected.items():
-            assert_close(f"mean {name}", sum(losses[name] for losses in found) / 2, loss, 1e-6)
-        sum(loss / 2 for losses in found for loss in losses.values()).backward()
-        sum(expected.values()).backward()
-        for name, p in whole.named_parameters():
-            grads = [dict(model.named_parameters())[name].grad for model in both]
-            assert_close(f"gradient of {name}", sum(grads), p.grad, 1e-6)
+        assert_two_equal_one(toy_blip2(), blip_batch(6, 4, 5, 9, 3, 7))
 
     @pytest.mark.parametrize("batch_size, accumulate", [(1, 1), (4, 2)])
     def test_a_batch_that_the_losses_cannot_take_is_refused(self, batch_size, accumulate):
