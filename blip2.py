@@ -529,7 +529,7 @@ def prompt_segments(turns, c, bos_id):
         segments.append(Segment((VISUAL,) * (c.num_queries * frames)))
         if not number and not is_t5:
             segments.append(Segment((bos_id,)))
-        segments.append(Segment(turn.get("prefix", c.wording(turn["prompt"]))))
+        segments.append(Segment(f"{c.wording(turn['prompt'])} {turn.get('prefix', '')}".strip()))
         if number + 1 < len(turns):
             segments.append(Segment(f" {turn['answer']}. "))
     return segments + [Segment((c.language.eos_id,))] * is_t5
@@ -622,11 +622,11 @@ PAPERS = {"": PAPER, "blip2-stage2": replace(PAPER, steps=80000, batch_size=1920
           "blip2-instruct": replace(PAPER, steps=60000, batch_size=128, lr=1e-5, warmup=1000)}
 TINY = Recipe(steps=390, batch_size=64, lr=1e-3, weight_decay=0.05, schedule="linear",
               optimizer="muon", muon_lr_multiplier=4.0, lr_multipliers={"temp": 0.1})
-WRITE = replace(TINY, steps=860, batch_size=96)
-TUNE = replace(WRITE, steps=300, lr=5e-4, layer_decay=0.8)
+WRITE = replace(TINY, steps=1200, batch_size=48)
+TUNE = replace(WRITE, steps=600, lr=5e-4, layer_decay=0.8)
 RECIPES = {
     "tiny": TINY, "tiny blip2-stage2": WRITE, "tiny blip2-stage2-t5": WRITE,
-    "tiny blip2-instruct": replace(WRITE, steps=500),
+    "tiny blip2-instruct": replace(WRITE, steps=1000),
     "tiny blip2-vqa": TUNE, "tiny blip2-captions": TUNE, "tiny blip2-retrieval": TUNE,
     "small": replace(TINY, steps=6000, batch_size=512, lr=5e-4, warmup=300),
     "vit-l blip2-retrieval": replace(PAPERS["blip2-retrieval"], lr=5e-6, layer_decay=1.0),
@@ -661,17 +661,17 @@ def data_sources(world, tokenizer, config):
         split = "web" if getattr(world, "web_texts", None) else "train"
         return [DataSource(world, CaptionBatch(tokenizer, c), split=split)]
     collate = PromptBatch(tokenizer, c, training_rows)
-    kinds = {"lm": {"caption": 5, "question": 1}, "captions": {"caption": 1},
+    kinds = {"lm": {"caption": 4, "question": 1}, "captions": {"caption": 1},
              "vqa": {"question": 1}, "instruct": INSTRUCT_SIZES}[c.losses]       # {task: its share}
     if not world.tasks and "caption" in kinds:       # captions are all there is
         return [DataSource(world, collate)]
     if not {*kinds} <= {*world.tasks}:
         raise ValueError(f"{c.losses}: {world.name} has no question records")
-    if c.losses == "instruct":           # balanced: by the square root of their number (paper, 2.4)
-        shares = {name: size ** c.balance for name, size in kinds.items()}
-        return [DataSource(world, collate, kinds=shares, sizes=kinds)]
-    return [DataSource(world, collate, share=share, kinds={kind: 1})
-            for kind, share in kinds.items()]
+    if c.losses != "instruct":
+        return [DataSource(world, collate, kinds=kinds)]
+    # Balanced: by the square root of their number (InstructBLIP, 2.4).
+    shares = {name: size ** c.balance for name, size in kinds.items()}
+    return [DataSource(world, collate, kinds=shares, sizes=kinds)]
 
 
 # ------------------------------------------------------------------ using a trained model

@@ -14,7 +14,7 @@ import torch
 
 from common.data.images import open_frames
 from common.data.safe_read import parse_json, read_bytes
-from common.evaluation.questions import describes, draw_tasks
+from common.evaluation.questions import describes, draw_tasks, exact
 from common.evaluation.sheet import sheet
 from common.generation import generate, score_candidates
 from common.training import options
@@ -44,7 +44,9 @@ class Writer:
             ids = generate(self.logits, prompt, mask, max_new_tokens=max_new_tokens, state=state,
                            stop=self.model.stop_ids,
                            context_length=self.model.config.context_length, **options)
-            texts += [self.tokenizer.decode(row).strip() for row in ids.tolist()]
+            # A frozen language model may go on with another question, as its own texts do.
+            texts += [self.tokenizer.decode(row).partition(". question")[0].strip()
+                      for row in ids.tolist()]
         return texts
 
     @torch.no_grad()
@@ -91,9 +93,10 @@ def samples(writer, data, count=6, shots=True):
 def answers(writer, data, count=8):
     """An image for people: questions on unseen images, and the written answers."""
     records = draw_tasks(data.world, "question", count)
-    rows = [("", turn["images"][0][0], [(None, f"{turn['prompt']} {text}", text == turn["answer"])])
-            for turn, text in zip((record["turns"][0] for record in records),
-                                  writer.generate(records, max_new_tokens=6))]
+    rows = []
+    for record, text in zip(records, writer.generate(records, max_new_tokens=6)):
+        turn, right = record["turns"][0], exact([text], [record]) == 1
+        rows.append(("", turn["images"][0][0], [(None, f"{turn['prompt']} {text}", right)]))
     return sheet(f"Unseen {data.world.name}: questions in new wordings, and the model's answers.",
                  rows)
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from common.data.shapes.world import Shapes
-from common.evaluation.questions import (captions, clips, documents, draw_tasks, episodes, evaluate,
-                                         latest_image, ranked_answers, retrieved_shots,
-                                         text_perplexity, visual_questions)
+from common.evaluation.questions import (captions, clips, documents, draw_tasks, episodes,
+                                         evaluate, exact, latest_image, ranked_answers,
+                                         retrieved_shots, text_perplexity, visual_questions)
 from tests.helpers import Numbers, assert_close, toy_lm
 
 
@@ -77,6 +77,14 @@ class TestEvaluate:
         assert set(more) - set(figures) == {"vqa_accuracy_4_random_shots",
                                             "vqa_accuracy_4_retrieved_shots"}
         assert len(writer.asked[-1]) == 2            # a quarter of the questions
+
+
+class TestExact:
+    @pytest.mark.parametrize("texts, share", [
+        (["red", "two."], 1), (["red.", "two"], 1), (["red..", "two"], 0.5), (["Red", "two!"], 0)])
+    def test_a_full_stop_at_the_end_does_not_count(self, texts, share):
+        records = [{"turns": [{"answer": "no"}, {"answer": "red"}]}, {"turns": [{"answer": "two."}]}]
+        assert exact(texts, records) == share
 
 
 class TestCaptions:

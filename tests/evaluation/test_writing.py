@@ -118,6 +118,14 @@ class TestWriter:
         assert writer.generate([caption()], max_new_tokens=9, num_beams=num_beams) == ["cat"]
         assert writer.generate([], num_beams=num_beams) == []
 
+    @pytest.mark.parametrize("written, text", [
+        (" red. question: what", "red"), ("red. question", "red"), ("red.", "red."),
+        ("there are two. one is red.", "there are two. one is red."), ("a question", "a question")])
+    def test_another_question_is_not_of_the_text(self, written, text):
+        writer = Writer(Follows(cat=EOC), Words())
+        writer.tokenizer.decode = lambda ids: written
+        assert writer.generate([caption()], max_new_tokens=9) == [text]
+
     def test_options_are_those_of_generate(self, writer, records):
         draws = [writer.generate(records, temperature=5.0, max_new_tokens=5,
                                  generator=torch.Generator().manual_seed(seed))

@@ -101,18 +101,17 @@ class TestDataSources:
         return data_sources(world, tokenizer, config)
 
     @pytest.mark.parametrize("kind, losses, kinds, keys", [
-        (None, "itc,itm,itg", [None], "images ids labels draws"),
-        ("gpt2", "lm", [{"caption": 1}, {"question": 1}], "images ids labels mask"),
-        ("t5", "lm", [{"caption": 1}, {"question": 1}], "images ids labels mask answer_ids"),
-        ("gpt2", "captions", [{"caption": 1}], "images ids labels mask"),
-        ("gpt2", "vqa", [{"question": 1}], "images question_ids ids labels mask")])
+        (None, "itc,itm,itg", None, "images ids labels draws"),
+        ("gpt2", "lm", {"caption": 4, "question": 1}, "images ids labels mask"),
+        ("t5", "lm", {"caption": 4, "question": 1}, "images ids labels mask answer_ids"),
+        ("gpt2", "captions", {"caption": 1}, "images ids labels mask"),
+        ("gpt2", "vqa", {"question": 1}, "images question_ids ids labels mask")])
     def test_batches_are_of_the_tasks_records(self, kind, losses, kinds, keys):
-        sources = self.sources(kind, losses=losses)
-        assert [source.kinds for source in sources] == kinds
-        for source in sources:
-            rngs = [random.Random(i) for i in range(4)]
-            batch = source.collate([source.record(i, rng) for i, rng in enumerate(rngs)], rngs)
-            assert {*batch} == {*keys.split()} and batch["images"].shape == (4, 3, 15, 15)
+        source, = self.sources(kind, losses=losses)
+        assert source.kinds == kinds
+        rngs = [random.Random(i) for i in range(4)]
+        batch = source.collate([source.record(i, rng) for i, rng in enumerate(rngs)], rngs)
+        assert {*batch} == {*keys.split()} and batch["images"].shape == (4, 3, 15, 15)
 
     def test_instructions_come_by_the_square_root_of_their_number(self):
         source, = self.sources("t5", losses="instruct")
