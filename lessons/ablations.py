@@ -383,12 +383,13 @@ STAGE2_FIGURES = {"captions": "caption_accuracy_single", "and of two": "caption_
 
 
 def stage1(args):
-    """Figures of BLIP-2's first stage; below, of a second stage from each. Needs RUNS/clip, lm."""
-    steps = args.steps or 200
-    compare(args, {name: ["--steps", str(steps), *flags] for name, flags in STAGE1.items()},
-            steps, "blip2-stage1", STAGE1_FIGURES)
-    compare(args, {f"from {name}": ["--steps", str(steps), "--init", short_run(args, name, steps)]
-                   for name in STAGE1}, steps, "blip2-stage2", STAGE2_FIGURES)
+    """Figures of BLIP-2's first stage; below, of a second stage of twice the steps from each."""
+    first = args.steps or 200
+    second = 2 * first
+    compare(args, {name: ["--steps", str(first), *flags] for name, flags in STAGE1.items()},
+            first, "blip2-stage1", STAGE1_FIGURES)
+    compare(args, {f"from {name}": ["--steps", str(second), "--init", short_run(args, name, first)]
+                   for name in STAGE1}, second, "blip2-stage2", STAGE2_FIGURES)
 
 
 def short_run(args, name, size, seed=0):
@@ -398,7 +399,7 @@ def short_run(args, name, size, seed=0):
 
 def stage2(args):
     """The second stage from RUNS/blip2-stage1 and from nothing, with both language models."""
-    steps = args.steps or 200
+    steps = args.steps or 400
     for stage, name in (("blip2-stage2", "decoder"), ("blip2-stage2-t5", "t5")):
         compare(args, {f"{name}{more}": ["--steps", str(steps), *flags] for more, flags in (
             ("", []), (" without stage 1", ["--init", "none"]))}, steps, stage, STAGE2_FIGURES)
@@ -413,7 +414,8 @@ INSTRUCT = {"instructed": [], "blind q-former": ["--set", "qformer_text=false"],
 
 def instruct(args):
     """InstructBLIP through one query. Statements, dialogues and choices are tasks held out."""
-    steps, start = args.steps or 200, short_run(args, "from 1 queries", args.steps or 200)
+    steps = args.steps or 400
+    start = short_run(args, "from 1 queries", steps)
     compare(args, {name: ["--steps", str(steps), "--init", start, *flags]
                    for name, flags in INSTRUCT.items()}, steps, "blip2-instruct", INSTRUCT_FIGURES)
 

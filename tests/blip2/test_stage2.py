@@ -266,11 +266,14 @@ class TestTrainingRows:
         assert rows["ids"][0] == [VISUAL] * Q + [*prompt, BLIP_EOS]
         assert rows["answer_ids"] == ([BLIP_PAD, *words, BLIP_EOS], [-100, *words, BLIP_EOS])
 
-    def test_of_a_t5_a_caption_is_split_at_every_word_and_often_not(self):
-        splits, words, config = [], "a red dog red cat".split(), toy_blip2("t5").config
+    @pytest.mark.parametrize("prompt", ["", "cat cat"])
+    def test_of_a_t5_a_caption_is_split_at_every_word_and_often_not(self, prompt):
+        splits, words = [], "a red dog red cat".split()
+        config, own = toy_blip2("t5", prompt=prompt).config, AnyWords().encode(prompt)
         for seed in range(200):
             rows = training_rows(turn("", " ".join(words)), AnyWords(), random.Random(seed), config)
-            first = rows["ids"][0][Q:-1]
+            first = rows["ids"][0][Q + len(own):-1]
+            assert rows["ids"][0][Q:Q + len(own)] == own, "the prompt of captions"
             assert first + rows["answer_ids"][0][1:-1] == AnyWords().encode(" ".join(words))
             splits.append(len(first))
         assert {*splits} == {0, 1, 2, 3, 4} and 90 < splits.count(0) < 150, f"{splits.count(0)}"

@@ -226,10 +226,11 @@ class TestBlip2:
         names = [name for _, name, _ in made]
         assert names[:5] == ["stage-1-9-0", "without-itg-9-0", *(f"{n}-queries-9-0"
                                                                  for n in (1, 4, 16))]
-        assert [name for _, name, _ in made[5:]] == [f"from-{name}" for name in names[:5]]
+        assert [name for _, name, _ in made[5:]] == [
+            f"from-{name.replace('-9-', '-18-')}" for name in names[:5]]
         assert made[1] == ("blip2-stage1", names[1], "--steps 9 --losses itc,itm")
-        assert made[9] == ("blip2-stage2", "from-16-queries-9-0",
-                           "--steps 9 --init a/ablations/16-queries-9-0")
+        assert made[9] == ("blip2-stage2", "from-16-queries-18-0",
+                           "--steps 18 --init a/ablations/16-queries-9-0")
 
     def test_stage_2_with_and_without_the_first(self, said, monkeypatch):
         made = self.runs(said, monkeypatch, "stage2", ablations.STAGE2_FIGURES)
