@@ -626,7 +626,7 @@ WRITE = replace(TINY, steps=1200, batch_size=48)
 TUNE = replace(WRITE, steps=600, lr=5e-4, layer_decay=0.8)
 RECIPES = {
     "tiny": TINY, "tiny blip2-stage2": WRITE, "tiny blip2-stage2-t5": WRITE,
-    "tiny blip2-instruct": replace(WRITE, steps=1000),
+    "tiny blip2-instruct": replace(WRITE, steps=600),
     "tiny blip2-vqa": TUNE, "tiny blip2-captions": TUNE, "tiny blip2-retrieval": TUNE,
     "small": replace(TINY, steps=6000, batch_size=512, lr=5e-4, warmup=300),
     "vit-l blip2-retrieval": replace(PAPERS["blip2-retrieval"], lr=5e-6, layer_decay=1.0),
