@@ -6,7 +6,7 @@ Models (Li, Li, Savarese, Hoi, 2023), and InstructBLIP (Dai et al., 2023).
     stage 1   image -> frozen ViT -> norm ---+ keys, values of every second layer
                                              v
               [ Q learned queries | text ] -> self-attention -> two MLPs -> ITC, ITM, ITG
-                                              three masks: masks.py draws them
+                                              three masks: masks.unimodal draws them
     stage 2   queries -> linear -> [ visual prompt | text ] -> frozen language model -> next word
 
     python train.py clip && python train.py lm             what is frozen
@@ -35,8 +35,9 @@ Differs from the papers
   The text's weights of the Q-Former stay in stage 2, unused and frozen, for questions and
   instructions after it (released code: drops them).
 - Fine-tuning keeps the image size unless --set resize_to=... (paper: 364 or 490).
-- Instructions: three held-in data sets of the world with eight templates, drawn a record at a time
-  (paper: 13 with 10 to 15 each; released code: a batch at a time). Long ones are cut at the end.
+- InstructBLIP also trains the image norm and the projection, as released (paper: the Q-Former).
+  Three held-in data sets of the world with eight templates, drawn a record at a time (paper: 13
+  with 10 to 15 each, some shares set by hand; released code: a batch at a time).
 - Published weights: images are cropped to a square (released code: squeezed to one), captions are
   not cleaned, beams have no least length and no repetition penalty.
 """
@@ -137,8 +138,8 @@ class BLIP2Config:
             raise ValueError("vision: a ResNet; BLIP-2 takes the tokens of a ViT")
         options.check_fields(
             self, {"losses": FIRST + SECOND},
-            dict.fromkeys(("resize_to", "balance", "hardness", "label_smoothing", "pad_id", "eos_id",
-                           "cls_id", "dec_id"), 0), {"label_smoothing": 1})
+            dict.fromkeys(("resize_to", "balance", "hardness", "label_smoothing", "pad_id",
+                           "eos_id", "cls_id", "dec_id"), 0), {"label_smoothing": 1})
 
     @property
     def image_size(self):
@@ -165,7 +166,7 @@ class BLIP2Config:
 # ------------------------------------------------------------------ the frozen image encoder
 
 class ImageEncoder(nn.Module):
-    """The tokens of a frozen ViT's second-last layer under a trained norm (paper, 3.4)."""
+    """The tokens of a frozen ViT's second-last layer (paper, 3.4), then a trained norm (code)."""
 
     def __init__(self, c):
         super().__init__()
@@ -173,7 +174,8 @@ class ImageEncoder(nn.Module):
         if isinstance(v, CLIPConfig):
             self.vit = image_tower(replace(v, image_size=c.image_size))
             del self.vit.transformer.blocks[-1]
-            self.vit.ln_post, eps = None, 1e-5
+            self.vit.ln_post = None
+            eps = 1e-5
         else:
             blocks = [vit_block(width=v.vision_width, heads=v.vision_heads, hidden=v.vision_hidden,
                                 eps=v.vision_eps) for _ in range(v.vision_layers)]
@@ -193,7 +195,7 @@ class QFormerBlock(nn.Module):
     """A BERT layer that queries and text share but for two parts (paper, Figure 2).
 
     The queries alone cross-attend to the image (context_width None: in this layer they do not), and
-    queries and text have an MLP each. Norms come last.
+    queries and text have an MLP each. A norm follows each sum.
     """
 
     def __init__(self, *, width, heads, context_width=None, has_text=True):
@@ -341,7 +343,7 @@ class Stage1(BLIP2):
     def forward(self, batch, gather=losses.no_gather):
         """A batch of `CaptionBatch` with "label_count" -> {"itc", "itm", "itg": scalar, in nats}.
 
-        The queries never attend to the text but for matching, so they are computed once.
+        The queries attend to the text in matching alone; the two others share one pass of them.
         """
         ids, cache = batch["ids"], KVCache()
         image = self.vision(normalize_pixels(batch["images"]))        # (B, S, C)
@@ -375,10 +377,10 @@ class Stage1(BLIP2):
                                c.context_length, c.pad_id)
 
     def text_logits(self, ids, cache):
-        """Image-grounded text generation: [DEC] text, ids int64 (B, T) -> logits (B, T, V).
+        """Image-grounded text generation: ids int64 (B, T) -> logits (B, T, V).
 
-        cache: the queries' keys and values in every layer. Text attends to them and to the text
-        before it, never to the image itself.
+        [DEC] replaces the first id. cache: the queries' keys and values in every layer. Text
+        attends to them and to the text before it, never to the image itself.
         """
         c, T = self.config, ids.shape[1]
         mask = causal(T, c.num_queries, ids.device)                   # padding comes last
@@ -503,11 +505,13 @@ class Stage2(BLIP2):
     def evaluate(self, data, count=400):
         """Captions and questions, as far as the task has them -> {name: number}."""
         writer, world, task = writing.Writer(self, data.tokenizer), data.world, self.config.losses
+        # Instructions are taken as they are, so that questions need their template here.
+        template = self.config.question_prompt if task == "instruct" else "{}"
         figures = questions.captions(writer, world, count) if task != "vqa" else {}
         if task != "captions" and world.tasks:
-            figures |= questions.visual_questions(writer, world, count)
+            figures |= questions.visual_questions(writer, world, count, template)
         if task == "instruct" and world.tasks:
-            figures |= questions.ranked_tasks(writer, world, count, HELD_OUT)
+            figures |= questions.ranked_tasks(writer, world, count, HELD_OUT, template)
         return figures
 
     @torch.no_grad()
@@ -521,7 +525,7 @@ class Stage2(BLIP2):
 def prompt_segments(turns, c, bos_id):
     """Turns whose last answer is open -> segments: of each turn its visual tokens, then its text.
 
-    A decoder's <bos> follows the first image, a T5's prompt ends with <eos> (released code).
+    Without an encoder <bos> follows the first image; a T5's prompt ends with <eos> (released code).
     """
     segments, is_t5 = [], c.language.kind == "t5"
     for number, turn in enumerate(turns):
@@ -601,12 +605,12 @@ PRESETS = {
     "vit-l": replace(BERT, vision=CLIP_PRESETS["ViT-L/14"]),
     "vit-g": replace(BERT, vision=EVAConfig()),
 }
-NORM, VISION, TEXT = "vision.norm.*", "vision.*", "qformer.*"
+NORM, VISION, QFORMER = "vision.norm.*", "vision.*", "qformer.*"
 QUERIES = ("qformer.query_tokens", "qformer.norm.*", "qformer.blocks.*.attn*",
            "qformer.blocks.*.cross*", "qformer.blocks.*.mlp*", "projection.*")
 TRAINS = {"blip2-stage1": (NORM, "[!v]*"), "blip2-stage2": (NORM, *QUERIES),
-          "blip2-stage2-t5": (NORM, *QUERIES), "blip2-instruct": (NORM, TEXT, "projection.*"),
-          "blip2-vqa": (VISION, TEXT, "projection.*"), "blip2-captions": (VISION, *QUERIES),
+          "blip2-stage2-t5": (NORM, *QUERIES), "blip2-instruct": (NORM, QFORMER, "projection.*"),
+          "blip2-vqa": (VISION, QFORMER, "projection.*"), "blip2-captions": (VISION, *QUERIES),
           "blip2-retrieval": ("*",)}
 
 # The paper's (its 3.4 and Tables 7 to 9; the numbers of steps of fine-tuning are rounded), and
@@ -619,7 +623,7 @@ PAPERS = {"": PAPER, "blip2-stage2": replace(PAPER, steps=80000, batch_size=1920
           "blip2-captions": replace(FINE_TUNING, steps=11000, batch_size=256),
           "blip2-vqa": replace(FINE_TUNING, steps=54000, batch_size=128, layer_decay=0.95),
           "blip2-retrieval": replace(FINE_TUNING, steps=12600, batch_size=224, layer_decay=0.95),
-          "blip2-instruct": replace(PAPER, steps=60000, batch_size=128, lr=1e-5, warmup=1000)}
+          "blip2-instruct": replace(FINE_TUNING, steps=60000, batch_size=128)}
 TINY = Recipe(steps=390, batch_size=64, lr=1e-3, weight_decay=0.05, schedule="linear",
               optimizer="muon", muon_lr_multiplier=4.0, lr_multipliers={"temp": 0.1})
 WRITE = replace(TINY, steps=1200, batch_size=48)

@@ -70,8 +70,10 @@ def sample_negatives(scores, own, draws):
 
 
 def best_cosine(images, texts):
-    """Of unit vectors images (N, E) and texts (M, E) the cosines (N, M); of images with Q vectors
-    each, (N, Q, E), the largest one (BLIP-2, 3.2)."""
+    """Cosines (N, M) of unit vectors images (N, E) and texts (M, E).
+
+    Images with Q vectors each, (N, Q, E): the largest of the Q cosines (BLIP-2, 3.2).
+    """
     scores = images @ texts.T
     return scores if scores.dim() == 2 else scores.amax(dim=1)        # from (N, Q, M)
 

@@ -58,7 +58,8 @@ def unimodal(Q, T, device=None):
     """Queries attend to queries, text to text -> bool (Q + T, Q + T).
 
     The first of BLIP-2's three masks over Q queries and T tokens (its Figure 2): contrast. For
-    matching all attend to all; for generation the queries do not see the text, which is causal:
+    matching all attend to all; for generation the queries do not see the text, which is causal.
+    blip2.py gets the same from two passes, and from `causal` behind the queries' cached keys.
 
     >>> print(draw(unimodal(2, 3)))       # contrast
     ##...

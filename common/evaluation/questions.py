@@ -68,14 +68,24 @@ def latest_image(writer, world, count):
             "two_images_latest": sum(latest for _, latest in fits) / count}
 
 
-def visual_questions(writer, world, count):
+def in_words(records, template):
+    """The records, their last prompt in a template."""
+    found = []
+    for record in records:
+        *before, last = record["turns"]
+        last = last | {"prompt": template.format(last["prompt"])}
+        found.append(record | {"turns": [*before, last]})
+    return found
+
+
+def visual_questions(writer, world, count, template="{}"):
     """Questions in wordings that training never uses, with the right and with a wrong image, and in
     training's wordings."""
-    records = draw_tasks(world, "question", count)
+    records = in_words(draw_tasks(world, "question", count), template)
     texts = writer.generate(records, max_new_tokens=6)
     blind = [{"turns": [r["turns"][0] | {"images": other["turns"][0]["images"]}]}
              for r, other in zip(records, records[1:] + records[:1])]
-    known = draw_tasks(world, "question", count, "train", asks=1)
+    known = in_words(draw_tasks(world, "question", count, "train", asks=1), template)
     figures = {"vqa_accuracy": exact(texts, records)}
     for name, own in (("vqa_accuracy_blind", blind), ("vqa_accuracy_trained_wordings", known)):
         figures[name] = exact(writer.generate(own, max_new_tokens=6), own)
@@ -100,11 +110,12 @@ def ranked_answers(writer, world, count):
             "vqa_accuracy_ranked_chance": 1 / len(answers)}
 
 
-def ranked_tasks(writer, world, count, kinds):
-    """Tasks with candidates, of which the likeliest counts (InstructBLIP, 2.5)."""
+def ranked_tasks(writer, world, count, kinds, template="{}"):
+    """Tasks with candidates: that of the largest log-probability is the answer (InstructBLIP,
+    2.5)."""
     figures = {}
     for kind in kinds:
-        records = draw_tasks(world, kind, count)
+        records = in_words(draw_tasks(world, kind, count), template)
         candidates = [record["candidates"] for record in records]
         figures |= {f"vqa_accuracy/{kind}": exact(writer.choose(records, candidates), records),
                     f"vqa_accuracy/{kind}_chance": 1 / len(candidates[0])}

@@ -46,8 +46,9 @@ def find_recipe(recipes, preset, kinds, changes):
 def freeze(model, patterns):
     """Freeze all parameters but those whose names match a pattern -> the table of what is trained.
 
-    Patterns match whole names: "lm.*" by prefix, "*_gate" by suffix. Frozen parameters have no
-    gradient and are not in the optimizer; their modules are in eval mode. Raises ValueError for a
+    Patterns match whole names: "lm.*" by prefix, "*_gate" by suffix. Frozen parameters get no
+    gradient, but it passes through them to trained parts before them; they are not in the
+    optimizer, and their modules are in eval mode. Raises ValueError for a
     pattern that matches no name.
     """
     names, table = [name for name, _ in model.named_parameters()], {}

@@ -230,6 +230,8 @@ class TestPromptSegments:
         assert self.contents([turn()]) == [slots, (BOS,), "question: what is this answer:"]
         assert self.contents([turn("")], prompt="a photo of") == [slots, (BOS,), "a photo of"]
         assert self.contents([turn("")], losses="instruct") == [slots, (BOS,), CAPTION_TEMPLATES[0]]
+        begun = turn("") | {"prefix": "a red"}
+        assert self.contents([begun], prompt="a photo of")[2] == "a photo of a red"
         assert self.contents([turn(), turn("which")])[2:] == [
             "question: what is this answer:", " red dog. ", slots, "question: which answer:"]
 

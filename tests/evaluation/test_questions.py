@@ -8,7 +8,8 @@ import torch
 from common.data.shapes.world import Shapes
 from common.evaluation.questions import (captions, clips, documents, draw_tasks, episodes,
                                          evaluate, exact, latest_image, ranked_answers,
-                                         retrieved_shots, text_perplexity, visual_questions)
+                                         ranked_tasks, retrieved_shots, text_perplexity,
+                                         visual_questions)
 from tests.helpers import Numbers, assert_close, toy_lm
 
 
@@ -142,6 +143,37 @@ class TestVisualQuestions:
         assert {name: value for name, value in figures.items() if "/" in name} == {
             f"vqa_accuracy/{record['kind']}": record["kind"] == "colour" for record in records}
         assert figures["vqa_accuracy"] == len(colour) / 60
+
+    def test_all_questions_are_in_the_template(self, world):
+        writer = Writes(lambda record: "yes")
+        visual_questions(writer, world, 13, "question: {} answer:")
+        asked = [record["turns"][0]["prompt"] for own in writer.asked for record in own]
+        assert len(asked) == 39 and len({*asked}) > 20
+        assert all(text.startswith("question: ") and text.endswith("? answer:") for text in asked)
+        assert not any("{}" in text or text.count("answer:") > 1 for text in asked)
+
+
+class TestRankedTasks:
+    def test_the_chosen_candidate_is_the_answer_to_the_last_question(self, world):
+        kinds = ("statement", "dialogue", "choice")
+        records = [r for kind in kinds for r in draw_tasks(world, kind, 13)]
+        figures, writer = {}, knows(records)
+        for kind in kinds:
+            figures[f"vqa_accuracy/{kind}"] = 1
+            figures[f"vqa_accuracy/{kind}_chance"] = {"statement": 1 / 2, "dialogue": 1 / 6,
+                                                      "choice": 1 / 4}[kind]
+        assert ranked_tasks(writer, world, 13, kinds) == pytest.approx(figures)
+        wrong = ranked_tasks(Writes(lambda record: "?"), world, 13, ("choice",))
+        assert wrong["vqa_accuracy/choice"] < 0.7
+
+    def test_the_last_prompt_alone_is_in_the_template(self, world):
+        asked = []
+
+        def say(record):
+            asked.append([turn["prompt"] for turn in record["turns"]])
+        ranked_tasks(Writes(say), world, 5, ("dialogue",), "question: {} answer:")
+        want = [[turn["prompt"] for turn in r["turns"]] for r in draw_tasks(world, "dialogue", 5)]
+        assert asked == [[*first, f"question: {last} answer:"] for *first, last in want]
 
 
 class TestDocuments:
