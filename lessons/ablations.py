@@ -399,8 +399,9 @@ def short_run(args, name, size, seed=0):
 
 def stage2(args):
     """The second stage from RUNS/blip2-stage1 and from nothing, with both language models."""
-    steps = args.steps or 400
-    for stage, name in (("blip2-stage2", "decoder"), ("blip2-stage2-t5", "t5")):
+    first = args.steps or 400
+    for stage, name, steps in (("blip2-stage2", "decoder", first),
+                               ("blip2-stage2-t5", "t5", 2 * first)):        # in smaller batches
         compare(args, {f"{name}{more}": ["--steps", str(steps), *flags] for more, flags in (
             ("", []), (" without stage 1", ["--init", "none"]))}, steps, stage, STAGE2_FIGURES)
 

@@ -236,7 +236,7 @@ class TestBlip2:
         made = self.runs(said, monkeypatch, "stage2", ablations.STAGE2_FIGURES)
         assert [run[:2] for run in made] == [
             ("blip2-stage2", "decoder-9-0"), ("blip2-stage2", "decoder-without-stage-1-9-0"),
-            ("blip2-stage2-t5", "t5-9-0"), ("blip2-stage2-t5", "t5-without-stage-1-9-0")]
+            ("blip2-stage2-t5", "t5-18-0"), ("blip2-stage2-t5", "t5-without-stage-1-18-0")]
         assert ["--init none" in flags for *_, flags in made] == [False, True] * 2
 
     def test_instructions_through_one_query(self, said, monkeypatch):
