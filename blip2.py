@@ -630,7 +630,7 @@ WRITE = replace(TINY, steps=1200, batch_size=48)
 TUNE = replace(WRITE, steps=600, lr=5e-4, layer_decay=0.8)
 RECIPES = {
     "tiny": TINY, "tiny blip2-stage2": WRITE,
-    "tiny blip2-stage2-t5": replace(WRITE, steps=2400, batch_size=24),
+    "tiny blip2-stage2-t5": replace(WRITE, steps=2200, batch_size=24),
     "tiny blip2-instruct": replace(WRITE, steps=600),
     "tiny blip2-vqa": TUNE, "tiny blip2-captions": TUNE, "tiny blip2-retrieval": TUNE,
     "small": replace(TINY, steps=6000, batch_size=512, lr=5e-4, warmup=300),
