@@ -15,7 +15,7 @@
                                              1, 4 or 16 queries
     python lessons/ablations.py stage2       its second stage with and without the first (Figure 5)
     python lessons/ablations.py instruct     InstructBLIP with a Q-Former that gets no instruction,
-                                             and with plain sampling (its Table 2), with 1 query
+                                             and with plain sampling (its Table 2), with 4 queries
     python lessons/ablations.py shots        shots in the prompt: Flamingo gains, BLIP-2 does not
 
 The first three measure a trained run (--run, default runs/clip). The others train short runs under
@@ -414,9 +414,9 @@ INSTRUCT = {"instructed": [], "blind q-former": ["--set", "qformer_text=false"],
 
 
 def instruct(args):
-    """InstructBLIP through one query. Statements, dialogues and choices are tasks held out."""
+    """InstructBLIP through 4 queries. Statements, dialogues and choices are tasks held out."""
     steps = args.steps or 400
-    start = short_run(args, "from 1 queries", steps)
+    start = short_run(args, "from 4 queries", steps)
     compare(args, {name: ["--steps", str(steps), "--init", start, *flags]
                    for name, flags in INSTRUCT.items()}, steps, "blip2-instruct", INSTRUCT_FIGURES)
 

@@ -239,10 +239,10 @@ class TestBlip2:
             ("blip2-stage2-t5", "t5-18-0"), ("blip2-stage2-t5", "t5-without-stage-1-18-0")]
         assert ["--init none" in flags for *_, flags in made] == [False, True] * 2
 
-    def test_instructions_through_one_query(self, said, monkeypatch):
+    def test_instructions_through_four_queries(self, said, monkeypatch):
         made = self.runs(said, monkeypatch, "instruct", ablations.INSTRUCT_FIGURES)
         assert {stage for stage, *_ in made} == {"blip2-instruct"}
-        assert all("--init a/ablations/from-1-queries-9-0" in flags for *_, flags in made)
+        assert all("--init a/ablations/from-4-queries-9-0" in flags for *_, flags in made)
         assert "--set qformer_text=false" in made[1][2] and "--set balance=1" in made[2][2]
 
     def test_shots_of_flamingo_and_of_blip2(self, said, monkeypatch):
