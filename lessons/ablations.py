@@ -406,7 +406,8 @@ def stage2(args):
             ("", []), (" without stage 1", ["--init", "none"]))}, steps, stage, STAGE2_FIGURES)
 
 
-INSTRUCT_FIGURES = {"questions": "vqa_accuracy", "wrong image": "vqa_accuracy_blind",
+INSTRUCT_FIGURES = {"captions": "caption_accuracy", "questions": "vqa_accuracy",
+                    "wrong image": "vqa_accuracy_blind",
                     "statements": "vqa_accuracy/statement", "dialogues": "vqa_accuracy/dialogue",
                     "choices": "vqa_accuracy/choice"}
 INSTRUCT = {"instructed": [], "blind q-former": ["--set", "qformer_text=false"],
