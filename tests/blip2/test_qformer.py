@@ -144,7 +144,8 @@ class TestQFormer:
         keys = qformer.text_mask(ids, BLIP_PAD)
         both = qformer(image, ids, mask=mask_of(RULES["generation"]) & keys)
         assert_close("queries (B, Q, D)", qformer(image, cache=cache), both[:, :Q])
-        assert_close("keys and values of the queries", cache.length, Q)
+        lengths = [k.shape[2] for k, _ in cache.entries.values()]
+        assert lengths == [Q] * len(qformer.blocks), f"cached keys of the layers: {lengths}"
         text = qformer(ids=ids, mask=mask_of(RULES["generation"], rows=5) & keys, cache=cache)
         real = ids != BLIP_PAD
         assert_close("text (N, D)", text[real], both[:, Q:][real])
