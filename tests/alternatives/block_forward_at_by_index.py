@@ -2,8 +2,9 @@
 
 
 class Block:
-    def forward_at(self, x, index, mask=None):
-        return self(x, mask=mask)[torch.arange(len(x), device=x.device), index]
+    def forward_at(self, x, index, mask=None, context=None, context_mask=None):
+        x = self(x, context, mask=mask, context_mask=context_mask)
+        return x[torch.arange(len(x), device=x.device), index]
 
 
 class Transformer:
