@@ -144,7 +144,7 @@ def best_grid(size, grids, side):
 
 
 def tiles(picture, grids, side):
-    """The views of LLaVA-1.5-HD (paper, 3.4) and LLaVA-NeXT ("AnyRes", released code).
+    """A picture's views in LLaVA-1.5-HD (paper, 3.4) and LLaVA-NeXT ("AnyRes", released code).
 
     -> 1 + columns * rows RGB pictures of side x side: the whole picture, distorted to a square;
     then, row by row, the tiles of its `best_grid`, in the middle of which it lies on black with its

@@ -343,6 +343,7 @@ class TestUnpad:
     @pytest.mark.parametrize("size, h, w, top, left", [
         ((31, 13), 10, 15, 2, 0), ((13, 31), 15, 10, 0, 2),      # 6.3 rows of 10, 6.3 columns
         ((17, 7), 11, 13, 3, 0), ((7, 17), 13, 11, 0, 3),        # 5.4 of 11
+        ((9, 4), 10, 15, 2, 0), ((4, 9), 15, 10, 0, 2),          # 6.7 of 10 count as 6
         ((12, 5), 4, 8, 0, 0), ((5, 12), 8, 4, 0, 0),            # 3.3 of 4: the odd one stays
         ((13, 7), 11, 5, 4, 0), ((7, 13), 5, 11, 0, 4)])         # wider than the map, and higher
     def test_it_cuts_as_much_on_both_sides(self, size, h, w, top, left):
