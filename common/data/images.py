@@ -111,6 +111,107 @@ def random_crop(picture, size, rng, least=0.9):
     return picture.resize((size, size), Image.Resampling.BICUBIC, box=box)
 
 
+def pad_to_square(picture, fill=tuple(int(255 * mean) for mean in MEAN)):
+    """The picture in the middle of a square of its longer side (LLaVA-1.5's expand2square).
+
+    fill: the colour around it, (122, 116, 104) as released: MEAN is cut, not rounded.
+    """
+    W, H = picture.size
+    if W == H:
+        return picture
+    side = max(W, H)
+    square = Image.new("RGB", (side, side), fill)
+    square.paste(picture, ((side - W) // 2, (side - H) // 2))
+    return square
+
+
+def best_grid(size, grids, side):
+    """The grid of tiles that shows most of a picture (LLaVA-NeXT's select_best_resolution).
+
+    size: (W, H) of the picture in pixels; grids: (columns, rows) in tiles, of side x side pixels
+    each. It has the most pixels of the picture, at most the W * H that it has itself; of equal
+    grids it is the smallest, and of these the first. Raises ValueError when there is no grid.
+    """
+    if not grids:
+        raise ValueError(f"no grid of tiles for a picture of {size[0]} x {size[1]} pixels")
+    W, H = size
+
+    def order(grid):
+        columns, rows = grid
+        scale = min(columns * side / W, rows * side / H)
+        return min(int(W * scale) * int(H * scale), W * H), -columns * rows
+    return max(grids, key=order)                         # the first of equals
+
+
+def tiles(picture, grids, side):
+    """A picture's views in LLaVA-1.5-HD (paper, 3.4) and LLaVA-NeXT ("AnyRes", released code).
+
+    -> 1 + columns * rows RGB pictures of side x side: the whole picture, distorted to a square;
+    then, row by row, the tiles of its `best_grid`, in the middle of which it lies on black with its
+    aspect ratio kept. Raises ValueError as `best_grid`.
+    """
+    W, H = picture.size
+    columns, rows = best_grid(picture.size, grids, side)
+    width, height = columns * side, rows * side
+    scale = min(width / W, height / H)
+    # W * (width / W) can be a little more than width.
+    wide, high = min(math.ceil(W * scale), width), min(math.ceil(H * scale), height)
+    canvas = Image.new("RGB", (width, height))
+    canvas.paste(picture.resize((wide, high), Image.Resampling.BICUBIC),
+                 ((width - wide) // 2, (height - high) // 2))
+    return [picture.resize((side, side), Image.Resampling.BICUBIC),
+            *(canvas.crop((x, y, x + side, y + side))
+              for y in range(0, height, side) for x in range(0, width, side))]
+
+
+def unpad(features, size):
+    """The assembled tiles' features (h, w, D) without the rows or columns that are padding alone.
+
+    size: (W, H) of the picture. The same number is cut on both sides, so that one row or column of
+    padding may stay; of a picture much longer than its grid nothing may be left. LLaVA-NeXT's
+    unpad_image.
+    """
+    h, w, _ = features.shape
+    W, H = size
+    # As transformers; without round() the released code takes int(27.999...) for 28.
+    top = max(0, h - int(round(H * (w / W), 7))) // 2
+    left = max(0, w - int(round(W * (h / H), 7))) // 2
+    return features[top:h - top, left:w - left]
+
+
+def pack_tiles(features, size, grid, row_end):
+    """The features of the views that `tiles` makes, as one sequence (LLaVA-NeXT's spatial_unpad).
+
+    features: float (1 + columns * rows, N, D), N = p * p patches of each view; size: (W, H) of the
+    picture; grid: its `best_grid`, or None for the whole picture alone; row_end: float (D,), behind
+    each row -> float (M, D), M = `count_tokens`: the whole picture's features, then the tiles'
+    `unpad` map row by row. Raises ValueError when the features do not fit the grid.
+    """
+    columns, rows = grid or (0, 0)
+    p = math.isqrt(features.shape[1])
+    if features.shape[:2] != (1 + columns * rows, p * p):
+        raise ValueError(f"features {tuple(features.shape)} are not those of a whole picture and "
+                         f"{columns} x {rows} tiles, each of p * p patches")
+    row_end = row_end.to(features.dtype)
+    if not grid:
+        return torch.cat([features[0], row_end[None]])
+    assembled = features[1:].unflatten(1, (p, p)).unflatten(0, (rows, columns))
+    assembled = assembled.transpose(1, 2)                # (rows, p, columns, p, D)
+    assembled = unpad(assembled.flatten(2, 3).flatten(0, 1), size)                # (h, w, D)
+    row_ends = row_end.expand(len(assembled), 1, -1)
+    assembled = torch.cat([assembled, row_ends], dim=1)                           # (h, w + 1, D)
+    return torch.cat([features[0], assembled.flatten(0, 1)])
+
+
+def count_tokens(size, grid, p):
+    """The length of `pack_tiles` for views of p x p patches, known before there are features."""
+    if not grid:
+        return p * p + 1
+    columns, rows = grid
+    h, w, _ = unpad(torch.empty(rows * p, columns * p, 0), size).shape
+    return p * p + h * (w + 1)
+
+
 def to_tensor(pictures):
     """Pillow RGB pictures of one size -> uint8 (B, 3, H, W)."""
     return torch.from_numpy(np.stack([np.asarray(p) for p in pictures])).permute(0, 3, 1, 2)

@@ -1,5 +1,6 @@
 """Opening any picture file, crops, tensors."""
 import io
+import math
 import random
 import struct
 import zlib
@@ -10,8 +11,9 @@ import torch
 from PIL import Image
 
 from common.data import images
-from common.data.images import (center_crop, decoding, normalize_pixels, open_folder, open_frames,
-                                open_image, random_crop, to_rgb, to_tensor)
+from common.data.images import (best_grid, center_crop, count_tokens, decoding, normalize_pixels,
+                                open_folder, open_frames, open_image, pack_tiles, pad_to_square,
+                                random_crop, tiles, to_rgb, to_tensor, unpad)
 from tests.fuzz import limit, mutations, one_line
 from tests.helpers import assert_close, unchanged
 
@@ -238,6 +240,192 @@ class TestRandomCrop:
         for size in ((1_000_000, 1), (1, 7), (1, 1), (3, 3)):
             for seed in range(20):
                 assert random_crop(Image.new("RGB", size), 16, random.Random(seed)).size == (16, 16)
+
+
+class TestPadToSquare:
+    def test_the_picture_lies_in_the_middle_of_clips_mean_colour(self):
+        for width, height, left, top in ((4, 2, 0, 1), (2, 5, 1, 0), (11, 4, 0, 3), (4, 13, 4, 0)):
+            want = Image.new("RGB", (max(width, height),) * 2, (122, 116, 104))
+            want.paste(noise(width, height), (left, top))
+            compare(f"of {width} x {height}", pad_to_square(noise(width, height)), want)
+
+    def test_a_square_stays_and_any_colour_can_be_given(self):
+        compare("of a square", pad_to_square(noise(7, 7)), noise(7, 7))
+        assert pad_to_square(noise(5, 3), (1, 2, 3)).getpixel((4, 0)) == (1, 2, 3)
+
+
+NEXT = (1, 2), (2, 1), (2, 2), (3, 1), (1, 3)      # LLaVA-NeXT's grids: columns, rows
+SMALL = (1, 2), (2, 1), (2, 2)
+CHOICES = [     # size (W, H), grids, side, patches on a side, the grid, tokens
+    ((336, 336), NEXT, 336, 24, (1, 2), 1176), ((100, 100), NEXT, 336, 24, (1, 2), 1176),
+    ((672, 672), NEXT, 336, 24, (2, 2), 2928), ((640, 480), NEXT, 336, 24, (2, 2), 2340),
+    ((480, 640), NEXT, 336, 24, (2, 2), 2352), ((1000, 200), NEXT, 336, 24, (3, 1), 1598),
+    ((200, 1000), NEXT, 336, 24, (1, 3), 1656), ((800, 300), NEXT, 336, 24, (3, 1), 2136),
+    ((500, 333), NEXT, 336, 24, (2, 1), 1464), ((1344, 336), NEXT, 336, 24, (3, 1), 1890),
+    ((16, 8), SMALL, 8, 4, (2, 1), 52), ((8, 16), SMALL, 8, 4, (1, 2), 56),
+    ((10, 10), SMALL, 8, 4, (2, 2), 88), ((12, 5), SMALL, 8, 4, (2, 1), 52),
+    ((32, 8), SMALL, 8, 4, (2, 1), 34)]
+
+
+class TestBestGrid:
+    @pytest.mark.parametrize("size, grids, side, p, grid, tokens", CHOICES)
+    def test_it_is_the_one_that_llava_next_takes(self, size, grids, side, p, grid, tokens):
+        assert best_grid(size, grids, side) == grid
+
+    def test_of_grids_that_show_as_much_the_smallest_and_then_the_first_is_taken(self):
+        for grids in (((1, 2), (2, 1)), ((2, 1), (1, 2))):
+            assert best_grid((7, 7), grids, 7) == grids[0]
+        assert best_grid((7, 7), [(3, 2), (2, 2), (1, 2), (2, 1)], 7) == (1, 2)
+
+    def test_a_sliver_has_a_grid_and_no_grids_are_refused(self):
+        assert best_grid((100_000, 1), SMALL, 8) == (1, 2)       # not one whole pixel is shown
+        with one_line("no grid .* 13 x 7 "):
+            best_grid((13, 7), (), 8)
+
+
+def assembled(views, columns):
+    """The tiles of `tiles` (without the first view) put together again: (H, W, 3)."""
+    values = [np.array(view) for view in views[1:]]
+    rows = [np.concatenate(values[i:i + columns], 1) for i in range(0, len(values), columns)]
+    return np.concatenate(rows, 0)
+
+
+class TestTiles:
+    @pytest.mark.parametrize("width, height, grid, left, top", [
+        (14, 4, (2, 1), 0, 1), (4, 14, (1, 2), 1, 0), (21, 11, (3, 2), 0, 1),
+        (11, 21, (2, 3), 1, 0), (21, 14, (3, 2), 0, 0)])
+    def test_the_tiles_of_a_picture_that_needs_no_resizing_are_its_pixels_on_black(
+            self, width, height, grid, left, top):
+        views = tiles(noise(width, height), [grid], 7)
+        assert {view.size for view in views} == {(7, 7)} and len(views) == 1 + grid[0] * grid[1]
+        want = np.zeros((7 * grid[1], 7 * grid[0], 3))
+        want[top:top + height, left:left + width] = np.array(noise(width, height))
+        for k, view in enumerate(views[1:]):
+            row, column = divmod(k, grid[0])
+            part = want[7 * row:7 * row + 7, 7 * column:7 * column + 7]
+            compare(f"of tile {k}", view, part)
+
+    @pytest.mark.parametrize("width, height", [(23, 5), (5, 23), (13, 11)])
+    def test_the_first_view_is_the_whole_picture_as_a_square(self, width, height):
+        view = tiles(noise(width, height), SMALL, 7)[0]
+        want = noise(width, height).resize((7, 7), Image.Resampling.BICUBIC)
+        compare(f"of {width} x {height}", view, want)
+
+    @pytest.mark.parametrize("width, height, grid, wide, high", [
+        (20, 9, (2, 1), 14, 7), (9, 20, (1, 2), 7, 14),          # 6.3 rows are 7, nothing is black
+        (25, 4, (2, 1), 14, 3), (4, 25, (1, 2), 3, 14),          # 25 * (14 / 25) > 14 in floats
+        (5, 3, (3, 2), 21, 13), (3, 5, (2, 3), 13, 21)])
+    def test_the_picture_is_resized_with_its_aspect_ratio_kept(
+            self, width, height, grid, wide, high):
+        canvas = assembled(tiles(noise(width, height), [grid], 7), grid[0])
+        top, left = (canvas.shape[0] - high) // 2, (canvas.shape[1] - wide) // 2
+        want = np.zeros_like(canvas)
+        want[top:top + high, left:left + wide] = np.array(
+            noise(width, height).resize((wide, high), Image.Resampling.BICUBIC))
+        assert_close("canvas (H, W, 3)", canvas, want)
+
+    def test_the_grid_is_the_best_one(self):
+        for size, grids, side, _, (columns, rows), _ in CHOICES[10:]:
+            assert len(tiles(noise(*size), grids, side)) == 1 + columns * rows
+        with one_line("no grid "):
+            tiles(noise(5, 3), (), 7)
+
+    def test_a_sliver_is_cut_too(self):
+        for size in ((10_000, 1), (1, 10_000), (1, 1)):
+            assert {view.size for view in tiles(noise(*size), SMALL, 7)} == {(7, 7)}
+
+
+def numbered(*shape):
+    return torch.arange(math.prod(shape), dtype=torch.float32).view(shape)
+
+
+class TestUnpad:
+    @pytest.mark.parametrize("size, h, w, top, left", [
+        ((31, 13), 10, 15, 2, 0), ((13, 31), 15, 10, 0, 2),      # 6.3 rows of 10, 6.3 columns
+        ((17, 7), 11, 13, 3, 0), ((7, 17), 13, 11, 0, 3),        # 5.4 of 11
+        ((9, 4), 10, 15, 2, 0), ((4, 9), 15, 10, 0, 2),          # 6.7 of 10 count as 6
+        ((12, 5), 4, 8, 0, 0), ((5, 12), 8, 4, 0, 0),            # 3.3 of 4: the odd one stays
+        ((13, 7), 11, 5, 4, 0), ((7, 13), 5, 11, 0, 4)])         # wider than the map, and higher
+    def test_it_cuts_as_much_on_both_sides(self, size, h, w, top, left):
+        features = numbered(h, w, 3)
+        with unchanged(features=features):
+            made = unpad(features, size)
+        assert_close(f"features of {size} (h, w, D)", made, features[top:h - top, left:w - left])
+
+    def test_a_picture_that_fills_the_map_keeps_all_of_it(self):
+        features = numbered(10, 15, 2)
+        for size in ((15, 10), (30, 20), (300_003, 200_002)):
+            assert_close("features (h, w, D)", unpad(features, size), features)
+
+    def test_a_whole_number_of_rows_is_not_lost_to_rounding(self):
+        # 47 * (6 / 47) is 5.999... in floats.
+        wide, high = numbered(6, 9, 2), numbered(9, 6, 2)
+        assert_close("wide features (h, w, D)", unpad(wide, (47, 47)), wide[:, 1:8])
+        assert_close("high features (h, w, D)", unpad(high, (47, 47)), high[1:8])
+
+    def test_of_a_sliver_nothing_may_be_left(self):
+        assert unpad(numbered(4, 8, 3), (1000, 1)).shape == (0, 8, 3)
+        assert unpad(numbered(8, 4, 3), (1, 1000)).shape == (8, 0, 3)
+
+
+class TestPackTiles:
+    @pytest.mark.parametrize("size, grid, top, left", [
+        ((33, 22), (3, 2), 0, 0), ((31, 13), (3, 2), 2, 0), ((13, 31), (2, 3), 0, 2),
+        ((23, 23), (1, 2), 2, 0), ((23, 23), (2, 1), 0, 2)])
+    @pytest.mark.parametrize("kind", ["of each tile its number", "all different"])
+    def test_every_feature_lies_where_its_pixels_lay(self, size, grid, top, left, kind):
+        (columns, rows), p, D = grid, 5, 7
+        features = numbered(1 + columns * rows, p * p, D)
+        if kind != "all different":
+            features = features.div(p * p * D, rounding_mode="floor")
+        row_end = -1 - numbered(D)
+        want = list(features[0])
+        for y in range(top, rows * p - top):
+            for x in range(left, columns * p - left):
+                tile = 1 + y // p * columns + x // p
+                want.append(features[tile, y % p * p + x % p])
+            want.append(row_end)
+        with unchanged(features=features, row_end=row_end):
+            made = pack_tiles(features, size, grid, row_end)
+        assert_close("tokens (M, D)", made, torch.stack(want))
+
+    def test_a_single_view_ends_one_row(self):
+        features, row_end = numbered(1, 9, 5), -1 - numbered(5)
+        made = pack_tiles(features, (13, 7), None, row_end)
+        assert_close("tokens (M, D)", made, torch.stack([*features[0], row_end]))
+
+    def test_gradients_reach_all_that_is_kept_and_the_row_end(self):
+        features = numbered(3, 4, 5).requires_grad_()
+        row_end = torch.zeros(5, requires_grad=True)
+        pack_tiles(features, (12, 5), (2, 1), row_end).sum().backward()
+        assert_close("gradient of features (1 + tiles, N, D)", features.grad, torch.ones(3, 4, 5))
+        assert_close("gradient of row_end (D,)", row_end.grad, torch.full((5,), 2.0))
+
+    def test_it_has_the_dtype_of_the_features(self):
+        for grid, views in ((None, 1), ((2, 1), 3)):
+            made = pack_tiles(numbered(views, 4, 5).bfloat16(), (9, 7), grid, numbered(5))
+            assert made.dtype == torch.bfloat16
+
+    def test_features_that_do_not_fit_the_grid_are_refused(self):
+        for views, patches, grid in ((6, 4, (3, 2)), (8, 4, (3, 2)), (7, 5, (3, 2)), (2, 4, None),
+                                     (1, 4, (3, 2))):
+            columns, rows = grid or (0, 0)
+            with one_line(rf"\({views}, {patches}, 5\) .* {columns} x {rows} "):
+                pack_tiles(numbered(views, patches, 5), (31, 13), grid, numbered(5))
+
+
+class TestCountTokens:
+    @pytest.mark.parametrize("size, grids, side, p, grid, tokens", CHOICES)
+    def test_it_is_the_length_that_llava_next_has(self, size, grids, side, p, grid, tokens):
+        features = torch.zeros(1 + grid[0] * grid[1], p * p, 1)
+        assert count_tokens(size, grid, p) == tokens
+        assert len(pack_tiles(features, size, grid, torch.zeros(1))) == tokens
+
+    def test_it_is_the_length_of_slivers_and_of_a_single_view(self):
+        for size, grid in (((1000, 1), (2, 1)), ((1, 1000), (1, 2)), ((5, 3), None)):
+            features = torch.zeros(3 if grid else 1, 16, 1)
+            want = len(pack_tiles(features, size, grid, torch.zeros(1)))
+            assert count_tokens(size, grid, 4) == want
 
 
 class TestToTensor:
