@@ -128,27 +128,28 @@ class Template:
 HOUSE = Template()
 CHAT = ("A chat between a curious {0} and an artificial intelligence assistant. The assistant "
         "gives helpful, detailed, and polite answers to the {0}'s questions.")
-# LLaVA's (llava/conversation.py and train.py) and Qwen-VL's ChatML (finetune.py). Its markers are
-# texts here. In v0 the loss counts "###", which stops an answer, and not the role behind it; in
-# ChatML nothing of the other turns, where the released code counts their markers and newlines.
+# The strings of LLaVA's llava/conversation.py (v0: of train.py), ChatML as Qwen-VL writes it; all
+# its markers are texts here. In v0 the loss counts "\n###", which stops an answer, and not the role
+# behind it (the released code does); in ChatML nothing of the other turns (there: their markers).
 TEMPLATES = {
     "house": HOUSE,
-    "v0": Template((START,), ("{}\n\n",), ("### Human: ", IMAGES, "{}", "\n"), ("### Assistant:",),
-                   ("\n###",), (IMAGE, "\n"), CHAT.format("human"),
-                   later_user=("Human: ", IMAGES, "{}", "\n")),
-    "v1": Template((START,), ("{} ",), ("USER: ", IMAGES, "{}", " "), ("ASSISTANT:",), (STOP,),
-                   (IMAGE, "\n"), CHAT.format("user")),
-    "plain": Template((START,), (), (IMAGES,), (), ("\n",)),         # its question is dropped
-    "llama-2": Template((START, "[INST] "), ("<<SYS>>\n{}\n<</SYS>>\n\n",), (IMAGES, "{}"),
-                        (" [/INST]",), (" ", STOP), (IMAGE, "\n"),
-                        "You are a helpful language and vision assistant. You are able to "
-                        "understand the visual content that the user provides, and assist the user "
-                        "with a variety of tasks using natural language.",
-                        later_user=(START, "[INST] ", IMAGES, "{}")),
-    "chatml": Template((), ("<|im_start|>system\n{}<|im_end|>\n",),
-                       ("<|im_start|>user\n", IMAGES, "{}", "<|im_end|>\n"),
-                       ("<|im_start|>assistant\n",), ("<|im_end|>\n",), (IMAGE, "\n"),
-                       "You are a helpful assistant."),
+    "v0": Template(begin=(START,), system=("{}\n\n",), user=("### Human: ", IMAGES, "{}", "\n"),
+                   later_user=("Human: ", IMAGES, "{}", "\n"), assistant=("### Assistant:",),
+                   end=("\n###",), image=(IMAGE, "\n"), default_system=CHAT.format("human")),
+    "v1": Template(begin=(START,), system=("{} ",), user=("USER: ", IMAGES, "{}", " "),
+                   assistant=("ASSISTANT:",), end=(STOP,), image=(IMAGE, "\n"),
+                   default_system=CHAT.format("user")),
+    "plain": Template(begin=(START,), system=(), user=(IMAGES,), assistant=(), end=("\n",)),
+    "llama-2": Template(begin=(START, "[INST] "), system=("<<SYS>>\n{}\n<</SYS>>\n\n",),
+                        user=(IMAGES, "{}"), later_user=(START, "[INST] ", IMAGES, "{}"),
+                        assistant=(" [/INST]",), end=(" ", STOP), image=(IMAGE, "\n"),
+                        default_system="You are a helpful language and vision assistant. You are "
+                        "able to understand the visual content that the user provides, and assist "
+                        "the user with a variety of tasks using natural language."),
+    "chatml": Template(begin=(), system=("<|im_start|>system\n{}<|im_end|>\n",),
+                       user=("<|im_start|>user\n", IMAGES, "{}", "<|im_end|>\n"),
+                       assistant=("<|im_start|>assistant\n",), end=("<|im_end|>\n",),
+                       image=(IMAGE, "\n"), default_system="You are a helpful assistant."),
 }
 
 

@@ -192,7 +192,7 @@ class TestTemplate:
 
     @pytest.mark.parametrize("name", GOLDEN)
     def test_an_open_turn_is_the_begin_of_the_whole(self, name):
-        for texts, parts in ((("Q1", ""), 1), (("Q1", "A1", "Q2", ""), 3)):
+        for texts, parts in ((("Q1", "A1"), 1), (("Q1", "A1", "Q2", "A2"), 3)):
             got = spelled(name, *texts, images=1, system="SYS", is_prompt=True)
             expected = "".join(GOLDEN[name][:parts]), "".join(GOLDEN[name][1:parts:2])
             assert got == expected, name
