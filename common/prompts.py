@@ -131,6 +131,7 @@ CHAT = ("A chat between a curious {0} and an artificial intelligence assistant. 
 # The strings of LLaVA's llava/conversation.py (v0: of train.py), ChatML as Qwen-VL writes it; all
 # its markers are texts here. In v0 the loss counts "\n###", which stops an answer, and not the role
 # behind it (the released code does); in ChatML nothing of the other turns (there: their markers).
+# A world's own vocabulary has no new line (common/data/tokenizer.py): there "plain" ends unmarked.
 TEMPLATES = {
     "house": HOUSE,
     "v0": Template(begin=(START,), system=("{}\n\n",), user=("### Human: ", IMAGES, "{}", "\n"),
