@@ -3,6 +3,7 @@
     ids, labels = render([Segment((BOS, IMAGE)), Segment("a red circle", learn=True),
                           Segment((EOC,), learn=True)], tokenizer)
     ids, labels = render(HOUSE.segments(record["turns"]), tokenizer)  # the answers are learned
+    segments = find_template("v1").segments(record["turns"], image_first="random", rng=rng)
     batch = collate([(ids, labels), ...])                             # tensors with padding
 
 Special tokens are ids that code inserts; a text that spells one becomes ordinary pieces.
@@ -15,13 +16,17 @@ from common.data.tokenizer import ASSISTANT, BOS, EOS, IMAGE, PAD, SYSTEM, USER
 
 IGNORED = -100                           # the label of a token that the loss does not count
 IMAGES = object()                        # in a Template: the place of a turn's images
+START, STOP = ("bos_id",), ("eos_id",)   # in a Template: <s> and </s>, ids of the vocabulary
 CAPTION_PROMPT = "output:"               # Flamingo's prompts (its A.2); the language model reads
 QUESTION_PROMPT = "question: {} answer:"      # texts of this form, too
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A part of a sample: a text, or ids; learn: whether the loss counts it."""
+    """A part of a sample: a text, or ids; learn: whether the loss counts it.
+
+    In place of an id stands the name of one of the tokenizer's, ("eos_id",).
+    """
     content: str | tuple
     learn: bool = False
 
@@ -52,7 +57,8 @@ def render(segments, tokenizer, context_length=None):
     ids, labels = [], []
     for segment in merge_texts(segments):
         text = isinstance(segment.content, str)
-        new = tokenizer.encode(segment.content) if text else list(segment.content)
+        new = tokenizer.encode(segment.content) if text else [
+            getattr(tokenizer, part) if isinstance(part, str) else part for part in segment.content]
         ids += new
         labels += new if segment.learn else [IGNORED] * len(new)
     # The first token is predicted from nothing, so its label never counts.
@@ -69,8 +75,9 @@ def render(segments, tokenizer, context_length=None):
 class Template:
     """How a dialogue is written. Each field is a tuple of texts and ids; {} is the turn's text.
 
-    image: what replaces each image at IMAGES. The answer follows `assistant`; the loss counts the
-    answer and `end`.
+    image: what replaces each image at IMAGES, which stands before "{}". The answer follows
+    `assistant`; the loss counts the answer and `end`. An answer is encoded by itself, so what marks
+    the begin of a text (SentencePiece's "\u2581") is the space before it.
     """
     begin: tuple = (BOS,)
     system: tuple = (SYSTEM, "{}")
@@ -79,31 +86,79 @@ class Template:
     end: tuple = (EOS,)
     image: tuple = (IMAGE,)
     default_system: str = ""             # used when no system text is given
+    later_user: tuple | None = None      # `user` of the turns after the first, where it differs
 
-    def fill(self, field, text="", images=0, learn=False):
+    def fill(self, field, text="", images=0, learn=False, image_first=True):
         """The segments of a field with a turn's text and number of images."""
-        parts = []
-        for part in getattr(self, field):
-            parts += list(self.image) * images if part is IMAGES else [part]
-        return [Segment(part.replace("{}", text) if isinstance(part, str) else (part,), learn)
-                for part in parts]
+        parts, image, filled = list(getattr(self, field)), self.image, []
+        if not image_first and IMAGES in parts:
+            place, image = parts.index(IMAGES), image[::-1]      # "text\n<image>"
+            parts[place:place + 2] = parts[place:place + 2][::-1]
+        for part in parts:
+            filled += list(image) * images if part is IMAGES else [part]
+        return [Segment(part.replace("{}", text) if isinstance(part, str)
+                        else part if isinstance(part, tuple) else (part,), learn)
+                for part in filled]
 
-    def segments(self, turns, system=None, is_prompt=False):
+    def segments(self, turns, system=None, is_prompt=False, image_first=True, rng=None):
         """Turns [{"prompt", "answer", "images"}, ...] -> segments; every answer is learned.
 
-        is_prompt: leave out the last answer, which the model is to write.
+        is_prompt: leave out the last answer, which the model is to write. image_first: whether
+        images precede their turn's text (LLaVA's code since 1.0), or "random": rng.random() decides
+        for the dialogue (LLaVA, 4.1). Raises ValueError for no turns and for an empty answer.
         """
+        if not turns:
+            raise ValueError("a dialogue of 0 turns")
+        if image_first == "random":
+            image_first = rng.random() < 0.5
         system = self.default_system if system is None else system
         segments = self.fill("begin") + (self.fill("system", system) if system else [])
         for number, turn in enumerate(turns):
-            segments += self.fill("user", turn["prompt"], len(turn.get("images", ())))
+            field = "later_user" if number and self.later_user is not None else "user"
+            segments += self.fill(field, turn["prompt"], len(turn.get("images", ())),
+                                  image_first=image_first)
             segments += self.fill("assistant")
             if not is_prompt or number + 1 < len(turns):
+                if not turn["answer"]:
+                    raise ValueError(f"turn {number + 1} of {len(turns)} has no answer")
                 segments += [Segment(turn["answer"], learn=True), *self.fill("end", learn=True)]
         return segments
 
 
 HOUSE = Template()
+CHAT = ("A chat between a curious {0} and an artificial intelligence assistant. The assistant "
+        "gives helpful, detailed, and polite answers to the {0}'s questions.")
+# The strings of LLaVA's llava/conversation.py (v0: of train.py), ChatML as Qwen-VL writes it; all
+# its markers are texts here. In v0 the loss counts "\n###", which stops an answer, and not the role
+# behind it (the released code does); in ChatML nothing of the other turns (there: their markers).
+# A world's own vocabulary has no new line (common/data/tokenizer.py): there "plain" ends unmarked.
+TEMPLATES = {
+    "house": HOUSE,
+    "v0": Template(begin=(START,), system=("{}\n\n",), user=("### Human: ", IMAGES, "{}", "\n"),
+                   later_user=("Human: ", IMAGES, "{}", "\n"), assistant=("### Assistant:",),
+                   end=("\n###",), image=(IMAGE, "\n"), default_system=CHAT.format("human")),
+    "v1": Template(begin=(START,), system=("{} ",), user=("USER: ", IMAGES, "{}", " "),
+                   assistant=("ASSISTANT:",), end=(STOP,), image=(IMAGE, "\n"),
+                   default_system=CHAT.format("user")),
+    "plain": Template(begin=(START,), system=(), user=(IMAGES,), assistant=(), end=("\n",)),
+    "llama-2": Template(begin=(START, "[INST] "), system=("<<SYS>>\n{}\n<</SYS>>\n\n",),
+                        user=(IMAGES, "{}"), later_user=(START, "[INST] ", IMAGES, "{}"),
+                        assistant=(" [/INST]",), end=(" ", STOP), image=(IMAGE, "\n"),
+                        default_system="You are a helpful language and vision assistant. You are "
+                        "able to understand the visual content that the user provides, and assist "
+                        "the user with a variety of tasks using natural language."),
+    "chatml": Template(begin=(), system=("<|im_start|>system\n{}<|im_end|>\n",),
+                       user=("<|im_start|>user\n", IMAGES, "{}", "<|im_end|>\n"),
+                       assistant=("<|im_start|>assistant\n",), end=("<|im_end|>\n",),
+                       image=(IMAGE, "\n"), default_system="You are a helpful assistant."),
+}
+
+
+def find_template(name):
+    """One of TEMPLATES. Raises ValueError for another name."""
+    if name not in TEMPLATES:
+        raise ValueError(f"no template {name!r}; there are {', '.join(TEMPLATES)}")
+    return TEMPLATES[name]
 
 
 def collate(rows, pad_id=PAD, side="right"):

@@ -1,12 +1,14 @@
 """Ids and labels of segments and dialogues: what the loss counts, in every position."""
 import dataclasses
+import random
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from common.prompts import (ASSISTANT, BOS, EOS, HOUSE, IMAGE, IMAGES, PAD, SYSTEM, USER, Segment,
-                            Template, collate, labels_of, merge_texts, render)
+from common.prompts import (ASSISTANT, BOS, EOS, HOUSE, IMAGE, IMAGES, PAD, SYSTEM, TEMPLATES,
+                            USER, Segment, Template, collate, find_template, labels_of,
+                            merge_texts, render)
 from tests.helpers import Words, assert_close, refused, unchanged
 
 
@@ -18,6 +20,49 @@ class Spaces(Words):
 
     def encode(self, text):
         return [16 + self.words.index(word or "_") for word in text.split(" ") if text]
+
+
+class Toy(Spaces):
+    """Spaces without a token for a new line."""
+    eos_id = EOS
+
+    def encode(self, text):
+        return super().encode(text.replace("\n", ""))
+
+
+class Letters:
+    """A vocabulary of characters; as in SentencePiece every text begins with a mark, "|"."""
+
+    def __init__(self, bos_id=1, eos_id=2):
+        self.bos_id, self.eos_id = bos_id, eos_id
+
+    def encode(self, text):
+        return [1000 + ord(letter) for letter in "|" + text]
+
+    def spell(self, ids):
+        special = {self.bos_id: "<S>", self.eos_id: "</S>", IMAGE: "<IMAGE>", -100: "-"}
+        return [special.get(i) or chr(i - 1000) for i in ids]
+
+
+GOLDEN = {        # what is read and what is learned, in turns; capital <S>, </S>, <IMAGE> are ids
+    "v0": ["<S>|SYS\n\n### Human: <IMAGE>|\nQ1\n### Assistant:", "|A1\n###",
+           "|Human: Q2\n### Assistant:", "|A2\n###"],
+    "v1": ["<S>|SYS USER: <IMAGE>|\nQ1 ASSISTANT:", "|A1</S>", "|USER: Q2 ASSISTANT:", "|A2</S>"],
+    "plain": ["<S><IMAGE>", "|A1\n", "", "A2\n"],                        # answers are neighbours
+    "llama-2": ["<S>|[INST] <<SYS>>\nSYS\n<</SYS>>\n\n<IMAGE>|\nQ1 [/INST]", "|A1 </S>",
+                "<S>|[INST] Q2 [/INST]", "|A2 </S>"],
+    "chatml": ["|<|im_start|>system\nSYS<|im_end|>\n<|im_start|>user\n<IMAGE>|\nQ1<|im_end|>\n"
+               "<|im_start|>assistant\n", "|A1<|im_end|>\n",
+               "|<|im_start|>user\nQ2<|im_end|>\n<|im_start|>assistant\n", "|A2<|im_end|>\n"]}
+VOCABULARIES = [(1, 2), (2, 50256)]                  # the house's and LLaMA's; others
+
+
+def spelled(name, *texts, images=0, ids=(1, 2), **how):
+    """A dialogue as text: all of it, and of its labels those that count."""
+    segments = find_template(name).segments(turns(*texts, images=images), **how)
+    letters = Letters(*ids)
+    return tuple("".join(letters.spell([i for i in row if i != -100]))
+                 for row in render(segments, letters))
 
 
 def assert_spells(rendered, ids, labels):
@@ -64,6 +109,10 @@ class TestRender:
                              Spaces()),
                       "<bos> <image> what is this ? a red cat <image> <eos>",
                       "- - - - - - a red cat <image> <eos>")
+
+    def test_a_named_id_is_the_tokenizers(self):
+        segments = [Segment(("bos_id", 5)), Segment(("eos_id",), learn=True)]
+        assert render(segments, Letters(7, 9)) == ([7, 5, 9], [-100, -100, 9])
 
     def test_neighbouring_texts_are_encoded_as_one(self):
         assert_spells(render([Segment("what "), Segment("is")], Spaces()), "what is", "- -")
@@ -128,6 +177,95 @@ class TestTemplate:
     def test_braces_in_a_turn_are_only_braces(self):
         rendered = dialogue(Template(user=("{0} {} _",)), "{} {0}", "{}")
         assert_spells(rendered, "<bos> {0} {} {0} _ <assistant> {} <eos>", "- - - - - - {} <eos>")
+
+    @pytest.mark.parametrize("ids", VOCABULARIES)
+    @pytest.mark.parametrize("name", GOLDEN)
+    def test_the_released_strings_and_their_labels(self, name, ids):
+        spoken, letters = turns("Q1", "A1", "Q2", "A2", images=1), Letters(*ids)
+        got = render(find_template(name).segments(spoken, "SYS"), letters)
+        assert "".join(letters.spell(got[0])) == "".join(GOLDEN[name])
+        sizes = [len(part) - 2 * part.count("<S>") - 3 * part.count("</S>")
+                 - 6 * part.count("<IMAGE>") for part in GOLDEN[name]]
+        learned = [part % 2 for part, size in enumerate(sizes) for _ in range(size)]
+        expected = [i if learn else -100 for i, learn in zip(got[0], learned, strict=True)]
+        assert letters.spell(got[1]) == letters.spell(expected)
+
+    @pytest.mark.parametrize("name", GOLDEN)
+    def test_an_open_turn_is_the_begin_of_the_whole(self, name):
+        for texts, parts in ((("Q1", "A1"), 1), (("Q1", "A1", "Q2", "A2"), 3)):
+            got = spelled(name, *texts, images=1, system="SYS", is_prompt=True)
+            expected = "".join(GOLDEN[name][:parts]), "".join(GOLDEN[name][1:parts:2])
+            assert got == expected, name
+
+    def test_the_labels_of_llavas_second_template(self):
+        for texts, expected in ((("what", "a cat", "is", "red"), {7, 8, 9, 13, 14}),
+                                (("what", "a cat", "is", "red", "this ?", "dog"),
+                                 {7, 8, 9, 13, 14, 19, 20})):
+            segments = TEMPLATES["v1"].segments(turns(*texts, images=1), "brief")
+            labels = render(segments, Toy())[1]
+            got = {i for i, label in enumerate(labels) if label != -100}
+            assert got == expected, labels
+            assert len(labels) == max(expected) + 1, labels
+
+    def test_the_labels_of_a_caption(self):
+        labels = render(TEMPLATES["plain"].segments(turns("Q", "red", images=1)), Letters())[1]
+        assert [i for i, label in enumerate(labels) if label != -100] == [2, 3, 4, 5, 6], labels
+
+    @pytest.mark.parametrize("name, system", [
+        ("house", ""), ("plain", ""), ("chatml", "You are a helpful assistant."),
+        ("v0", "A chat between a curious human and an artificial intelligence assistant. The "
+               "assistant gives helpful, detailed, and polite answers to the human's questions."),
+        ("v1", "A chat between a curious user and an artificial intelligence assistant. The "
+               "assistant gives helpful, detailed, and polite answers to the user's questions."),
+        ("llama-2", "You are a helpful language and vision assistant. You are able to understand "
+                    "the visual content that the user provides, and assist the user with a variety "
+                    "of tasks using natural language.")])
+    def test_the_released_system_texts(self, name, system):
+        assert find_template(name).default_system == system
+
+    @pytest.mark.parametrize("images, image_first, expected", [
+        (0, True, "|USER: Q1 ASSISTANT:"), (1, True, "|USER: <IMAGE>|\nQ1 ASSISTANT:"),
+        (2, True, "|USER: <IMAGE>|\n<IMAGE>|\nQ1 ASSISTANT:"), (0, False, "|USER: Q1 ASSISTANT:"),
+        (1, False, "|USER: Q1\n<IMAGE>| ASSISTANT:"),
+        (2, False, "|USER: Q1\n<IMAGE>|\n<IMAGE>| ASSISTANT:")])
+    def test_images_stand_before_or_behind_their_turns_text(self, images, image_first, expected):
+        got = spelled("v1", "Q1", "A1", "Q2", "A2", images=images, image_first=image_first,
+                      system="")
+        assert got == (f"<S>{expected}|A1</S>|USER: Q2 ASSISTANT:|A2</S>", "|A1</S>|A2</S>")
+
+    @pytest.mark.parametrize("name", [name for name in GOLDEN if name != "plain"])
+    def test_images_stand_at_random(self, name):
+        both = [spelled(name, "Q1", "A1", images=1, image_first=first) for first in (True, False)]
+        drawn = [spelled(name, "Q1", "A1", images=1, image_first="random", rng=random.Random(seed))
+                 for seed in range(40)]
+        assert set(drawn) == set(both) and 8 < drawn.count(both[0]) < 32, "one order prevails"
+        assert drawn[:9] == [spelled(name, "Q1", "A1", images=1, image_first="random",
+                                     rng=random.Random(seed)) for seed in range(9)]
+
+    @pytest.mark.parametrize("text", ["</s>", "<s>", "<image>", "###", "{}", "<|im_end|>"])
+    @pytest.mark.parametrize("name", GOLDEN)
+    def test_a_users_text_is_only_text(self, name, text):
+        got = spelled(name, "Q1", "A1", text, "A2", images=1, system="SYS")
+        expected = "".join(GOLDEN[name]).replace("Q2", text), "".join(GOLDEN[name][1::2])
+        assert got == expected, text
+
+    @pytest.mark.parametrize("texts, is_prompt, values", [
+        ((), False, "0"), ((), True, "0"), (("Q", "", "Q", "A"), True, "1.*2"),
+        (("Q", "A", "Q", ""), False, "2.*2")])
+    def test_a_dialogue_without_turns_or_answers_is_refused(self, texts, is_prompt, values):
+        with refused(values):
+            TEMPLATES["v1"].segments(turns(*texts) if texts else [], is_prompt=is_prompt)
+
+
+class TestFindTemplate:
+    def test_each_name_has_its_template(self):
+        assert list(TEMPLATES) == ["house", "v0", "v1", "plain", "llama-2", "chatml"]
+        for name, template in TEMPLATES.items():
+            assert find_template(name) is template, name
+
+    def test_another_name_is_refused_with_those_that_there_are(self):
+        with refused("v2.*house.*v0.*v1.*plain.*llama-2.*chatml"):
+            find_template("v2")
 
 
 class TestCollate:
