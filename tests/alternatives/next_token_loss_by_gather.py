@@ -1,7 +1,7 @@
 """common/losses.py: log-probabilities of the labels are gathered; processes are counted first."""
 
 
-def next_token_loss(logits, labels, label_count=None, label_smoothing=0.0):
+def next_token_loss(logits, labels, label_count=None, label_smoothing=0.0, weights=None):
     labels = labels[:, 1:]
     counted = labels != -100
     if label_count is None:
@@ -10,7 +10,8 @@ def next_token_loss(logits, labels, label_count=None, label_smoothing=0.0):
         log_p = to_float32(logits[:, :-1]).log_softmax(dim=-1)
         own = log_p.gather(2, labels.clamp(min=0)[..., None])[..., 0]
         each = (1 - label_smoothing) * own + label_smoothing * log_p.mean(dim=-1)
-        return -(each * counted).sum() / label_count
+        rows = (each * counted).sum(dim=1)
+        return -(rows if weights is None else weights * rows).sum() / label_count
 
 
 def count_labels(labels, gather=no_gather):
