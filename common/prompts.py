@@ -12,11 +12,12 @@ from dataclasses import dataclass
 
 import torch
 
-from common.data.tokenizer import ASSISTANT, BOS, EOS, IMAGE, PAD, SYSTEM, USER
+from common.data.tokenizer import ASSISTANT, BOS, EOS, PAD, SYSTEM, USER
 
 IGNORED = -100                           # the label of a token that the loss does not count
 IMAGES = object()                        # in a Template: the place of a turn's images
-START, STOP = ("bos_id",), ("eos_id",)   # in a Template: <s> and </s>, ids of the vocabulary
+# In a Template: <s>, </s> and the place of an image, ids of the vocabulary.
+START, STOP, PICTURE = ("bos_id",), ("eos_id",), ("image_id",)
 CAPTION_PROMPT = "output:"               # Flamingo's prompts (its A.2); the language model reads
 QUESTION_PROMPT = "question: {} answer:"      # texts of this form, too
 
@@ -77,14 +78,16 @@ class Template:
 
     image: what replaces each image at IMAGES, which stands before "{}". The answer follows
     `assistant`; the loss counts the answer and `end`. An answer is encoded by itself, so what marks
-    the begin of a text (SentencePiece's "\u2581") is the space before it.
+    the begin of a text (SentencePiece's "\u2581") is the space before it. A turn's prompt or answer
+    may be a tuple of texts and ids, too.
     """
     begin: tuple = (BOS,)
     system: tuple = (SYSTEM, "{}")
     user: tuple = (USER, IMAGES, "{}")
     assistant: tuple = (ASSISTANT,)
+    answer: tuple = ("{}",)
     end: tuple = (EOS,)
-    image: tuple = (IMAGE,)
+    image: tuple = (PICTURE,)
     default_system: str = ""             # used when no system text is given
     later_user: tuple | None = None      # `user` of the turns after the first, where it differs
 
@@ -95,9 +98,14 @@ class Template:
             place, image = parts.index(IMAGES), image[::-1]      # "text\n<image>"
             parts[place:place + 2] = parts[place:place + 2][::-1]
         for part in parts:
-            filled += list(image) * images if part is IMAGES else [part]
-        return [Segment(part.replace("{}", text) if isinstance(part, str)
-                        else part if isinstance(part, tuple) else (part,), learn)
+            if part is IMAGES:
+                filled += list(image) * images
+            elif isinstance(part, str) and "{}" in part:
+                before, _, behind = part.partition("{}")
+                filled += [before, *(text if isinstance(text, tuple) else (text,)), behind]
+            else:
+                filled.append(part)
+        return [Segment(part if isinstance(part, (str, tuple)) else (part,), learn)
                 for part in filled]
 
     def segments(self, turns, system=None, is_prompt=False, image_first=True, rng=None):
@@ -121,7 +129,8 @@ class Template:
             if not is_prompt or number + 1 < len(turns):
                 if not turn["answer"]:
                     raise ValueError(f"turn {number + 1} of {len(turns)} has no answer")
-                segments += [Segment(turn["answer"], learn=True), *self.fill("end", learn=True)]
+                segments += self.fill("answer", turn["answer"], learn=True)
+                segments += self.fill("end", learn=True)
         return segments
 
 
@@ -136,21 +145,21 @@ TEMPLATES = {
     "house": HOUSE,
     "v0": Template(begin=(START,), system=("{}\n\n",), user=("### Human: ", IMAGES, "{}", "\n"),
                    later_user=("Human: ", IMAGES, "{}", "\n"), assistant=("### Assistant:",),
-                   end=("\n###",), image=(IMAGE, "\n"), default_system=CHAT.format("human")),
+                   end=("\n###",), image=(PICTURE, "\n"), default_system=CHAT.format("human")),
     "v1": Template(begin=(START,), system=("{} ",), user=("USER: ", IMAGES, "{}", " "),
-                   assistant=("ASSISTANT:",), end=(STOP,), image=(IMAGE, "\n"),
+                   assistant=("ASSISTANT:",), end=(STOP,), image=(PICTURE, "\n"),
                    default_system=CHAT.format("user")),
     "plain": Template(begin=(START,), system=(), user=(IMAGES,), assistant=(), end=("\n",)),
     "llama-2": Template(begin=(START, "[INST] "), system=("<<SYS>>\n{}\n<</SYS>>\n\n",),
                         user=(IMAGES, "{}"), later_user=(START, "[INST] ", IMAGES, "{}"),
-                        assistant=(" [/INST]",), end=(" ", STOP), image=(IMAGE, "\n"),
+                        assistant=(" [/INST]",), end=(" ", STOP), image=(PICTURE, "\n"),
                         default_system="You are a helpful language and vision assistant. You are "
                         "able to understand the visual content that the user provides, and assist "
                         "the user with a variety of tasks using natural language."),
     "chatml": Template(begin=(), system=("<|im_start|>system\n{}<|im_end|>\n",),
                        user=("<|im_start|>user\n", IMAGES, "{}", "<|im_end|>\n"),
                        assistant=("<|im_start|>assistant\n",), end=("<|im_end|>\n",),
-                       image=(IMAGE, "\n"), default_system="You are a helpful assistant."),
+                       image=(PICTURE, "\n"), default_system="You are a helpful assistant."),
 }
 
 

@@ -144,7 +144,7 @@ class Words:
     """A vocabulary of whole words, with Flamingo's special tokens."""
     words = "output: question: answer: a red blue cat dog what is this ?".split()
     special = {BOS: "<bos>", EOS: "<eos>", IMAGE: "<image>", EOC: "<eoc>", PAD: "<pad>", -100: "-"}
-    bos_id = BOS
+    bos_id, image_id = BOS, IMAGE
 
     def batch(self, texts, context_length):
         """<bos> ids <eos> of each text, padded right."""

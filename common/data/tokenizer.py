@@ -29,7 +29,7 @@ class Tokenizer:
     Special tokens are control symbols: no user's text can spell one; code inserts them by id.
     """
 
-    bos_id, eos_id, pad_id = BOS, EOS, PAD
+    bos_id, eos_id, pad_id, image_id = BOS, EOS, PAD, IMAGE
 
     def __init__(self, model):
         """model: the bytes of a SentencePiece model. Raises ValueError for any other bytes."""

@@ -152,7 +152,10 @@ def translated(weights, fields, path):
 
 
 class Pieces(Tokenizer):
-    """LLaMA's SentencePiece vocabulary. It has no piece for padding: <unk> stands for it."""
+    """LLaMA's SentencePiece vocabulary. It has no piece for padding: <unk> stands for it. The place
+    of an image is no piece either."""
+
+    image_id = -200                      # LLaVA's
 
     def _check(self):
         self.bos_id, self.eos_id = self.pieces.bos_id(), self.pieces.eos_id()

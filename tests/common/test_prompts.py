@@ -6,7 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from common.prompts import (ASSISTANT, BOS, EOS, HOUSE, IMAGE, IMAGES, PAD, SYSTEM, TEMPLATES,
+from common.data.tokenizer import IMAGE
+from common.prompts import (ASSISTANT, BOS, EOS, HOUSE, IMAGES, PAD, SYSTEM, TEMPLATES,
                             USER, Segment, Template, collate, find_template, labels_of,
                             merge_texts, render)
 from tests.helpers import Words, assert_close, refused, unchanged
@@ -32,6 +33,7 @@ class Toy(Spaces):
 
 class Letters:
     """A vocabulary of characters; as in SentencePiece every text begins with a mark, "|"."""
+    image_id = IMAGE
 
     def __init__(self, bos_id=1, eos_id=2):
         self.bos_id, self.eos_id = bos_id, eos_id
@@ -177,6 +179,13 @@ class TestTemplate:
     def test_braces_in_a_turn_are_only_braces(self):
         rendered = dialogue(Template(user=("{0} {} _",)), "{} {0}", "{}")
         assert_spells(rendered, "<bos> {0} {} {0} _ <assistant> {} <eos>", "- - - - - - {} <eos>")
+
+    def test_ids_inside_a_turn(self):
+        spoken = [{"prompt": ("is", 5, "this"), "answer": (6, "a cat", 7), "images": ["one"]}]
+        segments = Template(begin=(3,), user=(4, "{}"), assistant=(8,), end=()).segments(spoken)
+        verb, this, a, cat = Spaces().encode("is this a cat")
+        assert render(segments, Spaces()) == ([3, 4, verb, 5, this, 8, 6, a, cat, 7],
+                                              [-100] * 6 + [6, a, cat, 7])
 
     @pytest.mark.parametrize("ids", VOCABULARIES)
     @pytest.mark.parametrize("name", GOLDEN)
