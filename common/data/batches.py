@@ -2,10 +2,11 @@
 
 A record is {"images": [picture], "texts": [captions]}, or {"turns": [{"images", "prompt",
 "answer"}, ...], "candidates"}: "images" are pictures or clips, each a list of frames; "candidates"
-are possible answers to the last turn; the loss does not count a turn with "learn": False. "source"
-is what the world's is_true judges by. A world, or `files.Files`, has `size(split)` and
-`record(split, index, rng)`. Every random draw is a function of (seed, epoch, index), so step s has
-the same batch for any number of workers and processes, and a run can resume at any step.
+are possible answers to the last turn; the loss does not count a turn with "learn": False. A prompt
+or an answer is a text, or a tuple of texts and ids of special tokens. "source" is what the world's
+is_true judges by. A world, or `files.Files`, has `size(split)` and `record(split, index, rng)`.
+Every random draw is a function of (seed, epoch, index), so step s has the same batch for any number
+of workers and processes, and a run can resume at any step.
 """
 import inspect
 import os

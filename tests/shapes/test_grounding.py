@@ -4,8 +4,10 @@ import re
 from dataclasses import replace
 
 import numpy as np
+import pytest
 
-from common.data.shapes.grounding import GLYPHS, glyphs, referring
+from common.data.shapes.grounding import GLYPHS, glyphs, grounded, referring
+from common.data.tokenizer import BOX, BOX_END, REF, REF_END
 from tests.shapes.judge import ask_and_answer, many, one, pair, shows
 
 
@@ -31,6 +33,37 @@ class TestReferring:
         assert max(referring(edge, random.Random(0))["boxes"][0]) == 999
 
 
+def box_of(item):
+    return "({},{}),({},{})".format(*(min(999, int(1000 * v)) for v in item.box))
+
+
+class TestGrounded:
+    def test_ids_of_special_tokens_surround_phrases_and_boxes(self):
+        for scene, rng in many(120, (1, 4)):
+            record = grounded(scene, rng, side=9)
+            prompt, answer = ask_and_answer(record)
+            assert shows(record, [scene], 9) and record["source"] is scene
+            if record["kind"] == "caption":
+                assert prompt == "describe the picture with boxes." and "phrase" not in record
+                groups = [answer[k:k + 6] for k in range(0, len(answer), 6)]
+                items = [one(said, scene) for _, said, *_ in groups]
+                assert items == sorted(scene.items, key=lambda item: item.x)
+                for item, (ref, said, ref_end, *box) in zip(items, groups):
+                    assert (ref, ref_end) == (REF, REF_END) and item.name in said
+                    assert box == [BOX, box_of(item), BOX_END]
+                texts = [box_of(item) for item in items]
+            else:
+                item = one(record["phrase"], scene)
+                texts, box = [box_of(item)], (BOX, box_of(item), BOX_END)
+                if record["kind"] == "ground":
+                    name = (REF, f"the {record['phrase']}", REF_END)
+                    assert (prompt, answer) == (("give the box of ", *name, "."), box)
+                else:
+                    assert prompt == ("which object is in the box ", *box, "?")
+                    assert answer == record["phrase"] and item.name in answer
+            assert ["({},{}),({},{})".format(*box) for box in record["boxes"]] == texts
+
+
 class TestGlyphs:
     def test_they_can_be_read_from_the_picture(self):
         reader = {dots: letter for letter, dots in GLYPHS.items()}
@@ -49,6 +82,8 @@ class TestGlyphs:
             dots[y1:y2 + 1, x1:x2 + 1] = False
             assert not dots.any()             # nothing but the letters, and inside the box
         assert glyphs(rng)["turns"][0]["images"][0][0].size == (224, 224)
+        with pytest.raises(ValueError, match="4 letters are 23 x 7 .*22"):
+            glyphs(rng, side=22, dot=1)
 
     def test_the_letters_are_distinct_and_stand_upright(self):
         assert len(set(GLYPHS.values())) == 36

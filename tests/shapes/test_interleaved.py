@@ -3,20 +3,25 @@ import math
 import random
 import re
 from collections import Counter, defaultdict
+from dataclasses import replace
 
 import pytest
 
+from common.data.batches import world_tokenizer
 from common.data.shapes.interleaved import (CLIPS, DOCUMENT_KINDS, LABELS, QUESTION_KINDS, TASKS,
-                                            clip, dialogue, document, episode, noisy,
-                                            question)
+                                            clip, dialogue, document, episode, grounding, noisy,
+                                            probe, question, reading, text_question)
+from common.data.shapes.questions import SETTINGS
 from common.data.shapes.scene import COLOURS, HELD_OUT, SHAPES, SIZES
 from common.data.shapes.words import is_true
+from common.data.shapes.world import Shapes
 from tests.shapes.judge import (NUMBERS, ask_and_answer, blind, held_out, one, pairs_in, resolve,
                                 scenes_of, shows)
 
 # How many turns a record has.
 LENGTHS = {"caption": {0}, "noisy": {0}, "album": {2, 3}, "names": {4, 5, 6, 7, 8},
-           "question": {1, 2, 3}, "dialogue": {4}, "two_pictures": {1}, "statement": {1},
+           "question": {1, 2, 3}, "text_question": {1, 2, 3}, "probe": {1}, "grounding": {1},
+           "reading": {1}, "dialogue": {4}, "two_pictures": {1}, "statement": {1},
            "instruction": {1, 3, 4}, "choice": {1}, "document": {2, 3, 4},
            "episode": {3, 5, 7, 9}, "glossary": {3, 4, 5}, "clip": {1}}
 
@@ -46,17 +51,19 @@ class TestTasks:
     @pytest.mark.parametrize("kind", TASKS)
     def test_a_record_shows_its_scenes_and_the_model_words_it(self, drawn, kind):
         for record in drawn[kind]:
-            assert shows(record, scenes_of(record), 16)
+            assert shows(record, scenes_of(record), 16) or kind in ("text_question", "reading")
             for number, turn in enumerate(record.get("turns", ()), 1):
                 first, last = number == 1, number == len(record["turns"])
                 pictured = {"question": first, "dialogue": first, "instruction": first,
-                            "glossary": last, "two_pictures": 2}.get(kind, True)
+                            "glossary": last, "two_pictures": 2,
+                            "text_question": 0}.get(kind, True)
                 frames = [len(frames) for frames in turn["images"]]
                 assert frames == [8 if kind == "clip" else 1] * pictured
-                asked = (kind in ("question", "dialogue", "clip", "statement", "choice")
-                         or number - 1 == record.get("asked"))
+                asked = (kind in ("question", "text_question", "probe", "dialogue", "clip",
+                                  "statement", "choice") or number - 1 == record.get("asked"))
                 end = "?" * asked or "." * (kind == "two_pictures")
-                assert turn["prompt"][-1:] == end or kind == "instruction"
+                free = kind in ("instruction", "grounding", "reading")
+                assert turn["prompt"][-1:] == end or free
                 context = {"names": first, "glossary": not last}.get(kind, False)
                 assert turn["answer"] and turn.get("learn", True) is not context
             assert not re.search("output|question|answer|[<:]", str(words_of(record)))
@@ -67,7 +74,7 @@ class TestTasks:
         bare = [TASKS[kind](random.Random(i), side=None) for i in range(200)]
         assert drawn[kind][:9] == [TASKS[kind](random.Random(i), side=16) for i in range(9)]
         for plain, record in zip(bare, drawn[kind]):
-            assert (words_of(plain), plain["source"]) == (words_of(record), record["source"])
+            assert words_of(plain) == words_of(record) and scenes_of(plain) == scenes_of(record)
         assert shows(bare[0], (), 16) and len({str(words_of(record)) for record in bare}) > 70
         for record in bare:
             assert not held_out(str(words_of(record)))
@@ -129,6 +136,71 @@ class TestQuestion:
         assert not said["train"] & said["test"]
         records += [question(random.Random(i), asks=1) for i in range(9)]
         assert {len(record["turns"]) for record in records} == {1}       # in tests, or if asked for
+
+
+class TestTextQuestion:
+    def test_the_prompt_names_the_objects_and_decides_the_questions(self):
+        kinds, said = Counter(), {"train": set(), "test": set()}
+        for split in said:
+            for i in range(200):
+                record = text_question(random.Random(i), split, 16, objects=(1, 3))
+                assert shows(record, (), 16), "a picture"
+                (first, answer), *later = words_of(record)
+                told, _, asked = first.partition(". ")
+                (scene,), pairs = record["source"], [(asked, answer), *later]
+                assert is_true(told, scene) and all(item.name in told for item in scene.items)
+                # Other sizes and places change no answer, for the words do not tell them.
+                other = replace(scene, items=tuple(replace(
+                    item, size="small" if item.size == "large" else "large", x=item.y, y=item.x)
+                    for item in scene.items))
+                assert all(resolve(q, s) == a for q, a in pairs for s in (scene, other))
+                kinds[record["kind"]] += 1
+                said[split].update(question for question, _ in pairs)
+        assert set(kinds) == set(DOCUMENT_KINDS) and min(kinds.values()) > 40
+        assert not said["train"] & said["test"]
+
+
+class TestProbe:
+    def test_settings_and_answers_are_even_unless_a_setting_is_given(self):
+        found = Counter()
+        for i in range(1200):
+            record = probe(random.Random(i), side=None)
+            prompt, answer = ask_and_answer(record)
+            assert resolve(prompt, *scenes_of(record)) == answer
+            found[record["setting"], answer] += 1
+        assert len(found) == 6 and min(found.values()) > 160, found
+        for setting in SETTINGS:
+            assert {probe(random.Random(i), "test", None, setting)["setting"]
+                    for i in range(9)} == {setting}
+
+
+class TestGrounding:
+    def test_every_kind_is_drawn_or_the_one_that_is_given(self):
+        found = Counter(grounding(random.Random(i), side=None)["kind"] for i in range(300))
+        assert len(found) == 3 and min(found.values()) > 70
+        for kind in found:
+            assert {grounding(random.Random(i), "test", None, kind, objects=3)["kind"]
+                    for i in range(9)} == {kind}
+
+
+class TestReading:
+    def test_letters_are_small_apart_and_the_same_with_and_without_a_picture(self):
+        for i, (side, length, dot) in enumerate([(16, 2, 1), (64, 4, 2), (96, 3, 1)]):
+            record = reading(random.Random(i), "test", side, length, dot)
+            letters = ask_and_answer(record)[1].split(" ")
+            assert len(letters) == length and all(len(x) == 1 and x == x.lower() for x in letters)
+            (x1, y1, x2, y2), pixel = record["boxes"][0], 1000 / side
+            assert abs(x2 - x1 - (6 * length - 1) * dot * pixel) < 2
+            assert abs(y2 - y1 - 7 * dot * pixel) < 2 or y2 == 999
+            assert record["turns"][0]["images"][0][0].size == (side, side)
+            bare = reading(random.Random(i), side=None, length=length, dot=dot)
+            assert ask_and_answer(bare) == ask_and_answer(record)
+
+    def test_each_letter_is_a_token_of_its_own(self):
+        tokenizer = world_tokenizer(Shapes())
+        letters = "abcdefghijklmnopqrstuvwxyz0123456789"
+        pieces = [tokenizer.pieces.id_to_piece(i) for i in tokenizer.encode(" ".join(letters))]
+        assert [piece.lstrip("\u2581") for piece in pieces if piece != "\u2581"] == [*letters]
 
 
 class TestDocument:

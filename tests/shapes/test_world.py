@@ -127,7 +127,7 @@ class TestShapes:
     @pytest.mark.parametrize("kind", TASKS)
     def test_a_task_has_the_worlds_dials_unless_arguments_change_them(self, kind):
         world = Shapes(objects=4, noise=0.25, clutter=3, image_size=20)
-        has_dials = kind not in ("names", "episode", "glossary", "clip")
+        has_dials = kind not in ("names", "episode", "glossary", "clip", "reading")
         dials = {"objects": (1, 4), "noise": 0.25, "clutter": 3} if has_dials else {}
         for split, more in (("train", {}), ("test", {"noise": 0.5} if has_dials else {})):
             record = world.task(kind, random.Random(7), split, **more)

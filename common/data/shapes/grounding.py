@@ -7,6 +7,10 @@ from PIL import Image
 
 from common.data.shapes.scene import BACKGROUNDS, turn
 from common.data.shapes.words import phrase, references
+from common.data.tokenizer import BOX, BOX_END, REF, REF_END
+
+GROUNDING_KINDS = ("ground", "name", "caption")
+READ_PROMPTS = ("read the letters in the picture.", "which letters are in the picture?")
 
 
 def box_of(item):
@@ -37,6 +41,32 @@ def referring(scene, rng, kind=None, side=32):
             "phrase": name, "item": item, "source": scene}
 
 
+def grounded(scene, rng, kind=None, side=32):
+    """`referring` as Qwen-VL writes it, with ids of special tokens as parts of prompt and answer.
+
+    "ground": ("give the box of ", REF, "the red circle", REF_END, ".") -> (BOX, "(1,2),(3,4)",
+    BOX_END). "name": ("which object is in the box ", BOX, "(1,2),(3,4)", BOX_END, "?") -> "a red
+    circle". "caption" names every object from left to right: (REF, "a red circle", REF_END, BOX,
+    "(1,2),(3,4)", BOX_END, ...). {"boxes", "kind", "source": Scene} and, but for captions, "phrase"
+    """
+    kind = kind or rng.choice(GROUNDING_KINDS)
+    if kind == "caption":
+        items = sorted(scene.items, key=lambda item: item.x)
+        answer = tuple(part for item in items for part in (
+            REF, phrase(item), REF_END, BOX, box_text(box_of(item)), BOX_END))
+        return {"turns": [turn("describe the picture with boxes.", answer, (scene,), side)],
+                "kind": kind, "boxes": [box_of(item) for item in items], "source": scene}
+    record = referring(scene, rng, kind, side)
+    question, box = record["turns"][0], (BOX, box_text(record["boxes"][0]), BOX_END)
+    if kind == "ground":
+        name = (REF, f"the {record['phrase']}", REF_END)
+        question |= {"prompt": ("give the box of ", *name, "."), "answer": box}
+    else:
+        question["prompt"] = ("which object is in the box ", *box, "?")
+        record["phrase"] = question["answer"]
+    return record
+
+
 # Five columns of seven dots each, one byte a column, lowest bit on top. A font of Pillow's would
 # have other pixels in another version.
 _DOTS = """
@@ -50,9 +80,14 @@ GLYPHS = {c: bytes.fromhex(dots) for c, dots in zip(_DOTS[::2], _DOTS[1::2])}
 
 
 def glyphs(rng, length=4, side=224, dot=2):
-    """Random letters and digits, "K7PD", 7 * dot pixels high, in a large empty picture."""
+    """Random letters and digits, "K7PD", 7 * dot pixels high, in a large empty picture.
+
+    Raises ValueError where they do not fit in.
+    """
     text = "".join(rng.choice(sorted(GLYPHS)) for _ in range(length))
     width, height = (6 * length - 1) * dot, 7 * dot
+    if max(width, height) > side:
+        raise ValueError(f"{length} letters are {width} x {height} pixels; the side is {side}")
     x, y = rng.randint(0, side - width), rng.randint(0, side - height)
     picture = Image.new("RGB", (side, side), rng.choice(tuple(BACKGROUNDS.values())))
     for n, letter in enumerate(text):
@@ -61,6 +96,6 @@ def glyphs(rng, length=4, side=224, dot=2):
                 if bits >> row & 1:
                     left, top = x + (6 * n + column) * dot, y + row * dot
                     picture.paste((20, 20, 20), (left, top, left + dot, top + dot))
-    prompt = rng.choice(("read the letters in the picture.", "which letters are in the picture?"))
+    prompt = rng.choice(READ_PROMPTS)
     box = tuple(min(999, 1000 * v // side) for v in (x, y, x + width, y + height))
     return {"turns": [turn(prompt, text) | {"images": [[picture]]}], "boxes": [box]}

@@ -5,16 +5,20 @@ picture or frame}; the last turn's answer is the answer. "caption" and "noisy" a
 "texts", "source": Scene}; the source of "dialogue" is one Scene, too. Split "test" asks in wordings
 that training never uses; side=None leaves the pictures out; dial: arguments of `sample`.
 """
+import re
 from dataclasses import replace
 
 from common.data.shapes import captions, conversations
-from common.data.shapes.questions import YES_NO, decidable, pick, wording, yes_no
+from common.data.shapes.grounding import READ_PROMPTS, glyphs, grounded
+from common.data.shapes.questions import (SETTINGS, YES_NO, decidable, pick, probes, wording,
+                                          yes_no)
 from common.data.shapes.scene import (BACKGROUNDS, COLOURS, PAIRS, SHAPES, SIZES, Item, Scene,
                                       dialogue_turns, pictures, sample, turn)
-from common.data.shapes.words import describe, vague
+from common.data.shapes.words import describe, listed, phrase, vague
 
 QUESTION_KINDS = ("colour", "shape", "count", "existence", "relation")
 DOCUMENT_KINDS = QUESTION_KINDS[:-1]
+NOT_TOLD = "small|large|top|bottom|centre|left|right|above|below"   # by a plain list of objects
 LABELS = ("dax", "wug", "blick", "fep", "toma", "zup", "kiv", "gorp", "mell", "sanu", "pif", "lorn")
 
 
@@ -49,12 +53,16 @@ def instruction(rng, split="train", side=32, **dial):
 
 
 def choice(rng, split="train", side=32, **dial):
-    """A question that needs a text, too, with its choices, see `conversations.multiple_choice`."""
+    """A question that needs a text, too, with its choices, see `conversations.multiple_choice`.
+
+    {"context": that text, "question": without it and the choices, for a model's own wording}
+    """
     record = conversations.multiple_choice(sample(rng, **dial), rng, side)
     turns = [record["turns"][0] | {
         "prompt": f"{record['context']} {record['turns'][0]['prompt']} "
                   f"{', '.join(record['choices'])}?"}]
-    return {"turns": turns, "candidates": record["choices"], "source": record["source"]}
+    return {"turns": turns, "candidates": record["choices"], "source": record["source"],
+            "context": record["context"], "question": record["turns"][0]["prompt"]}
 
 
 def album(rng, split="train", side=32, **dial):
@@ -88,6 +96,47 @@ def question(rng, split="train", side=32, asks=None, **dial):
                 pairs.append((wording(option, rng, kind, split), option[1]))
                 last = kind
     return {"turns": dialogue_turns(pairs, scene, side), "source": (scene,), "kind": last}
+
+
+def text_question(rng, split="train", side=32, **dial):
+    """A `question` without a picture: the first prompt names the objects (the text-only part of
+    LLaVA-1.5's data).
+
+    "there is a red circle and a blue star. what colour is the star?" -> "blue". The words decide
+    every question, so none is about sizes or places. "source": the Scene in words.
+    """
+    record = None
+    while not record or any(re.search(NOT_TOLD, t["prompt"]) for t in record["turns"]):
+        record = question(rng, split, None, **dial)
+    (scene,), (first, *later) = record["source"], record["turns"]
+    words = listed([phrase(item) for item in rng.sample(scene.items, len(scene.items))])
+    first = first | {"prompt": f"there is {words}. {first['prompt']}"}
+    return record | {"turns": [first, *later]}
+
+
+def probe(rng, split="train", side=32, setting=None, **dial):
+    """One of `questions.probes`, yes and no evenly; setting: one of SETTINGS, None draws it."""
+    scene, setting = sample(rng, **dial), setting or rng.choice(SETTINGS)
+    record = rng.choice([r for r in probes(scene, rng, None) if r["setting"] == setting])
+    asked = record["turns"][0]
+    return record | {"turns": [turn(asked["prompt"], asked["answer"], (scene,), side)]}
+
+
+def grounding(rng, split="train", side=32, kind=None, **dial):
+    """A box is wanted, or given, or all of them with their objects, see `grounding.grounded`."""
+    return grounded(sample(rng, **dial), rng, kind, side)
+
+
+def reading(rng, split="train", side=32, length=2, dot=1):
+    """Random letters and digits, 7 * dot pixels high, "k 7": see `grounding.glyphs`.
+
+    With spaces no two letters of the answer become one token.
+    """
+    prompt = rng.choice(READ_PROMPTS)    # before `glyphs`, whose draws depend on the side
+    record = glyphs(rng, length, side or 224, dot)
+    found = record["turns"][0]
+    letters = turn(prompt, " ".join(found["answer"].lower()))
+    return record | {"turns": [letters | ({"images": found["images"]} if side else {})]}
 
 
 def dialogue(rng, split="train", side=32, **dial):
@@ -216,5 +265,5 @@ def clip(rng, split="train", side=32, frames=8, kind=None):
 
 
 TASKS = {f.__name__: f for f in
-         (caption, noisy, statement, instruction, choice, album, names, question, dialogue,
-          two_pictures, document, episode, glossary, clip)}
+         (caption, noisy, statement, instruction, choice, album, names, question, text_question,
+          probe, grounding, reading, dialogue, two_pictures, document, episode, glossary, clip)}

@@ -11,6 +11,7 @@ from common.data.shapes.words import (NUMBERS, PLURALS, a_thing, matching, namea
                                       references, relations, things)
 
 YES_NO = ("yes", "no")
+SETTINGS = ("random", "popular", "adversarial")      # of a probe (POPE)
 COUNTS = ("zero",) + NUMBERS[1:]
 
 # kind -> form -> (answers, training wordings, test wordings). A form is drawn first and then one of
@@ -165,7 +166,7 @@ def probes(scene, rng, side=32):
     probes(scene, rng)[1]["turns"] -> "is there a red square in the picture?", "no"
     """
     records = []
-    for setting in ("random", "popular", "adversarial"):
+    for setting in SETTINGS:
         present = rng.choice(sorted(pairs_of(scene.items)))
         for pair, answer in ((present, "yes"), (absent(scene, rng, setting), "no")):
             question = f"is there {a_thing(' '.join(pair))} in the picture?"

@@ -101,7 +101,7 @@ class Shapes:
 
         more: arguments of the function of that name in interleaved.py.
         """
-        if kind not in ("names", "episode", "glossary", "clip"):
+        if kind not in ("names", "episode", "glossary", "clip", "reading"):
             dial = {"objects": (1, self.objects), "noise": self.noise, "clutter": self.clutter}
             more = dial | more
         return TASKS[kind](rng, split, self.image_size, **more)
