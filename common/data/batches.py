@@ -26,19 +26,20 @@ from common.prompts import CAPTION_PROMPT, QUESTION_PROMPT
 
 WORLDS = {"shapes": Shapes, "emoji": Emoji}
 REPLACEMENTS = 20                        # tries to replace a record that cannot be read
+MEGABATCH = 8                            # batches of records that are sorted by length together
 
 
-def open_world(spec, image_size, images=None, skip=0.05, shuffle=10_000):
+def open_world(spec, image_size, images=None, skip=0.05, shuffle=10_000, whole=False):
     """The data that --data names: "shapes", "shapes:objects=3,noise=0.1", "emoji" or "coco:FILE".
 
-    images, skip, shuffle: of the user's own files, see `files.Files`. Raises ValueError in one line
-    for a world, a dial or a value that does not exist, and for files that cannot be used.
+    images, skip, shuffle, whole: of the user's own files, see `files.Files`. Raises ValueError in
+    one line for a world, a dial or a value that does not exist, and for files that cannot be used.
     """
     name, _, dials = spec.partition(":")
     try:
         if name in FORMATS:
             return Files(name, dials, image_size=image_size, images=images, skip=skip,
-                         shuffle=shuffle)
+                         shuffle=shuffle, whole=whole)
         if name not in WORLDS:
             raise ValueError(f"no world {name!r}; there are {', '.join(WORLDS)}, and "
                              + ", ".join(f"{kind}:FILE" for kind in FORMATS))
@@ -110,6 +111,32 @@ class DataSource:
             index -= self.world.size(split)
 
 
+def modality_length_order(lengths, batch_size, generator):
+    """LLaVA-1.5's group_by_modality_length: an order of records, int64 (N,), a permutation.
+
+    lengths: N of int, the words of each record, negative for one without pictures. The records with
+    pictures and those without are shuffled; of each MEGABATCH batches the longest records come
+    first; the batches of both kinds are shuffled together. The few records of each kind that fill
+    no batch come last, shuffled together. Raises ValueError for a length of 0.
+    """
+    lengths = torch.tensor(lengths)
+    if not lengths.all():
+        raise ValueError(f"record {lengths.tolist().index(0)} has length 0")
+    batches, rest = [], []
+    for kind in (lengths > 0, lengths < 0):
+        group = kind.nonzero().flatten()
+        group = group[torch.randperm(len(group), generator=generator)]
+        full = len(group) // batch_size * batch_size
+        for part in group[:full].split(MEGABATCH * batch_size):
+            longest_first = lengths[part].abs().argsort(descending=True, stable=True)
+            batches += part[longest_first].split(batch_size)
+        rest.append(group[full:])
+    rest = torch.cat(rest)
+    order = torch.randperm(len(batches), generator=generator)
+    return torch.cat([*(batches[place] for place in order),
+                      rest[torch.randperm(len(rest), generator=generator)]])
+
+
 class Batches(torch.utils.data.Dataset):
     """Item s: the micro-batches of step s for this process, `accumulate` of each data set.
 
@@ -150,9 +177,14 @@ class Batches(torch.utils.data.Dataset):
         source = self.sources[number]
         if self.orders.get(number, (None,))[0] != epoch:
             generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % 2 ** 63)
-            has_own = source.split == "train" and hasattr(source.world, "order")
-            order = source.world.order(generator) if has_own else \
-                torch.randperm(source.size(), generator=generator)
+            world = source.world if source.split == "train" else None
+            if getattr(world, "lengths", None):
+                total = self.part * source.share
+                order = modality_length_order(world.lengths, total, generator)
+            elif hasattr(world, "order"):
+                order = world.order(generator)
+            else:
+                order = torch.randperm(source.size(), generator=generator)
             self.orders[number] = epoch, order
         return self.orders[number][1]
 

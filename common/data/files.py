@@ -4,9 +4,11 @@
     flickr:FILE   CSV: image_name| comment_number| comment (Flickr30k) or image,caption (Flickr8k)
     jsonl:FILE    a JSON object in each line: {"image": "a.jpg", "text": "..."}, or "texts": [...]
     tar:GLOB      webdataset shards as img2dataset writes them; {00000..00099} is expanded
+    llava:FILE    LLaVA-Instruct, conversations: a JSON list, or an object in each line (.jsonl)
 
-A record is {"images": [a file's name or a place in a tar], "texts": [captions], "source": name}.
-One that cannot be used is counted and left out. No picture is read from outside its folder.
+A record is {"images": [a file's name or a place in a tar], "texts": [captions], "source": name};
+the texts of a conversation are its prompts and answers in turn. A record that cannot be used is
+counted and left out. No picture is read from outside its folder.
 """
 import contextlib
 import csv
@@ -141,7 +143,38 @@ def tar(pattern, refuse):
                        "source": f"{os.path.basename(path)}/{key}"}
 
 
-FORMATS = {"coco": coco, "flickr": flickr, "jsonl": jsonl, "tar": tar}
+def llava(path, refuse):
+    """LLaVA-Instruct (Liu et al., 2023): a record for each conversation, with or without pictures.
+
+    "conversations" has {"from": "human" or "gpt", "value"} in turn. Each "<image>" is taken out of
+    the texts: the model's template says where a picture stands.
+    """
+    data = read_bytes(path, most=MOST_JSON)
+    samples = [line for line in data.splitlines() if line.strip()] if path.endswith(".jsonl") \
+        else parse_json(data, path)
+    if not isinstance(samples, list):
+        raise ValueError(f"{printable(path)}: not LLaVA-Instruct: no list of conversations")
+    for number, sample in enumerate(samples, 1):
+        with refusing(refuse, f"{path}: conversation {number}"):
+            sample = parse_json(sample) if isinstance(sample, bytes) else sample
+            turns = field(sample, "conversations", kind=list)
+            roles, values = ([field(t, key) for t in turns] for key in ("from", "value"))
+            if not roles or roles != ["human", "gpt"] * (len(roles) // 2):
+                raise ValueError(f"turns in the order {', '.join(roles)}, not human, gpt, ...")
+            names = field(sample, "image", "images", kind=(str, list)) \
+                if sample.get("image") or sample.get("images") else []
+            names = [names] if isinstance(names, str) else names
+            count = sum(value.count("<image>") for value in values)
+            if count != len(names):
+                raise ValueError(f'{count} "<image>" in the texts and {len(names)} pictures')
+            texts = [usable_text(re.sub("<image>\n?|\n<image>", "", value)) for value in values]
+            images = [usable_name(name) for name in names]
+            # A picture has several conversations: of the same name, they are in the same split.
+            source = str(images[0] if images else sample.get("id") or number)
+            yield {"images": images, "texts": texts, "source": source, "web": False}
+
+
+FORMATS = {"coco": coco, "flickr": flickr, "jsonl": jsonl, "tar": tar, "llava": llava}
 
 
 def shards(pattern):
@@ -167,9 +200,9 @@ def usable_name(name):
 
 
 def usable_text(text):
-    """A caption without the spaces around it. Raises ValueError when it is empty or no UTF-8."""
+    """A text without the spaces around it. Raises ValueError when it is empty or no UTF-8."""
     if not isinstance(text, str) or not text.strip():
-        raise ValueError("an empty caption")
+        raise ValueError("an empty text")
     text.encode()                        # UnicodeError: an odd byte, or half a surrogate pair
     return text.strip()
 
@@ -178,15 +211,19 @@ class Files:
     """Records of files of the user's own; the test split is a function of their names alone.
 
     web, human: the records of train that are marked as from the web, and the others. test: human
-    records, if there are any.
+    records, if there are any. has_turns: whether the records are conversations. lengths: then the
+    words of each record of train, a list of int, negative for one without pictures; else None.
 
     kind: one of FORMATS; where: its file or pattern; images: the folder of the pictures (default:
     the file's own); skip: the fraction of records that may be refused; shuffle: for tar, the size
-    of the shuffle window. Raises ValueError for too many refused or too few usable records.
+    of the shuffle window; whole: pictures are not cropped. Raises ValueError for too many refused
+    or too few usable records.
     """
     zero_shot, classes, all_classes, templates, tasks = None, (), (), (), ()     # captions alone
+    has_turns, lengths = False, None
 
-    def __init__(self, kind, where, *, image_size, images=None, skip=0.05, shuffle=10_000):
+    def __init__(self, kind, where, *, image_size, images=None, skip=0.05, shuffle=10_000,
+                 whole=False):
         if not 0 <= skip < 1:
             raise ValueError(f"--skip {skip}: a fraction, from 0 to less than 1")
         if shuffle < 1:
@@ -194,28 +231,38 @@ class Files:
         if images is not None and (kind == "tar" or not os.path.isdir(images)):
             why = "a tar holds its own pictures" if kind == "tar" else "no such folder"
             raise ValueError(f"--images {printable(images)}: {why}")
-        self.image_size, self.skip, self.shuffle = image_size, skip, shuffle
+        self.image_size, self.skip, self.shuffle, self.whole = image_size, skip, shuffle, whole
         self.name = printable(os.path.basename(where))
         self.folder = os.path.realpath(images or os.path.dirname(where))
         self.refused = Refusals(skip)
+        self.has_turns = kind == "llava"
         entries = self._index(FORMATS[kind](where, self.refused.add))
         self.refused.check(self.tried)
-        human = sum(not entry["web"] for entry in entries)
-        self.has_web = human < len(entries)
+        human = len({entry["source"] for entry in entries if not entry["web"]})
+        self.has_web = any(entry["web"] for entry in entries)
         if (human or len(entries)) < 4 * FEWEST:
             what = "human" if human and self.has_web else "usable"
-            raise ValueError(f"{printable(where)}: {human or len(entries)} {what} records, at "
-                             f"least {4 * FEWEST} are needed; {self.refused.summary(self.tried)}")
+            raise ValueError(f"{printable(where)}: {human or len(entries)} {what} records of "
+                             f"different names, at least {4 * FEWEST} are needed; "
+                             f"{self.refused.summary(self.tried)}")
         self._splits = make_splits(entries)
         by_shard = itertools.groupby(self._splits["train"], lambda entry: entry["images"][0][0])
         self._shards = kind == "tar" and [len(list(group)) for _, group in by_shard]
+        if self.has_turns:
+            counts = ((sum(len(text.split()) for text in entry["texts"]), entry["images"])
+                      for entry in self._splits["train"])
+            self.lengths = [words if images else -words for words, images in counts]
         # Pieces of the tokenizer: every character, then the words, up to 8192.
         words = {word for text in self.corpus() for word in text.split()}
         letters = {*unicodedata.normalize("NFKC", " ".join(words)).casefold()}
         self.vocab_size = max(min(8192, 512 + len(words)), 512 + len(letters))
 
     def _index(self, records):
-        """Set self.tried; return the entries: records of the same pictures and kind are one."""
+        """Set self.tried; return the entries: captions of the same pictures and kind are one."""
+        if self.has_turns:
+            entries = list(records)
+            self.tried = len(entries) + self.refused.count
+            return entries
         entries, self.tried = {}, 0
         for record in records:
             where, texts = f"{self.name}: {record['source']}", {}            # {text: None}
@@ -252,14 +299,25 @@ class Files:
         return order[(torch.arange(count) + late).argsort(stable=True)]
 
     def record(self, split, index, rng=None):
-        """{"images": [RGB, image_size square], "texts": [captions], "source": entry}.
+        """{"images": [RGB, image_size square], "texts": [captions], "source": entry}, or
+        {"turns": [{"images": [[RGB]], "prompt", "answer"}, ...], "source": entry}.
 
         A random.Random crops at random; without one, and in test, the center is cropped.
         """
         entry = self._splits[split][index]
         crop = functools.partial(random_crop, rng=rng) if rng and split != "test" else center_crop
-        pictures = [crop(self._open(place, entry), self.image_size) for place in entry["images"]]
-        return {"images": pictures, "texts": entry["texts"], "source": entry}
+        pictures = (self._open(place, entry) for place in entry["images"])
+        return self._as_record(entry, [picture if self.whole else crop(picture, self.image_size)
+                                       for picture in pictures])
+
+    def _as_record(self, entry, pictures):
+        """An entry with its pictures; those of a conversation belong to its first turn."""
+        if not self.has_turns:
+            return {"images": pictures, "texts": entry["texts"], "source": entry}
+        turns = [{"images": [], "prompt": prompt, "answer": answer}
+                 for prompt, answer in zip(entry["texts"][::2], entry["texts"][1::2])]
+        turns[0]["images"] = [[picture] for picture in pictures]
+        return {"turns": turns, "source": entry}
 
     def _open(self, place, entry):
         if isinstance(place, tuple):
@@ -273,7 +331,7 @@ class Files:
         """The record with grey pictures in place of its own; nothing is read."""
         entry = self._splits[split][index]
         grey = Image.new("RGB", (self.image_size, self.image_size), "grey")
-        return {"images": [grey] * len(entry["images"]), "texts": entry["texts"], "source": entry}
+        return self._as_record(entry, [grey] * len(entry["images"]))
 
     @functools.cache
     def records(self, split):
@@ -289,8 +347,8 @@ class Files:
         return records
 
     def is_true(self, text, source):
-        """Whether the text is one of the captions of the picture."""
-        return text in source["texts"]
+        """Whether the text is one of the captions of the picture, or answers of a conversation."""
+        return text in (source["texts"][1::2] if self.has_turns else source["texts"])
 
     def corpus(self):
         """Texts for the tokenizer, of training records alone; of very many a part."""
