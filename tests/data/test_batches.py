@@ -8,8 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from common.data.batches import (REPLACEMENTS, WORLDS, Batches, DataSource, open_world,
-                                 world_tokenizer)
+from common.data.batches import (MEGABATCH, REPLACEMENTS, WORLDS, Batches, DataSource,
+                                 modality_length_order, open_world, world_tokenizer)
 from common.data.files import Files
 from common.data.shapes.world import Shapes
 from common.training import options
@@ -101,6 +101,61 @@ def compare(name, one, other):
         assert one[key] == other[key], f"{key} {name}"
 
 
+def ordered(lengths, size, seed=0):
+    """The order of `modality_length_order` for a seed, in batches."""
+    order = modality_length_order(lengths, size, torch.Generator().manual_seed(seed))
+    assert sorted(order.tolist()) == list(range(len(lengths))), "no permutation"
+    return [batch.tolist() for batch in order.split(size)]
+
+
+class TestModalityLengthOrder:
+    LENGTHS = [(1 + 37 * k % 101) * (-1 if k % 3 == 0 else 1) for k in range(400)]
+
+    def kinds(self, batches):
+        """For each batch: "image", "text" or "mixed"."""
+        found = [{self.LENGTHS[place] > 0 for place in batch} for batch in batches]
+        return ["mixed" if len(kind) > 1 else "image" if kind == {True} else "text"
+                for kind in found]
+
+    def test_a_batch_is_of_one_modality_but_for_the_rest_at_the_end(self):
+        for seed in range(5):
+            kinds = self.kinds(ordered(self.LENGTHS, 7, seed))         # of 266 and 134 records
+            assert kinds[:57].count("image") == 38 and kinds[:57].count("text") == 19
+            assert kinds[57:] == ["text"]
+            kinds = self.kinds(ordered(self.LENGTHS, 30, seed))        # 26 and 14 are left: 40
+            assert kinds[:12].count("image") == 8 and kinds[:12].count("text") == 4
+            assert kinds[12:] == ["mixed", "mixed"], "both kinds are shuffled in the rest"
+            assert len(kinds) == 14
+
+    def test_batches_of_both_kinds_stand_in_any_order(self):
+        orders = {tuple(self.kinds(ordered(self.LENGTHS, 7, seed))[:57]) for seed in range(5)}
+        changes = [sum(a != b for a, b in zip(order, order[1:])) for order in orders]
+        assert len(orders) == 5 and min(changes) > 10
+
+    def test_a_batch_has_records_of_similar_lengths_in_a_part_of_the_group(self):
+        spread, top = 0, []
+        for batch in ordered(self.LENGTHS, 4):
+            lengths = [abs(self.LENGTHS[place]) for place in batch]
+            assert lengths == sorted(lengths, reverse=True)
+            spread, top = spread + lengths[0] - lengths[-1], top + lengths[:1]
+        assert spread / 100 < 25, "of 4 of 1 .. 101 drawn at random it is 60"
+        # Each megabatch has its own longest records: the group as a whole is not sorted.
+        assert sum(length > 90 for length in top) > 400 // (4 * MEGABATCH) // 2
+
+    def test_each_seed_groups_other_records_and_leaves_out_others(self):
+        orders = [ordered(self.LENGTHS, 30, seed) for seed in range(4)]
+        groups = [{frozenset(batch) for batch in order[:-2]} for order in orders]
+        assert not set.intersection(*groups) and len(set.union(*groups)) > 40
+        assert len({frozenset(sum(order[-2:], [])) for order in orders}) == 4
+        assert orders[0] == ordered(self.LENGTHS, 30, 0)
+
+    @pytest.mark.parametrize("lengths", [[5, 3, 4, 9, 1], [-2, -3, -1, -4, -4], [3, -1], [2]])
+    def test_one_kind_alone_and_less_than_a_batch(self, lengths):
+        assert {len(ordered(lengths, 2, seed)) for seed in range(3)} == {(len(lengths) + 1) // 2}
+        with one_line("record 2 .* 0"):
+            ordered([3, -1, 0, 4], 2)
+
+
 class TestBatches:
     @pytest.mark.parametrize("world_size, accumulate", [(1, 4), (3, 1), (12, 1), (2, 3)])
     @pytest.mark.parametrize("kind", [Numbers, Own])
@@ -133,6 +188,16 @@ class TestBatches:
 
     def test_a_world_with_an_order_of_its_own_is_read_in_it(self):
         assert_close("index of step 5 (B,)", whole(5, Own())["index"], 51 - whole(5)["index"])
+
+    def test_a_step_of_conversations_is_of_one_modality_for_all_processes(self):
+        world = Own()
+        world.lengths = [1 + k % 7 if k < 29 else -1 - k % 5 for k in range(52)]
+        steps = [whole(step, world, processes, batch_size=6)["index"].tolist()
+                 for processes in (1, 2) for step in range(16)]
+        assert [len({index < 29 for index in step}) for step in steps] == ([1] * 7 + [2]) * 4
+        source = DataSource(world, together, split="human")           # lengths are those of train
+        plain = Batches([source], batch_size=6, seed=3)
+        assert_close("order (N,)", plain.order(0, 0), batches(batch_size=6).order(0, 0))
 
     def test_each_seed_has_its_order_and_draws(self):
         steps = [whole(step, seed=seed) for seed in (-5, 0, 3, 4, 10 ** 17) for step in (0, 4)]
@@ -267,8 +332,10 @@ class TestOpenWorld:
         spec = listed(tmp_path, 20)
         (tmp_path / "data.jsonl").rename(tmp_path / "a:b")
         (tmp_path / "in").mkdir()
-        world = open_world(f"jsonl:{tmp_path}/a:b", 16, f"{tmp_path}/in", 0.5, 3)
-        assert (world.image_size, world.skip, world.shuffle) == (16, 0.5, 3)
+        world = open_world(f"jsonl:{tmp_path}/a:b", 16, f"{tmp_path}/in", 0.5, 3, whole=True)
+        assert (world.image_size, world.skip, world.shuffle, world.whole) == (16, 0.5, 3, True)
+        assert not open_world(f"jsonl:{tmp_path}/a:b", 16).whole
+        assert open_world("emoji", 16, whole=True).record("train", 0)["images"][0].size == (16, 16)
         assert world.folder == f"{tmp_path}/in"
         with one_line(f"--data {spec}: .*no such file"):
             open_world(spec, 16)

@@ -35,8 +35,30 @@ def written(folder, kind, count, bad=()):
     (folder / "coco").write_text(json.dumps({
         "images": [{"id": n, "file_name": name} for n, (name, _) in enumerate(rows)],
         "annotations": [{"image_id": n, "caption": text} for n, (_, text) in enumerate(rows)]}))
+    dialogue(folder / "llava", *[talk("what is it?\n<image>", text, image=name)
+                                 for name, text in rows])
     (folder / "flickr").write_text("\n".join(map(",".join, [("image", "caption"), *rows])))
     return folder / {"jsonl": "data.jsonl", "tar": "00.tar"}.get(kind, kind)
+
+
+def talk(*values, **more):
+    """A sample of LLaVA-Instruct, human first."""
+    return {"conversations": [{"from": ("human", "gpt")[k % 2], "value": value}
+                              for k, value in enumerate(values)], **more}
+
+
+def dialogue(path, *samples):
+    """The file of some samples, as a list or in lines."""
+    lines = path.suffix == ".jsonl"
+    path.write_text("\n\n".join(map(json.dumps, samples)) if lines else json.dumps(samples))
+    return str(path)
+
+
+def parts(record):
+    """(pictures, captions or answers) of a record of either kind."""
+    turns = record.get("turns", [])
+    return record.get("images", [one for turn in turns for one, in turn["images"]]), \
+        record.get("texts", [turn["answer"] for turn in turns])
 
 
 def opened(folder, *more, count=30, **options):
@@ -166,6 +188,47 @@ class TestTar:
         assert len(refused) == 1 and "s.tar: 1: " in refused[0]
 
 
+class TestLlava:
+    @pytest.mark.parametrize("name", ["d.json", "d.jsonl"])
+    def test_a_conversation_is_a_record_without_its_image_marks(self, tmp_path, name):
+        path = dialogue(
+            tmp_path / name, talk("<image>\nwhat?", "a cat", "why?", "a cat", image="a.jpg"),
+            talk("how\n<image>", "so", image="./b/a.jpg", id="7"), talk("hi", "ho", id="x"),
+            talk("one\n<image>\ntwo", "<image> is it", images=["c.jpg", "d.jpg"]),
+            talk("say", "no", image=None), talk("a", "here: <image>", image=["e.jpg"]))
+        refused = []
+        records = list(FORMATS["llava"](path, refused.append))
+        assert [(r["images"], r["texts"], r["source"]) for r in records] == [
+            (["a.jpg"], ["what?", "a cat", "why?", "a cat"], "a.jpg"),
+            (["b/a.jpg"], ["how", "so"], "b/a.jpg"), ([], ["hi", "ho"], "x"),
+            (["c.jpg", "d.jpg"], ["one\ntwo", "is it"], "c.jpg"), ([], ["say", "no"], "5"),
+            (["e.jpg"], ["a", "here:"], "e.jpg")] and not refused
+
+    @pytest.mark.parametrize("sample, why", [
+        (talk(), "order , not human"), (talk("a"), "order human, not human, gpt"),
+        (talk("a", "b", "c"), "order human, gpt, human, not"), ([], "conversations"),
+        ({"conversations": talk("a", "b", "c")["conversations"][1:]}, "order gpt, human, not"),
+        ({"conversations": talk("a", "b")["conversations"] * 2
+          + talk("a", "b")["conversations"][::-1]}, "human, gpt, human, gpt, gpt, human, not"),
+        (talk("a", "b", image="a.jpg"), "0 .* 1 "), (talk("<image> a", "b"), "1 .* 0 "),
+        (talk("<image>", "<image> b", image="a.jpg"), "2 .* 1 "), (talk("", "a"), "empty"),
+        (talk("a", "\n<image>", image="a.jpg"), "empty"), (talk("a", 3), "'value'"),
+        (talk("<image> a", "b", image=3), "'image'"), (talk("a", "\ud800"), "UTF-8"),
+        (talk("<image> a", "b", image="../a.jpg"), "'../a.jpg'"),
+        (talk("<image> a", "b", images=[3]), "3 is no name")])
+    def test_a_broken_one_is_refused_alone_by_its_number(self, tmp_path, sample, why):
+        refused, fine = [], talk("a", "b")
+        path = dialogue(tmp_path / "d.json", fine, sample, fine)
+        assert len(list(FORMATS["llava"](path, refused.append))) == 2
+        assert len(refused) == 1 and re.search(f"d.json: conversation 2: .*{why}", refused[0])
+
+    @pytest.mark.parametrize("text", ["{}", "3", "["])
+    def test_another_file_is_refused_in_one_line(self, tmp_path, text):
+        (tmp_path / "d.json").write_text(text)
+        with one_line("d.json: "):
+            list(FORMATS["llava"](f"{tmp_path}/d.json", None))
+
+
 class TestShards:
     @pytest.mark.parametrize("pattern, wanted", [
         ("a-{08..11}.tar", "a-08.tar a-09.tar a-10.tar a-11.tar"), ("{5..4}", ""),
@@ -204,7 +267,7 @@ class TestFiles:
         assert sorted(order) == list(range(35)) != order
         said = {}
         for record in all_records(world, "train") + all_records(world, "test"):
-            (image,), (text,) = record["images"], record["texts"]
+            (image,), (text,) = parts(record)
             assert image.size == (SIDE, SIDE)
             said[text] = image.getpixel((3, 3))
             assert world.is_true(text, record["source"])
@@ -260,6 +323,51 @@ class TestFiles:
         assert blank["texts"] == blank["source"]["texts"]
         assert [(image.size, image.getpixel((0, 0))) for image in blank["images"]] == [
             ((SIDE, SIDE), (128, 128, 128))] * 2
+
+    def test_the_turns_of_conversations_have_pictures_first_and_lengths(self, tmp_path):
+        listed(tmp_path, 40)
+        path = dialogue(tmp_path / "d.json", *(
+            talk(f"<image>\n<image>\nwhat {n}?", f"{n}", f"and {n}?", "a b " * n, id="x",
+                 images=[f"{n % 40}.png", "0.png"]) for n in range(1, 120)), *(
+            talk(f"hello {n}", "yes", id=f"{n}") for n in range(40)))
+        world = Files("llava", path, image_size=SIDE)
+        assert world.has_turns and world.size("train") + world.size("test") == 159
+        assert world.size("human") == world.size("train") == len(world.lengths)
+        corpus, pictures = {*world.corpus()}, {"train": set(), "test": set()}
+        for index, length in enumerate(world.lengths):
+            record = world.record("train", index, random.Random(0))
+            first, *later = record["turns"]
+            images = [frames[0].getpixel((3, 3)) for frames in first["images"]]
+            if not later:
+                assert (length, images, first["answer"]) == (-3, [], "yes")
+                continue
+            n = int(first["answer"])
+            assert first["prompt"] == f"what {n}?" and length == 2 + 1 + 2 + 2 * n
+            assert images == [colour(n % 40), colour(0)]
+            assert later == [{"images": [], "prompt": f"and {n}?", "answer": ("a b " * n)[:-1]}]
+            assert {first["prompt"], first["answer"], later[0]["prompt"]} <= corpus
+            said = first["answer"], later[0]["answer"], first["prompt"]
+            assert [world.is_true(t, record["source"]) for t in said] == [True, True, False]
+            grey = world.blank("train", index)
+            assert [i.getpixel((0, 0)) for i in parts(grey)[0]] == [(128, 128, 128)] * 2
+            assert grey["turns"][1:] == later
+        for split, seen in pictures.items():
+            seen |= {name for name in names(world, split) if "png" in name}
+        assert pictures["train"] and pictures["test"] and not pictures["train"] & pictures["test"]
+        captions = opened(tmp_path)
+        assert (captions.has_turns, captions.lengths) == (False, None)
+
+    def test_conversations_on_few_pictures_are_refused(self, tmp_path):
+        few = [talk("<image> a", "b", image=f"{n % 19}.png") for n in range(99)]
+        with one_line(" 19 usable records of different names, .* 20 "):
+            Files("llava", dialogue(tmp_path / "d.json", *few), image_size=SIDE)
+
+    def test_whole_pictures_keep_their_size(self, tmp_path):
+        worlds = [opened(tmp_path, whole=whole) for whole in (True, False)]
+        for rng in (None, random.Random(0)):
+            sizes = [world.record(split, 0, rng)["images"][0].size
+                     for world in worlds for split in ("train", "test")]
+            assert sizes == [(9, 11)] * 2 + [(SIDE, SIDE)] * 2
 
     def test_unusable_rows_are_counted_and_left_out(self, tmp_path):
         rows = [{"image": "../0.png", "text": "x"}, {"image": "0.png", "texts": []},
@@ -364,8 +472,10 @@ class TestFiles:
             with limit(5), one_line(maybe=True) as said:
                 world = Files(kind, str(path), image_size=SIDE, skip=0.9 if k % 3 else 0.05)
                 for record in world.records("test") + world.records("train"):
-                    assert {image.size for image in record["images"]} == {(SIDE, SIDE)}
-                    assert all(text.strip() for text in record["texts"])
+                    images, texts = parts(record)
+                    assert {image.size for image in images} <= {(SIDE, SIDE)}
+                    assert images or kind == "llava"
+                    assert texts and all(text.strip() for text in texts)
             refused += said
         assert 10 < len(refused) < 90 and sorted(tmp_path.rglob("*")) == before
 
