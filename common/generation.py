@@ -232,6 +232,27 @@ def generate(model, prompt, mask=None, *, max_new_tokens=32, stop=(), pad_id=0,
     return new[:, :int(lengths.max())]
 
 
+@torch.no_grad()
+def stream(model, prompt, *, max_new_tokens=32, stop=(), context_length=None, state=None,
+           **options):
+    """Yield the new ids of one prompt, as they are written: what `generate` would return.
+
+    prompt: ids int64 (1, T) or embeddings (1, T, D) without padding; options: those of `sample`. An
+    id of `stop` is the last one. Raises ValueError for more tokens than context_length; an answer
+    that reaches the context ends there.
+    """
+    check_prompt(prompt, None, 1, context_length)
+    if context_length is not None:
+        max_new_tokens = min(max_new_tokens, context_length - prompt.shape[1])
+    decoding = DecodingState(model, prompt, None, max_new_tokens, state or {})
+    for n in range(max_new_tokens):
+        token = sample(decoding.logits, **{"temperature": 0.0} | options)        # (1,)
+        yield int(token)
+        if int(token) in stop or n + 1 == max_new_tokens:
+            return
+        decoding.feed(token[:, None])
+
+
 def contains_any(strings, decode, ids, finished):
     """bool (B,): which unfinished rows of ids (B, N) decode to a text with one of the strings."""
     found = [not done and any(s in decode(row) for s in strings)

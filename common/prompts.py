@@ -91,6 +91,14 @@ class Template:
     default_system: str = ""             # used when no system text is given
     later_user: tuple | None = None      # `user` of the turns after the first, where it differs
 
+    @property
+    def stop_string(self):
+        """The text that ends an answer; "" where an id ends it."""
+        if not all(isinstance(part, str) for part in self.end):
+            return ""
+        text = "".join(self.end)
+        return text.strip() or text
+
     def fill(self, field, text="", images=0, learn=False, image_first=True):
         """The segments of a field with a turn's text and number of images."""
         parts, image, filled = list(getattr(self, field)), self.image, []

@@ -5,7 +5,7 @@ A model that writes has
         last answer is to be written; mask bool (B, T); state: tensors (B, ...)
     logits(x, mask, cache, last, **state) -> float (B, T, V)
     stop_ids, banned_ids: the ids that end a text (the first one ends an answer), and those that
-        are never written
+        are never written; stop_string, if it has one: the text that ends an answer
 A record is {"images", "texts"} (a caption is to be written) or {"turns"}, see common/data.
 """
 from pathlib import Path
@@ -38,14 +38,15 @@ class Writer:
 
         options: those of `generation.generate`, such as num_beams or temperature.
         """
-        texts = []
+        texts, end = [], getattr(self.model, "stop_string", "")
         for k in range(0, len(records), batch_size):
             prompt, mask, state = self.model.prepare(records[k:k + batch_size], self.tokenizer)
             ids = generate(self.logits, prompt, mask, max_new_tokens=max_new_tokens, state=state,
-                           stop=self.model.stop_ids,
+                           stop=self.model.stop_ids, stop_strings=(end,) if end else (),
+                           decode=self.tokenizer.decode,
                            context_length=self.model.config.context_length, **options)
             # A frozen language model may go on with another question, as its own texts do.
-            texts += [self.tokenizer.decode(row).partition(". question")[0].strip()
+            texts += [self.tokenizer.decode(row).partition(end or ". question")[0].strip()
                       for row in ids.tolist()]
         return texts
 

@@ -7,6 +7,7 @@ that training never uses; side=None leaves the pictures out; dial: arguments of 
 """
 import re
 from dataclasses import replace
+from functools import partial
 
 from common.data.shapes import captions, conversations
 from common.data.shapes.grounding import READ_PROMPTS, glyphs, grounded
@@ -47,9 +48,9 @@ def statement(rng, split="train", side=32, **dial):
             "candidates": list(YES_NO), "source": (record["source"],)}
 
 
-def instruction(rng, split="train", side=32, **dial):
+def instruction(rng, split="train", side=32, kind=None, **dial):
     """One picture and what a language-only teacher wrote on it, see `conversations`."""
-    return conversations.instruction(sample(rng, **dial), rng, side=side)
+    return conversations.instruction(sample(rng, **dial), rng, kind, side)
 
 
 def choice(rng, split="train", side=32, **dial):
@@ -267,3 +268,4 @@ def clip(rng, split="train", side=32, frames=8, kind=None):
 TASKS = {f.__name__: f for f in
          (caption, noisy, statement, instruction, choice, album, names, question, text_question,
           probe, grounding, reading, dialogue, two_pictures, document, episode, glossary, clip)}
+TASKS |= {kind: partial(instruction, kind=kind) for kind in conversations.TEACHERS}
