@@ -198,6 +198,8 @@ class TestReading:
             assert record["turns"][0]["images"][0][0].size == (side, side)
             bare = reading(random.Random(i), side=None, length=length, dot=dot)
             assert ask_and_answer(bare) == ask_and_answer(record)
+        asked = {ask_and_answer(reading(random.Random(i), side=None))[0] for i in range(9)}
+        assert len(asked) == 2
 
     def test_each_letter_is_a_token_of_its_own(self):
         tokenizer = world_tokenizer(Shapes())
