@@ -267,7 +267,8 @@ class TestReading:
 class TestBoxOfText:
     @pytest.mark.parametrize("text, box", [
         ("(120,340),(355,575)", (120, 340, 355, 575)), ("", None), ("(1,2)", None),
-        ("1,2,3,4", None), ("a star ( 1, 2 ) , (3 ,4) and (5,6),(7,8)", (1, 2, 3, 4)), ("(1,2) (3,4)", None),
+        ("1,2,3,4", None),
+        ("a star ( 1, 2 ) , (3 ,4) and (5,6),(7,8)", (1, 2, 3, 4)), ("(1,2) (3,4)", None),
         ("(1,2),(3,x)", None), ("(1,2),(3,4),(5,6)", (1, 2, 3, 4))])
     def test_the_first_box_of_a_text(self, text, box):
         assert box_of_text(text) == box
