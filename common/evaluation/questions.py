@@ -24,7 +24,7 @@ def evaluate(writer, data, count=400, select_shots=None):
     return figures
 
 
-def draw_tasks(world, kind, count, split="test", **more):
+def draw_tasks(world, kind, count, /, split="test", **more):
     """Records of a task, the same in every evaluation."""
     return [world.task(kind, random.Random(f"asked/{kind}/{i}"), split, **more)
             for i in range(count)]

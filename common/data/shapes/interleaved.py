@@ -115,12 +115,13 @@ def text_question(rng, split="train", side=32, **dial):
     return record | {"turns": [first, *later]}
 
 
-def probe(rng, split="train", side=32, setting=None, **dial):
-    """One of `questions.probes`, yes and no evenly; setting: one of SETTINGS, None draws it."""
+def probe(rng, split="train", side=32, setting=None, answer=None, **dial):
+    """One of `questions.probes`; setting: one of SETTINGS, answer: one of YES_NO, else drawn."""
     scene, setting = sample(rng, **dial), setting or rng.choice(SETTINGS)
-    record = rng.choice([r for r in probes(scene, rng, None) if r["setting"] == setting])
-    asked = record["turns"][0]
-    return record | {"turns": [turn(asked["prompt"], asked["answer"], (scene,), side)]}
+    answer = answer or rng.choice(YES_NO)
+    record, = (r for r in probes(scene, rng, None)
+               if (r["setting"], r["turns"][0]["answer"]) == (setting, answer))
+    return record | {"turns": [turn(record["turns"][0]["prompt"], answer, (scene,), side)]}
 
 
 def grounding(rng, split="train", side=32, kind=None, **dial):
