@@ -55,6 +55,7 @@ Captions of one and two objects: every statement is true. Questions: in wordings
 uses, by kind, and with a wrong image. Hallucination: right answers when asked for objects of which
 half are not there (chance 0.5). 8 shots: labels that only the shots define (chance 0.5). Parameters
 are those of the last run; seconds and memory are of all runs but those of a frozen CLIP or LM.
+Memory is the peak of a process; where one process trained several runs, it counts earlier ones too.
 """
 
 

@@ -279,8 +279,10 @@ class TestMain:
         monkeypatch.setattr(train.subprocess, "run", lambda words: lines.append(words)
                             or SimpleNamespace(returncode=3))
         monkeypatch.setattr(sys, "argv", ["train.py", "all", "--runs", "my runs"])
+        monkeypatch.setattr(sys, "stdout", SimpleNamespace(flush=lambda: lines.append("flushed")))
         assert train.main() == 3
-        *stages, script = lines
+        *stages, flushed, script = lines
+        assert flushed == "flushed", "else a file has the script's lines first"
         assert stages[:3] == ["lm", "clip", "flamingo"] and {*stages} <= {*train.STAGES}
         assert script[1:] == [train.ROOT / "lessons/overview.py", "--runs", "my runs"]
         assert script[1].exists()
