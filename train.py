@@ -6,6 +6,7 @@
     python train.py blip2-stage1 && python train.py blip2-stage2      a Q-Former between both
     python train.py clip --data jsonl:captions.jsonl           your own; see common/data/files.py
     python train.py clip --resume                              continue after a stop or a kill
+    python train.py all --resume                               every model, then all compared
     torchrun --nproc_per_node=2 train.py clip --out runs/two   the same run on two processes
     python train.py clip --set loss=sigmoid --batch_size 64    any field of the model's config
     python train.py flamingo --from language=runs/my-lm        a part from another run
@@ -37,6 +38,7 @@ import flamingo
 from common import transformer
 from common.data.batches import Batches, EvalData, open_world, world_tokenizer
 from common.data.files import Files, Refusals
+from common.data.safe_read import read_json
 from common.data.tokenizer import CLS, DEC, ENC, EOS, PAD
 from common.losses import count_labels
 from common.training import checkpoint, distributed, lm
@@ -103,10 +105,10 @@ STAGES = {
     "blip2-instruct": Stage("stage 2 tuned on instructions (InstructBLIP)", blip2,
                             blip2.make_model, losses="instruct", init="blip2-stage2"),
 }
-# The command lines of a list; {runs} is --runs. One of blip.py is a process of its own.
+# The command lines of a list; {runs} is --runs. One that begins with a file runs that script.
 LISTS = {
-    "all": ["clip", "lm", "flamingo", "blip", "blip-vqa", "blip2-stage1", "blip2-stage2",
-            "blip2-vqa", "blip2-instruct"],
+    "all": ["lm", "clip", "flamingo", "blip", "blip-vqa", "blip2-stage1", "blip2-stage2",
+            "lessons/overview.py --runs {runs}"],
     "bootstrap": ["clip", "blip", "blip --losses lm --init {runs}/blip",
                   "blip --losses itc,itm --init {runs}/blip",
                   "blip.py {runs}/blip-captioner bootstrap {runs}/blip-filter {runs}/texts.jsonl",
@@ -272,9 +274,23 @@ def measure(run):
     print("result:", json.dumps(result))
 
 
+def finished(run):
+    """The result.json of the run's last step; None when there is more to train or to measure."""
+    path = run.folder.path / "result.json"
+    if run.step < run.recipe.steps or not path.exists():
+        return None
+    result = read_json(path)             # --eval_only may have measured an earlier step
+    return result if result.get("steps") == run.step else None
+
+
 def train(name, options, settings=(), began=None):
     """Run one stage; returns the exit status: 0, or 128 + the signal that stopped it."""
     run = build(name, options, list(settings), began or time.time())
+    if options.resume and not options.eval_only and (result := finished(run)):
+        if distributed.rank() == 0:
+            print(f"{name}: finished; --eval_only measures it again")
+            print("result:", json.dumps(result))
+        return 0
     with stop_on_signals(run):
         if distributed.rank() == 0:
             print(f"{name}: {run.recipe.steps} steps of {run.recipe.batch_size} on {run.device} "
@@ -318,9 +334,12 @@ def main():
     began = BEGAN
     try:
         for line in LISTS.get(name, [name]):
-            stage, *flags = line.format(runs=values["runs"]).split()
-            if stage == "blip.py":
-                status = subprocess.run([sys.executable, ROOT / stage, *flags]).returncode
+            stage, *flags = (word.format(runs=values["runs"]) for word in line.split())
+            if stage.endswith(".py"):
+                sys.stdout.flush()       # a file gets the script's lines behind ours
+                status = 0 if distributed.rank() else \
+                    subprocess.run([sys.executable, ROOT / stage, *flags]).returncode
+                distributed.barrier()    # the next line may need what the script writes
             else:                        # the line's own flags stand above the user's
                 own = vars(args.parse_args([stage, *flags], argparse.Namespace(**values)))
                 status = train(stage, Options(**{key: own[key] for key in values}), settings, began)
