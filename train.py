@@ -35,6 +35,7 @@ import blip
 import blip2
 import clip
 import flamingo
+import llava
 from common import transformer
 from common.data.batches import Batches, EvalData, open_world, world_tokenizer
 from common.data.files import Files, Refusals
@@ -60,7 +61,7 @@ class Stage:
 
     parts: {field of the config: (the stage whose run it comes from, the module of the model, and
     perhaps the kind of language model)}; optional: those that the stage can do without. losses: as
-    of --losses; init: the stage whose run is that of --init.
+    of --losses; settings: as of --set; init: the stage whose run is that of --init.
     """
     about: str
     file: object
@@ -69,9 +70,12 @@ class Stage:
     optional: tuple = ()
     losses: str | None = None
     init: str | None = None
+    settings: tuple = ()
 
 
 BLIP2_PARTS = {"vision": ("clip", "vision.vit")}
+LLAVA = {"file": llava, "model": llava.LLaVA, "optional": ("vision", "language"),
+         "parts": {"vision": ("clip", "vision"), "language": ("lm", "lm")}}
 STAGES = {
     "clip": Stage("image and text encoders, contrastive (CLIP; --set loss=sigmoid: SigLIP's loss)",
                   clip, clip.CLIP),
@@ -104,11 +108,27 @@ STAGES = {
                        blip2.make_model, losses="vqa", init="blip2-stage2"),
     "blip2-instruct": Stage("stage 2 tuned on instructions (InstructBLIP)", blip2,
                             blip2.make_model, losses="instruct", init="blip2-stage2"),
+    "llava-stage1": Stage("a projector from CLIP's patches to the words of a language model (LLaVA)",
+                          **LLAVA, losses="captions"),
+    "llava-stage2": Stage("projector and language model on instructions (LLaVA-1.5)", **LLAVA,
+                          losses="instruct", init="llava-stage1"),
+    "llava-tiles": Stage("the same with tiles, to read small letters (LLaVA-NeXT)", **LLAVA,
+                         losses="instruct", init="llava-stage1", settings=(
+                             "views=tiles", "draw_size=64", "mix=reading=1")),
+    "qwen-stage1": Stage("image encoder and adapter on captions (Qwen-VL)", **LLAVA,
+                         losses="captions", settings=("projector=adapter", "views=squash")),
+    "qwen-stage2": Stage("all parts on captions, questions and boxes, larger pictures", **LLAVA,
+                         losses="instruct", init="qwen-stage1", settings=(
+                             "draw_size=64", "resize_to=64",
+                             "mix=grounding=3,question=1,caption=1")),
+    "qwen-stage3": Stage("adapter and language model on instructions (Qwen-VL-Chat)", **LLAVA,
+                         losses="instruct", init="qwen-stage2", settings=(
+                             f"mix={llava.MIX},grounding=4",)),
 }
 # The command lines of a list; {runs} is --runs. One that begins with a file runs that script.
 LISTS = {
     "all": ["lm", "clip", "flamingo", "blip", "blip-vqa", "blip2-stage1", "blip2-stage2",
-            "lessons/overview.py --runs {runs}"],
+            "llava-stage1", "llava-stage2", "lessons/overview.py --runs {runs}"],
     "bootstrap": ["clip", "blip", "blip --losses lm --init {runs}/blip",
                   "blip --losses itc,itm --init {runs}/blip",
                   "blip.py {runs}/blip-captioner bootstrap {runs}/blip-filter {runs}/texts.jsonl",
@@ -136,10 +156,14 @@ def build(name, options, settings, began):
     if options.losses and not hasattr(config, "losses"):
         raise ValueError(f"--losses {options.losses}: {name} has no choice of losses")
     losses = options.losses or stage.losses
-    config = with_settings(config, [f"losses={losses}"] * bool(losses) + settings)
+    settings = [f"losses={losses}"] * bool(losses) + [*stage.settings, *settings]
+    config = with_settings(config, settings)
     config, frozen, tokenizer = open_parts(STAGES, name, options, config, folder, tokenizer)
     world = open_world(options.data, getattr(config, "image_size", 32), options.images,
-                       options.skip, options.shuffle)
+                       options.skip, options.shuffle, getattr(config, "views", "crop") != "crop")
+    if getattr(world, "has_turns", False) and stage.file is not llava:
+        raise ValueError(f"--data {options.data}: conversations are for the stages of LLaVA; {name} "
+                         "learns from captions")
     tokenizer = tokenizer or world_tokenizer(world)
     ids = {"vocab_size": len(tokenizer), "pad_id": PAD, "eos_id": EOS, "cls_id": CLS,
            "enc_id": ENC, "dec_id": DEC}

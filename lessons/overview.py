@@ -5,11 +5,11 @@
 
 It writes the table to RUNS/overview.md, its numbers to RUNS/overview.json, and to RUNS/overview.png
 captions of the same unseen pictures by every model. The figures are those in result.json of the
-runs; a model that answers questions is asked here for hallucination unless its run has measured it.
+runs; a model that answers questions is asked here for hallucination and for kinds of questions that
+training never asks, unless its run has measured them.
 A missing run leaves dashes, and a line on stderr names the command that makes it.
 """
 import importlib
-import random
 import sys
 from pathlib import Path
 
@@ -21,9 +21,10 @@ import torch                                                          # noqa: E4
 
 from common.data.files import all_records                             # noqa: E402
 from common.data.safe_read import read_json                           # noqa: E402
-from common.data.shapes.questions import KINDS, probes                # noqa: E402
+from common.data.shapes.questions import KINDS                        # noqa: E402
 from common.data.shapes.world import Shapes                           # noqa: E402
-from common.evaluation.questions import describes, exact              # noqa: E402
+from common.evaluation import assistant, questions                    # noqa: E402
+from common.evaluation.questions import describes                     # noqa: E402
 from common.evaluation.sheet import sheet                             # noqa: E402
 from common.evaluation.writing import Writer                          # noqa: E402
 from common.training import checkpoint                                # noqa: E402
@@ -75,13 +76,6 @@ def read_results(runs):
             print(f"{runs / run}: no finished run; python train.py {run} --runs {runs} --resume "
                   "makes it", file=sys.stderr)
     return results
-
-
-def hallucination(writer, world, scenes=40):
-    """The fraction of right answers to six yes-no probes of each test scene."""
-    records = [record for i in range(scenes) for record in probes(
-        world.scene("test", i), random.Random(f"probes/{i}"), world.image_size)]
-    return exact(writer.generate(records, max_new_tokens=6), records)
 
 
 def figures(model, results):
@@ -146,8 +140,9 @@ def main():
     for name, model in MODELS.items():
         found = results.get(model.get("questions"))
         if found and "hallucination_accuracy" not in found:
-            found["hallucination_accuracy"] = hallucination(
-                open_model(name, runs / model["questions"]), world)
+            writer = open_model(name, runs / model["questions"])
+            found |= assistant.hallucination(writer, world, 240)
+            found |= questions.unseen_kinds(writer, world, 240)
     rows = {name: figures(model, results) for name, model in MODELS.items()}
     page = table(rows) + LEGEND
     checkpoint.write_json(runs / "overview.json", rows)

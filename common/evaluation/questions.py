@@ -95,6 +95,17 @@ def visual_questions(writer, world, count, template="{}"):
     return figures
 
 
+def unseen_kinds(writer, world, count, template="{}"):
+    """Questions of kinds that no training question is of; each has two answers."""
+    figures = {}
+    for kind in ("comparison", "size"):
+        records = in_words(draw_tasks(world, "question", count, kinds=(kind,)), template)
+        texts = writer.generate(records, max_new_tokens=6)
+        figures |= {f"vqa_accuracy/{kind}": exact(texts, records),
+                    f"vqa_accuracy/{kind}_chance": 0.5}
+    return figures
+
+
 def documents(writer, world, count):
     """Questions about one of several images of a document."""
     records = [r | {"turns": r["turns"][:r["asked"] + 1]}

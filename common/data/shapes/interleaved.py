@@ -84,7 +84,7 @@ def names(rng, split="train", side=32):
     return record
 
 
-def question(rng, split="train", side=32, asks=None, **dial):
+def question(rng, split="train", side=32, asks=None, kinds=QUESTION_KINDS, **dial):
     """One picture and `asks` questions of different kinds: one to three in training, else one.
 
     "kind": that of the last question.
@@ -92,7 +92,7 @@ def question(rng, split="train", side=32, asks=None, **dial):
     asks, pairs = asks or (rng.randint(1, 3) if split == "train" else 1), []
     while not pairs:
         scene = sample(rng, **dial)
-        for kind in rng.sample(QUESTION_KINDS, asks):
+        for kind in rng.sample(kinds, asks):
             if option := pick(decidable(scene, kind), rng):
                 pairs.append((wording(option, rng, kind, split), option[1]))
                 last = kind
@@ -269,4 +269,5 @@ def clip(rng, split="train", side=32, frames=8, kind=None):
 TASKS = {f.__name__: f for f in
          (caption, noisy, statement, instruction, choice, album, names, question, text_question,
           probe, grounding, reading, dialogue, two_pictures, document, episode, glossary, clip)}
+TASKS |= {"questions": partial(question, asks=len(QUESTION_KINDS))}   # of one picture, as LLaVA-1.5
 TASKS |= {kind: partial(instruction, kind=kind) for kind in conversations.TEACHERS}
