@@ -159,6 +159,8 @@ class Adapter(nn.Module):
         super().__init__()
         if math.isqrt(num_queries) ** 2 != num_queries:
             raise ValueError(f"num_queries={num_queries}: they form a grid, so a square number")
+        if width % 4:
+            raise ValueError(f"width {width} is no multiple of 4: sines and cosines of two axes")
         self.kv_proj = nn.Linear(context_width, width, bias=False)
         self.ln_q, self.ln_kv = LayerNorm(width, 1e-6), LayerNorm(width, 1e-6)
         self.queries = nn.Parameter(torch.empty(num_queries, width))
@@ -172,10 +174,11 @@ class Adapter(nn.Module):
         table = F.pad(positions, (0, 0, 1, 0))                        # with the row of a class token
         key_positions = resize_positions(table, math.isqrt(S))[1:]    # (S, D)
         values = self.ln_kv(self.kv_proj(patches))                    # (N, S, D)
-        queries = self.ln_q(self.queries) + positions
+        queries = self.ln_q(self.queries) + positions.to(values.dtype)
         q, k, v = (project(x).unflatten(-1, (attn.heads, -1)).transpose(-3, -2)
                    for project, x in ((attn.q_proj, queries.expand(len(patches), -1, -1)),
-                                      (attn.k_proj, values + key_positions), (attn.v_proj, values)))
+                                      (attn.k_proj, values + key_positions.to(values.dtype)),
+                                      (attn.v_proj, values)))
         out = attend(q, k, v)                                         # (N, H, Q, K)
         return self.out(self.ln_post(attn.out_proj(out.transpose(1, 2).flatten(2))))
 
