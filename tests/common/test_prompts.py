@@ -6,11 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from common.data.tokenizer import IMAGE
 from common.prompts import (ASSISTANT, BOS, EOS, HOUSE, IMAGES, PAD, SYSTEM, TEMPLATES,
                             USER, Segment, Template, collate, find_template, labels_of,
                             merge_texts, render)
-from tests.helpers import Words, assert_close, refused, unchanged
+from tests.helpers import IMAGE, Words, assert_close, refused, unchanged
 
 
 class Spaces(Words):
