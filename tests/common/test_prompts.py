@@ -170,6 +170,12 @@ class TestTemplate:
                       "USER: is ASSISTANT: red <eos>",
                       "- - - - - - - - a cat <eos> - - - red <eos>")
 
+    @pytest.mark.parametrize("end, string", [
+        ((EOS,), ""), ((("eos_id",),), ""), (("\n###",), "###"), ((" ", ("eos_id",)), ""),
+        (("\n",), "\n"), (("<|im_end|>", "\n"), "<|im_end|>"), ((" . ", " x "), ".  x")])
+    def test_a_text_that_ends_answers_is_its_stop_string(self, end, string):
+        assert Template(end=end).stop_string == string
+
     def test_a_caption_alone_with_an_end_of_its_own(self):
         plain = Template(user=(IMAGES,), assistant=(), end=(IMAGE, EOS))
         assert_spells(dialogue(plain, "left out", "a cat", images=1),
