@@ -417,7 +417,7 @@ def llava_config(**changes):
     from clip import CLIPConfig
     from common.language import LanguageConfig
     from llava import LLaVAConfig
-    kind = changes.pop("kind", "gpt2")
+    kind = changes.pop("kind", "gpt2")       # of the language model
     return LLaVAConfig(**{
         "vision": CLIPConfig(image_size=15, patch_size=5, vision_width=14, vision_layers=3,
                              vision_heads=2, text_width=6, text_layers=1, text_heads=1,
