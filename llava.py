@@ -64,7 +64,7 @@ from common.vision import resize_positions
 
 PROJECTORS, VIEWS = ("linear", "mlp", "adapter"), ("crop", "pad", "squash", "tiles")
 TASKS = ("captions", "instruct")
-MIX = "question=6,caption=2,conversation=2,detail=1,reasoning=1,probe=1,choice=1,text_question=1"
+MIX = "questions=6,conversation=3,caption=1,detail=1,reasoning=1,probe=1,choice=1,text_question=1"
 TEXT = -1                                # in feature_index: a token of text
 
 
@@ -85,6 +85,7 @@ class LLaVAConfig:
     template: str = "house"
     image_place: str = "first"           # in a turn; last; random (LLaVA's paper, 4.1)
     losses: str = "captions"             # stage 1; instruct: stage 2
+    loss_on: str = "answers"             # all: of all text
     mix: str = MIX                       # of stage 2: a world's tasks and their shares
 
     def __post_init__(self):
@@ -99,7 +100,8 @@ class LLaVAConfig:
         find_template(self.template)
         options.check_fields(
             self, {"projector": PROJECTORS, "views": VIEWS, "losses": TASKS,
-                   "image_place": ("first", "last", "random")}, {"resize_to": 0, "draw_size": 0})
+                   "image_place": ("first", "last", "random"),
+                   "loss_on": ("answers", "all")}, {"resize_to": 0, "draw_size": 0})
 
     def shares(self):
         """mix as {task: share}. Raises ValueError for a text that is none."""
@@ -213,9 +215,9 @@ def merge_image_tokens(rows, images, image_id, *, side="right", context_length=N
     rows: [(ids, labels), ...], lists of int with one image_id for each image. images: for each row
     a list of its images, each a list of int, the rows of the feature table that it consists of.
     What exceeds context_length afterwards is cut off at the end. side: of the padding.
-    -> {"ids", "labels", "feature_index": int64 (B, T), "mask": bool (B, T)}. feature_index: the row of
-    the feature table, -1 at text and padding; there ids has <pad> and labels -100. Raises ValueError
-    with the row and both numbers when images and image_id differ in number.
+    -> {"ids", "labels", "feature_index": int64 (B, T), "mask": bool (B, T)}. feature_index: -1 at
+    text and padding; elsewhere ids are <pad> and labels -100. Raises ValueError with the row and
+    both numbers when images and image_id differ in number.
     """
     merged, indices = [], []
     for number, ((ids, labels), own) in enumerate(zip(rows, images, strict=True)):
@@ -244,7 +246,8 @@ def make_batch(pages, tokenizer, c, rngs=None):
         flat = [turn | {"images": sum(turn["images"], [])} for turn in turns]
         segments = template.segments(flat, is_prompt=rng is None, rng=rng,
                                      image_first=place if rng or place != "random" else True)
-        rows.append(render(segments, tokenizer))
+        ids, labels = render(segments, tokenizer)
+        rows.append((ids, ids if c.loss_on == "all" else labels))
         own = []
         for image in images:
             first = 1 + len(views) * c.tokens_per_view        # row 0 of the table ends a row
@@ -287,9 +290,9 @@ REQUESTS = ("what is this?", "describe the picture briefly.", "what does the pic
 def instruction_turns(record, c, rng=None):
     """The turns of a record in LLaVA-1.5's wordings: what asks for one word or a letter says so."""
     turns = as_turns(record, rng)
-    if "context" in record and "candidates" in record:
+    if rng and "question" in record:     # multiple choice
         choices, answer = record["candidates"], turns[0]["answer"]
-        prompt = choice_prompt(f"{record['context']} {record['question']}", choices)
+        prompt = choice_prompt(f"{record['context']}\n{record['question']}", choices)
         return [turns[0] | {"prompt": prompt, "answer": LETTERS[choices.index(answer)]}]
     if turns[0].get("caption") and c.losses != "captions":
         return [turns[0] | {"prompt": rng.choice(REQUESTS) if rng else REQUESTS[0]}]
@@ -389,8 +392,9 @@ class LLaVA(nn.Module):
             return figures
         short, asked = f"{{}}\n{SHORT_ANSWER}", c.shares()
         figures |= questions.visual_questions(writer, world, count, short)
+        figures |= questions.unseen_kinds(writer, world, count // 2, short)
         figures |= assistant.hallucination(writer, world, count, short)
-        if "detail" in asked:
+        if {"conversation", "detail", "reasoning"} & {*asked}:
             figures |= assistant.answer_lengths(writer, world, count // 2, SHORT_ANSWER)
             figures |= assistant.descriptions(writer, world, count // 4)
             figures |= assistant.relative_scores(writer, world, count // 4)
@@ -465,7 +469,7 @@ V1 = {"": replace(PAPER, steps=4650, batch_size=128, lr=2e-3, warmup=140),
       "llava-stage2": replace(PAPER, steps=14813, batch_size=32, lr=2e-5, warmup=445)}
 TINY = Recipe(steps=300, batch_size=64, lr=2e-3, weight_decay=0.0, schedule="linear",
               optimizer="muon", betas=(0.9, 0.95), eps=1e-8)
-TUNE = replace(TINY, steps=1000, batch_size=48, lr=1e-3, weight_decay=0.05)
+TUNE = replace(TINY, steps=900, batch_size=32, lr=1e-3, weight_decay=0.05)
 RECIPES = {
     "tiny": TUNE, "tiny llava-stage1": TINY, "tiny qwen-stage1": TINY,
     "small": replace(TUNE, steps=6000, batch_size=256, lr=5e-4, warmup=300),

@@ -6,6 +6,7 @@
     python train.py blip2-stage1 && python train.py blip2-stage2      a Q-Former between both
     python train.py clip --data jsonl:captions.jsonl           your own; see common/data/files.py
     python train.py clip --resume                              continue after a stop or a kill
+    python train.py all --resume                               every model, then all compared
     torchrun --nproc_per_node=2 train.py clip --out runs/two   the same run on two processes
     python train.py clip --set loss=sigmoid --batch_size 64    any field of the model's config
     python train.py flamingo --from language=runs/my-lm        a part from another run
@@ -34,9 +35,11 @@ import blip
 import blip2
 import clip
 import flamingo
+import llava
 from common import transformer
 from common.data.batches import Batches, EvalData, open_world, world_tokenizer
 from common.data.files import Files, Refusals
+from common.data.safe_read import read_json
 from common.data.tokenizer import CLS, DEC, ENC, EOS, PAD
 from common.losses import count_labels
 from common.training import checkpoint, distributed, lm
@@ -58,7 +61,7 @@ class Stage:
 
     parts: {field of the config: (the stage whose run it comes from, the module of the model, and
     perhaps the kind of language model)}; optional: those that the stage can do without. losses: as
-    of --losses; init: the stage whose run is that of --init.
+    of --losses; settings: as of --set; init: the stage whose run is that of --init.
     """
     about: str
     file: object
@@ -67,9 +70,12 @@ class Stage:
     optional: tuple = ()
     losses: str | None = None
     init: str | None = None
+    settings: tuple = ()
 
 
 BLIP2_PARTS = {"vision": ("clip", "vision.vit")}
+LLAVA = {"file": llava, "model": llava.LLaVA, "optional": ("vision", "language"),
+         "parts": {"vision": ("clip", "vision"), "language": ("lm", "lm")}}
 STAGES = {
     "clip": Stage("image and text encoders, contrastive (CLIP; --set loss=sigmoid: SigLIP's loss)",
                   clip, clip.CLIP),
@@ -102,11 +108,27 @@ STAGES = {
                        blip2.make_model, losses="vqa", init="blip2-stage2"),
     "blip2-instruct": Stage("stage 2 tuned on instructions (InstructBLIP)", blip2,
                             blip2.make_model, losses="instruct", init="blip2-stage2"),
+    "llava-stage1": Stage("a projector from CLIP's patches to the words of a language model (LLaVA)",
+                          **LLAVA, losses="captions"),
+    "llava-stage2": Stage("projector and language model on instructions (LLaVA-1.5)", **LLAVA,
+                          losses="instruct", init="llava-stage1"),
+    "llava-tiles": Stage("the same with tiles, to read small letters (LLaVA-NeXT)", **LLAVA,
+                         losses="instruct", init="llava-stage1", settings=(
+                             "views=tiles", "draw_size=64", "mix=reading=1")),
+    "qwen-stage1": Stage("image encoder and adapter on captions (Qwen-VL)", **LLAVA,
+                         losses="captions", settings=("projector=adapter", "views=squash")),
+    "qwen-stage2": Stage("all parts on captions, questions and boxes, larger pictures", **LLAVA,
+                         losses="instruct", init="qwen-stage1", settings=(
+                             "draw_size=64", "resize_to=64",
+                             "mix=grounding=3,question=1,caption=1")),
+    "qwen-stage3": Stage("adapter and language model on instructions (Qwen-VL-Chat)", **LLAVA,
+                         losses="instruct", init="qwen-stage2", settings=(
+                             f"mix={llava.MIX},grounding=4",)),
 }
-# The command lines of a list; {runs} is --runs. One of blip.py is a process of its own.
+# The command lines of a list; {runs} is --runs. One that begins with a file runs that script.
 LISTS = {
-    "all": ["clip", "lm", "flamingo", "blip", "blip-vqa", "blip2-stage1", "blip2-stage2",
-            "blip2-vqa", "blip2-instruct"],
+    "all": ["lm", "clip", "flamingo", "blip", "blip-vqa", "blip2-stage1", "blip2-stage2",
+            "llava-stage1", "llava-stage2", "lessons/overview.py --runs {runs}"],
     "bootstrap": ["clip", "blip", "blip --losses lm --init {runs}/blip",
                   "blip --losses itc,itm --init {runs}/blip",
                   "blip.py {runs}/blip-captioner bootstrap {runs}/blip-filter {runs}/texts.jsonl",
@@ -134,10 +156,14 @@ def build(name, options, settings, began):
     if options.losses and not hasattr(config, "losses"):
         raise ValueError(f"--losses {options.losses}: {name} has no choice of losses")
     losses = options.losses or stage.losses
-    config = with_settings(config, [f"losses={losses}"] * bool(losses) + settings)
+    settings = [f"losses={losses}"] * bool(losses) + [*stage.settings, *settings]
+    config = with_settings(config, settings)
     config, frozen, tokenizer = open_parts(STAGES, name, options, config, folder, tokenizer)
     world = open_world(options.data, getattr(config, "image_size", 32), options.images,
-                       options.skip, options.shuffle)
+                       options.skip, options.shuffle, getattr(config, "views", "crop") != "crop")
+    if getattr(world, "has_turns", False) and stage.file is not llava:
+        raise ValueError(f"--data {options.data}: conversations are for the stages of LLaVA; {name} "
+                         "learns from captions")
     tokenizer = tokenizer or world_tokenizer(world)
     ids = {"vocab_size": len(tokenizer), "pad_id": PAD, "eos_id": EOS, "cls_id": CLS,
            "enc_id": ENC, "dec_id": DEC}
@@ -272,9 +298,23 @@ def measure(run):
     print("result:", json.dumps(result))
 
 
+def finished(run):
+    """The result.json of the run's last step; None when there is more to train or to measure."""
+    path = run.folder.path / "result.json"
+    if run.step < run.recipe.steps or not path.exists():
+        return None
+    result = read_json(path)             # --eval_only may have measured an earlier step
+    return result if result.get("steps") == run.step else None
+
+
 def train(name, options, settings=(), began=None):
     """Run one stage; returns the exit status: 0, or 128 + the signal that stopped it."""
     run = build(name, options, list(settings), began or time.time())
+    if options.resume and not options.eval_only and (result := finished(run)):
+        if distributed.rank() == 0:
+            print(f"{name}: finished; --eval_only measures it again")
+            print("result:", json.dumps(result))
+        return 0
     with stop_on_signals(run):
         if distributed.rank() == 0:
             print(f"{name}: {run.recipe.steps} steps of {run.recipe.batch_size} on {run.device} "
@@ -318,9 +358,12 @@ def main():
     began = BEGAN
     try:
         for line in LISTS.get(name, [name]):
-            stage, *flags = line.format(runs=values["runs"]).split()
-            if stage == "blip.py":
-                status = subprocess.run([sys.executable, ROOT / stage, *flags]).returncode
+            stage, *flags = (word.format(runs=values["runs"]) for word in line.split())
+            if stage.endswith(".py"):
+                sys.stdout.flush()       # a file gets the script's lines behind ours
+                status = 0 if distributed.rank() else \
+                    subprocess.run([sys.executable, ROOT / stage, *flags]).returncode
+                distributed.barrier()    # the next line may need what the script writes
             else:                        # the line's own flags stand above the user's
                 own = vars(args.parse_args([stage, *flags], argparse.Namespace(**values)))
                 status = train(stage, Options(**{key: own[key] for key in values}), settings, began)

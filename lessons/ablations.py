@@ -17,6 +17,11 @@
     python lessons/ablations.py instruct     InstructBLIP with a Q-Former that gets no instruction,
                                              and with plain sampling (its Table 2), with 4 queries
     python lessons/ablations.py shots        shots in the prompt: Flamingo gains, BLIP-2 does not
+    python lessons/ablations.py alignment    LLaVA with and without its first stage, at equal steps
+    python lessons/ablations.py projectors   a linear one, an MLP (LLaVA-1.5), Qwen-VL's adapter
+    python lessons/ablations.py instructions the kinds of instructions (LLaVA, Table 4), and a loss
+                                             on all text
+    python lessons/ablations.py tiles        letters in a large picture, with tiles and without
 
 The first three measure a trained run (--run, default runs/clip). The others train short runs under
 RUNS/ablations, three seeds each, and continue where they were stopped.
@@ -433,8 +438,63 @@ def shots(args):
     table(["labels, chance 0.5", "0 shots", "2", "4", "8", "8 shuffled"], rows)
 
 
+LLAVA_FIGURES = {"captions": "caption_accuracy", "questions": "vqa_accuracy",
+                 "wrong image": "vqa_accuracy_blind", "probes": "hallucination_accuracy",
+                 "true": "true_statements", "score": "relative_score"}
+
+
+def llava_start(args, name, steps, *flags):
+    """The folder of a run of LLaVA's first stage."""
+    trained(args, "llava-stage1", f"{name}-{steps}", "--steps", str(steps), *flags)
+    return str(Path(args.runs) / "ablations" / f"{name}-{steps}")
+
+
+def alignment(args):
+    """Two stages against the second alone, which gets the steps of both."""
+    second = args.steps or 300
+    first = second // 2
+    start = llava_start(args, "mlp", first)
+    compare(args, {"two stages": ["--init", start, "--steps", str(second)],
+                   "stage 2 alone": ["--init", "none", "--steps", str(first + second)]},
+            first + second, "llava-stage2", LLAVA_FIGURES)
+
+
+def projectors(args):
+    """Each projector through both stages."""
+    second = args.steps or 300
+    compare(args, {name: ["--steps", str(second), "--init", llava_start(
+        args, name, second // 2, "--set", f"projector={name}")]
+        for name in ("linear", "mlp", "adapter")}, second, "llava-stage2", LLAVA_FIGURES)
+
+
+INSTRUCTIONS = {"full data": "conversation=58,detail=23,reasoning=77",
+                "detail and reasoning": "detail=23,reasoning=77",
+                "conversation and little": "conversation=58,detail=1.15,reasoning=7.7",
+                "conversation": "conversation=1"}
+
+
+def instructions(args):
+    """The paper's rows of data; the last has one step at almost no rate."""
+    steps = args.steps or 300
+    start = ["--init", llava_start(args, "mlp", steps // 2)]
+    variants = {name: [*start, "--steps", str(steps), "--set", f"mix={mix}"]
+                for name, mix in INSTRUCTIONS.items()}
+    variants["loss on all text"] = [*variants["full data"], "--set", "loss_on=all"]
+    variants["no instructions"] = [*start, "--steps", "1", "--lr", "1e-12"]
+    compare(args, variants, steps, "llava-stage2", LLAVA_FIGURES)
+
+
+def tiles(args):
+    """Letters in a large picture: the tiles and the whole picture, and the whole picture alone."""
+    steps = args.steps or 600
+    start = ["--init", llava_start(args, "mlp", 150), "--steps", str(steps)]
+    compare(args, {"tiles": start, "whole picture": [*start, "--set", "views=pad"]}, steps,
+            "llava-tiles", {"strings": "reading_accuracy", "letters": "reading_accuracy/letters"})
+
+
 ABLATIONS = {f.__name__: f for f in (ensemble, probe, shift, batch, sigmoid, flamingo, blip,
-                                     capfilt, stage1, stage2, instruct, shots)}
+                                     capfilt, stage1, stage2, instruct, shots, alignment,
+                                     projectors, instructions, tiles)}
 
 
 def main():

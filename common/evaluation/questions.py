@@ -24,7 +24,7 @@ def evaluate(writer, data, count=400, select_shots=None):
     return figures
 
 
-def draw_tasks(world, kind, count, split="test", **more):
+def draw_tasks(world, kind, count, /, split="test", **more):
     """Records of a task, the same in every evaluation."""
     return [world.task(kind, random.Random(f"asked/{kind}/{i}"), split, **more)
             for i in range(count)]
@@ -92,6 +92,17 @@ def visual_questions(writer, world, count, template="{}"):
     for kind in sorted({r["kind"] for r in records}):
         own = [(text, r) for text, r in zip(texts, records) if r["kind"] == kind]
         figures[f"vqa_accuracy/{kind}"] = exact(*zip(*own))
+    return figures
+
+
+def unseen_kinds(writer, world, count, template="{}"):
+    """Questions of kinds that no training question is of; each has two answers."""
+    figures = {}
+    for kind in ("comparison", "size"):
+        records = in_words(draw_tasks(world, "question", count, kinds=(kind,)), template)
+        texts = writer.generate(records, max_new_tokens=6)
+        figures |= {f"vqa_accuracy/{kind}": exact(texts, records),
+                    f"vqa_accuracy/{kind}_chance": 0.5}
     return figures
 
 

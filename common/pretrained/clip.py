@@ -143,8 +143,12 @@ def hugging_face(weights, path):
 
 
 def check_preprocessing(path, image_size):
-    """ValueError when a preprocessor_config.json describes another preprocessing than ours."""
+    """ValueError when the file describes another preprocessing than ours, where there is one.
+
+    path: of a preprocessor_config.json, or of a processor_config.json, which may hold one.
+    """
     config = read_json(path, dict) if path.is_file() else {}
+    config = section(config, "image_processor", path) or config       # in a processor_config.json
     for name, ours in (("image_mean", list(MEAN)), ("image_std", list(STD)), ("resample", 3),
                        ("size", image_size), ("crop_size", image_size)):
         theirs = given(config, name, ours)

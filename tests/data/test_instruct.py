@@ -67,6 +67,7 @@ class TestParseReply:
         ("reasoning", "Question: a"), ("conversation", "Answer: a\n===\nQuestion: b\n==="),
         ("conversation", "Yes\nQuestion: a\n===\nAnswer: b"), ("conversation", REPLY + REPLY[:14]),
         ("conversation", "Question: a\n===\nAnswer:\n===\n"), ("detail", REPLY), ("detail", " \n"),
+        ("detail", "A dog.\n===\nA cat."),
         ("conversation", "Question: a\n===\nQuestion: b\n==="), ("detail", "Question: what?")])
     def test_another_form_is_refused(self, kind, text):
         with one_line("expected, not '"):

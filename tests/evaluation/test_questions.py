@@ -9,7 +9,7 @@ from common.data.shapes.world import Shapes
 from common.evaluation.questions import (captions, clips, documents, draw_tasks, episodes,
                                          evaluate, exact, latest_image, ranked_answers,
                                          ranked_tasks, retrieved_shots, text_perplexity,
-                                         visual_questions)
+                                         unseen_kinds, visual_questions)
 from tests.helpers import Numbers, assert_close, toy_lm
 
 
@@ -151,6 +151,19 @@ class TestVisualQuestions:
         assert len(asked) == 39 and len({*asked}) > 20
         assert all(text.startswith("question: ") and text.endswith("? answer:") for text in asked)
         assert not any("{}" in text or text.count("answer:") > 1 for text in asked)
+
+
+class TestUnseenKinds:
+    def test_each_is_asked_for_itself_in_the_template(self, world):
+        asked = {kind: draw_tasks(world, "question", 13, kinds=(kind,))
+                 for kind in ("comparison", "size")}
+        writer = knows(asked["size"])
+        figures = unseen_kinds(writer, world, 13, "question: {} answer:")
+        assert figures == {"vqa_accuracy/comparison": 0, "vqa_accuracy/comparison_chance": 0.5,
+                           "vqa_accuracy/size": 1, "vqa_accuracy/size_chance": 0.5}
+        assert [[r["turns"][0]["prompt"] for r in own] for own in writer.asked] == [
+            [f"question: {r['turns'][0]['prompt']} answer:" for r in own]
+            for own in asked.values()]
 
 
 class TestRankedTasks:

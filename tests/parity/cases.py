@@ -7,8 +7,10 @@ pairwise distinct and masks ragged, so that nothing agrees by accident.
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
 import blip2
+import llava
 from blip import BLIPConfig, make_model
 from clip import CLIP, CLIPConfig
 from common.bert import starts_with
@@ -19,6 +21,7 @@ from common.losses import best_cosine
 from common.masks import causal, padding
 from common.pretrained import blip
 from common.pretrained import blip2 as blip2_weights
+from common.pretrained import llava as llava_weights
 from common.pretrained.language import config_fields, translated
 from common.t5 import RelativeBias, T5, T5Config
 from common.transformer import (GatedMLP, MLP, bert_block, gelu_tanh, gpt2_block, llama_block,
@@ -644,6 +647,123 @@ class Blip2Case:
                         for name, options in self.searches.items()}
 
 
+class LlavaCase:
+    """A LLaVA, or with tiles a LLaVA-NeXT, whose weights keep their names, as BlipCase.
+
+    Three texts hold an image, two images and none; sizes: (W, H) of the pictures.
+    """
+    image_id, lengths, stop = 30, (9, 7, 5), [2, 5, 11]
+    # [height, width]: not in an order that swapping both would keep.
+    pinpoints = [[15, 30], [30, 15], [30, 30], [45, 15], [15, 45], [45, 30]]
+
+    def __init__(self, name, kind, sizes, **text):
+        self.name, self.kind, self.sizes = name, kind, sizes
+        self.tiles = kind == "LlavaNext"
+        self.config = {
+            "model_type": "llava_next" if self.tiles else "llava", "image_token_index": 30,
+            "vision_config": dict(model_type="clip_vision_model", hidden_size=15, patch_size=5,
+                                  intermediate_size=60, num_hidden_layers=3, image_size=15,
+                                  num_attention_heads=3),
+            "text_config": VICUNA | {"vocab_size": 31, "max_position_embeddings": 199,
+                                     "num_key_value_heads": 2, "pad_token_id": 1,
+                                     "eos_token_id": 2, "bos_token_id": 3} | text}
+        if self.tiles:
+            self.config["image_grid_pinpoints"] = self.pinpoints
+
+    def model(self, seed):
+        """Transformers' model with random weights."""
+        import transformers
+        model = getattr(transformers, f"{self.kind}ForConditionalGeneration")(
+            getattr(transformers, f"{self.kind}Config")(**self.config))
+        randomize(model, seed)
+        for name, parameter in model.named_parameters():              # so that texts differ
+            if "norm" in name and name.endswith("weight"):
+                parameter.data += 1
+            if name.startswith(("model.multi_modal_projector", "lm_head")):
+                parameter.data *= 3
+        return model
+
+    def reference(self, seed):
+        model = self.model(seed)
+        inputs = {f"picture{i}": torch.randint(256, (H, W, 3), dtype=torch.uint8)
+                  for i, (W, H) in enumerate(self.sizes)}
+        inputs["ids"] = torch.randint(6, 29, (B, max(self.lengths)))
+        for row, place in ((0, 2), (1, 0), (1, 4)):
+            inputs["ids"][row, place] = self.image_id
+        return arrays(model.state_dict()), arrays(inputs), arrays(self.theirs(model, inputs))
+
+    def ours(self, weights, inputs):
+        weights = {name: torch.as_tensor(value) for name, value in weights.items()}
+        fields = llava_weights.config_fields(self.config, "config.json")
+        weights = llava_weights.translated(weights, fields, "weights")
+        return self.outputs(load(llava.LLaVA(llava.LLaVAConfig(**fields)), weights), inputs)
+
+    def rows(self, ids):
+        """The texts without padding, each with its labels: those of even ids count."""
+        rows = [row[:length].tolist() for row, length in zip(ids, self.lengths)]
+        return [(row, [i if i % 2 == 0 and i != self.image_id else -100 for i in row])
+                for row in rows]
+
+    def their_images(self, pictures):
+        """Pictures uint8 (H, W, 3) -> the keyword arguments that describe them."""
+        pictures = [picture.permute(2, 0, 1) for picture in pictures]
+        if not self.tiles:
+            return {"pixel_values": normalize_pixels(torch.stack(pictures))}
+        from transformers.models.llava_next.image_processing_pil_llava_next import (
+            LlavaNextImageProcessorPil)
+        views = [np.stack(LlavaNextImageProcessorPil().get_image_patches(
+            picture.numpy(), self.pinpoints, size=(15, 15), patch_size=15,
+            resample=Image.Resampling.BICUBIC)) for picture in pictures]
+        most = max(map(len, views))
+        pixels = [normalize_pixels(torch.from_numpy(view)) for view in views]
+        return {"pixel_values": torch.stack([F.pad(x, (0,) * 7 + (most - len(x),)) for x in pixels]),
+                "image_sizes": torch.tensor([picture.shape[1:] for picture in pictures])}
+
+    @torch.no_grad()
+    def theirs(self, model, inputs):
+        """The outputs of transformers' model, to whom the caller repeats the image's token."""
+        images, found = self.their_images([*inputs.values()][:-1]), {}
+        counts = map(len, model.get_image_features(**images).pooler_output)
+        rows = [[torch.tensor([pair for pair in zip(*row) for _ in range(
+            next(counts) if pair[0] == self.image_id else 1)])] for row in self.rows(inputs["ids"])]
+        for side in ("right", "left"):
+            ids, labels = torch.nn.utils.rnn.pad_sequence(
+                [row for row, in rows], batch_first=True, padding_value=-1,
+                padding_side=side).unbind(-1)
+            mask = ids >= 0
+            ids, labels = ids.where(mask, 1), labels.where(mask, -100)
+            out = model(**images, input_ids=ids, labels=labels, attention_mask=mask.long(),
+                        position_ids=(mask.long().cumsum(dim=1) - 1).clamp(min=0))
+            found[side] = out.logits[mask]
+            if side == "right":
+                found["loss"] = out.loss
+        new = model.generate(**images, input_ids=ids, attention_mask=mask.long(), do_sample=False,
+                             max_new_tokens=8, eos_token_id=self.stop, pad_token_id=1)
+        return found | {"greedy": new[:, ids.shape[1]:]}
+
+    @torch.no_grad()
+    def outputs(self, model, inputs):
+        """The outputs of our model."""
+        c, views, orders, found = model.config, [], [], {}
+        for picture in [*inputs.values()][:-1]:
+            new, order = llava.make_views(Image.fromarray(np.asarray(picture)), c)
+            first = 1 + len(views) * c.tokens_per_view
+            orders.append([first + k if k >= 0 else 0 for k in order])
+            views += new
+        images = llava.to_tensor(views)
+        features = model.encode_images(images)
+        for side in ("right", "left"):
+            batch = llava.merge_image_tokens(
+                self.rows(torch.as_tensor(inputs["ids"])), [orders[:1], orders[1:], []],
+                self.image_id, side=side)
+            x = model.embed(batch["ids"], batch["feature_index"], features)
+            found[side] = model.logits(x, batch["mask"])[batch["mask"]]
+            if side == "right":
+                found["loss"] = model(batch | {"images": images})["lm"]
+        return found | {"greedy": generate(model.logits, x, batch["mask"], max_new_tokens=8,
+                                           stop=self.stop, pad_id=1)}
+
+
 OPT = dict(model_type="opt", hidden_size=24, ffn_dim=37, num_hidden_layers=2,
            num_attention_heads=4, max_position_embeddings=23, word_embed_proj_dim=24)
 FLAN_T5 = dict(model_type="t5", d_model=16, d_kv=5, d_ff=37, num_layers=2, num_heads=4,
@@ -662,7 +782,8 @@ CASES = [BlipCase("lm", "BlipForConditionalGeneration", 24),
          Blip2Case("instructblip_t5", "InstructBlipForConditionalGeneration", "instructblip",
                    FLAN_T5),
          Blip2Case("instructblip_llama", "InstructBlipForConditionalGeneration", "instructblip",
-                   VICUNA), ClipCase(), Gpt2Case(), OptCase(),
+                   VICUNA), LlavaCase("llava", "Llava", [(15, 15)] * 3),
+         LlavaCase("llava_next", "LlavaNext", [(14, 14), (40, 13), (11, 29)]), ClipCase(), Gpt2Case(), OptCase(),
          LlamaCase(), BertCase(), T5Case(decoder=True, gated=False),
          T5Case(decoder=True, gated=True), T5Case(decoder=False, gated=False),
          T5ModelCase(),

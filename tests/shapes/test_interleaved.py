@@ -161,7 +161,7 @@ class TestTextQuestion:
 
 
 class TestProbe:
-    def test_settings_and_answers_are_even_unless_a_setting_is_given(self):
+    def test_settings_and_answers_are_even_unless_they_are_given(self):
         found = Counter()
         for i in range(1200):
             record = probe(random.Random(i), side=None)
@@ -172,6 +172,9 @@ class TestProbe:
         for setting in SETTINGS:
             assert {probe(random.Random(i), "test", None, setting)["setting"]
                     for i in range(9)} == {setting}
+        for answer in ("yes", "no"):
+            assert {ask_and_answer(probe(random.Random(i), side=None, answer=answer))[1]
+                    for i in range(9)} == {answer}
 
 
 class TestGrounding:
@@ -195,6 +198,8 @@ class TestReading:
             assert record["turns"][0]["images"][0][0].size == (side, side)
             bare = reading(random.Random(i), side=None, length=length, dot=dot)
             assert ask_and_answer(bare) == ask_and_answer(record)
+        asked = {ask_and_answer(reading(random.Random(i), side=None))[0] for i in range(9)}
+        assert len(asked) == 2
 
     def test_each_letter_is_a_token_of_its_own(self):
         tokenizer = world_tokenizer(Shapes())

@@ -45,19 +45,23 @@ def test_numbers_are_averaged_and_lists_joined_over_the_processes():
 
 # Two processes
 
-def two_stages():
-    """A trap: `all` is two stages."""
+def two_stages(script):
+    """A trap: `all` is two stages with a script between them."""
     train.STAGES["again"], clip.TRAINS["again"] = train.STAGES["clip"], ("*",)
-    train.LISTS["all"] = ["clip", "again"]
+    train.LISTS["all"] = ["clip", str(script), "again"]
 
 
 class TestRuns:
     def test_two_end_with_the_weights_of_one_and_the_first_alone_speaks(self, tmp_path):
         Command([*FLAGS, "--out", str(tmp_path / "one")], tmp_path / "one.txt").end()
         argv = ["all", *FLAGS[1:], "--accumulate", "3", "--runs", str(tmp_path)]
-        both = pair(argv, tmp_path / "two", (two_stages, two_stages))
+        (tmp_path / "script.py").write_text("print('script: ran')")
+        trap = functools.partial(two_stages, tmp_path / "script.py")
+        both = pair(argv, tmp_path / "two", (trap, trap))
         first, second = (process.end() for process in both)
-        assert [line.split(":")[0] for line in first.splitlines()].count("result") == 2
+        kinds = [line.split(":")[0] for line in first.splitlines()]
+        assert [kind for kind in kinds if kind in ("result", "script")] \
+            == ["result", "script", "result"]
         assert second == ""
         for folder in (tmp_path / "clip-toy", tmp_path / "again-toy"):
             assert_same("weights", weights(folder), weights(tmp_path / "one"), 1e-5)

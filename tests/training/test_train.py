@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -260,7 +261,32 @@ class TestMeasure:
         assert result(capsys.readouterr().out).items() > {"training": False, "bf16": True}.items()
 
 
+class TestFinished:
+    @pytest.mark.parametrize("step, measured, is_finished", [
+        (50, 50, True), (50, 18, False), (18, 18, False), (50, None, False)])
+    def test_the_figures_of_the_last_step_are_there(self, tmp_path, step, measured, is_finished):
+        run = build(tmp_path)
+        run.step, result = step, {"steps": measured, "loss": 3.0}
+        if measured:
+            (run.folder.path / "result.json").write_text(json.dumps(result))
+        assert train.finished(run) == (result if is_finished else None)
+
+
 class TestMain:
+    def test_all_trains_stages_and_ends_with_their_overview(self, monkeypatch):
+        lines = []
+        monkeypatch.setattr(train, "train", lambda name, *more: lines.append(name) or 0)
+        monkeypatch.setattr(train.subprocess, "run", lambda words: lines.append(words)
+                            or SimpleNamespace(returncode=3))
+        monkeypatch.setattr(sys, "argv", ["train.py", "all", "--runs", "my runs"])
+        monkeypatch.setattr(sys, "stdout", SimpleNamespace(flush=lambda: lines.append("flushed")))
+        assert train.main() == 3
+        *stages, flushed, script = lines
+        assert flushed == "flushed", "else a file has the script's lines first"
+        assert stages[:3] == ["lm", "clip", "flamingo"] and {*stages} <= {*train.STAGES}
+        assert script[1:] == [train.ROOT / "lessons/overview.py", "--runs", "my runs"]
+        assert script[1].exists()
+
     def test_a_list_runs_its_stages_each_with_its_own_clock_until_one_is_stopped(self, monkeypatch):
         began, statuses = [], iter([0, 143, 0])
         monkeypatch.setitem(train.LISTS, "all", ["clip", "lm", "flamingo"])
@@ -325,6 +351,14 @@ class TestARun:
         timeless = {"seconds": 0, "peak_memory_mb": 0}
         assert_same("result", again | timeless, first | timeless)
         assert len(log(reference)) == 3
+
+    def test_resume_leaves_a_finished_run_as_it_is_and_prints_its_result(self, toy, reference):
+        before = {path: path.read_bytes() for path in reference.iterdir()}
+        trap = functools.partial(while_measuring, signal.SIGTERM)
+        text = toy("reference", "--resume", trap=trap).end()
+        assert "clip: finished; --eval_only measures it again\n" in text
+        assert result(text) == json.loads(before[reference / "result.json"])
+        assert {path: path.read_bytes() for path in reference.iterdir()} == before
 
     def test_a_run_that_is_overwritten_can_be_its_own_start_and_leaves_nothing_behind(self, toy):
         toy("own", "--steps", "11").end()

@@ -84,7 +84,7 @@ def names(rng, split="train", side=32):
     return record
 
 
-def question(rng, split="train", side=32, asks=None, **dial):
+def question(rng, split="train", side=32, asks=None, kinds=QUESTION_KINDS, **dial):
     """One picture and `asks` questions of different kinds: one to three in training, else one.
 
     "kind": that of the last question.
@@ -92,7 +92,7 @@ def question(rng, split="train", side=32, asks=None, **dial):
     asks, pairs = asks or (rng.randint(1, 3) if split == "train" else 1), []
     while not pairs:
         scene = sample(rng, **dial)
-        for kind in rng.sample(QUESTION_KINDS, asks):
+        for kind in rng.sample(kinds, asks):
             if option := pick(decidable(scene, kind), rng):
                 pairs.append((wording(option, rng, kind, split), option[1]))
                 last = kind
@@ -115,12 +115,13 @@ def text_question(rng, split="train", side=32, **dial):
     return record | {"turns": [first, *later]}
 
 
-def probe(rng, split="train", side=32, setting=None, **dial):
-    """One of `questions.probes`, yes and no evenly; setting: one of SETTINGS, None draws it."""
+def probe(rng, split="train", side=32, setting=None, answer=None, **dial):
+    """One of `questions.probes`; setting: one of SETTINGS, answer: one of YES_NO, else drawn."""
     scene, setting = sample(rng, **dial), setting or rng.choice(SETTINGS)
-    record = rng.choice([r for r in probes(scene, rng, None) if r["setting"] == setting])
-    asked = record["turns"][0]
-    return record | {"turns": [turn(asked["prompt"], asked["answer"], (scene,), side)]}
+    answer = answer or rng.choice(YES_NO)
+    record, = (r for r in probes(scene, rng, None)
+               if (r["setting"], r["turns"][0]["answer"]) == (setting, answer))
+    return record | {"turns": [turn(record["turns"][0]["prompt"], answer, (scene,), side)]}
 
 
 def grounding(rng, split="train", side=32, kind=None, **dial):
@@ -268,4 +269,5 @@ def clip(rng, split="train", side=32, frames=8, kind=None):
 TASKS = {f.__name__: f for f in
          (caption, noisy, statement, instruction, choice, album, names, question, text_question,
           probe, grounding, reading, dialogue, two_pictures, document, episode, glossary, clip)}
+TASKS |= {"questions": partial(question, asks=len(QUESTION_KINDS))}   # of one picture, as LLaVA-1.5
 TASKS |= {kind: partial(instruction, kind=kind) for kind in conversations.TEACHERS}
