@@ -17,6 +17,7 @@ from tests.helpers import (ACTS, EOS, AnyWords, assert_close, drawing, linear, l
                            loop_hidden, loop_pixels, page, refused, toy_llava)
 
 P, D, SHORT = 9, 20, "Answer the question using a single word or phrase."
+QUESTIONS = "visual_questions unseen_kinds hallucination"
 
 
 def pages():
@@ -71,8 +72,8 @@ class TestLLaVAConfig:
         ({"template": "v7"}, "v7.*llama-2"), ({"losses": "itc"}, "losses=itc.*instruct"),
         ({"image_place": "left"}, "image_place=left"), ({"mix": "question"}, "mix=question"),
         ({"mix": "question=many"}, "question=many"), ({"num_queries": 0}, "num_queries=0"),
-        ({"resize_to": -1}, "resize_to=-1"), ({"vision": PRESETS["tiny"].vision.__class__(
-            stages=(1, 1, 1, 1))}, "vision")])
+        ({"resize_to": -1}, "resize_to=-1"), ({"loss_on": "images"}, "loss_on=images"),
+        ({"vision": {"stages": (1, 1, 1, 1)}}, "vision")])
     def test_what_no_model_can_have_is_refused(self, changes, values):
         with refused(values):
             llava_config(**changes)
@@ -285,13 +286,13 @@ class TestLLaVA:
 
     @pytest.mark.parametrize("changes, tasks, asked", [
         ({"losses": "captions"}, ("question",), "captions"), ({}, (), "captions"),
-        ({"mix": "question=1"}, ("question",), "captions visual_questions hallucination"),
-        ({"mix": "choice=1,reading=1"}, ("choice",),
-         "captions visual_questions hallucination choices reading"),
-        ({"mix": "detail=1,grounding=2"}, ("detail",), "captions visual_questions hallucination "
-         "answer_lengths descriptions relative_scores grounding")])
+        ({"mix": "question=1"}, ("question",), f"captions {QUESTIONS}"),
+        ({"mix": "choice=1,reading=1"}, ("choice",), f"captions {QUESTIONS} choices reading"),
+        *(({"mix": f"{task}=1,grounding=2"}, ("detail",), f"captions {QUESTIONS} grounding "
+           "answer_lengths descriptions relative_scores")
+          for task in ("conversation", "detail", "reasoning"))])
     def test_a_stage_is_measured_by_what_it_has_learned(self, changes, tasks, asked, monkeypatch):
-        for module, names in ((llava.questions, "captions visual_questions"),
+        for module, names in ((llava.questions, "captions visual_questions unseen_kinds"),
                               (llava.assistant, "hallucination answer_lengths descriptions "
                                "relative_scores choices reading grounding")):
             for name in names.split():

@@ -228,6 +228,12 @@ class TestMakeBatch:
         assert all(label in (-100, token) for label, token in zip(labels, batch["ids"][0].tolist()))
 
 
+    def test_with_a_loss_on_all_text_visual_tokens_alone_have_no_label(self):
+        batch, _ = batch_of([("red", "x y", "a b"), ("", "z", "c")], [("", "x", "d")], loss_on="all")
+        expected = batch["ids"].where(batch["mask"] & (batch["feature_index"] < 0), -100)
+        assert_close("labels (B, T)", batch["labels"], expected)
+
+
 class TestTemplateOf:
     def test_captions_have_a_template_of_their_own(self):
         def parts(**changes):
@@ -281,12 +287,11 @@ class TestInstructionTurns:
         assert instruction_turns(record, llava_config()) == record["turns"]
         assert [turn["prompt"] for turn in record["turns"]] == before, "the record changes"
 
-    @pytest.mark.parametrize("rng", [None, random.Random(0)])
-    def test_a_choice_is_answered_by_its_letter(self, rng):
+    def test_a_choice_is_answered_by_its_letter(self):
         record = page(("red", "old", "a cat")) | {
             "context": "It barks.", "question": "What is it?", "candidates": ["dog", "a cat", "cow"]}
-        turn, = instruction_turns(record, llava_config(), rng)
+        turn, = instruction_turns(record, llava_config(), random.Random(0))
         assert turn["answer"] == "B" and len(turn["images"]) == 1
         assert turn["prompt"] == (
-            "It barks. What is it?\nA. dog\nB. a cat\nC. cow\n"
+            "It barks.\nWhat is it?\nA. dog\nB. a cat\nC. cow\n"
             "Answer with the option's letter from the given choices directly.")
