@@ -398,6 +398,42 @@ def toy_blip2(kind=None, **changes):
     return model.eval()
 
 
+class AnyWords(Words):
+    """A vocabulary in which each new word gets the next id; a blank at the end is a word, "_"."""
+    eos_id = EOS
+
+    def __init__(self):
+        self.words = []
+
+    def encode(self, text):
+        found = text.split() + ["_"] * text.endswith(" ") + ["\\n"] * text.endswith("\n")
+        self.words += [word for word in dict.fromkeys(found) if word not in self.words]
+        return super().encode(" ".join(found))
+
+
+def llava_config(**changes):
+    """Views of 15 pixels become 9 patches, 14 wide, behind the first 2 of 3 blocks; the language
+    model is 20 wide with 61 words and a context of 53."""
+    from clip import CLIPConfig
+    from common.language import LanguageConfig
+    from llava import LLaVAConfig
+    kind = changes.pop("kind", "gpt2")       # of the language model
+    return LLaVAConfig(**{
+        "vision": CLIPConfig(image_size=15, patch_size=5, vision_width=14, vision_layers=3,
+                             vision_heads=2, text_width=6, text_layers=1, text_heads=1,
+                             context_length=5, vocab_size=17, embed_dim=3),
+        "language": LanguageConfig(kind=kind, vocab_size=61, context_length=53, width=20, layers=2,
+                                   heads=2, kv_heads=2, hidden=26, tie_embeddings=False),
+        "num_queries": 4, "losses": "instruct"} | changes)
+
+
+def toy_llava(**changes):
+    """A LLaVA in float64 with random weights; changes: fields of its config, or the language
+    model's kind."""
+    from llava import LLaVA
+    return randomize(LLaVA(llava_config(**changes)).double(), 0.4).eval()
+
+
 def loop_qformer_block(block, x, Q, image=None, mask=None):
     """x (B, Q + T, D); image (B, S, C), None where the queries do not see it."""
     assert image is None or block.cross is not None, "cross-attention is missing"
@@ -434,15 +470,20 @@ def loop_qformer(qformer, image=None, ids=None, may_attend=lambda query, key: Tr
     return x[0]
 
 
-def loop_image_tokens(encoder, images, heads=3):
-    """BLIP-2's image tokens: a CLIP ViT's without its last block, then a norm of its own."""
-    vit, embed = encoder.vit, encoder.vit.patch_embed.weight.unflatten(1, (3, 5, 5))
+def loop_hidden(vit, images, heads):
+    """All tokens of a CLIP ViT behind the blocks that it has: (B, 3, H, W) -> (B, 1 + N, D)."""
+    embed = vit.patch_embed.weight.unflatten(1, (3, 5, 5))
     patches = F.conv2d(images, embed, stride=5).flatten(2).mT
     x = torch.cat([vit.cls_token.expand(len(images), 1, -1), patches], dim=1) + vit.pos_embed
     x = layer_norm(vit.ln_pre, x)
     for block in vit.transformer.blocks:
         x = block_by_hand(block, x, heads=heads)
-    return layer_norm(encoder.norm, x)
+    return x
+
+
+def loop_image_tokens(encoder, images, heads=3):
+    """BLIP-2's image tokens: a CLIP ViT's without its last block, then a norm of its own."""
+    return layer_norm(encoder.norm, loop_hidden(encoder.vit, images, heads))
 
 
 def in_processes(count, function):

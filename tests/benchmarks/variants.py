@@ -97,8 +97,8 @@ def judge(case):
     description, put, arguments, nodes, stop = case
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        for name in ("clip.py", "flamingo.py", "blip.py", "blip2.py", "train.py",
-                     "pytest.ini"):
+        for name in ("clip.py", "flamingo.py", "blip.py", "blip2.py", "llava.py",
+                     "train.py", "pytest.ini"):
             shutil.copy(ROOT / name, root)
         for name in ("common", "tests"):
             shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))

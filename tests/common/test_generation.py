@@ -5,7 +5,7 @@ import torch.nn.functional as F
 
 from common.generation import (DecodingState, check_options, check_prompt, contains_any, generate,
                                keep_top_k, keep_top_p, later_log_p, pad_left, sample,
-                               score_candidates, tokens_in)
+                               score_candidates, stream, tokens_in)
 from tests.helpers import (PAD, STOP, V, Table, assert_close, chain, prompts, refused, toy_lm,
                            unchanged)
 
@@ -313,6 +313,66 @@ class TestGenerate:
     def test_what_cannot_be_is_refused(self, options, values):
         with refused(values):
             generate(chain(), prompts(5)[0], **options)
+
+
+class TestStream:
+    @pytest.mark.parametrize("kind", ["gpt2", "llama"])
+    @pytest.mark.parametrize("embedded", [True, False])
+    def test_it_yields_what_generate_returns(self, kind, embedded):
+        lm = toy_lm(kind)
+        for prompt in prompts(7, 3)[2]:
+            prompt = lm.embed(prompt) if embedded else prompt
+            with unchanged(prompt=prompt):
+                found = [*stream(lm, prompt, max_new_tokens=9, context_length=23)]
+            expected = generate(lm, prompt, max_new_tokens=9)[0].tolist()
+            assert found == expected and all(type(token) is int for token in found), found
+
+    def test_the_state_goes_to_every_call_and_options_to_the_draws(self):
+        lm, prompt, tint = toy_lm(), prompts(5)[2][0], tints(1)
+        found = [*stream(tinted(lm), prompt, max_new_tokens=6, state={"tint": tint})]
+        assert found == generate(tinted(lm), prompt, max_new_tokens=6,
+                                 state={"tint": tint})[0].tolist()
+        drawn = [[*stream(lm, prompt, max_new_tokens=9, temperature=2.0, top_k=5,
+                          generator=draws(k))] for k in (4, 4, 5)]
+        assert drawn[0] == drawn[1] != drawn[2], f"{drawn}"
+        assert drawn[0] == generate(lm, prompt, max_new_tokens=9, temperature=2.0, top_k=5,
+                                    generator=draws(4))[0].tolist()
+
+    def test_a_stop_is_its_last_token_and_the_model_is_asked_no_more(self):
+        lm = chain((5, 7), (7, 9), (9, STOP))
+        assert [*stream(lm, torch.tensor([[3, 5]]), stop=(11, STOP))] == [7, 9, STOP]
+        assert lm.calls == [(1, 2), (1, 1), (1, 1)], f"{lm.calls}"
+
+    def test_each_token_comes_before_the_next_is_computed(self):
+        lm = chain((5, 7), (7, 9))
+        tokens = stream(lm, torch.tensor([[5]]), max_new_tokens=8)
+        assert (next(tokens), len(lm.calls), next(tokens), len(lm.calls)) == (7, 1, 9, 2)
+
+    @pytest.mark.parametrize("context_length, count", [(None, 8), (9, 6), (4, 1), (11, 8), (40, 8)])
+    def test_it_ends_with_the_context(self, context_length, count):
+        lm, prompt = chain((5, 6), (6, 5)), torch.tensor([[3, 4, 5]])
+        found = [*stream(lm, prompt, max_new_tokens=8, context_length=context_length)]
+        assert found == [6, 5] * (count // 2) + [6] * (count % 2), f"{found}"
+        assert len(lm.calls) == count, "the last token is fed, too"
+
+    @pytest.mark.parametrize("prompt, values", [
+        (torch.tensor([[3, 4, 5, 6]]), "4 tokens.*5.*context is 4"),
+        (torch.zeros(1, 0, dtype=torch.int64), "empty"), (torch.tensor([3, 4]), "2")])
+    def test_what_cannot_be_is_refused(self, prompt, values):
+        with refused(values):
+            next(stream(toy_lm(), prompt, context_length=4))
+
+    def test_no_gradients_are_kept_for_it(self):
+        x = toy_lm().embed(prompts(3)[2][0])
+        list(stream(toy_lm(), x, max_new_tokens=2))
+        assert x.requires_grad and torch.is_grad_enabled()
+        seen = []
+
+        def model(x, mask=None, cache=None, last=False):
+            seen.append(torch.is_grad_enabled())
+            return torch.zeros(1, 1, V)
+        list(stream(model, x, max_new_tokens=2))
+        assert seen == [False, False], "gradients are on"
 
 
 class TestContainsAny:

@@ -6,11 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from common.data.tokenizer import IMAGE
 from common.prompts import (ASSISTANT, BOS, EOS, HOUSE, IMAGES, PAD, SYSTEM, TEMPLATES,
                             USER, Segment, Template, collate, find_template, labels_of,
                             merge_texts, render)
-from tests.helpers import Words, assert_close, refused, unchanged
+from tests.helpers import IMAGE, Words, assert_close, refused, unchanged
 
 
 class Spaces(Words):
@@ -170,6 +169,12 @@ class TestTemplate:
                       "<bos> brief USER: _ <picture> ? what ASSISTANT: a cat <eos> "
                       "USER: is ASSISTANT: red <eos>",
                       "- - - - - - - - a cat <eos> - - - red <eos>")
+
+    @pytest.mark.parametrize("end, string", [
+        ((EOS,), ""), ((("eos_id",),), ""), (("\n###",), "###"), ((" ", ("eos_id",)), ""),
+        (("\n",), "\n"), (("<|im_end|>", "\n"), "<|im_end|>"), ((" . ", " x "), ".  x")])
+    def test_a_text_that_ends_answers_is_its_stop_string(self, end, string):
+        assert Template(end=end).stop_string == string
 
     def test_a_caption_alone_with_an_end_of_its_own(self):
         plain = Template(user=(IMAGES,), assistant=(), end=(IMAGE, EOS))

@@ -126,6 +126,19 @@ class TestWriter:
         writer.tokenizer.decode = lambda ids: written
         assert writer.generate([caption()], max_new_tokens=9) == [text]
 
+    @pytest.mark.parametrize("end, text", [
+        ("dog", "cat"), ("", "cat dog"), ("no", "cat dog. question: dog dog")])
+    def test_a_text_ends_before_the_models_stop_string(self, end, text):
+        model = Follows()
+        model.stop_string, model.calls = end, []
+        logits = model.logits
+        model.logits = lambda *inputs, **more: model.calls.append(1) or logits(*inputs, **more)
+        writer = Writer(model, Words())
+        writer.tokenizer.decode = lambda ids: Words().decode(ids).replace("cat dog dog",
+                                                                          "cat dog. question: dog")
+        assert writer.generate([caption()], max_new_tokens=4) == [text]
+        assert len(model.calls) == (2 if end == "dog" else 4), "it is asked on"
+
     def test_options_are_those_of_generate(self, writer, records):
         draws = [writer.generate(records, temperature=5.0, max_new_tokens=5,
                                  generator=torch.Generator().manual_seed(seed))

@@ -2,12 +2,14 @@
 import ast
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
 
 import blip
 import blip2
+import llava
 from blip2 import VISUAL
 from clip import CLIP
 from common.data.batches import EvalData, world_tokenizer
@@ -15,12 +17,12 @@ from common.training.devices import (autocast, default_workers, find_device, hal
                                      to_device)
 from common.training.optimizer import freeze
 from flamingo import TRAINS, Flamingo
-from tests.helpers import (BLIP_EOS, BLIP_PAD, assert_close, blip_batch, blip_ids, flamingo_config,
-                           make_batch, toy_blip, toy_blip2)
+from tests.helpers import (BLIP_EOS, BLIP_PAD, AnyWords, assert_close, blip_batch, blip_ids,
+                           flamingo_config, make_batch, page, toy_blip, toy_blip2, toy_llava)
 from tests.training.runs import Toy
 
 ROOT = Path(__file__).parents[2]
-FILES = [*(ROOT / f"{name}.py" for name in ("clip", "flamingo", "blip", "blip2")),
+FILES = [*(ROOT / f"{name}.py" for name in ("clip", "flamingo", "blip", "blip2", "llava")),
          *sorted((ROOT / "common").glob("*.py"))]
 FACTORIES = ("arange as_tensor empty eye from_numpy full linspace logspace normal ones rand "
              "randint randn randperm scalar_tensor tensor tril_indices triu_indices zeros").split()
@@ -46,6 +48,7 @@ class TestFactories:
     def test_every_tensor_is_made_on_a_device_that_is_named(self):
         found = {path.name: without_device(path.read_text()) for path in FILES}
         assert found.pop("prompts.py")       # the loop moves what `collate` makes
+        assert len(found.pop("llava.py")) == 3       # and what make_views and make_batch make
         assert not any(found.values()), found
 
 
@@ -58,7 +61,9 @@ BLIP2 = {"blip2-stage1": (None, "itc,itm,itg"), "blip2-retrieval": (None, "itc,i
          "blip2-stage2": ("gpt2", "lm"),
          "blip2-stage2-t5": ("t5", "lm"), "blip2-vqa": ("gpt2", "vqa"),
          "blip2-instruct": ("t5", "instruct")}        # the stage: kind and losses
-MODELS = ["clip", "flamingo resnet llama", "flamingo mlp opt", *BLIP, *BLIP2]
+LLAVA = {"llava-stage1": {"kind": "llama", "losses": "captions"},
+         "llava-tiles": {"views": "tiles", "projector": "adapter", "mix": "reading=1,grounding=1"}}
+MODELS = ["clip", "flamingo resnet llama", "flamingo mlp opt", *BLIP, *BLIP2, *LLAVA]
 
 
 def blip_and_batch(name):
@@ -86,9 +91,20 @@ def blip2_and_batch(name):
     return model.train(), batch | {"label_count": torch.tensor(13.0)}
 
 
+def llava_and_batch(name):
+    model = toy_llava(**LLAVA[name]).float()
+    turns = [page(("red", "what", "a b"))["turns"], page(("", "x", "c"))["turns"]]
+    batch = llava.make_batch(turns, AnyWords(), model.config, [Random(0)] * 2)
+    freeze(model, llava.TRAINS[name])
+    return model.train(), batch | {"label_count": torch.tensor(13.0)}
+
+
 def model_and_batch(name, device="cpu"):
     """A tiny model in training, and a batch for it."""
     torch.manual_seed(0)
+    if name in LLAVA:
+        model, batch = llava_and_batch(name)
+        return model.to(device), to_device(batch, torch.device(device))
     if name in BLIP2:
         model, batch = blip2_and_batch(name)
         return model.to(device), to_device(batch, torch.device(device))
@@ -155,12 +171,15 @@ class TestTrainingStep:
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
     not torch.cuda.is_available(), reason="no GPU"))])
-@pytest.mark.parametrize("name", [*BLIP, *BLIP2])
+@pytest.mark.parametrize("name", [*BLIP, *BLIP2, *LLAVA])
 def test_it_is_measured_and_writes_in_bf16(name, device):
     world = Toy(image_size=15)
     tokenizer = world_tokenizer(world)
     sizes = {"vocab_size": len(tokenizer), "pad_id": 0, "eos_id": 2}
-    if name in BLIP:
+    if name in LLAVA:
+        language = replace(toy_llava(**LLAVA[name]).config.language, **sizes, context_length=256)
+        model = toy_llava(**LLAVA[name], language=language)
+    elif name in BLIP:
         model = toy_blip(**BLIP[name], **sizes, context_length=37)
     else:
         kind, losses = BLIP2[name]
@@ -168,7 +187,8 @@ def test_it_is_measured_and_writes_in_bf16(name, device):
         language = replace(language, **sizes, context_length=99) if kind else None
         model = toy_blip2(kind, losses=losses, language=language, qformer_context_length=37,
                           **sizes)
-    source, *_ = (blip if name in BLIP else blip2).data_sources(world, tokenizer, model.config)
+    file = blip if name in BLIP else llava if name in LLAVA else blip2
+    source, *_ = file.data_sources(world, tokenizer, model.config)
     data = EvalData(world, tokenizer, source.collate, torch.device(device))
     model = model.float().to(device).eval()
     with autocast(torch.device(device), True):
@@ -178,7 +198,7 @@ def test_it_is_measured_and_writes_in_bf16(name, device):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-@pytest.mark.parametrize("name", [*BLIP, *BLIP2])
+@pytest.mark.parametrize("name", [*BLIP, *BLIP2, *LLAVA])
 def test_it_is_compiled_on_a_gpu(name):
     model, batch = model_and_batch(name, "cuda")
     before = {key: b.clone() for key, b in model.named_buffers()}
