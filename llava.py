@@ -238,10 +238,21 @@ def merge_image_tokens(rows, images, image_id, *, side="right", context_length=N
     return batch | {"feature_index": collate(indices, pad_id=TEXT, side=side)["ids"]}
 
 
+def answer_places(labels):
+    """labels int64 (B, T) -> int64 (B, K): in each row the places of its labels and of the token
+    before each of them, in order. Rows with fewer end with place 0, which nothing predicts."""
+    counts = labels != IGNORED
+    counts[:, 0] = False
+    kept = counts | F.pad(counts[:, 1:], (0, 1))                      # (B, T)
+    K = max(1, int(kept.sum(dim=1).max()))
+    places = (~kept).int().argsort(dim=1, stable=True)[:, :K]         # the kept ones come first
+    return places.masked_fill(~kept.gather(1, places), 0)
+
+
 def make_batch(pages, tokenizer, c, rngs=None):
     """Lists of turns -> {"images": uint8 (V, 3, H, W), all views, and `merge_image_tokens`}.
 
-    rngs: a random.Random for each; None: the last answer of each is to be written, padding is left.
+    With rngs also "places", see `answer_places`. rngs: a random.Random for each; None: the last answer of each is to be written, padding is left.
     """
     template, place = template_of(c), {"first": True, "last": False}.get(c.image_place, "random")
     rows, orders, views = [], [], []
@@ -262,6 +273,8 @@ def make_batch(pages, tokenizer, c, rngs=None):
     length = None if rngs is None else c.context_length
     batch = merge_image_tokens(rows, orders, tokenizer.image_id, context_length=length,
                                side="left" if rngs is None else "right")
+    if rngs:
+        batch["places"] = answer_places(batch["labels"])
     black = torch.zeros(1, 3, c.view_size, c.view_size, dtype=torch.uint8)
     return batch | {"images": to_tensor(views) if views else black}
 
@@ -352,11 +365,19 @@ class LLaVA(nn.Module):
     def forward(self, batch, gather=losses.no_gather):
         """A batch of `make_batch` with "label_count" -> {"lm": scalar, in nats}.
 
-        Causal attention, of the visual tokens as well; padding is behind the text.
+        Causal attention, of the visual tokens as well; padding is behind the text. The plain line:
+            logits = self.lm(self.embed(ids, feature_index, features))
+        Here the head is computed for answers alone: the places before their tokens, and these,
+        follow each other in `places`, too, so that the loss finds the same pairs.
         """
-        features = self.encode_images(batch["images"])
-        logits = self.lm(self.embed(batch["ids"], batch["feature_index"], features))
-        return {"lm": losses.next_token_loss(logits, batch["labels"], batch.get("label_count"))}
+        features, places = self.encode_images(batch["images"]), batch["places"]
+        x = self.embed(batch["ids"], batch["feature_index"], features)           # (B, T, D)
+        x, inputs = self.lm.block_inputs(x)
+        for block in self.lm.blocks:
+            x = block(x, **inputs)
+        x = x.gather(1, places[..., None].expand(-1, -1, x.shape[2]))            # (B, K, D)
+        labels = batch["labels"].gather(1, places).masked_fill(places == 0, IGNORED)      # (B, K)
+        return {"lm": losses.next_token_loss(self.lm.head(x), labels, batch.get("label_count"))}
 
     def logits(self, x, mask=None, cache=None, last=False):
         """ids (B, T) or embeddings (B, T, D) -> logits (B, T, V); see `LanguageModel.forward`."""
