@@ -29,8 +29,7 @@ Differs from the papers
   without an image has a black one that nothing attends to, so that the projector is always in the
   graph: both as released.
 - Tiles train the image encoder too, at a lower rate, as LLaVA-NeXT does (LLaVA-1.5-HD: frozen).
-- Qwen-VL: the adapter's queries attend to their own place from the start, see init_weights; the
-  decoder is a LLaMA without Qwen's biases; ChatML's markers are not learned outside of
+- Qwen-VL: the decoder is a LLaMA without Qwen's biases; ChatML's markers are not learned outside of
   answers (released code: they are).
 """
 import math
@@ -450,18 +449,11 @@ class LLaVA(nn.Module):
 
 @torch.no_grad()
 def init_weights(model):
-    """Linear layers as torch's, as released; a row's end and the adapter's queries small.
-
-    The adapter's keys start with the weights of its queries, so that a query attends to its own
-    place (released code: they are drawn apart).
-    """
+    """Linear layers as torch's, as released; a row's end and the adapter's queries small."""
     if model.row_end is not None:
         nn.init.normal_(model.row_end, std=len(model.row_end) ** -0.5)
     if isinstance(model.projector, Adapter):
         nn.init.trunc_normal_(model.projector.queries, std=0.02)
-        attn = model.projector.attn
-        nn.init.orthogonal_(attn.q_proj.weight)
-        attn.k_proj.weight.copy_(attn.q_proj.weight)
 
 
 # ------------------------------------------------------------------ presets and recipes

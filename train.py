@@ -113,14 +113,14 @@ STAGES = {
     "llava-stage2": Stage("projector and language model on instructions (LLaVA-1.5)", **LLAVA,
                           losses="instruct", init="llava-stage1"),
     "llava-tiles": Stage("the same with tiles, to read small letters (LLaVA-NeXT)", **LLAVA,
-                         losses="instruct", init="llava-stage1", settings=(
+                         losses="instruct", init="llava-stage2", settings=(
                              "views=tiles", "draw_size=64", "mix=reading=1")),
     "qwen-stage1": Stage("image encoder and adapter on captions (Qwen-VL)", **LLAVA,
                          losses="captions", settings=("projector=adapter", "views=squash")),
     "qwen-stage2": Stage("all parts on captions, questions and boxes, larger pictures", **LLAVA,
                          losses="instruct", init="qwen-stage1", settings=(
                              "draw_size=64", "resize_to=64",
-                             "mix=grounding=3,question=1,caption=1")),
+                             "mix=grounding=6,question=1,caption=1")),
     "qwen-stage3": Stage("adapter and language model on instructions (Qwen-VL-Chat)", **LLAVA,
                          losses="instruct", init="qwen-stage2", settings=(
                              f"mix={llava.MIX},grounding=4",)),

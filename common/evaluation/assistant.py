@@ -175,15 +175,15 @@ def choices(writer, world, count, prompt_of):
 
 
 def reading(writer, world, count, length=2, dot=1):
-    """Letters and digits in the picture: whole strings, and letter by letter in its place."""
+    """Letters in the picture: whole strings, and letter by letter in its place."""
     records = draw_tasks(world, "reading", count, length=length, dot=dot)
     texts = writer.generate(records, max_new_tokens=2 * length + 2)
     pairs = [["".join(t.lower().split()) for t in (text, record["turns"][0]["answer"])]
              for text, record in zip(texts, records)]
     letters = sum(a == b for pair in pairs for a, b in zip(*pair)) / (count * length)
     return {"reading_accuracy": sum(text == answer for text, answer in pairs) / count,
-            "reading_accuracy_chance": 36 ** -length,
-            "reading_accuracy/letters": letters, "reading_accuracy/letters_chance": 1 / 36}
+            "reading_accuracy_chance": 10 ** -length,
+            "reading_accuracy/letters": letters, "reading_accuracy/letters_chance": 1 / 10}
 
 
 def box_of_text(text):

@@ -41,6 +41,11 @@ def referring(scene, rng, kind=None, side=32):
             "phrase": name, "item": item, "source": scene}
 
 
+def coarse_text(box):
+    """`box_text` in steps of 10: a digit finer than a percent of the side would be chance."""
+    return box_text([min(990, 10 * round(v / 10)) for v in box])
+
+
 def grounded(scene, rng, kind=None, side=32):
     """`referring` as Qwen-VL writes it, with ids of special tokens as parts of prompt and answer.
 
@@ -53,11 +58,11 @@ def grounded(scene, rng, kind=None, side=32):
     if kind == "caption":
         items = sorted(scene.items, key=lambda item: item.x)
         answer = tuple(part for item in items for part in (
-            REF, phrase(item), REF_END, BOX, box_text(box_of(item)), BOX_END))
+            REF, phrase(item), REF_END, BOX, coarse_text(box_of(item)), BOX_END))
         return {"turns": [turn("describe the picture with boxes.", answer, (scene,), side)],
                 "kind": kind, "boxes": [box_of(item) for item in items], "source": scene}
     record = referring(scene, rng, kind, side)
-    question, box = record["turns"][0], (BOX, box_text(record["boxes"][0]), BOX_END)
+    question, box = record["turns"][0], (BOX, coarse_text(record["boxes"][0]), BOX_END)
     if kind == "ground":
         name = (REF, f"the {record['phrase']}", REF_END)
         question |= {"prompt": ("give the box of ", *name, "."), "answer": box}
@@ -79,12 +84,12 @@ Z 6151494543""".split()
 GLYPHS = {c: bytes.fromhex(dots) for c, dots in zip(_DOTS[::2], _DOTS[1::2])}
 
 
-def glyphs(rng, length=4, side=224, dot=2):
-    """Random letters and digits, "K7PD", 7 * dot pixels high, in a large empty picture.
+def glyphs(rng, length=4, side=224, dot=2, alphabet=tuple(sorted(GLYPHS))):
+    """Random letters of the alphabet, "K7PD", 7 * dot pixels high, in a large empty picture.
 
     Raises ValueError where they do not fit in.
     """
-    text = "".join(rng.choice(sorted(GLYPHS)) for _ in range(length))
+    text = "".join(rng.choice(alphabet) for _ in range(length))
     width, height = (6 * length - 1) * dot, 7 * dot
     if max(width, height) > side:
         raise ValueError(f"{length} letters are {width} x {height} pixels; the side is {side}")

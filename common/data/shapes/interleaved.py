@@ -129,8 +129,8 @@ def grounding(rng, split="train", side=32, kind=None, **dial):
     return grounded(sample(rng, **dial), rng, kind, side)
 
 
-def reading(rng, split="train", side=32, length=2, dot=1):
-    """Random letters and digits, 7 * dot pixels high, "k 7": see `grounding.glyphs`.
+def reading(rng, split="train", side=32, length=2, dot=1, alphabet="ACFHKLMSTZ"):
+    """Random letters of the alphabet, 7 * dot pixels high, "k s": see `grounding.glyphs`.
 
     In training one to four of them, of 1 to 3 pixels a dot, as they fit in: large ones teach to
     read. With spaces no two letters of the answer become one token.
@@ -139,7 +139,7 @@ def reading(rng, split="train", side=32, length=2, dot=1):
     if split == "train":
         length, dot = rng.choice([(n, d) for n in range(1, 5) for d in range(1, 4)
                                   if max(6 * n - 1, 7) * d <= (side or 224)])
-    record = glyphs(rng, length, side or 224, dot)
+    record = glyphs(rng, length, side or 224, dot, alphabet)
     found = record["turns"][0]
     letters = turn(prompt, " ".join(found["answer"].lower()))
     return record | {"turns": [letters | ({"images": found["images"]} if side else {})]}
