@@ -86,12 +86,14 @@ class TestMergeImageTokens:
         assert_close("mask (B, T)", batch["mask"].int(), real)
 
     def test_padding_on_the_left(self):
-        batch = merge_image_tokens([([21, IMAGE], [21, IMAGE]), ([22, 23], [22, 23])],
-                                   [[[7, 8, 9]], []], IMAGE, side="left")
-        assert_close("ids (B, T)", batch["ids"], [[21, 0, 0, 0], [0, 0, 22, 23]])
-        assert_close("feature_index (B, T)", batch["feature_index"], [[-1, 7, 8, 9], [-1] * 4])
-        assert_close("mask (B, T)", batch["mask"].int(), [[1] * 4, [0, 0, 1, 1]])
-        assert_close("labels (B, T)", batch["labels"], [[21] + [-100] * 3, [-100] * 3 + [23]])
+        rows = [([21, IMAGE], [21, IMAGE]), ([22, 23], [22, 23]), ([IMAGE, 24], [-100, 24])]
+        batch = merge_image_tokens(rows, [[[7, 8, 9]], [], [[5]]], IMAGE, side="left")
+        assert_close("ids (B, T)", batch["ids"], [[21, 0, 0, 0], [0, 0, 22, 23], [0, 0, 0, 24]])
+        assert_close("feature_index (B, T)", batch["feature_index"], [
+            [-1, 7, 8, 9], [-1] * 4, [-1, -1, 5, -1]])
+        assert_close("mask (B, T)", batch["mask"].int(), [[1] * 4] + [[0, 0, 1, 1]] * 2)
+        assert_close("labels (B, T)", batch["labels"], [
+            [21] + [-100] * 3, [-100] * 3 + [23], [-100] * 3 + [24]])
 
     @pytest.mark.parametrize("length", [1, 2, 3, 5, 6, 99])
     def test_a_row_is_cut_behind_its_images_and_the_next_row_keeps_its_own(self, length):
@@ -171,8 +173,8 @@ class TestMakeBatch:
         assert str(batch["images"].dtype) == "torch.uint8"
 
     def test_rows_of_tiles_end_with_row_0_and_each_image_follows_the_views_before(self):
-        turns = [[{"images": [[bands(width=15, height=15)], drawing("blue")], "prompt": "what",
-                   "answer": "a"}], [{"images": [drawing("red")], "prompt": "x", "answer": "b"}]]
+        clip = [bands(width=15, height=15), *drawing("blue")]
+        turns = [[{"images": [clip], "prompt": "what", "answer": "a"}], [{"images": [drawing("red")], "prompt": "x", "answer": "b"}]]
         batch = make_batch(turns, AnyWords(), llava_config(views="tiles", grids=((3, 1), (1, 1)),
                            language=llava_config().language.__class__(context_length=99)),
                            [random.Random(0)] * 2)
@@ -252,7 +254,7 @@ class TestTemplateOf:
 
 class TestConversationBatch:
     def test_it_is_the_batch_of_the_records_turns(self):
-        config, words = llava_config(), AnyWords()
+        config, words = llava_config(image_place="random"), AnyWords()
         records = [page(("red", "what", "dog")), {"images": drawing("blue"), "texts": ["a b", "c d"]}]
         collate = ConversationBatch(words, config)
         seen = set()
@@ -282,8 +284,8 @@ class TestInstructionTurns:
     def test_what_has_one_word_for_an_answer_says_so_in_training(self, answer, asks):
         record = page(("red", "what", answer), ("", "who", "b"))
         before = [turn["prompt"] for turn in record["turns"]]
-        first, second = instruction_turns(record, llava_config(), random.Random(0))
-        assert first["prompt"] == (f"what\n{SHORT}" if asks else "what") and second["prompt"] == "who"
+        found = [turn["prompt"] for turn in instruction_turns(record, llava_config(), random.Random(0))]
+        assert found == [f"what\n{SHORT}" if asks else "what", "who"]
         assert instruction_turns(record, llava_config()) == record["turns"]
         assert [turn["prompt"] for turn in record["turns"]] == before, "the record changes"
 
