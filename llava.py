@@ -29,7 +29,8 @@ Differs from the papers
   without an image has a black one that nothing attends to, so that the projector is always in the
   graph: both as released.
 - Tiles train the image encoder too, at a lower rate, as LLaVA-NeXT does (LLaVA-1.5-HD: frozen).
-- Qwen-VL: the decoder is a LLaMA without Qwen's biases; ChatML's markers are not learned outside of
+- Qwen-VL: the adapter's queries attend to their own place from the start, see init_weights; the
+  decoder is a LLaMA without Qwen's biases; ChatML's markers are not learned outside of
   answers (released code: they are).
 """
 import math
@@ -158,6 +159,8 @@ class Adapter(nn.Module):
         super().__init__()
         if math.isqrt(num_queries) ** 2 != num_queries:
             raise ValueError(f"num_queries={num_queries}: they form a grid, so a square number")
+        if width % 4:
+            raise ValueError(f"width {width} is no multiple of 4: sines and cosines of two axes")
         self.kv_proj = nn.Linear(context_width, width, bias=False)
         self.ln_q, self.ln_kv = LayerNorm(width, 1e-6), LayerNorm(width, 1e-6)
         self.queries = nn.Parameter(torch.empty(num_queries, width))
@@ -171,10 +174,11 @@ class Adapter(nn.Module):
         table = F.pad(positions, (0, 0, 1, 0))                        # with the row of a class token
         key_positions = resize_positions(table, math.isqrt(S))[1:]    # (S, D)
         values = self.ln_kv(self.kv_proj(patches))                    # (N, S, D)
-        queries = self.ln_q(self.queries) + positions
+        queries = self.ln_q(self.queries) + positions.to(values.dtype)
         q, k, v = (project(x).unflatten(-1, (attn.heads, -1)).transpose(-3, -2)
                    for project, x in ((attn.q_proj, queries.expand(len(patches), -1, -1)),
-                                      (attn.k_proj, values + key_positions), (attn.v_proj, values)))
+                                      (attn.k_proj, values + key_positions.to(values.dtype)),
+                                      (attn.v_proj, values)))
         out = attend(q, k, v)                                         # (N, H, Q, K)
         return self.out(self.ln_post(attn.out_proj(out.transpose(1, 2).flatten(2))))
 
@@ -234,10 +238,21 @@ def merge_image_tokens(rows, images, image_id, *, side="right", context_length=N
     return batch | {"feature_index": collate(indices, pad_id=TEXT, side=side)["ids"]}
 
 
+def answer_places(labels):
+    """labels int64 (B, T) -> int64 (B, K): in each row the places of its labels and of the token
+    before each of them, in order. Rows with fewer end with place 0, which nothing predicts."""
+    counts = labels != IGNORED
+    counts[:, 0] = False
+    kept = counts | F.pad(counts[:, 1:], (0, 1))                      # (B, T)
+    K = max(1, int(kept.sum(dim=1).max()))
+    places = (~kept).int().argsort(dim=1, stable=True)[:, :K]         # the kept ones come first
+    return places.masked_fill(~kept.gather(1, places), 0)
+
+
 def make_batch(pages, tokenizer, c, rngs=None):
     """Lists of turns -> {"images": uint8 (V, 3, H, W), all views, and `merge_image_tokens`}.
 
-    rngs: a random.Random for each; None: the last answer of each is to be written, padding is left.
+    With rngs also "places", see `answer_places`. rngs: a random.Random for each; None: the last answer of each is to be written, padding is left.
     """
     template, place = template_of(c), {"first": True, "last": False}.get(c.image_place, "random")
     rows, orders, views = [], [], []
@@ -258,6 +273,8 @@ def make_batch(pages, tokenizer, c, rngs=None):
     length = None if rngs is None else c.context_length
     batch = merge_image_tokens(rows, orders, tokenizer.image_id, context_length=length,
                                side="left" if rngs is None else "right")
+    if rngs:
+        batch["places"] = answer_places(batch["labels"])
     black = torch.zeros(1, 3, c.view_size, c.view_size, dtype=torch.uint8)
     return batch | {"images": to_tensor(views) if views else black}
 
@@ -348,11 +365,19 @@ class LLaVA(nn.Module):
     def forward(self, batch, gather=losses.no_gather):
         """A batch of `make_batch` with "label_count" -> {"lm": scalar, in nats}.
 
-        Causal attention, of the visual tokens as well; padding is behind the text.
+        Causal attention, of the visual tokens as well; padding is behind the text. The plain line:
+            logits = self.lm(self.embed(ids, feature_index, features))
+        Here the head is computed for answers alone: the places before their tokens, and these,
+        follow each other in `places`, too, so that the loss finds the same pairs.
         """
-        features = self.encode_images(batch["images"])
-        logits = self.lm(self.embed(batch["ids"], batch["feature_index"], features))
-        return {"lm": losses.next_token_loss(logits, batch["labels"], batch.get("label_count"))}
+        features, places = self.encode_images(batch["images"]), batch["places"]
+        x = self.embed(batch["ids"], batch["feature_index"], features)           # (B, T, D)
+        x, inputs = self.lm.block_inputs(x)
+        for block in self.lm.blocks:
+            x = block(x, **inputs)
+        x = x.gather(1, places[..., None].expand(-1, -1, x.shape[2]))            # (B, K, D)
+        labels = batch["labels"].gather(1, places).masked_fill(places == 0, IGNORED)      # (B, K)
+        return {"lm": losses.next_token_loss(self.lm.head(x), labels, batch.get("label_count"))}
 
     def logits(self, x, mask=None, cache=None, last=False):
         """ids (B, T) or embeddings (B, T, D) -> logits (B, T, V); see `LanguageModel.forward`."""
@@ -425,11 +450,18 @@ class LLaVA(nn.Module):
 
 @torch.no_grad()
 def init_weights(model):
-    """Linear layers as torch's, as released; a row's end and the adapter's queries small."""
+    """Linear layers as torch's, as released; a row's end and the adapter's queries small.
+
+    The adapter's keys start with the weights of its queries, so that a query attends to its own
+    place (released code: they are drawn apart).
+    """
     if model.row_end is not None:
         nn.init.normal_(model.row_end, std=len(model.row_end) ** -0.5)
     if isinstance(model.projector, Adapter):
         nn.init.trunc_normal_(model.projector.queries, std=0.02)
+        attn = model.projector.attn
+        nn.init.orthogonal_(attn.q_proj.weight)
+        attn.k_proj.weight.copy_(attn.q_proj.weight)
 
 
 # ------------------------------------------------------------------ presets and recipes

@@ -14,8 +14,7 @@ from common.pretrained.names import Table, translate
 
 # transformers has written three layouts: (prefix of any of them, the name used here).
 PREFIXES = ((r"model\.(?=language_model|vision_tower|multi_modal|image_newline)", ""),
-            (r"(language_model\.)?lm_head\.", "lm.lm_head."),
-            (r"language_model\.(model\.)?", "lm."),
+            (r"lm_head\.", "lm.lm_head."), (r"language_model\.(model\.)?", "lm."),
             (r"vision_tower\.(vision_model\.)?", "vision_model."))
 ROWS = (*clip.HUGGING_FACE.rows,
         ("multi_modal_projector.linear_{1,2}.{weight,bias}", "projector.{0,2}.{weight,bias}"),
@@ -79,15 +78,12 @@ def config_fields(config, where):
 
 def grids_of(pinpoints, side, where):
     """[height, width] in pixels of each grid -> its (columns, rows) in tiles of side x side."""
-    try:
-        grids = [(width // side, height // side) for height, width in pinpoints]
-        if not grids or [[rows * side, columns * side] for columns, rows in grids] != pinpoints \
-                or min(map(min, grids)) < 1:
-            raise ValueError
-    except (TypeError, ValueError):      # not a list of pairs of numbers
+    pairs = pinpoints if isinstance(pinpoints, list) else []
+    if not pairs or not all(isinstance(pair, list) and len(pair) == 2 and all(
+            type(n) is int and n > 0 and n % side == 0 for n in pair) for pair in pairs):
         raise ValueError(f"{where}: image_grid_pinpoints is {pinpoints!r:.80}, not a list of "
-                         f"[height, width] that divide into tiles of {side} pixels") from None
-    return grids
+                         f"[height, width] that divide into tiles of {side} pixels")
+    return [(width // side, height // side) for height, width in pairs]
 
 
 def translated(weights, fields, path):

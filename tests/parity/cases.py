@@ -715,8 +715,9 @@ class LlavaCase:
             picture.numpy(), self.pinpoints, size=(15, 15), patch_size=15,
             resample=Image.Resampling.BICUBIC)) for picture in pictures]
         most = max(map(len, views))
-        pixels = [normalize_pixels(torch.from_numpy(view)) for view in views]
-        return {"pixel_values": torch.stack([F.pad(x, (0,) * 7 + (most - len(x),)) for x in pixels]),
+        pixels = [F.pad(normalize_pixels(torch.from_numpy(view)), (0,) * 7 + (most - len(view),))
+                  for view in views]
+        return {"pixel_values": torch.stack(pixels),
                 "image_sizes": torch.tensor([picture.shape[1:] for picture in pictures])}
 
     @torch.no_grad()
@@ -783,8 +784,8 @@ CASES = [BlipCase("lm", "BlipForConditionalGeneration", 24),
                    FLAN_T5),
          Blip2Case("instructblip_llama", "InstructBlipForConditionalGeneration", "instructblip",
                    VICUNA), LlavaCase("llava", "Llava", [(15, 15)] * 3),
-         LlavaCase("llava_next", "LlavaNext", [(14, 14), (40, 13), (11, 29)]), ClipCase(), Gpt2Case(), OptCase(),
-         LlamaCase(), BertCase(), T5Case(decoder=True, gated=False),
+         LlavaCase("llava_next", "LlavaNext", [(14, 14), (40, 13), (11, 29)]),
+         ClipCase(), Gpt2Case(), OptCase(), LlamaCase(), BertCase(), T5Case(decoder=True, gated=False),
          T5Case(decoder=True, gated=True), T5Case(decoder=False, gated=False),
          T5ModelCase(),
          LanguageCase("gpt2", model_type="gpt2", n_embd=24, n_layer=2, n_head=4, n_positions=19,

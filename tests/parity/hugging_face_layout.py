@@ -60,3 +60,30 @@ def language(ours, kind):
             turned = kind == "gpt2" and ".c_" in name    # it is multiplied from the right
             theirs[name] = weight.mT if turned and weight.ndim == 2 else weight
     return theirs
+
+
+# What is before the language model's layers, its head, the image encoder's parts, and all others.
+LLAVA = {"old": ("language_model.model", "language_model.lm_head", "vision_tower.vision_model", ""),
+         "memory": ("model.language_model", "lm_head", "model.vision_tower", "model."),
+         "written": ("language_model.model", "language_model.lm_head", "vision_tower", "")}
+
+
+def llava(ours, config, layout):
+    """A LLaVA's state dict -> as transformers has it, with the block that ours leaves out."""
+    text, head, vision, other = LLAVA[layout]
+    parts = {part: {name: weight for name, weight in ours.items() if name.startswith(f"{part}.")}
+             for part in ("vision", "lm")}
+    first, last = (f"vision.transformer.blocks.{i}." for i in (0, config["vision_layers"] - 1))
+    tower = parts["vision"] | {name.replace(first, last): weight + 1 for name, weight
+                               in parts["vision"].items() if name.startswith(first)}
+    tower |= {f"vision.ln_post.{kind}": torch.ones(config["vision_width"])
+              for kind in ("weight", "bias")}
+    lm = language({name[3:]: weight for name, weight in parts["lm"].items()}, "llama")
+    words = {"model.": f"{text}.", "lm_head": head, "vision_model": vision,
+             "row_end": f"{other}image_newline",
+             "projector.0": f"{other}multi_modal_projector.linear_1",
+             "projector.2": f"{other}multi_modal_projector.linear_2"}
+    theirs = clip(tower, config | {"context_length": 1}) | lm | {
+        name: weight for name, weight in ours.items() if name.startswith(("projector", "row_end"))}
+    return {re.sub(f"^({'|'.join(words)})", lambda match: words[match[0]], name): weight
+            for name, weight in theirs.items() if not name.startswith("text_model")}

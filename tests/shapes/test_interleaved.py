@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from common.data.batches import world_tokenizer
+from common.data.shapes.conversations import TEACHERS
 from common.data.shapes.interleaved import (CLIPS, DOCUMENT_KINDS, LABELS, QUESTION_KINDS, TASKS,
                                             clip, dialogue, document, episode, grounding, noisy,
                                             probe, question, reading, text_question)
@@ -23,7 +24,10 @@ LENGTHS = {"caption": {0}, "noisy": {0}, "album": {2, 3}, "names": {4, 5, 6, 7, 
            "question": {1, 2, 3}, "text_question": {1, 2, 3}, "probe": {1}, "grounding": {1},
            "reading": {1}, "dialogue": {4}, "two_pictures": {1}, "statement": {1},
            "instruction": {1, 3, 4}, "choice": {1}, "document": {2, 3, 4},
-           "episode": {3, 5, 7, 9}, "glossary": {3, 4, 5}, "clip": {1}}
+           "episode": {3, 5, 7, 9}, "glossary": {3, 4, 5}, "clip": {1}, "questions": {4, 5},
+           "conversation": {3, 4}, "detail": {1}, "reasoning": {1}}
+# Tasks that are others with an argument.
+BASES = {"questions": "question", **dict.fromkeys(TEACHERS, "instruction")}
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +54,8 @@ def named(record, by):
 class TestTasks:
     @pytest.mark.parametrize("kind", TASKS)
     def test_a_record_shows_its_scenes_and_the_model_words_it(self, drawn, kind):
-        for record in drawn[kind]:
+        records, lengths, kind = drawn[kind], LENGTHS[kind], BASES.get(kind, kind)
+        for record in records:
             assert shows(record, scenes_of(record), 16) or kind in ("text_question", "reading")
             for number, turn in enumerate(record.get("turns", ()), 1):
                 first, last = number == 1, number == len(record["turns"])
@@ -67,13 +72,13 @@ class TestTasks:
                 context = {"names": first, "glossary": not last}.get(kind, False)
                 assert turn["answer"] and turn.get("learn", True) is not context
             assert not re.search("output|question|answer|[<:]", str(words_of(record)))
-        assert {len(record.get("turns", ())) for record in drawn[kind]} == LENGTHS[kind]
+        assert {len(record.get("turns", ())) for record in records} == lengths
 
     @pytest.mark.parametrize("kind", TASKS)
     def test_a_record_is_a_function_of_its_rng_without_held_out_pairs(self, drawn, kind):
         bare = [TASKS[kind](random.Random(i), side=None) for i in range(200)]
         assert drawn[kind][:9] == [TASKS[kind](random.Random(i), side=16) for i in range(9)]
-        for plain, record in zip(bare, drawn[kind]):
+        for plain, record in zip(bare if kind != "reading" else (), drawn[kind]):    # what fits in
             assert words_of(plain) == words_of(record) and scenes_of(plain) == scenes_of(record)
         assert shows(bare[0], (), 16) and len({str(words_of(record)) for record in bare}) > 70
         for record in bare:
@@ -196,8 +201,12 @@ class TestReading:
             assert abs(x2 - x1 - (6 * length - 1) * dot * pixel) < 2
             assert abs(y2 - y1 - 7 * dot * pixel) < 2 or y2 == 999
             assert record["turns"][0]["images"][0][0].size == (side, side)
-            bare = reading(random.Random(i), side=None, length=length, dot=dot)
+            bare = reading(random.Random(i), "test", None, length, dot)
             assert ask_and_answer(bare) == ask_and_answer(record)
+        trained = [reading(random.Random(i), side=32) for i in range(200)]
+        sizes = Counter((len(ask_and_answer(r)[1].split()), round((y2 - y1) * 32 / 7000))
+                        for r in trained for _, y1, _, y2 in r["boxes"])
+        assert {*sizes} == {(1, 1), (2, 1), (3, 1), (4, 1), (1, 2), (2, 2), (1, 3)}
         asked = {ask_and_answer(reading(random.Random(i), side=None))[0] for i in range(9)}
         assert len(asked) == 2
 

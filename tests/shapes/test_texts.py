@@ -79,7 +79,8 @@ class TestText:
         assert drawn[:200] == [text(random.Random(i)) for i in range(200)]
         assert len({str(record) for record in drawn[:200]}) > 180
         unread = {"album", "glossary", "noisy", "dialogue", "two_pictures", "statement",
-                  "instruction", "choice", "text_question", "probe", "grounding", "reading"}
+                  "instruction", "choice", "text_question", "probe", "grounding", "reading",
+                  "questions", "conversation", "detail", "reasoning"}
         assert set(READ) == {"list", *TASKS} - unread and sum(READ.values()) == 100
         for record in drawn:
             described = [turn["description"] for turn in record.get("turns", ())]

@@ -132,9 +132,13 @@ def grounding(rng, split="train", side=32, kind=None, **dial):
 def reading(rng, split="train", side=32, length=2, dot=1):
     """Random letters and digits, 7 * dot pixels high, "k 7": see `grounding.glyphs`.
 
-    With spaces no two letters of the answer become one token.
+    In training one to four of them, of 1 to 3 pixels a dot, as they fit in: large ones teach to
+    read. With spaces no two letters of the answer become one token.
     """
     prompt = rng.choice(READ_PROMPTS)    # before `glyphs`, whose draws depend on the side
+    if split == "train":
+        length, dot = rng.choice([(n, d) for n in range(1, 5) for d in range(1, 4)
+                                  if max(6 * n - 1, 7) * d <= (side or 224)])
     record = glyphs(rng, length, side or 224, dot)
     found = record["turns"][0]
     letters = turn(prompt, " ".join(found["answer"].lower()))
