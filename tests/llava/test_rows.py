@@ -173,8 +173,8 @@ class TestMakeBatch:
         assert str(batch["images"].dtype) == "torch.uint8"
 
     def test_rows_of_tiles_end_with_row_0_and_each_image_follows_the_views_before(self):
-        clip = [bands(width=15, height=15), *drawing("blue")]
-        turns = [[{"images": [clip], "prompt": "what", "answer": "a"}], [{"images": [drawing("red")], "prompt": "x", "answer": "b"}]]
+        clips = [[bands(width=15, height=15), *drawing("blue")], drawing("red")]
+        turns = [[{"images": [clip], "prompt": "what", "answer": "a"}] for clip in clips]
         batch = make_batch(turns, AnyWords(), llava_config(views="tiles", grids=((3, 1), (1, 1)),
                            language=llava_config().language.__class__(context_length=99)),
                            [random.Random(0)] * 2)
@@ -231,7 +231,7 @@ class TestMakeBatch:
 
 
     def test_with_a_loss_on_all_text_visual_tokens_alone_have_no_label(self):
-        batch, _ = batch_of([("red", "x y", "a b"), ("", "z", "c")], [("", "x", "d")], loss_on="all")
+        batch, _ = batch_of([("red", "x y", "a"), ("", "z", "c")], [("", "x", "d")], loss_on="all")
         expected = batch["ids"].where(batch["mask"] & (batch["feature_index"] < 0), -100)
         assert_close("labels (B, T)", batch["labels"], expected)
 
@@ -255,7 +255,8 @@ class TestTemplateOf:
 class TestConversationBatch:
     def test_it_is_the_batch_of_the_records_turns(self):
         config, words = llava_config(image_place="random"), AnyWords()
-        records = [page(("red", "what", "dog")), {"images": drawing("blue"), "texts": ["a b", "c d"]}]
+        caption = {"images": drawing("blue"), "texts": ["a b", "c d"]}
+        records = [page(("red", "what", "dog")), caption]
         collate = ConversationBatch(words, config)
         seen = set()
         for seed in range(9):
@@ -284,14 +285,15 @@ class TestInstructionTurns:
     def test_what_has_one_word_for_an_answer_says_so_in_training(self, answer, asks):
         record = page(("red", "what", answer), ("", "who", "b"))
         before = [turn["prompt"] for turn in record["turns"]]
-        found = [turn["prompt"] for turn in instruction_turns(record, llava_config(), random.Random(0))]
-        assert found == [f"what\n{SHORT}" if asks else "what", "who"]
+        turns = instruction_turns(record, llava_config(), random.Random(0))
+        assert [turn["prompt"] for turn in turns] == [f"what\n{SHORT}" if asks else "what", "who"]
         assert instruction_turns(record, llava_config()) == record["turns"]
         assert [turn["prompt"] for turn in record["turns"]] == before, "the record changes"
 
     def test_a_choice_is_answered_by_its_letter(self):
         record = page(("red", "old", "a cat")) | {
-            "context": "It barks.", "question": "What is it?", "candidates": ["dog", "a cat", "cow"]}
+            "context": "It barks.", "question": "What is it?",
+            "candidates": ["dog", "a cat", "cow"]}
         turn, = instruction_turns(record, llava_config(), random.Random(0))
         assert turn["answer"] == "B" and len(turn["images"]) == 1
         assert turn["prompt"] == (
