@@ -86,12 +86,14 @@ class TestMergeImageTokens:
         assert_close("mask (B, T)", batch["mask"].int(), real)
 
     def test_padding_on_the_left(self):
-        batch = merge_image_tokens([([21, IMAGE], [21, IMAGE]), ([22, 23], [22, 23])],
-                                   [[[7, 8, 9]], []], IMAGE, side="left")
-        assert_close("ids (B, T)", batch["ids"], [[21, 0, 0, 0], [0, 0, 22, 23]])
-        assert_close("feature_index (B, T)", batch["feature_index"], [[-1, 7, 8, 9], [-1] * 4])
-        assert_close("mask (B, T)", batch["mask"].int(), [[1] * 4, [0, 0, 1, 1]])
-        assert_close("labels (B, T)", batch["labels"], [[21] + [-100] * 3, [-100] * 3 + [23]])
+        rows = [([21, IMAGE], [21, IMAGE]), ([22, 23], [22, 23]), ([IMAGE, 24], [-100, 24])]
+        batch = merge_image_tokens(rows, [[[7, 8, 9]], [], [[5]]], IMAGE, side="left")
+        assert_close("ids (B, T)", batch["ids"], [[21, 0, 0, 0], [0, 0, 22, 23], [0, 0, 0, 24]])
+        assert_close("feature_index (B, T)", batch["feature_index"], [
+            [-1, 7, 8, 9], [-1] * 4, [-1, -1, 5, -1]])
+        assert_close("mask (B, T)", batch["mask"].int(), [[1] * 4] + [[0, 0, 1, 1]] * 2)
+        assert_close("labels (B, T)", batch["labels"], [
+            [21] + [-100] * 3, [-100] * 3 + [23], [-100] * 3 + [24]])
 
     @pytest.mark.parametrize("length", [1, 2, 3, 5, 6, 99])
     def test_a_row_is_cut_behind_its_images_and_the_next_row_keeps_its_own(self, length):
@@ -171,8 +173,8 @@ class TestMakeBatch:
         assert str(batch["images"].dtype) == "torch.uint8"
 
     def test_rows_of_tiles_end_with_row_0_and_each_image_follows_the_views_before(self):
-        turns = [[{"images": [[bands(width=15, height=15)], drawing("blue")], "prompt": "what",
-                   "answer": "a"}], [{"images": [drawing("red")], "prompt": "x", "answer": "b"}]]
+        clips = [[bands(width=15, height=15), *drawing("blue")], drawing("red")]
+        turns = [[{"images": [clip], "prompt": "what", "answer": "a"}] for clip in clips]
         batch = make_batch(turns, AnyWords(), llava_config(views="tiles", grids=((3, 1), (1, 1)),
                            language=llava_config().language.__class__(context_length=99)),
                            [random.Random(0)] * 2)
@@ -229,7 +231,7 @@ class TestMakeBatch:
 
 
     def test_with_a_loss_on_all_text_visual_tokens_alone_have_no_label(self):
-        batch, _ = batch_of([("red", "x y", "a b"), ("", "z", "c")], [("", "x", "d")], loss_on="all")
+        batch, _ = batch_of([("red", "x y", "a"), ("", "z", "c")], [("", "x", "d")], loss_on="all")
         expected = batch["ids"].where(batch["mask"] & (batch["feature_index"] < 0), -100)
         assert_close("labels (B, T)", batch["labels"], expected)
 
@@ -252,8 +254,9 @@ class TestTemplateOf:
 
 class TestConversationBatch:
     def test_it_is_the_batch_of_the_records_turns(self):
-        config, words = llava_config(), AnyWords()
-        records = [page(("red", "what", "dog")), {"images": drawing("blue"), "texts": ["a b", "c d"]}]
+        config, words = llava_config(image_place="random"), AnyWords()
+        caption = {"images": drawing("blue"), "texts": ["a b", "c d"]}
+        records = [page(("red", "what", "dog")), caption]
         collate = ConversationBatch(words, config)
         seen = set()
         for seed in range(9):
@@ -282,14 +285,15 @@ class TestInstructionTurns:
     def test_what_has_one_word_for_an_answer_says_so_in_training(self, answer, asks):
         record = page(("red", "what", answer), ("", "who", "b"))
         before = [turn["prompt"] for turn in record["turns"]]
-        first, second = instruction_turns(record, llava_config(), random.Random(0))
-        assert first["prompt"] == (f"what\n{SHORT}" if asks else "what") and second["prompt"] == "who"
+        turns = instruction_turns(record, llava_config(), random.Random(0))
+        assert [turn["prompt"] for turn in turns] == [f"what\n{SHORT}" if asks else "what", "who"]
         assert instruction_turns(record, llava_config()) == record["turns"]
         assert [turn["prompt"] for turn in record["turns"]] == before, "the record changes"
 
     def test_a_choice_is_answered_by_its_letter(self):
         record = page(("red", "old", "a cat")) | {
-            "context": "It barks.", "question": "What is it?", "candidates": ["dog", "a cat", "cow"]}
+            "context": "It barks.", "question": "What is it?",
+            "candidates": ["dog", "a cat", "cow"]}
         turn, = instruction_turns(record, llava_config(), random.Random(0))
         assert turn["answer"] == "B" and len(turn["images"]) == 1
         assert turn["prompt"] == (

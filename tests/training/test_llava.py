@@ -16,7 +16,7 @@ from common.data.batches import Batches, world_tokenizer
 from common.evaluation import retrieval
 from common.training.lm import Pretraining
 from common.training.optimizer import find_recipe, freeze, learning_rate
-from llava import MIX, PAPERS, RECIPES, TRAINS, V1, data_sources
+from llava import MIX, PAPERS, RECIPES, TRAINS, data_sources
 from tests.fuzz import one_line
 from tests.helpers import command, drawing, llava_config, mistake, toy_llava
 from tests.training.runs import SETTINGS, Toy, assert_same, pair, toy_options, weights
@@ -61,10 +61,6 @@ def runs(tmp_path_factory):
     return folder
 
 
-def result(folder):
-    return json.loads((folder / "result.json").read_text())
-
-
 class TestTrains:
     def test_every_pattern_of_every_stage_matches(self):
         for stage, patterns in TRAINS.items():
@@ -103,22 +99,14 @@ class TestRecipes:
         recipe = find_recipe(RECIPES, "next-7b", ("llava-tiles",), {})
         assert (recipe.lr, recipe.lr_multipliers) == (2e-5, {"vision.*": 0.1})
 
-    def test_each_stage_of_each_preset_has_one(self):
-        for preset in llava.PRESETS:
-            for stage in TRAINS:
-                assert find_recipe(RECIPES, preset, (stage,), {}).lr > 0
-        assert RECIPES["v1-7b"] == V1[""] and RECIPES["next-7b"] == PAPERS[""]
-
 
 class TestDataSources:
     def source(self, world=None, **changes):
-        source, = data_sources(world or Toy(image_size=15), None, llava_config(**changes))
-        return source
+        return data_sources(world or Toy(image_size=15), None, llava_config(**changes))[0]
 
     def test_stage_1_has_captions_and_stage_2_the_mix(self):
         assert self.source(losses="captions").kinds is None
-        shares = {name: float(share) for name, share in (part.split("=") for part in MIX.split(","))}
-        assert self.source().kinds == shares
+        assert self.source().kinds == llava_config().shares()
         assert self.source(mix="reading=1").kinds == {"reading": 1}
         assert self.source(SimpleNamespace(tasks=(), name="mine")).kinds is None
 
@@ -153,24 +141,19 @@ class TestRuns:
         for before, stage, trained in (("qwen-stage2", "qwen-stage3", "projector lm"),
                                        ("qwen-stage1", "qwen-stage2", "vision projector lm"),
                                        ("llava-stage1", "llava-tiles", "vision projector lm")):
-            for name, value in of[stage].items():
-                if name.split(".")[0] not in trained:
-                    if name != "row_end":
-                        assert_same(name, value, of[before][name])
-                elif not name.endswith("k_proj.bias") and value.shape == of[before][name].shape:
-                    assert not torch.equal(value, of[before][name]), f"{name} in {stage}"
-        for name, value in of["qwen-stage1"].items():
-            if name.startswith("lm."):
-                assert_same(name, value, of["lm"][name])
-        assert not any(name.startswith("vision.transformer.blocks.1") or "ln_post" in name
-                       for name in of["llava-stage1"] if name.startswith("vision.")), "2 blocks"
+            for name, value in of[before].items():
+                if not name.endswith("k_proj.bias"):         # their gradient is rounding
+                    moved, part = not torch.equal(value, of[stage][name]), name.split(".")[0]
+                    assert moved == (part in trained), f"{name} in {stage}"
+        for name in of["lm"]:
+            assert_same(name, of["qwen-stage1"][name], of["lm"][name])
 
     def test_every_figure_has_a_name(self, runs):
         for run, figures in (
-                ("llava-stage1", "caption_accuracy"),
+                ("llava-stage1", "caption_accuracy"), ("llava-tiles", "reading_accuracy"),
                 ("llava-stage2", "caption_accuracy vqa_accuracy vqa_accuracy_blind")):
-            found = result(runs / f"{run}-toy")
-            assert all(0 <= found[name] <= 1 for name in figures.split()), run
+            found = json.loads((runs / f"{run}-toy" / "result.json").read_text())
+            assert all(0 <= found[name] <= 1 for name in figures.split()), f"{run}: {found}"
 
     def test_the_stages_settings(self, runs):
         configs = {stage: llava.from_pretrained(runs / f"{stage}-toy")[0].config
@@ -231,17 +214,16 @@ def stopped(update):
 
 
 class TestMistakes:
-    @pytest.mark.parametrize("stage, settings, flags, words", [
-        ("llava-stage2", [], {"runs": "none"}, "train.py llava-stage1"),
-        ("llava-stage2", ["mix=flying=1"], {}, "mix=flying=1: toy has"),
-        ("llava-stage2", ["template=v7"], {}, "v7.*llama-2"),
-        ("qwen-stage1", ["num_queries=5"], {}, "num_queries=5.* square"),
-        ("llava-stage2", [], {"init": "clip-toy"}, "a run of 'clip', not of 'llava'")])
+    @pytest.mark.parametrize("stage, setting, flags, words", [
+        ("llava-stage2", "views=pad", {"runs": "none"}, "train.py llava-stage1"),
+        ("llava-stage2", "mix=flying=1", {}, "mix=flying=1: toy has"),
+        ("qwen-stage1", "num_queries=5", {}, "num_queries=5.* square"),
+        ("llava-stage2", "views=pad", {"init": "clip-toy"}, "a run of 'clip', not of 'llava'")])
     def test_they_are_one_line_before_anything_is_written(self, runs, tmp_path, monkeypatch, stage,
-                                                          settings, flags, words):
+                                                          setting, flags, words):
         monkeypatch.chdir(runs)
         with one_line(words):
-            start(stage, settings, **{"out": str(tmp_path / "new"), "runs": "."} | flags)
+            start(stage, [setting], **{"out": str(tmp_path / "new"), "runs": "."} | flags)
         assert not (tmp_path / "new").exists()
 
 
@@ -257,13 +239,13 @@ class TestMain:
         assert (status, err, out[-1:]) == (0, "", "\n")
 
     def test_a_chat_ends_with_the_input(self, runs, monkeypatch):
-        lines = iter(["what?", "/show none.png", "and?"])
-        monkeypatch.setattr("builtins.input", lambda prompt: next(lines, None) or end())
+        lines = ["and?", "/show none.png", "what?"]
 
-        def end():
-            raise EOFError
-        monkeypatch.setattr(llava.chat.talk, "__defaults__", (lambda prompt: next(lines, None)
-                                                              or end(),))
+        def read(prompt):
+            if not lines:
+                raise EOFError
+            return lines.pop()
+        monkeypatch.setattr(llava.chat.talk, "__defaults__", (read,))
         status, out, err = command("llava.py", runs / "llava-stage2-toy", "chat", "red.png")
         assert (status, err) == (0, "") and "error: none.png" in out and "/show" in out
 
