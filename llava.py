@@ -5,7 +5,7 @@ Tuning (LLaVA-1.5, 2023), LLaVA-NeXT's tiles (2024), and Qwen-VL's adapter (Bai 
 
     picture -> frozen ViT -> patches -> projector ---+
                                                      v
-    "USER: <image> what is this? ASSISTANT:" -> [ text | patches | text ] -> language model -> answer
+    "USER: <image> what is it? ASSISTANT:" -> [ text | patches | text ] -> language model -> answer
 
     python train.py clip && python train.py lm             what it starts from
     python train.py llava-stage1                           the projector learns from captions
@@ -170,7 +170,7 @@ class Adapter(nn.Module):
         """patches (N, S, C), a square grid row by row -> (N, Q, D)."""
         attn, (Q, D), S = self.attn, self.queries.shape, patches.shape[1]
         positions = grid_positions(math.isqrt(Q), D, patches.device)  # (Q, D)
-        table = F.pad(positions, (0, 0, 1, 0))                        # with the row of a class token
+        table = F.pad(positions, (0, 0, 1, 0))                        # a class token's row
         key_positions = resize_positions(table, math.isqrt(S))[1:]    # (S, D)
         values = self.ln_kv(self.kv_proj(patches))                    # (N, S, D)
         queries = self.ln_q(self.queries) + positions.to(values.dtype)
@@ -251,7 +251,8 @@ def answer_places(labels):
 def make_batch(pages, tokenizer, c, rngs=None):
     """Lists of turns -> {"images": uint8 (V, 3, H, W), all views, and `merge_image_tokens`}.
 
-    With rngs also "places", see `answer_places`. rngs: a random.Random for each; None: the last answer of each is to be written, padding is left.
+    rngs: a random.Random for each; there is "places", too, see `answer_places`. None: the last
+    answer of each is to be written; padding is left.
     """
     template, place = template_of(c), {"first": True, "last": False}.get(c.image_place, "random")
     rows, orders, views = [], [], []
