@@ -442,10 +442,16 @@ class LLaVA(nn.Module):
 
     @torch.no_grad()
     def samples(self, data):
-        """An image for people: captions of unseen images, questions and the written answers."""
-        writer = writing.Writer(self, data.tokenizer)
+        """An image for people: captions of unseen images, answers and replies to instructions."""
+        writer, world = writing.Writer(self, data.tokenizer), data.world
+        if getattr(world, "has_turns", False):
+            return assistant.samples(writer, world, data.records("test")[:6])
         sheets = [writing.samples(writer, data, shots=False)]
-        return stack(sheets + [writing.answers(writer, data)] if data.world.tasks else sheets)
+        if world.tasks and self.config.losses == "instruct":
+            sheets += [writing.answers(writer, data, template=f"{{}}\n{SHORT_ANSWER}"),
+                       assistant.samples(writer, world,
+                                         questions.draw_tasks(world, "instruction", 6))]
+        return stack(sheets)
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from common.data.shapes.grounding import box_of
 from common.data.shapes.questions import SETTINGS, YES_NO
 from common.data.shapes.words import holds, matching, pairs_of, parse_phrase, statements
 from common.evaluation.questions import draw_tasks, exact, in_words
+from common.evaluation.sheet import sheet
 
 SENTENCES = ("count", "existence", "relation")     # kinds that conversations answer in sentences
 LETTERS = "abcd"
@@ -156,6 +157,18 @@ def relative_scores(writer, world, count, judge=None):
             else exact_review(world, r, text) for r, text in zip(records, texts)]
     return {"relative_score": relative_score(sum(reviews.values(), [])),
             **{f"relative_score/{kind}": relative_score(own) for kind, own in reviews.items()}}
+
+
+def samples(writer, world, records):
+    """An image for people: the first questions of conversations and what the assistant replies. Of
+    the shapes world a reply is right when `exact_review` finds nothing wrong."""
+    records, rows = [r | {"turns": r["turns"][:1]} for r in records], []
+    for record, text in zip(records, writer.generate(records, max_new_tokens=64)):
+        asked = record["turns"][0]
+        right = exact_review(world, record, text)[1] == 10 if "kind" in record else None
+        image = asked["images"][0][0] if asked["images"] else None
+        rows.append(("", image, [(None, f"{asked['prompt']} {text}", right)]))
+    return sheet(f"Unseen {world.name}: what the assistant replies.", rows, cell=140)
 
 
 def choices(writer, world, count, prompt_of):

@@ -14,7 +14,7 @@ import torch
 
 from common.data.images import open_frames
 from common.data.safe_read import parse_json, read_bytes
-from common.evaluation.questions import describes, draw_tasks, exact
+from common.evaluation.questions import describes, draw_tasks, exact, in_words
 from common.evaluation.sheet import sheet
 from common.generation import generate, score_candidates
 from common.training import options
@@ -91,11 +91,11 @@ def samples(writer, data, count=6, shots=True):
     return sheet(f"{title}.", rows)
 
 
-def answers(writer, data, count=8):
+def answers(writer, data, count=8, template="{}"):
     """An image for people: questions on unseen images, and the written answers."""
-    records = draw_tasks(data.world, "question", count)
-    rows = []
-    for record, text in zip(records, writer.generate(records, max_new_tokens=6)):
+    records, rows = draw_tasks(data.world, "question", count), []
+    texts = writer.generate(in_words(records, template), max_new_tokens=6)
+    for record, text in zip(records, texts):
         turn, right = record["turns"][0], exact([text], [record]) == 1
         rows.append(("", turn["images"][0][0], [(None, f"{turn['prompt']} {text}", right)]))
     return sheet(f"Unseen {data.world.name}: questions in new wordings, and the model's answers.",

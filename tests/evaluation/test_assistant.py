@@ -6,6 +6,7 @@ import pytest
 
 from common.data.shapes.scene import Item, Scene
 from common.data.shapes.world import Shapes
+from common.evaluation import assistant
 from common.evaluation.assistant import (answer_lengths, box_of_text, choices, descriptions,
                                          exact_review, grounding, hallucination, iou,
                                          is_true_with_boxes, judge_messages, named_objects,
@@ -246,6 +247,25 @@ class TestChoices:
             context, _, prompt = record["turns"][0]["prompt"].partition("\n")
             assert context.startswith("in this game") and record["turns"][0]["images"]
             assert prompt == f"how much is the picture worth? {' '.join(record['candidates'])}"
+
+
+class TestSamples:
+    def test_a_reply_is_right_when_all_of_it_is_true(self, world, monkeypatch):
+        rows = []
+        monkeypatch.setattr(assistant, "sheet", lambda title, found, **more: rows.extend(found))
+        writer = Writes(lambda record: record["turns"][0]["answer"])
+        records = draw_tasks(world, "instruction", 7)
+        assistant.samples(writer, world, records)
+        assistant.samples(Writes(lambda record: "there are nine objects."), world, records)
+        assistant.samples(writer, world, [{"turns": [{"images": [], "prompt": "1 + 1?",
+                                                      "answer": "2"}]}])
+        *rows, (_, image, [(_, text, right)]) = rows
+        assert (image, text, right) == (None, "1 + 1? 2", None), "a text of the user's"
+        assert [right for _, _, [(_, _, right)] in rows] == [True] * 7 + [False] * 7
+        assert all(text == f"{r['turns'][0]['prompt']} {r['turns'][0]['answer']}"
+                   for (_, _, [(_, text, _)]), r in zip(rows, writer.asked[0], strict=False))
+        assert [image for _, image, _ in rows[:7]] == [r["turns"][0]["images"][0][0]
+                                                       for r in writer.asked[0]]
 
 
 class TestReading:
