@@ -47,7 +47,8 @@ from common.data.batches import DataSource
 from common.data.collators import as_turns
 from common.data.images import (best_grid, center_crop, normalize_pixels, pack_tiles, pad_to_square,
                                 tiles, to_tensor)
-from common.data.instruct import CAPTION_REQUEST, LETTERS, SHORT_ANSWER, choice_prompt
+from common.data.instruct import (CAPTION_REQUEST, CHOICE_ANSWER, LETTERS, SHORT_ANSWER,
+                                  choice_prompt)
 from common.data.tokenizer import PAD
 from common.evaluation import assistant, chat, questions, writing
 from common.evaluation.sheet import stack
@@ -313,7 +314,8 @@ def instruction_turns(record, c, rng=None):
         return [turns[0] | {"prompt": prompt, "answer": LETTERS[choices.index(answer)]}]
     if turns[0].get("caption") and c.losses != "captions":
         return [turns[0] | {"prompt": rng.choice(REQUESTS) if rng else REQUESTS[0]}]
-    if rng and isinstance(turns[0]["answer"], str) and " " not in turns[0]["answer"]:
+    form = str(turns[0]["prompt"]).endswith((SHORT_ANSWER, CHOICE_ANSWER))      # the user's have it
+    if rng and not form and isinstance(turns[0]["answer"], str) and " " not in turns[0]["answer"]:
         return [turns[0] | {"prompt": f"{turns[0]['prompt']}\n{SHORT_ANSWER}"}, *turns[1:]]
     return turns
 
@@ -425,8 +427,8 @@ class LLaVA(nn.Module):
             figures |= assistant.relative_scores(writer, world, count // 4)
         if "choice" in asked:
             figures |= assistant.choices(writer, world, count, choice_prompt)
-        for task in {"reading", "grounding"} & {*asked}:
-            figures |= getattr(assistant, task)(writer, world, count)
+        for task in ("reading", "grounding"):
+            figures |= getattr(assistant, task)(writer, world, count) if task in asked else {}
         return figures
 
     def perplexity(self, records, tokenizer, rows=32):
@@ -477,10 +479,9 @@ PRESETS = {
     "v1.5-13b": replace(V1_5, language=LANGUAGE_PRESETS["vicuna-13b-v1.5"]),
     "next-7b": replace(V1_5, views="tiles"),
 }
-PROJECTOR, LM = "projector.*", "lm.*"
-TRAINS = {"llava-stage1": (PROJECTOR,), "llava-stage2": (PROJECTOR, LM), "llava-tiles": ("*",),
-          "qwen-stage1": ("vision.*", PROJECTOR), "qwen-stage2": ("*",),
-          "qwen-stage3": (PROJECTOR, LM)}
+PROJECTOR, NOT_VISION = "projector.*", ("[!v]*",)        # projector, lm, row_end
+TRAINS = {"llava-stage1": (PROJECTOR,), "llava-stage2": NOT_VISION, "llava-tiles": ("*",),
+          "qwen-stage1": ("vision.*", PROJECTOR), "qwen-stage2": ("*",), "qwen-stage3": NOT_VISION}
 
 # The papers' and the released scripts', one epoch (LLaVA's stage 2: three); warm-up 3%.
 PAPER = Recipe(steps=2180, batch_size=256, lr=1e-3, warmup=66, weight_decay=0.0, betas=(0.9, 0.999),
@@ -496,8 +497,9 @@ PAPERS = {
                            weight_decay=0.05, betas=(0.9, 0.98), eps=1e-6),
     "qwen-stage3": replace(PAPER, steps=8000, batch_size=128, lr=1e-5, warmup=3000,
                            weight_decay=0.05, betas=(0.9, 0.98), eps=1e-6)}
-V1 = {"": replace(PAPER, steps=4650, batch_size=128, lr=2e-3, warmup=140),
-      "llava-stage2": replace(PAPER, steps=14813, batch_size=32, lr=2e-5, warmup=445)}
+V1 = PAPERS | {
+    "": replace(PAPER, steps=4650, batch_size=128, lr=2e-3, warmup=140),
+    "llava-stage2": replace(PAPER, steps=14813, batch_size=32, lr=2e-5, warmup=445)}
 TINY = Recipe(steps=300, batch_size=64, lr=2e-3, weight_decay=0.0, schedule="linear",
               optimizer="muon", betas=(0.9, 0.95), eps=1e-8)
 TUNE = replace(TINY, steps=900, batch_size=32, lr=1e-3, weight_decay=0.05)

@@ -108,7 +108,7 @@ STAGES = {
                        blip2.make_model, losses="vqa", init="blip2-stage2"),
     "blip2-instruct": Stage("stage 2 tuned on instructions (InstructBLIP)", blip2,
                             blip2.make_model, losses="instruct", init="blip2-stage2"),
-    "llava-stage1": Stage("a projector from CLIP's patches to the words of a language model (LLaVA)",
+    "llava-stage1": Stage("a projector from CLIP's patches to a language model's words (LLaVA)",
                           **LLAVA, losses="captions"),
     "llava-stage2": Stage("projector and language model on instructions (LLaVA-1.5)", **LLAVA,
                           losses="instruct", init="llava-stage1"),
@@ -162,8 +162,8 @@ def build(name, options, settings, began):
     world = open_world(options.data, getattr(config, "image_size", 32), options.images,
                        options.skip, options.shuffle, getattr(config, "views", "crop") != "crop")
     if getattr(world, "has_turns", False) and stage.file is not llava:
-        raise ValueError(f"--data {options.data}: conversations are for the stages of LLaVA; {name} "
-                         "learns from captions")
+        raise ValueError(f"--data {options.data}: conversations are for the stages of LLaVA; "
+                         f"{name} learns from captions")
     tokenizer = tokenizer or world_tokenizer(world)
     ids = {"vocab_size": len(tokenizer), "pad_id": PAD, "eos_id": EOS, "cls_id": CLS,
            "enc_id": ENC, "dec_id": DEC}
@@ -171,6 +171,10 @@ def build(name, options, settings, began):
         if setting.partition("=")[0] in ids:
             raise ValueError(f"--set {setting}: it belongs to the world's tokenizer")
     config = dataclasses.replace(config, **{k: v for k, v in ids.items() if hasattr(config, k)})
+    language = getattr(config, "language", None)
+    if "lm" not in frozen and language is not None and not options.init:       # a new one
+        config = dataclasses.replace(config, language=dataclasses.replace(
+            language, **{k: v for k, v in ids.items() if hasattr(language, k)}))
     kinds = name, options.data.partition(":")[0], getattr(config, "losses", "")
     recipe = find_recipe(stage.file.RECIPES, options.preset, kinds,
                          {key: getattr(options, key)

@@ -53,10 +53,11 @@ FIGURES = {                              # column: what it is of, its name in re
 LEGEND = """
 Unseen pictures of shapes. Retrieval: recall@1 of 1,000, re-ranked where a model can (chance 0.015).
 Captions of one and two objects: every statement is true. Questions: in wordings that training never
-uses, by kind, and with a wrong image. Hallucination: right answers when asked for objects of which
-half are not there (chance 0.5). 8 shots: labels that only the shots define (chance 0.5). Parameters
-are those of the last run; seconds and memory are of all runs but those of a frozen CLIP or LM.
-Memory is the peak of a process; where one process trained several runs, it counts earlier ones too.
+uses, by kind, and with a wrong image; training never asks for comparisons and sizes. Hallucination:
+right answers when asked for objects of which half are not there (chance 0.5). 8 shots: labels that
+only the shots define (chance 0.5). Parameters are those of the last run; seconds and memory are of
+all runs but those of a frozen CLIP or LM. Memory is the peak of a process; where one process
+trained several runs, it counts earlier ones too.
 """
 
 

@@ -42,15 +42,27 @@ class Chat:
                                 stop=self.model.stop_ids,
                                 context_length=self.model.config.context_length):
                 ids.append(token)
-                text = self.tokenizer.decode(ids)
-                text, ended, _ = text.partition(stop) if stop else (text, "", "")
-                yield text[len(turn["answer"]):]
-                turn["answer"] = text
+                whole = self.tokenizer.decode(ids)
+                text, ended, _ = whole.partition(stop) if stop else (whole, "", "")
+                piece = (text if ended else settled(text, stop))[len(turn["answer"]):]
+                turn["answer"] += piece
+                yield piece
                 if ended:
-                    break
+                    return
+            piece = whole[len(turn["answer"]):]
+            turn["answer"] += piece
+            yield piece
         finally:
-            turn["answer"] = turn["answer"].strip() or "..."
-            self.turns.append(turn)
+            if ids:                      # else nothing was asked: too long, or stopped before
+                turn["answer"] = turn["answer"].strip() or "..."
+                self.turns.append(turn)
+
+
+def settled(text, stop):
+    """A text that goes on without the end that may change: half a character, half of `stop`."""
+    text = text.rstrip("\ufffd")
+    half = next((n for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n])), 0)
+    return text[:len(text) - half]
 
 
 def write(pieces):

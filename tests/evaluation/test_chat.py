@@ -1,4 +1,5 @@
 """A conversation in the terminal: what is encoded once, what is streamed, what a mistake costs."""
+import contextlib
 from dataclasses import replace
 
 import pytest
@@ -91,11 +92,24 @@ class TestChat:
 
     @pytest.mark.parametrize("pieces, stop, answer", [
         (("a ", "red", " dog"), "", "a red dog"), (("no", "###", "x"), "###", "no"),
+        (("no", "\n#", "##", "x"), "###", "no"), (("a", "b<e", "nd>c"), "<end>", "ab"),
         (("a", " #", "b"), "###", "a #b"), (("a", " ##"), "###", "a ##")])
     def test_the_pieces_are_the_answer_without_what_ends_it(self, pieces, stop, answer):
         chat = chat_with(*pieces, stop=stop)
         assert "".join(chat.reply("what")).strip() == answer
         assert chat.turns[-1]["answer"] == answer
+
+    def test_half_a_character_is_not_shown(self):
+        chat = chat_with("a", "", "")
+        texts = ["a", "a\ufffd", "a\ufffd\ufffd", "a\u00e9"]
+        chat.tokenizer.decode = lambda ids: texts[min(len(ids) - 1, 3)]
+        assert "".join(chat.reply("what")) == "a\u00e9"
+
+    def test_what_is_broken_off_stays(self):
+        chat = chat_with("a", " red", " dog")
+        with contextlib.closing(chat.reply("what")) as pieces:
+            assert [next(pieces), next(pieces)] == ["a", " red"]
+        assert chat.turns[-1]["answer"] == "a red"
 
     def test_an_answer_that_is_blank_is_no_empty_one(self):
         chat = chat_with(" ")
@@ -108,6 +122,13 @@ class TestChat:
         model.config = replace(model.config, language=replace(model.config.language,
                                                               context_length=13))
         assert "".join(Chat(model, model.words).reply("what")) == "a" * (13 - 4)
+
+    def test_a_question_that_is_too_long_is_no_turn(self):
+        chat = chat_with("a")
+        with pytest.raises(ValueError, match="context is 199"):
+            list(chat.reply(LONG))
+        assert "".join(chat.reply("what")) == "a"
+        assert chat.model.prompts[-1] == [(1, "what", "")], "the picture, or the long question"
 
 
 class TestWrite:

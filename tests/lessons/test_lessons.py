@@ -30,4 +30,4 @@ def test_the_place_of_an_answer_exists(file, name):
 
 
 def test_each_paper_has_ten_questions():
-    assert [row[0].strip() for row in ROWS] == 4 * list("abcdefghij")
+    assert [row[0].strip() for row in ROWS] == 5 * list("abcdefghij")

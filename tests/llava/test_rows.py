@@ -290,6 +290,12 @@ class TestInstructionTurns:
         assert instruction_turns(record, llava_config()) == record["turns"]
         assert [turn["prompt"] for turn in record["turns"]] == before, "the record changes"
 
+    @pytest.mark.parametrize("line", [
+        SHORT, "Answer with the option's letter from the given choices directly."])
+    def test_a_prompt_that_says_so_itself_stays(self, line):
+        record = page(("red", f"what\n{line}", "B"))
+        assert instruction_turns(record, llava_config(), random.Random(0)) == record["turns"]
+
     def test_a_choice_is_answered_by_its_letter(self):
         record = page(("red", "old", "a cat")) | {
             "context": "It barks.", "question": "What is it?",

@@ -18,7 +18,7 @@ from common.training.lm import Pretraining
 from common.training.optimizer import find_recipe, freeze, learning_rate
 from llava import MIX, PAPERS, RECIPES, TRAINS, data_sources
 from tests.fuzz import one_line
-from tests.helpers import command, drawing, llava_config, mistake, toy_llava
+from tests.helpers import command, drawing, llava_config, mistake, picture, toy_llava
 from tests.training.runs import SETTINGS, Toy, assert_same, pair, toy_options, weights
 
 LM = ["width=20", "layers=2", "heads=2", "kv_heads=2", "hidden=26"]
@@ -198,6 +198,23 @@ class TestRuns:
         monkeypatch.setattr(train, "measure", lambda run: None)
         assert start("llava-stage2", mix, runs=str(runs), out=str(tmp_path / "one")) == 0
         assert_same("weights", weights(tmp_path / "two"), weights(tmp_path / "one"), 2e-5)
+
+
+    def test_conversations_of_ones_own_and_a_language_model_from_the_start(self, tmp_path):
+        """Every record but the first has a picture; the vocabulary is not the preset's."""
+        said = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "a red dog"}]
+        records = [{"id": str(k), "image": f"{k}.png", "conversations": said} for k in range(40)]
+        records[0] = {"id": "0", "conversations": [{"from": "human", "value": "who?"}, said[1]]}
+        for k in range(40):
+            (tmp_path / f"{k}.png").write_bytes(picture(k))
+        (tmp_path / "own.json").write_text(json.dumps(records))
+        how = {"data": f"llava:{tmp_path}/own.json", "parts": ["vision=none", "language=none"]}
+        assert start("llava-stage1", out=str(tmp_path / "first"), **how) == 0
+        assert start("llava-stage2", out=str(tmp_path / "second"), init=str(tmp_path / "first"),
+                     data=how["data"]) == 0
+        model, tokenizer = llava.from_pretrained(tmp_path / "second")
+        assert model.config.language.vocab_size == len(tokenizer)
+        assert json.loads((tmp_path / "second/result.json").read_text())["perplexity"] > 1
 
 
 def quick_end():
