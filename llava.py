@@ -29,8 +29,9 @@ Differs from the papers
   without an image has a black one that nothing attends to, so that the projector is always in the
   graph: both as released.
 - Tiles train the image encoder too, at a lower rate, as LLaVA-NeXT does (LLaVA-1.5-HD: frozen).
-- Qwen-VL: the decoder is a LLaMA without Qwen's biases; ChatML's markers are not learned outside of
-  answers (released code: they are).
+- Qwen-VL: the adapter's queries attend to their own places from the start; the decoder is a LLaMA
+  without Qwen's biases; ChatML's markers are not learned outside of answers (released code: they
+  are).
 """
 import math
 from dataclasses import dataclass, replace
@@ -139,10 +140,12 @@ class LLaVAConfig:
 def grid_positions(grid_size, width, device=None):
     """Fixed positions of a grid, row by row: float32 (grid_size ** 2, D).
 
-    Half of the features are sines and cosines of the column, the others of the row (MAE's).
+    Half of the features are sines and cosines of the column, the others of the row (MAE's). Rows
+    and columns go from 0 to 16, as the paper's, in a grid of any size.
     """
     steps = 10000 ** -(torch.arange(width // 4, device=device) / (width // 4))
-    y, x = torch.meshgrid(*[torch.arange(grid_size, device=device)] * 2, indexing="ij")
+    places = torch.arange(grid_size, device=device) * (16 / grid_size)
+    y, x = torch.meshgrid(places, places, indexing="ij")
     angles = [place.flatten()[:, None] * steps for place in (x, y)]   # (G * G, D/4) each
     return torch.cat([part for a in angles for part in (a.sin(), a.cos())], dim=1)
 
@@ -458,11 +461,21 @@ class LLaVA(nn.Module):
 
 @torch.no_grad()
 def init_weights(model):
-    """Linear layers as torch's, as released; a row's end and the adapter's queries small."""
+    """Linear layers as torch's, as released; a row's end and the adapter's queries small.
+
+    Each head of the adapter starts with the axes along which positions differ most, so that a query
+    attends to its own place (released code: it has to learn that).
+    """
     if model.row_end is not None:
         nn.init.normal_(model.row_end, std=len(model.row_end) ** -0.5)
     if isinstance(model.projector, Adapter):
-        nn.init.trunc_normal_(model.projector.queries, std=0.02)
+        queries, attn = model.projector.queries, model.projector.attn
+        nn.init.trunc_normal_(queries, std=0.02)
+        positions = grid_positions(math.isqrt(len(queries)), queries.shape[1], queries.device)
+        _, _, axes = torch.linalg.svd(positions - positions.mean(dim=0), full_matrices=False)
+        axes = 2 * axes[:min(8, attn.head_width)]
+        for linear in (attn.q_proj, attn.k_proj):
+            linear.weight.unflatten(0, (attn.heads, -1))[:, :len(axes)] = axes
 
 
 # ------------------------------------------------------------------ presets and recipes

@@ -120,7 +120,7 @@ STAGES = {
     "qwen-stage2": Stage("all parts on captions, questions and boxes, larger pictures", **LLAVA,
                          losses="instruct", init="qwen-stage1", settings=(
                              "draw_size=64", "resize_to=64",
-                             "mix=grounding=6,question=1,caption=1")),
+                             "mix=grounding=4,question=1,caption=1")),
     "qwen-stage3": Stage("adapter and language model on instructions (Qwen-VL-Chat)", **LLAVA,
                          losses="instruct", init="qwen-stage2", settings=(
                              f"mix={llava.MIX},grounding=4",)),

@@ -16,13 +16,13 @@ def toy(num_queries=9):
 
 
 def mae_positions(side, width):
-    """Masked Autoencoders' table of a grid, cell by cell: float64 (side * side, D)."""
+    """Masked Autoencoders' table, cell by cell, of 0 .. 16 in both axes: float64 (side * side, D)."""
     table = np.empty((side, side, width))
     for row in range(side):
         for column in range(side):
             for k in range(width // 4):
                 step = 10000 ** (-4 * k / width)
-                for half, place in enumerate((column, row)):
+                for half, place in enumerate((column * 16 / side, row * 16 / side)):
                     table[row, column, half * width // 2 + k] = np.sin(place * step)
                     table[row, column, half * width // 2 + width // 4 + k] = np.cos(place * step)
     return torch.from_numpy(table).flatten(0, 1)

@@ -81,9 +81,9 @@ class TestLLaVAConfig:
 
 class TestGridPositions:
     def test_half_of_the_features_are_of_the_column_the_others_of_the_row(self):
-        got = grid_positions(3, 8)
-        expected = [[f(place * step) for place in (x, y) for f in (math.sin, math.cos)
-                     for step in (1, 0.01)] for y in range(3) for x in range(3)]
+        got = grid_positions(4, 8)       # four apart: of 16 in the paper
+        expected = [[f(4 * place * step) for place in (x, y) for f in (math.sin, math.cos)
+                     for step in (1, 0.01)] for y in range(4) for x in range(4)]
         assert_close("positions (G * G, D)", got, expected)
 
 
@@ -324,6 +324,17 @@ class TestInitWeights:
                                    num_queries=25))
         assert_close("deviation of a row's end", model.row_end.std(), 384 ** -0.5, 0.01)
         assert_close("deviation of the queries", model.projector.queries.std(), 0.02, 0.001)
+
+    def test_a_query_of_the_adapter_attends_to_its_own_place(self):
+        language = replace(llava_config().language, width=128)
+        adapter = LLaVA(llava_config(language=language, projector="adapter",
+                                     num_queries=16)).projector
+        places = grid_positions(4, 128)
+        q = adapter.attn.q_proj(adapter.ln_q(adapter.queries) + places)
+        k = adapter.attn.k_proj(torch.randn(97, 16, 128) + places)    # of any patches
+        q, k = (x.unflatten(-1, (4, 32)).transpose(-3, -2) for x in (q, k))
+        own = (q @ k.mT / 32 ** 0.5).softmax(dim=-1).diagonal(dim1=-2, dim2=-1)       # (97, H, Q)
+        assert own.mean() > 0.4 and own.mean(dim=(0, 2)).min() > 0.3, own.mean(dim=(0, 2))
 
     def test_linear_layers_stay_as_torch_makes_them(self):
         model = LLaVA(llava_config())
