@@ -68,7 +68,7 @@ from common.prompts import QUESTION_PROMPT, Segment, collate, labels_of, render
 from common.training import checkpoint, options
 from common.training.optimizer import Recipe, eval_frozen
 from common.transformer import MLP, Attention, LayerNorm, LearnedPositions, to_float32, vit_block
-from common.vision import ViT, resize_positions
+from common.vision import ViT, adapt_weights
 
 ALL_LOSSES = "itc,itm,itg"
 FIRST, SECOND = (ALL_LOSSES, "itc,itm"), ("lm", "captions", "vqa", "instruct")
@@ -291,15 +291,8 @@ class BLIP2(nn.Module):
         return normalize_pixels(to_tensor(images).to(self.qformer.query_tokens.device))
 
     def adapt(self, weights):
-        """The weights of another run with this model's names; what is new stays as it is.
-
-        Positions are interpolated to this image size.
-        """
-        own, name = self.state_dict(), "vision.vit.pos_embed"
-        if name in weights:
-            grid_size = self.config.image_size // self.config.vision.patch_size
-            weights = weights | {name: resize_positions(weights[name], grid_size)}
-        return own | {key: value for key, value in weights.items() if key in own}
+        """The weights of another run for this model, see `adapt_weights`."""
+        return adapt_weights(self, weights, "vision.vit.pos_embed")
 
 
 # ------------------------------------------------------------------ stage 1

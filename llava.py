@@ -62,7 +62,7 @@ from common.training import checkpoint, options
 from common.training.devices import to_device
 from common.training.optimizer import Recipe, eval_frozen
 from common.transformer import Attention, LayerNorm, attend
-from common.vision import resize_positions
+from common.vision import adapt_weights, resize_positions
 
 PROJECTORS, VIEWS = ("linear", "mlp", "adapter"), ("crop", "pad", "squash", "tiles")
 TASKS = ("captions", "instruct")
@@ -401,15 +401,8 @@ class LLaVA(nn.Module):
         return self.embed(batch["ids"], batch["feature_index"], features), batch["mask"], {}
 
     def adapt(self, weights):
-        """The weights of another run with this model's names; what is new stays as it is.
-
-        Positions are interpolated to this size of a view.
-        """
-        own, name = self.state_dict(), "vision.pos_embed"
-        if name in weights:
-            grid_size = self.config.view_size // self.config.vision.patch_size
-            weights = weights | {name: resize_positions(weights[name], grid_size)}
-        return own | {key: value for key, value in weights.items() if key in own}
+        """The weights of another run for this model, see `adapt_weights`."""
+        return adapt_weights(self, weights)
 
     @torch.no_grad()
     def evaluate(self, data, count=400):

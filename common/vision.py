@@ -41,6 +41,18 @@ def resize_positions(pos_embed, grid_size):
     return torch.cat([cls, square.flatten(2)[0].T])
 
 
+def adapt_weights(model, weights, name="vision.pos_embed"):
+    """The weights of another run with the names of `model`; what is new in it stays as it is.
+
+    name: of the positions of its image encoder, (1 + G * G, D), which are interpolated to its grid.
+    """
+    own = model.state_dict()
+    if name in weights:
+        grid_size = round((len(own[name]) - 1) ** 0.5)
+        weights = weights | {name: resize_positions(weights[name], grid_size)}
+    return own | {key: value for key, value in weights.items() if key in own}
+
+
 class ViT(nn.Module):
     """Vision Transformer (An Image is Worth 16x16 Words, 3.1) with a class token.
 

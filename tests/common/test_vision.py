@@ -4,7 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.vision import ViT, check_image_size, patchify, resize_positions
+from common.vision import (ViT, adapt_weights, check_image_size, patchify,
+                           resize_positions)
 from tests.helpers import assert_close, assert_same, randomize, refused
 
 WIDTH = 11
@@ -74,6 +75,21 @@ class TestResizePositions:
         grid = F.interpolate(table[1:].T.view(1, 11, old, old), (new, new), mode="bicubic")[0]
         assert_same("positions (1 + G * G, D)", resize_positions(table, new),
                     torch.cat([table[:1], grid.flatten(1).T]), table=table)
+
+
+class TestAdaptWeights:
+    def test_names_of_the_model_positions_of_its_grid_and_what_is_new_as_it_is(self):
+        model, other = nn.Module(), {"old": torch.ones(1), "shared": torch.randn(3),
+                                     "tower": torch.randn(1 + 9, 5)}
+        for name, shape in (("new", (2,)), ("shared", (3,)), ("tower", (1 + 16, 5))):
+            setattr(model, name, nn.Parameter(torch.randn(shape)))
+        found = adapt_weights(model, other, "tower")
+        assert found.keys() == {"new", "shared", "tower"}
+        for name, expected in (("new", model.new), ("shared", other["shared"]),
+                               ("tower", resize_positions(other["tower"], 4))):
+            assert_close(name, found[name], expected)
+        found = adapt_weights(model, {"shared": other["shared"]}, "tower")
+        assert_close("positions that the run does not have", found["tower"], model.tower)
 
 
 @pytest.mark.parametrize("norms", [True, False])
