@@ -25,13 +25,15 @@ Differs from the papers
 - The template "house" marks turns by special tokens; the released templates are in
   common/prompts.py. Captions end with <eos> in stage 1 (released code: a new line, which a world's
   vocabulary lacks).
-- A row that is longer than the context loses its end after its images are put in, and a row
-  without an image has a black one that nothing attends to, so that the projector is always in the
-  graph: both as released.
+- A row that is longer than the context loses its end after its images are put in (as released). A
+  batch without images gets one black picture that no row uses, so that the projector is always in
+  the graph (released code: one for each row).
+- Stage 1 asks no question (released code; paper: one of eleven).
 - Tiles train the image encoder too, at a lower rate, as LLaVA-NeXT does (LLaVA-1.5-HD: frozen).
-- Qwen-VL: the adapter's queries attend to their own places from the start; the decoder is a LLaMA
-  without Qwen's biases; ChatML's markers are not learned outside of answers (released code: they
-  are).
+- Qwen-VL: the image encoder is CLIP's without its last block (paper: OpenCLIP's bigG, whole). The
+  adapter's queries attend to their own places from the start. The decoder is a LLaMA without Qwen's
+  biases. Images stand without <img> and "Picture 1:", turns in the template "house" (paper:
+  ChatML).
 """
 import math
 from dataclasses import dataclass, replace
@@ -39,6 +41,7 @@ from random import Random
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
 from clip import PRESETS as CLIP_PRESETS
@@ -48,8 +51,7 @@ from common.data.batches import DataSource
 from common.data.collators import as_turns
 from common.data.images import (best_grid, center_crop, normalize_pixels, pack_tiles, pad_to_square,
                                 tiles, to_tensor)
-from common.data.instruct import (CAPTION_REQUEST, CHOICE_ANSWER, LETTERS, SHORT_ANSWER,
-                                  choice_prompt)
+from common.data.instruct import CAPTION_REQUEST, LETTERS, SHORT_ANSWER, choice_prompt
 from common.data.tokenizer import PAD
 from common.evaluation import assistant, chat, questions, writing
 from common.evaluation.sheet import stack
@@ -67,7 +69,7 @@ from common.vision import adapt_weights, resize_positions
 PROJECTORS, VIEWS = ("linear", "mlp", "adapter"), ("crop", "pad", "squash", "tiles")
 TASKS = ("captions", "instruct")
 MIX = "questions=6,conversation=3,caption=1,detail=1,reasoning=1,probe=1,choice=1,text_question=1"
-TEXT = -1                                # in feature_index: a token of text
+TEXT = -1                                # in feature_index: no visual token
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,8 @@ class LLaVAConfig:
     draw_size: int = 0                   # side of a world's pictures; 0: that of a view
     template: str = "house"
     image_place: str = "first"           # in a turn; last; random (LLaVA's paper, 4.1)
-    losses: str = "captions"             # stage 1; instruct: stage 2
-    loss_on: str = "answers"             # all: of all text
+    losses: str = "captions"             # the task: of stage 1; "instruct": of stage 2
+    loss_on: str = "answers"             # or "all": prompts count, too
     mix: str = MIX                       # of stage 2: a world's tasks and their shares
 
     def __post_init__(self):
@@ -104,6 +106,9 @@ class LLaVAConfig:
             self, {"projector": PROJECTORS, "views": VIEWS, "losses": TASKS,
                    "image_place": ("first", "last", "random"),
                    "loss_on": ("answers", "all")}, {"resize_to": 0, "draw_size": 0})
+        if self.tokens_per_view >= self.context_length:
+            raise ValueError(f"{self.tokens_per_view} visual tokens in a context of "
+                             f"{self.context_length}: no room for text")
 
     def shares(self):
         """mix as {task: share}. Raises ValueError for a text that is none."""
@@ -182,7 +187,7 @@ class Adapter(nn.Module):
                    for project, x in ((attn.q_proj, queries.expand(len(patches), -1, -1)),
                                       (attn.k_proj, values + key_positions.to(values.dtype)),
                                       (attn.v_proj, values)))
-        out = attend(q, k, v)                                         # (N, H, Q, K)
+        out = attend(q, k, v)                                         # (N, H, Q, head width)
         return self.out(self.ln_post(attn.out_proj(out.transpose(1, 2).flatten(2))))
 
 
@@ -190,7 +195,7 @@ def make_projector(c):
     """What turns patches (N, P, C) into embeddings of the language model (N, P or Q, D)."""
     inputs, width = c.vision.vision_width, c.language.width
     if c.projector == "adapter":
-        heads = max(1, width // 128) if width > 128 else 4            # paper: 128 wide each
+        heads = width // 128 if width > 128 else 4    # paper: 128 wide each; a small one has four
         return Adapter(context_width=inputs, width=width, heads=heads, num_queries=c.num_queries)
     if c.projector == "linear":
         return nn.Linear(inputs, width)
@@ -202,7 +207,7 @@ def make_projector(c):
 def make_views(picture, c):
     """A picture -> (its views, RGB of view_size pixels a side; the order of their tokens).
 
-    The order: a list of numbers, k for token k of all views in a row, -1 for the end of a row.
+    The order: a list of int, k: token k, counted through all views; -1: the end of a row of tiles.
     """
     side, P = c.view_size, c.tokens_per_view
     if c.views == "tiles":
@@ -210,9 +215,9 @@ def make_views(picture, c):
         views = tiles(picture, c.grids, side)
         tokens = torch.arange(len(views) * P).view(len(views), P, 1)
         return views, pack_tiles(tokens, picture.size, grid, torch.tensor([-1])).flatten().tolist()
-    picture = pad_to_square(picture) if c.views == "pad" else picture
     if c.views == "squash":
-        return [picture.resize((side, side), 3)], list(range(P))      # 3: bicubic
+        return [picture.resize((side, side), Image.Resampling.BICUBIC)], list(range(P))
+    picture = pad_to_square(picture) if c.views == "pad" else picture
     return [center_crop(picture, side)], list(range(P))
 
 
@@ -220,33 +225,35 @@ def merge_image_tokens(rows, images, image_id, *, side="right", context_length=N
     """Put the visual tokens at their places in the text (released code: the same on embeddings).
 
     rows: [(ids, labels), ...], lists of int with one image_id for each image. images: for each row
-    a list of its images, each a list of int, the rows of the feature table that it consists of.
+    a list of its images, each a list of int: rows of the table of `LLaVA.encode_images`.
     What exceeds context_length afterwards is cut off at the end. side: of the padding.
     -> {"ids", "labels", "feature_index": int64 (B, T), "mask": bool (B, T)}. feature_index: -1 at
     text and padding; elsewhere ids are <pad> and labels -100. Raises ValueError with the row and
     both numbers when images and image_id differ in number.
     """
-    merged, indices = [], []
+    merged, index = [], []
     for number, ((ids, labels), own) in enumerate(zip(rows, images, strict=True)):
         if ids.count(image_id) != len(own):
             raise ValueError(f"row {number}: {ids.count(image_id)} places for {len(own)} images")
         own, tokens = iter(own), []
-        for token, label in zip(ids, labels):
+        for token, label in zip(ids, labels, strict=True):
             tokens += ([(PAD, IGNORED, row) for row in next(own)] if token == image_id
                        else [(token, label, TEXT)])
-        ids, labels, index = map(list, zip(*tokens[:context_length]))
-        merged.append((ids, labels))
-        indices.append((index, index))
+        tokens = tokens[:context_length]
+        merged.append(([token for token, _, _ in tokens], [label for _, label, _ in tokens]))
+        index += [row for _, _, row in tokens]
     batch = collate(merged, side=side)
-    return batch | {"feature_index": collate(indices, pad_id=TEXT, side=side)["ids"]}
+    batch["feature_index"] = torch.full_like(batch["ids"], TEXT)
+    batch["feature_index"][batch["mask"]] = torch.tensor(index)
+    return batch
 
 
 def answer_places(labels):
     """labels int64 (B, T) -> int64 (B, K): in each row the places of its labels and of the token
-    before each of them, in order. Rows with fewer end with place 0, which nothing predicts."""
-    counts = labels != IGNORED
-    counts[:, 0] = False
-    kept = counts | F.pad(counts[:, 1:], (0, 1))                      # (B, T)
+    before each of them, in order. Shorter rows are filled with place 0; its label never counts."""
+    learned = labels != IGNORED
+    learned[:, 0] = False
+    kept = learned | F.pad(learned[:, 1:], (0, 1))                    # (B, T)
     K = max(1, int(kept.sum(dim=1).max()))
     places = (~kept).int().argsort(dim=1, stable=True)[:, :K]         # the kept ones come first
     return places.masked_fill(~kept.gather(1, places), 0)
@@ -259,24 +266,22 @@ def make_batch(pages, tokenizer, c, rngs=None):
     answer of each is to be written; padding is left.
     """
     template, place = template_of(c), {"first": True, "last": False}.get(c.image_place, "random")
-    rows, orders, views = [], [], []
+    rows, image_rows, views = [], [], []
     for turns, rng in zip(pages, rngs or [None] * len(pages)):
-        images = [frame for turn in turns for frames in turn["images"] for frame in frames]
-        flat = [turn | {"images": sum(turn["images"], [])} for turn in turns]
-        segments = template.segments(flat, is_prompt=rng is None, rng=rng,
-                                     image_first=place if rng or place != "random" else True)
+        turns = [turn | {"images": sum(turn["images"], [])} for turn in turns]        # no clips
+        segments = template.segments(turns, is_prompt=rng is None, image_first=place, rng=rng)
         ids, labels = render(segments, tokenizer)
         rows.append((ids, ids if c.loss_on == "all" else labels))
         own = []
-        for image in images:
+        for image in sum((turn["images"] for turn in turns), []):
             first = 1 + len(views) * c.tokens_per_view        # row 0 of the table ends a row
             new, order = make_views(image, c)
             own.append([first + k if k >= 0 else 0 for k in order])
             views += new
-        orders.append(own)
-    length = None if rngs is None else c.context_length
-    batch = merge_image_tokens(rows, orders, tokenizer.image_id, context_length=length,
-                               side="left" if rngs is None else "right")
+        image_rows.append(own)
+    batch = merge_image_tokens(rows, image_rows, tokenizer.image_id,
+                               context_length=c.context_length if rngs else None,
+                               side="right" if rngs else "left")
     if rngs:
         batch["places"] = answer_places(batch["labels"])
     black = torch.zeros(1, 3, c.view_size, c.view_size, dtype=torch.uint8)
@@ -284,7 +289,7 @@ def make_batch(pages, tokenizer, c, rngs=None):
 
 
 def template_of(c):
-    """The template of a config; that of captions alone drops the question (released code)."""
+    """The config's template; in stage 1 "plain": image and caption without a question."""
     if c.losses != "captions":
         return find_template(c.template)
     plain = find_template("plain")
@@ -309,7 +314,9 @@ REQUESTS = ("what is this?", "describe the picture briefly.", "what does the pic
 
 
 def instruction_turns(record, c, rng=None):
-    """The turns of a record in LLaVA-1.5's wordings: what asks for one word or a letter says so."""
+    """The turns of a record, in training (with rng) in LLaVA-1.5's wordings: a question with an
+    answer of one word or a letter gets the line that asks for it. Evaluations and the user's
+    conversations have their own."""
     turns = as_turns(record, rng)
     if rng and "question" in record:     # multiple choice
         choices, answer = record["candidates"], turns[0]["answer"]
@@ -317,8 +324,8 @@ def instruction_turns(record, c, rng=None):
         return [turns[0] | {"prompt": prompt, "answer": LETTERS[choices.index(answer)]}]
     if turns[0].get("caption") and c.losses != "captions":
         return [turns[0] | {"prompt": rng.choice(REQUESTS) if rng else REQUESTS[0]}]
-    form = str(turns[0]["prompt"]).endswith((SHORT_ANSWER, CHOICE_ANSWER))      # the user's have it
-    if rng and not form and isinstance(turns[0]["answer"], str) and " " not in turns[0]["answer"]:
+    one_word = all(isinstance(turn["answer"], str) and " " not in turn["answer"] for turn in turns)
+    if rng and "kind" in record and one_word:        # a question of a world
         return [turns[0] | {"prompt": f"{turns[0]['prompt']}\n{SHORT_ANSWER}"}, *turns[1:]]
     return turns
 
@@ -335,7 +342,7 @@ class LLaVA(nn.Module):
         super().__init__()
         self.config, c = config, config
         self.vision = image_tower(replace(c.vision, image_size=c.view_size))
-        # The features are those before the last block (paper, 4.1: better than those after it).
+        # Features before the last block (paper, 4.1); after it ScienceQA loses a point (5.2).
         del self.vision.transformer.blocks[-1]
         self.vision.ln_post = None
         self.projector = make_projector(c)
@@ -372,8 +379,8 @@ class LLaVA(nn.Module):
 
         Causal attention, of the visual tokens as well; padding is behind the text. The plain line:
             logits = self.lm(self.embed(ids, feature_index, features))
-        Here the head is computed for answers alone: the places before their tokens, and these,
-        follow each other in `places`, too, so that the loss finds the same pairs.
+        Only the places of answers go through the head: each answer token and the one before it,
+        which predicts it. They stay neighbours, so the loss shifts as in the plain line.
         """
         features, places = self.encode_images(batch["images"]), batch["places"]
         x = self.embed(batch["ids"], batch["feature_index"], features)           # (B, T, D)
@@ -431,7 +438,8 @@ class LLaVA(nn.Module):
         """exp of the mean negative log-likelihood of the answers of conversations."""
         total = count = 0
         for k in range(0, len(records), rows):
-            pages = [record["turns"] for record in records[k:k + rows]]
+            pages = [instruction_turns(record, self.config, Random(0))
+                     for record in records[k:k + rows]]
             batch = make_batch(pages, tokenizer, self.config, [Random(0)] * len(pages))
             batch = to_device(batch, self.lm.token_embed.weight.device)
             total += self(batch | {"label_count": 1})["lm"].item()
@@ -454,10 +462,10 @@ class LLaVA(nn.Module):
 
 @torch.no_grad()
 def init_weights(model):
-    """Linear layers as torch's, as released; a row's end and the adapter's queries small.
+    """Linear layers as torch's, as released; a row's end and the adapter's queries start small.
 
-    Each head of the adapter starts with the axes along which positions differ most, so that a query
-    attends to its own place (released code: it has to learn that).
+    The first rows of each head's q_proj and k_proj are the main axes (SVD) of the positions, times
+    2 for a sharper softmax: so a query attends to its own place (released code: has to learn that).
     """
     if model.row_end is not None:
         nn.init.normal_(model.row_end, std=len(model.row_end) ** -0.5)
@@ -485,7 +493,8 @@ PRESETS = {
     "v1.5-13b": replace(V1_5, language=LANGUAGE_PRESETS["vicuna-13b-v1.5"]),
     "next-7b": replace(V1_5, views="tiles"),
 }
-PROJECTOR, NOT_VISION = "projector.*", ("[!v]*",)        # projector, lm, row_end
+# All but vision.*: there is not always a row_end, and a pattern must match.
+PROJECTOR, NOT_VISION = "projector.*", ("[!v]*",)
 TRAINS = {"llava-stage1": (PROJECTOR,), "llava-stage2": NOT_VISION, "llava-tiles": ("*",),
           "qwen-stage1": ("vision.*", PROJECTOR), "qwen-stage2": ("*",), "qwen-stage3": NOT_VISION}
 

@@ -121,12 +121,13 @@ class Template:
 
         is_prompt: leave out the last answer, which the model is to write. image_first: whether
         images precede their turn's text (LLaVA's code since 1.0), or "random": rng.random() decides
-        for the dialogue (LLaVA, 4.1). Raises ValueError for no turns and for an empty answer.
+        for the dialogue (LLaVA, 4.1), and without an rng they do. Raises ValueError for no turns
+        and for an empty answer.
         """
         if not turns:
             raise ValueError("a dialogue of 0 turns")
         if image_first == "random":
-            image_first = rng.random() < 0.5
+            image_first = rng is None or rng.random() < 0.5
         system = self.default_system if system is None else system
         segments = self.fill("begin") + (self.fill("system", system) if system else [])
         for number, turn in enumerate(turns):

@@ -281,19 +281,19 @@ class TestInstructionTurns:
         turn, = instruction_turns(record, llava_config(losses="captions"), random.Random(0))
         assert turn["prompt"] == ""
 
-    @pytest.mark.parametrize("answer, asks", [("dog", True), ("a dog", False), (("dog",), False)])
-    def test_what_has_one_word_for_an_answer_says_so_in_training(self, answer, asks):
-        record = page(("red", "what", answer), ("", "who", "b"))
+    @pytest.mark.parametrize("answer, asks, more", [
+        ("dog", True, {"kind": "shape"}), ("a dog", False, {"kind": "shape"}),
+        (("dog",), False, {"kind": "ground"}), ("dog", False, {})])   # {}: the user's
+    def test_what_has_one_word_for_an_answer_says_so_in_training(self, answer, asks, more):
+        record = page(("red", "what", answer), ("", "who", "b")) | more
         before = [turn["prompt"] for turn in record["turns"]]
         turns = instruction_turns(record, llava_config(), random.Random(0))
         assert [turn["prompt"] for turn in turns] == [f"what\n{SHORT}" if asks else "what", "who"]
         assert instruction_turns(record, llava_config()) == record["turns"]
         assert [turn["prompt"] for turn in record["turns"]] == before, "the record changes"
 
-    @pytest.mark.parametrize("line", [
-        SHORT, "Answer with the option's letter from the given choices directly."])
-    def test_a_prompt_that_says_so_itself_stays(self, line):
-        record = page(("red", f"what\n{line}", "B"))
+    def test_a_conversation_with_one_short_answer_stays(self):
+        record = page(("red", "what", "dog"), ("", "who", "a cat")) | {"kind": "conversation"}
         assert instruction_turns(record, llava_config(), random.Random(0)) == record["turns"]
 
     def test_a_choice_is_answered_by_its_letter(self):
