@@ -557,9 +557,18 @@ def from_pretrained(path):
     return model.eval(), tokenizer
 
 
+def open_trained(path):
+    """`from_pretrained` of a model that answers. Raises ValueError for one of stage 1."""
+    model, tokenizer = from_pretrained(path)
+    if model.config.losses != "instruct":
+        raise ValueError(f"{path}: a run of stage 1, which writes captions alone; python train.py "
+                         f"llava-stage2 --init {path} makes one that answers")
+    return model, tokenizer
+
+
 def main():
     """The command line: ask and chat."""
-    return chat.main(__doc__, from_pretrained)
+    return chat.main(__doc__, open_trained)
 
 
 if __name__ == "__main__":

@@ -76,9 +76,9 @@ def render(segments, tokenizer, context_length=None):
 class Template:
     """How a dialogue is written. Each field is a tuple of texts and ids; {} is the turn's text.
 
-    image: what replaces each image at IMAGES, which stands before "{}". The answer follows
+    image: what stands for each image, at IMAGES, which precedes "{}". The answer follows
     `assistant`; the loss counts the answer and `end`. An answer is encoded by itself, so what marks
-    the begin of a text (SentencePiece's "\u2581") is the space before it. A turn's prompt or answer
+    the beginning of a text (SentencePiece's "\u2581") is the space before it. A turn's prompt or answer
     may be a tuple of texts and ids, too.
     """
     begin: tuple = (BOS,)

@@ -13,7 +13,7 @@ from common.evaluation.questions import draw_tasks, exact, in_words
 from common.evaluation.sheet import sheet
 
 SENTENCES = ("count", "existence", "relation")     # kinds that conversations answer in sentences
-LETTERS = "abcd"
+OPTIONS = "abcd"
 BOX = r"\(\s*(\d+)\s*,\s*(\d+)\s*\)\s*,\s*\(\s*(\d+)\s*,\s*(\d+)\s*\)"
 NAMED_BOX = rf"(?:\s|,|\band\b)*([^(),]+?)\s*{BOX}"
 
@@ -27,15 +27,15 @@ def with_other_pictures(records):
 def hallucination(writer, world, count, template="{}"):
     """Is an object in the picture? Yes and no evenly in each setting of POPE.
 
-    As in POPE's code, an answer with "no" or "not" among its words says no and any other says yes.
+    As in POPE's code, an answer whose first sentence has "no" or "not" says no, any other says yes.
     """
     figures, said_yes = {}, []
     for setting in SETTINGS:
         records = in_words([r for answer in YES_NO for r in draw_tasks(
             world, "probe", (count + 1) // 2, setting=setting, answer=answer)], template)
         texts = writer.generate(records, max_new_tokens=12)
-        said = ["no" if {"no", "not"} & {*re.findall(r"\w+", text.lower())} else "yes"
-                for text in texts]
+        said = ["no" if {"no", "not"} & {*re.findall(r"\w+", text.lower().partition(".")[0])}
+                else "yes" for text in texts]
         figures[f"hallucination_accuracy/{setting}"] = exact(said, records)
         said_yes += [text == "yes" for text in said]
     return {"hallucination_accuracy": sum(figures.values()) / len(SETTINGS), **figures,
@@ -165,6 +165,7 @@ def samples(writer, world, records):
     records, rows = [r | {"turns": r["turns"][:1]} for r in records], []
     for record, text in zip(records, writer.generate(records, max_new_tokens=64)):
         asked = record["turns"][0]
+        # 10: all of it is true.
         right = exact_review(world, record, text)[1] == 10 if "kind" in record else None
         image = asked["images"][0][0] if asked["images"] else None
         rows.append(("", image, [(None, f"{asked['prompt']} {text}", right)]))
@@ -182,9 +183,9 @@ def choices(writer, world, count, prompt_of):
         for r in records]
     right = 0
     for text, record in zip(writer.generate(asked, max_new_tokens=6), records):
-        answer = LETTERS[record["candidates"].index(record["turns"][0]["answer"])]
+        answer = OPTIONS[record["candidates"].index(record["turns"][0]["answer"])]
         right += re.findall("[a-z]", text.lower())[:1] == [answer]
-    return {"choice_accuracy": right / count, "choice_accuracy_chance": 1 / len(LETTERS)}
+    return {"choice_accuracy": right / count, "choice_accuracy_chance": 1 / len(OPTIONS)}
 
 
 def reading(writer, world, count, length=2, dot=1):

@@ -1,6 +1,7 @@
 """Talking about a picture in the terminal: one question, or a conversation.
 
-For a model with `prompt_batch`, `encode_images`, `embed`, `logits` and stop_string, as LLaVA has.
+For a model with `prompt_batch`, `encode_images`, `embed`, `logits`, stop_ids, stop_string and
+config.context_length, as LLaVA has.
 """
 import contextlib
 
@@ -21,16 +22,19 @@ class Chat:
         self.picture, self.turns, self.features = None, [], None
 
     def show(self, path):
-        """Begin anew with the picture in a file. ValueError for an unreadable one: nothing ends."""
+        """Begin anew with the picture in a file. ValueError for an unreadable one: the conversation
+        goes on."""
         self.picture, self.turns, self.features = open_image(path), [], None
 
     @torch.no_grad()
     def reply(self, question):
         """Yield the answer to a question, piece by piece; what is broken off stays in the turns.
 
-        Raises ValueError when the conversation is longer than the context.
+        Raises ValueError without a picture, and for a conversation longer than the context.
         """
-        images = [] if self.turns or self.picture is None else [[self.picture]]
+        if self.picture is None:
+            raise ValueError("no picture yet: /show PICTURE")
+        images = [] if self.turns else [[self.picture]]
         turn = {"images": images, "prompt": question, "answer": ""}
         batch = self.model.prompt_batch([{"turns": [*self.turns, turn]}], self.tokenizer)
         if self.features is None:
@@ -54,12 +58,13 @@ class Chat:
             yield piece
         finally:
             if ids:                      # else nothing was asked: too long, or stopped before
-                turn["answer"] = turn["answer"].strip() or "..."
+                turn["answer"] = turn["answer"].strip() or "..."      # a template takes no empty one
                 self.turns.append(turn)
 
 
 def settled(text, stop):
-    """A text that goes on without the end that may change: half a character, half of `stop`."""
+    """The part of a text that later tokens cannot change: without half a character or half of
+    `stop` at its end."""
     text = text.rstrip("\ufffd")
     half = next((n for n in range(len(stop) - 1, 0, -1) if text.endswith(stop[:n])), 0)
     return text[:len(text) - half]
@@ -79,8 +84,8 @@ def talk(chat, picture, read=input):
     line = f"/show {picture}"
     while True:
         try:
-            if line.startswith("/show "):
-                chat.show(line.removeprefix("/show ").strip())
+            if line.split()[:1] == ["/show"]:
+                chat.show(line.strip().removeprefix("/show").strip())
                 print(HELP)
             elif line.strip():
                 with contextlib.closing(chat.reply(line.strip())) as pieces:

@@ -117,11 +117,19 @@ class TestChat:
         assert chat.turns[-1]["answer"].strip() and "".join(chat.reply("who")) == " "
 
     def test_it_writes_at_most_so_much_and_no_further_than_the_context(self):
-        model = Says(*["a"] * 40)
-        assert "".join(Chat(model, model.words, max_new_tokens=7).reply("what")) == "a" * 7
+        chat = chat_with(*["a"] * 40)
+        chat.max_new_tokens, model = 7, chat.model
+        assert "".join(chat.reply("what")) == "a" * 7
         model.config = replace(model.config, language=replace(model.config.language,
-                                                              context_length=13))
-        assert "".join(Chat(model, model.words).reply("what")) == "a" * (13 - 4)
+                                                              context_length=31))
+        chat.show("red.png"), setattr(chat, "max_new_tokens", 99)
+        prompt = len(model.prompt_batch([{"turns": [{"images": [[chat.picture]], "prompt": "what",
+                                                     "answer": ""}]}], model.words)["ids"][0])
+        assert prompt < 28 and "".join(chat.reply("what")) == "a" * (31 - prompt)
+
+    def test_without_a_picture_there_is_no_answer(self):
+        with pytest.raises(ValueError, match="no picture yet: /show PICTURE"):
+            list(chat_with("a", picture=None).reply("what"))
 
     def test_a_question_that_is_too_long_is_no_turn(self):
         chat = chat_with("a")

@@ -4,6 +4,7 @@ import math
 import random
 from dataclasses import asdict, replace
 from fnmatch import fnmatch
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -342,3 +343,14 @@ class TestInitWeights:
         init_weights(model)
         assert_close("weights", model.projector[0].weight, weight, 0)
         assert 0.9 * 14 ** -0.5 < weight.abs().max() <= 14 ** -0.5, f"{weight.abs().max()}"
+
+
+class TestOpenTrained:
+    def test_a_run_of_stage_1_cannot_answer(self, monkeypatch):
+        for losses in ("instruct", "captions"):
+            model = SimpleNamespace(config=LLaVAConfig(losses=losses))
+            monkeypatch.setattr(llava, "from_pretrained", lambda path, m=model: (m, "words"))
+            if losses == "instruct":
+                assert llava.open_trained("runs/a") == (model, "words")
+        with pytest.raises(ValueError, match="runs/a: a run of stage 1.* --init runs/a"):
+            llava.open_trained("runs/a")
