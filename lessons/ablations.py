@@ -474,13 +474,13 @@ INSTRUCTIONS = {"full data": "conversation=58,detail=23,reasoning=77",
 
 
 def instructions(args):
-    """The paper's rows of data; the last has one step at almost no rate."""
+    """The paper's rows of data; the last has 20 steps at almost no rate."""
     steps = args.steps or 300
     start = ["--init", llava_start(args, "mlp", steps // 2)]
     variants = {name: [*start, "--steps", str(steps), "--set", f"mix={mix}"]
                 for name, mix in INSTRUCTIONS.items()}
     variants["loss on all text"] = [*variants["full data"], "--set", "loss_on=all"]
-    variants["no instructions"] = [*start, "--steps", "1", "--lr", "1e-12"]
+    variants["no instructions"] = [*start, "--steps", "20", "--lr", "1e-12"]
     compare(args, variants, steps, "llava-stage2", LLAVA_FIGURES)
 
 
