@@ -28,8 +28,9 @@ Differs from the papers
 - A row that is longer than the context loses its end after its images are put in (as released). A
   batch without images gets one black picture that no row uses, so that the projector is always in
   the graph (released code: one for each row).
-- Stage 1 asks no question (released code; paper: one of eleven).
-- Tiles train the image encoder too, at a lower rate, as LLaVA-NeXT does (LLaVA-1.5-HD: frozen).
+- Stage 1 asks no question (released code; paper: one of eleven) and pads pictures to squares
+  (released code: crops them; 1.5 pads in stage 2).
+- Tiles train the image encoder, too, as LLaVA-NeXT does (LLaVA-1.5-HD: frozen).
 - Qwen-VL: the image encoder is CLIP's without its last block (paper: OpenCLIP's bigG, whole). The
   adapter's queries attend to their own places from the start. The decoder is a LLaMA without Qwen's
   biases. Images stand without <img> and "Picture 1:", turns in the template "house" (paper:

@@ -85,19 +85,16 @@ class ViT(nn.Module):
         x = torch.cat([cls, x], dim=1) + self.pos_embed               # (B, 1 + N, D)
         return x if self.ln_pre is None else self.ln_pre(x)
 
-    def hidden(self, images, skip_blocks=0):
-        """All tokens before the last norm: (B, 3, H, W) -> (B, 1 + N, D), the class token first.
-
-        skip_blocks: how many of the last blocks are left out.
-        """
+    def hidden(self, images):
+        """All tokens before the last norm: (B, 3, H, W) -> (B, 1 + N, D), the class token first."""
         x = self.embed(images)
-        for block in self.transformer.blocks[:len(self.transformer.blocks) - skip_blocks]:
+        for block in self.transformer.blocks:
             x = block(x)
         return x
 
-    def patches(self, images, skip_blocks=0):
+    def patches(self, images):
         """`hidden` without the class token: (B, 3, H, W) -> (B, N, D), row by row."""
-        return self.hidden(images, skip_blocks)[:, 1:]
+        return self.hidden(images)[:, 1:]
 
     def pooled(self, images):
         """Each image in one vector: the class token after the last norm, (B, 3, H, W) -> (B, D).
