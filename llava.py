@@ -15,7 +15,7 @@ Tuning (LLaVA-1.5, 2023), LLaVA-NeXT's tiles (2024), and Qwen-VL's adapter (Bai 
     python train.py llava-tiles                            small letters in large pictures
     python train.py qwen-stage1 && python train.py qwen-stage2 && python train.py qwen-stage3
 
-In place of a run: a Hugging Face folder of LLaVA, LLaVA-1.5 or LLaVA-NeXT.
+In place of a run: a Hugging Face folder of LLaVA-1.5 or LLaVA-NeXT.
 
 Differs from the papers
 - Data: the shapes world stands for CC3M, LLaVA-Instruct and the academic tasks. Its teacher is a
@@ -107,17 +107,24 @@ class LLaVAConfig:
             self, {"projector": PROJECTORS, "views": VIEWS, "losses": TASKS,
                    "image_place": ("first", "last", "random"),
                    "loss_on": ("answers", "all")}, {"resize_to": 0, "draw_size": 0})
-        if self.tokens_per_view >= self.context_length:
-            raise ValueError(f"{self.tokens_per_view} visual tokens in a context of "
+        if not self.grids or not all(len(grid) == 2 and all(type(n) is int and n > 0 for n in grid)
+                                     for grid in self.grids):
+            raise ValueError(f"grids={self.grids}: pairs of numbers of columns and rows")
+        if self.most_tokens >= self.context_length:
+            raise ValueError(f"{self.most_tokens} visual tokens in a context of "
                              f"{self.context_length}: no room for text")
 
     def shares(self):
         """mix as {task: share}. Raises ValueError for a text that is none."""
         try:
             pairs = [part.split("=") for part in self.mix.split(",")]
-            return {task: float(share) for task, share in pairs}
+            shares = {task: float(share) for task, share in pairs}
+            if not all(0 < share < math.inf for share in shares.values()):
+                raise ValueError
+            return shares
         except ValueError:
-            raise ValueError(f"mix={self.mix}: write task=share,task=share") from None
+            raise ValueError(f"mix={self.mix}: write task=share,task=share, shares above 0") \
+                from None
 
     @property
     def view_size(self):
@@ -134,6 +141,14 @@ class LLaVAConfig:
         """How many visual tokens a view becomes."""
         patches = (self.view_size // self.vision.patch_size) ** 2
         return self.num_queries if self.projector == "adapter" else patches
+
+    @property
+    def most_tokens(self):
+        """Of a picture that fills its largest grid."""
+        P = self.tokens_per_view
+        if self.views != "tiles":
+            return P
+        return P + max(columns * rows * P + rows * math.isqrt(P) for columns, rows in self.grids)
 
     @property
     def context_length(self):
@@ -452,7 +467,10 @@ class LLaVA(nn.Module):
         """An image for people: captions of unseen images, answers and replies to instructions."""
         writer, world = writing.Writer(self, data.tokenizer), data.world
         if getattr(world, "has_turns", False):
-            return assistant.samples(writer, world, data.records("test")[:6])
+            room = self.config.context_length - self.config.most_tokens - 96     # of its reply, too
+            short = [record for record in data.records("test") if len(data.tokenizer.encode(
+                record["turns"][0]["prompt"])) < room]
+            return assistant.samples(writer, world, short[:6])
         sheets = [writing.samples(writer, data, shots=False)]
         if world.tasks and self.config.losses == "instruct":
             sheets += [writing.answers(writer, data, template=f"{{}}\n{SHORT_ANSWER}"),
@@ -506,7 +524,7 @@ PAPERS = {
     "": PAPER, "llava-stage2": replace(PAPER, steps=5198, batch_size=128, lr=2e-5, warmup=156),
     "llava-tiles": replace(PAPER, steps=5938, batch_size=128, lr=2e-5, warmup=179,
                            lr_multipliers={"vision.*": 0.1}),
-    # Qwen-VL's (its Table 8).
+    # Qwen-VL's (its Table 8; find_recipe keeps a warm-up within a fifth of the steps).
     "qwen-stage1": replace(PAPER, steps=50000, batch_size=30720, lr=2e-4, warmup=500,
                            weight_decay=0.05, betas=(0.9, 0.98), eps=1e-6),
     "qwen-stage2": replace(PAPER, steps=19000, batch_size=4096, lr=5e-5, warmup=400,

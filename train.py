@@ -287,7 +287,6 @@ def measure(run):
     data = EvalData(run.world, run.tokenizer, run.batches.sources[0].collate, run.device)
     with autocast(run.device, run.half):
         figures = run.model.evaluate(data)
-        run.model.samples(data).save(run.folder.path / "samples.png")
     parameters = list(run.model.parameters())
     result = {"stage": run.name, "seconds": round(run.elapsed(), 1),
               "peak_memory_mb": round(peak_memory(run.device)),
@@ -298,6 +297,8 @@ def measure(run):
         result["refused"] = run.world.refused.count + run.refused.count
     result |= {name: round(value, 4) for name, value in figures.items()}
     checkpoint.write_json(run.folder.path / "result.json", result)
+    with autocast(run.device, run.half):
+        run.model.samples(data).save(run.folder.path / "samples.png")
     print(f"pictures: {run.folder.path / 'samples.png'}")
     print("result:", json.dumps(result))
 

@@ -413,17 +413,17 @@ class AnyWords(Words):
 
 def llava_config(**changes):
     """Views of 15 pixels become 9 patches, 14 wide, behind the first 2 of 3 blocks; the language
-    model is 20 wide with 61 words and a context of 53."""
+    model is 20 wide with 61 words and a context of 53. Also kind and context_length, its own."""
     from clip import CLIPConfig
     from common.language import LanguageConfig
     from llava import LLaVAConfig
-    kind = changes.pop("kind", "gpt2")       # of the language model
+    kind, length = changes.pop("kind", "gpt2"), changes.pop("context_length", 53)
     return LLaVAConfig(**{
         "vision": CLIPConfig(image_size=15, patch_size=5, vision_width=14, vision_layers=3,
                              vision_heads=2, text_width=6, text_layers=1, text_heads=1,
                              context_length=5, vocab_size=17, embed_dim=3),
-        "language": LanguageConfig(kind=kind, vocab_size=61, context_length=53, width=20, layers=2,
-                                   heads=2, kv_heads=2, hidden=26, tie_embeddings=False),
+        "language": LanguageConfig(kind=kind, vocab_size=61, context_length=length, width=20,
+                                   layers=2, heads=2, kv_heads=2, hidden=26, tie_embeddings=False),
         "num_queries": 4, "losses": "instruct"} | changes)
 
 

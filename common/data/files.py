@@ -32,6 +32,7 @@ from common.data.safe_read import (open_text, parse_json, printable, read_bytes,
 MOST_JSON = 2_000_000_000            # bytes of a file that has to be read as a whole
 FEWEST, MOST_TESTS = 5, 1000         # records of the test split
 SUFFIXES = ("jpg", "jpeg", "png", "webp")
+LONGEST = 1344                       # pixels of the longer side of a whole picture
 
 
 class Refusals:
@@ -164,14 +165,15 @@ def llava(path, refuse):
             names = field(sample, "image", "images", kind=(str, list)) \
                 if sample.get("image") or sample.get("images") else []
             names = [names] if isinstance(names, str) else names
-            count = sum(value.count("<image>") for value in values)
-            if count != len(names):
-                raise ValueError(f'{count} "<image>" in the texts and {len(names)} pictures')
+            counts = [(a + b).count("<image>") for a, b in zip(values[::2], values[1::2])]
+            if sum(counts) != len(names):
+                raise ValueError(f'{sum(counts)} "<image>" in the texts and {len(names)} pictures')
             texts = [usable_text(re.sub("<image>\n?|\n<image>", "", value)) for value in values]
             images = [usable_name(name) for name in names]
             # A picture has several conversations: of the same name, they are in the same split.
             source = str(images[0] if images else sample.get("id") or number)
-            yield {"images": images, "texts": texts, "source": source, "web": False}
+            yield {"images": images, "texts": texts, "source": source, "web": False,
+                   "counts": counts}     # of pictures, in each turn
 
 
 FORMATS = {"coco": coco, "flickr": flickr, "jsonl": jsonl, "tar": tar, "llava": llava}
@@ -216,7 +218,7 @@ class Files:
 
     kind: one of FORMATS; where: its file or pattern; images: the folder of the pictures (default:
     the file's own); skip: the fraction of records that may be refused; shuffle: for tar, the size
-    of the shuffle window; whole: pictures are not cropped. Raises ValueError for too many refused
+    of the shuffle window; whole: pictures are not cropped, only shrunk to LONGEST. Raises ValueError for too many refused
     or too few usable records.
     """
     zero_shot, classes, all_classes, templates, tasks = None, (), (), (), ()     # captions alone
@@ -306,17 +308,23 @@ class Files:
         """
         entry = self._splits[split][index]
         crop = functools.partial(random_crop, rng=rng) if rng and split != "test" else center_crop
-        pictures = (self._open(place, entry) for place in entry["images"])
-        return self._as_record(entry, [picture if self.whole else crop(picture, self.image_size)
-                                       for picture in pictures])
+        pictures = [self._open(place, entry) for place in entry["images"]]
+        for number, picture in enumerate(pictures):
+            if self.whole:               # not larger than any grid of tiles
+                picture.thumbnail((LONGEST, LONGEST))
+            else:
+                pictures[number] = crop(picture, self.image_size)
+        return self._as_record(entry, pictures)
 
     def _as_record(self, entry, pictures):
-        """An entry with its pictures; those of a conversation belong to its first turn."""
+        """An entry with its pictures; those of a conversation in the turns where they stand."""
         if not self.has_turns:
             return {"images": pictures, "texts": entry["texts"], "source": entry}
-        turns = [{"images": [], "prompt": prompt, "answer": answer}
-                 for prompt, answer in zip(entry["texts"][::2], entry["texts"][1::2])]
-        turns[0]["images"] = [[picture] for picture in pictures]
+        pictures = iter(pictures)
+        turns = [{"images": [[next(pictures)] for _ in range(count)], "prompt": prompt,
+                  "answer": answer}
+                 for count, prompt, answer in zip(entry["counts"], entry["texts"][::2],
+                                                  entry["texts"][1::2])]
         return {"turns": turns, "source": entry}
 
     def _open(self, place, entry):

@@ -114,8 +114,13 @@ def random_crop(picture, size, rng, least=0.9):
 def pad_to_square(picture, fill=tuple(int(255 * mean) for mean in MEAN)):
     """The picture in the middle of a square of its longer side (LLaVA-1.5's expand2square).
 
-    fill: the colour around it, (122, 116, 104) as released: MEAN is cut, not rounded.
+    fill: the colour around it, (122, 116, 104) as released: MEAN is cut, not rounded. A very long
+    picture is shrunk first, so that the square has no more than MOST_PIXELS.
     """
+    longest = math.isqrt(MOST_PIXELS)
+    if max(picture.size) > longest:
+        scale = longest / max(picture.size)
+        picture = picture.resize([max(1, int(length * scale)) for length in picture.size])
     W, H = picture.size
     if W == H:
         return picture

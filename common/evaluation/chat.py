@@ -96,6 +96,9 @@ def talk(chat, picture, read=input):
             print("stopped")
         try:
             line = read("> ")
+        except UnicodeDecodeError:
+            print("error: a line that is no UTF-8")
+            line = ""
         except (EOFError, KeyboardInterrupt):
             print()
             return

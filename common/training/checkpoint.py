@@ -111,7 +111,7 @@ def config_of(kind, fields, where):
     """The dataclass `kind` with the fields of a config.json; ValueError for unknown fields."""
     try:
         return kind(**fields)
-    except TypeError as error:
+    except (TypeError, AttributeError) as error:
         raise ValueError(f"{where}: a config of another version ({error})") from None
 
 

@@ -26,9 +26,12 @@ def default_folder(stage, options, losses=None):
 
 
 def missing_run(stage, presets, options, where):
-    """The command that makes the run of a stage that was looked for in the folder `where`."""
+    """The command that makes the run of a stage that was looked for in the folder `where`; that
+    there is none, for a preset that the stage does not have."""
+    if options.preset not in presets:
+        return f"no preset {options.preset} of {stage}"
     flags = [f"--data {options.data}"] if options.data != "shapes" else []
-    if options.preset != "tiny" and options.preset in presets:
+    if options.preset != "tiny":
         flags.append(f"--preset {options.preset}")
     return " ".join(["python train.py", stage, *flags, f"--out {where}"])
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from common.data import files
 from common.data.files import FORMATS, Files, Refusals, all_records, make_splits, usable_name
 from common.data.files import shards as tar_files
 from tests.fuzz import limit, mutations, one_line
@@ -203,6 +204,7 @@ class TestLlava:
             (["b/a.jpg"], ["how", "so"], "b/a.jpg"), ([], ["hi", "ho"], "x"),
             (["c.jpg", "d.jpg"], ["one\ntwo", "is it"], "c.jpg"), ([], ["say", "no"], "5"),
             (["e.jpg"], ["a", "here:"], "e.jpg")] and not refused
+        assert [r["counts"] for r in records] == [[1, 0], [1], [0], [2], [0], [1]]
 
     @pytest.mark.parametrize("sample, why", [
         (talk(), "order , not human"), (talk("a"), "order human, not human, gpt"),
@@ -324,10 +326,10 @@ class TestFiles:
         assert [(image.size, image.getpixel((0, 0))) for image in blank["images"]] == [
             ((SIDE, SIDE), (128, 128, 128))] * 2
 
-    def test_the_turns_of_conversations_have_pictures_first_and_lengths(self, tmp_path):
+    def test_the_turns_of_conversations_have_their_pictures_and_lengths(self, tmp_path):
         listed(tmp_path, 40)
         path = dialogue(tmp_path / "d.json", *(
-            talk(f"<image>\n<image>\nwhat {n}?", f"{n}", f"and {n}?", "a b " * n, id="x",
+            talk(f"<image>\nwhat {n}?", f"{n}", f"<image>\nand {n}?", "a b " * n, id="x",
                  images=[f"{n % 40}.png", "0.png"]) for n in range(1, 120)), *(
             talk(f"hello {n}", "yes", id=f"{n}") for n in range(40)))
         world = Files("llava", path, image_size=SIDE)
@@ -337,20 +339,22 @@ class TestFiles:
         for index, length in enumerate(world.lengths):
             record = world.record("train", index, random.Random(0))
             first, *later = record["turns"]
-            images = [frames[0].getpixel((3, 3)) for frames in first["images"]]
+            images = [[frames[0].getpixel((3, 3)) for frames in turn["images"]]
+                      for turn in record["turns"]]
             if not later:
-                assert (length, images, first["answer"]) == (-3, [], "yes")
+                assert (length, images, first["answer"]) == (-3, [[]], "yes")
                 continue
             n = int(first["answer"])
             assert first["prompt"] == f"what {n}?" and length == 2 + 1 + 2 + 2 * n
-            assert images == [colour(n % 40), colour(0)]
-            assert later == [{"images": [], "prompt": f"and {n}?", "answer": ("a b " * n)[:-1]}]
+            assert images == [[colour(n % 40)], [colour(0)]]
+            said = {key: later[0][key] for key in ("prompt", "answer")}
+            assert said == {"prompt": f"and {n}?", "answer": ("a b " * n)[:-1]} and len(later) == 1
             assert {first["prompt"], first["answer"], later[0]["prompt"]} <= corpus
             said = first["answer"], later[0]["answer"], first["prompt"]
             assert [world.is_true(t, record["source"]) for t in said] == [True, True, False]
             grey = world.blank("train", index)
             assert [i.getpixel((0, 0)) for i in parts(grey)[0]] == [(128, 128, 128)] * 2
-            assert grey["turns"][1:] == later
+            assert [len(turn["images"]) for turn in grey["turns"]] == [1, 1]
         for split, seen in pictures.items():
             seen |= {name for name in names(world, split) if "png" in name}
         assert pictures["train"] and pictures["test"] and not pictures["train"] & pictures["test"]
@@ -369,6 +373,10 @@ class TestFiles:
             sizes = [world.record(split, 0, rng)["images"][0].size
                      for world in worlds for split in ("train", "test")]
             assert sizes == [(9, 11)] * 2 + [(SIDE, SIDE)] * 2
+
+    def test_large_whole_pictures_are_shrunk(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(files, "LONGEST", 10)
+        assert opened(tmp_path, whole=True).record("train", 0)["images"][0].size == (8, 10)
 
     def test_unusable_rows_are_counted_and_left_out(self, tmp_path):
         rows = [{"image": "../0.png", "text": "x"}, {"image": "0.png", "texts": []},

@@ -253,6 +253,11 @@ class TestPadToSquare:
         compare("of a square", pad_to_square(noise(7, 7)), noise(7, 7))
         assert pad_to_square(noise(5, 3), (1, 2, 3)).getpixel((4, 0)) == (1, 2, 3)
 
+    def test_a_very_long_picture_is_shrunk_first(self, monkeypatch):
+        monkeypatch.setattr(images, "MOST_PIXELS", 20 * 20 + 5)
+        assert pad_to_square(noise(21, 1)).size == pad_to_square(noise(4, 90)).size == (20, 20)
+        compare("of 20 x 20", pad_to_square(noise(20, 20)), noise(20, 20))
+
 
 NEXT = (1, 2), (2, 1), (2, 2), (3, 1), (1, 3)      # LLaVA-NeXT's grids: columns, rows
 SMALL = (1, 2), (2, 1), (2, 2)

@@ -65,7 +65,7 @@ def lines(*texts):
 
     def read(prompt):
         line = next(rest, EOFError)
-        if isinstance(line, type):
+        if isinstance(line, (type, Exception)):
             raise line
         return line
     return read
@@ -168,6 +168,11 @@ class TestTalk:
             chat.HELP, "a", "error", "a", chat.HELP, "a", "error", ""]
         assert [len(turns) for turns in said.model.prompts] == [1, 2, 1]
         assert self.talk(chat_with("a"), capsys, "what", picture="none.png")[1] == "a"
+
+    def test_a_line_of_other_bytes_costs_a_line(self, capsys):
+        bad = UnicodeDecodeError("utf-8", b"\xe9", 0, 1, "bad")
+        found = self.talk(chat_with("a"), capsys, "what", bad, "who")
+        assert found[1:] == ["a", "error: a line that is no UTF-8", "a", ""]
 
     def test_an_interrupt_stops_an_answer_and_the_conversation_goes_on(self, capsys):
         said = chat_with("a", " red", KeyboardInterrupt)

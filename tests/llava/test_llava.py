@@ -65,6 +65,12 @@ class TestLLaVAConfig:
         c = llava_config(**changes)
         assert (c.view_size, c.image_size, c.tokens_per_view) == sizes and c.context_length == 53
 
+    def test_the_most_tokens_are_those_of_the_largest_grid_with_its_row_ends(self):
+        assert llava_config().most_tokens == 9
+        grids = ((1, 1), (3, 1), (1, 2))
+        assert llava_config(views="tiles", grids=grids).most_tokens == 9 + 27 + 3
+        assert llava_config(views="tiles", grids=grids[:1] + grids[2:]).most_tokens == 9 + 18 + 6
+
     def test_the_shares_of_a_mix(self):
         assert llava_config(mix="a=3,b=0.5").shares() == {"a": 3.0, "b": 0.5}
 
@@ -74,6 +80,10 @@ class TestLLaVAConfig:
         ({"image_place": "left"}, "image_place=left"), ({"mix": "question"}, "mix=question"),
         ({"mix": "question=many"}, "question=many"), ({"num_queries": 0}, "num_queries=0"),
         ({"resize_to": -1}, "resize_to=-1"), ({"loss_on": "images"}, "loss_on=images"),
+        ({"mix": "question=0"}, "question=0.*above 0"), ({"mix": "a=1,b=-1"}, "b=-1.*above 0"),
+        ({"mix": "a=inf"}, "a=inf"), ({"grids": ()}, "pairs"), ({"grids": ("2,1",)}, "2.*pairs"),
+        ({"grids": ((0, 1),)}, "0, 1.*pairs"), ({"resize_to": 40}, "64 .* 53: no room"),
+        ({"views": "tiles", "grids": ((1, 1), (5, 1))}, "57 .* 53: no room"),
         ({"vision": {"stages": (1, 1, 1, 1)}}, "vision")])
     def test_what_no_model_can_have_is_refused(self, changes, values):
         with refused(values):
@@ -202,6 +212,7 @@ class TestLLaVA:
 
     @pytest.mark.parametrize("stage, changes", [
         ("llava-stage1", {"losses": "captions"}), ("llava-stage2", {}),
+        ("llava-stage2", {"views": "tiles", "grids": ((2, 1), (1, 1))}),
         ("llava-tiles", {"views": "tiles", "grids": ((2, 1), (1, 1))}), ("qwen-stage2", {
             "projector": "adapter"}), ("qwen-stage1", {"losses": "captions",
                                                        "projector": "adapter"}),
@@ -210,7 +221,7 @@ class TestLLaVA:
         model = toy_llava(language=replace(llava_config().language, context_length=199), **changes)
         trained = {"llava-stage1": "projector", "llava-stage2": "projector lm", "qwen-stage1":
                    "vision projector", "qwen-stage3": "projector lm"}.get(stage)
-        trained = (trained or "vision projector lm row_end").split()
+        trained = (trained or "vision projector lm").split() + ["row_end"]
         for name, p in model.named_parameters():
             p.requires_grad = any(fnmatch(name, pattern) for pattern in TRAINS[stage])
         before = {name: p.clone() for name, p in model.named_parameters()}
@@ -269,7 +280,8 @@ class TestLLaVA:
         assert (model.stop_ids, model.stop_string, model.banned_ids) == ((EOS,), string, ())
 
     def test_it_adapts_weights_to_a_larger_view_and_keeps_what_is_new(self):
-        small, large = toy_llava(), toy_llava(resize_to=25, views="tiles")
+        large = toy_llava(resize_to=25, views="tiles", context_length=199)
+        small = toy_llava(context_length=199)
         own = {name: x.clone() for name, x in large.state_dict().items()}
         weights = large.adapt(small.state_dict() | {"other": torch.zeros(3)})
         assert weights.keys() == own.keys() and weights["vision.pos_embed"].shape == (26, 14)
@@ -320,7 +332,7 @@ class TestLLaVA:
 
 class TestInitWeights:
     def test_the_ends_of_rows_and_the_queries_are_small(self):
-        language = replace(llava_config().language, width=384)
+        language = replace(llava_config(context_length=199).language, width=384)
         model = LLaVA(llava_config(language=language, views="tiles", projector="adapter",
                                    num_queries=25))
         assert_close("deviation of a row's end", model.row_end.std(), 384 ** -0.5, 0.01)

@@ -62,7 +62,8 @@ class TestMakeViews:
         ((16, 8), 52, 3), ((8, 16), 56, 3), ((10, 10), 88, 5), ((12, 5), 52, 3), ((32, 8), 34, 3)])
     def test_the_released_codes_number_of_tokens(self, size, count, views):
         vision = llava_config().vision.__class__(image_size=8, patch_size=2)
-        config = llava_config(vision=vision, views="tiles", grids=((1, 2), (2, 1), (2, 2)))
+        config = llava_config(vision=vision, views="tiles", grids=((1, 2), (2, 1), (2, 2)),
+                              context_length=199)
         found, order = make_views(Image.new("RGB", size, RED), config)
         assert (len(order), len(found)) == (count, views)
         assert all(k < 16 * views for k in order) and order[-1] == -1

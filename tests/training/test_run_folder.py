@@ -42,11 +42,13 @@ class TestDefaultFolder:
 
 class TestMissingRun:
     @pytest.mark.parametrize("options, flags", [
-        ({}, ""), ({"data": "emoji", "preset": "small"}, "--data emoji --preset small "),
-        ({"preset": "3B"}, "")])           # a preset of the stage that needs the run
+        ({}, ""), ({"data": "emoji", "preset": "small"}, "--data emoji --preset small ")])
     def test_it_is_the_command_that_makes_the_run(self, options, flags):
         assert missing_run("lm", ("tiny", "small"), Options(**options), "x") \
             == f"python train.py lm {flags}--out x"
+
+    def test_there_is_none_for_a_preset_of_the_stage_that_needs_the_run_alone(self):
+        assert missing_run("lm", ("tiny",), Options(preset="3B"), "x") == "no preset 3B of lm"
 
 
 class TestRunFolder:
