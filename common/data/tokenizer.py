@@ -20,6 +20,7 @@ SPECIAL = ("<pad>", "<bos>", "<eos>", "<unk>", "<image>", "<eoc>", "<cls>", "<en
            "<box>", "</box>", *(f"<spare{i}>" for i in range(CONTROL_IDS - 19)))
 (PAD, BOS, EOS, UNK, IMAGE, EOC, CLS, ENC, DEC, SEP, SYSTEM, USER, ASSISTANT, IMG, IMG_END, REF,
  REF_END, BOX, BOX_END) = range(19)
+NO_IMAGE = -200          # the place of an image in a vocabulary without <image> (as in LLaVA)
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,:;?!'\"-()"      # never fall back to bytes
 
 

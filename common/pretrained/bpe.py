@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.data.safe_read import read_bytes, read_json
-from common.data.tokenizer import Tokenizer
+from common.data.tokenizer import NO_IMAGE, Tokenizer
 
 CLIP_FILE, CLIP_MERGES = "bpe_simple_vocab_16e6.txt.gz", 49152 - 256 - 2
 # White space of Unicode. Python's own \s has four control characters more.
@@ -85,6 +85,8 @@ class BPE:
     vocab {piece: id}, merges [(left, right)], the first joined first. Raises ValueError when a
     piece is missing that texts need: a byte, a special piece, a part or the result of a merge.
     """
+
+    image_id = NO_IMAGE
 
     def __init__(self, vocab, merges, style, where="vocab"):
         self.vocab, self.style = vocab, style

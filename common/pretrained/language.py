@@ -6,7 +6,7 @@ another activation, biases, another scaling of positions.
 from pathlib import Path
 
 from common.data.safe_read import read_json
-from common.data.tokenizer import Tokenizer
+from common.data.tokenizer import NO_IMAGE, Tokenizer
 from common.pretrained.bpe import BPE, GPT2, OPT
 from common.pretrained.files import given, positive, read_weights, section, whole
 from common.pretrained.names import Table, thirds, transpose, transposed_thirds, translate
@@ -155,7 +155,7 @@ class Pieces(Tokenizer):
     """LLaMA's SentencePiece vocabulary. It has no piece for padding: <unk> stands for it. The place
     of an image is no piece either."""
 
-    image_id = -200                      # LLaVA's
+    image_id = NO_IMAGE
 
     def _check(self):
         self.bos_id, self.eos_id = self.pieces.bos_id(), self.pieces.eos_id()

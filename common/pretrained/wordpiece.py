@@ -12,7 +12,7 @@ import unicodedata
 from pathlib import Path
 
 from common.data.safe_read import read_bytes
-from common.data.tokenizer import Tokenizer
+from common.data.tokenizer import NO_IMAGE, Tokenizer
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 ADDED = ("[DEC]", "[ENC]")               # BLIP's, in this order: 30522 and 30523; BLIP-2: [DEC]
@@ -46,6 +46,8 @@ class WordPiece:
     token: "[SEP]" becomes the three words [ sep ], where transformers' tokenizers would read the
     token. Raises ValueError for a piece that is missing or there twice.
     """
+
+    image_id = NO_IMAGE
 
     def __init__(self, pieces, added=ADDED):
         self.pieces = [*pieces, *(piece for piece in added if piece not in pieces)]

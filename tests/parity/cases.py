@@ -760,7 +760,8 @@ class LlavaCase:
             x = model.embed(batch["ids"], batch["feature_index"], features)
             found[side] = model.logits(x, batch["mask"])[batch["mask"]]
             if side == "right":
-                found["loss"] = model(batch | {"images": images})["lm"]
+                batch |= {"images": images, "places": llava.answer_places(batch["labels"])}
+                found["loss"] = model(batch)["lm"]
         return found | {"greedy": generate(model.logits, x, batch["mask"], max_new_tokens=8,
                                            stop=self.stop, pad_id=1)}
 

@@ -48,7 +48,7 @@ class TestFactories:
     def test_every_tensor_is_made_on_a_device_that_is_named(self):
         found = {path.name: without_device(path.read_text()) for path in FILES}
         assert found.pop("prompts.py")       # the loop moves what `collate` makes
-        assert len(found.pop("llava.py")) == 3       # and what make_views and make_batch make
+        assert len(found.pop("llava.py")) == 4       # and what becomes of rows and pictures
         assert not any(found.values()), found
 
 

@@ -110,7 +110,8 @@ class TestDataSources:
                          (8, 2.5, {"caption": 1, "question": 1}, 0.0), (2, 2.0, {"clip": 1}, 0.0)]
         assert {kind for _, _, kinds, _ in table for kind in kinds} == \
             {*Toy.tasks} - {"noisy", "dialogue", "two_pictures", "statement", "instruction",
-                            "choice", "text_question", "probe", "grounding", "reading"}
+                            "choice", "text_question", "probe", "grounding", "reading", "questions",
+                            "conversation", "detail", "reasoning"}
         assert self.table(p_next_image=0.25)[0][3] == 0.25
         assert self.table(interleaved=False) == table[3:]
 
