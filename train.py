@@ -139,6 +139,19 @@ LISTS = {
 
 # ------------------------------------------------------------------ building a run
 
+def with_vocabulary(config, tokenizer, settings):
+    """A config dataclass with the size and the ids of a tokenizer, as far as it has such fields.
+
+    Raises ValueError for a setting of one of them.
+    """
+    ids = {"vocab_size": len(tokenizer), "pad_id": PAD, "eos_id": EOS, "cls_id": CLS,
+           "enc_id": ENC, "dec_id": DEC}
+    for setting in settings:
+        if setting.partition("=")[0] in ids:
+            raise ValueError(f"--set {setting}: it belongs to the world's tokenizer")
+    return dataclasses.replace(config, **{k: v for k, v in ids.items() if hasattr(config, k)})
+
+
 def build(name, options, settings, began):
     """A Run at step 0, or at the folder's checkpoint.
 
@@ -165,16 +178,10 @@ def build(name, options, settings, began):
         raise ValueError(f"--data {options.data}: conversations are for the stages of LLaVA; "
                          f"{name} learns from captions")
     tokenizer = tokenizer or world_tokenizer(world)
-    ids = {"vocab_size": len(tokenizer), "pad_id": PAD, "eos_id": EOS, "cls_id": CLS,
-           "enc_id": ENC, "dec_id": DEC}
-    for setting in settings:
-        if setting.partition("=")[0] in ids:
-            raise ValueError(f"--set {setting}: it belongs to the world's tokenizer")
-    config = dataclasses.replace(config, **{k: v for k, v in ids.items() if hasattr(config, k)})
-    language = getattr(config, "language", None)
-    if "lm" not in frozen and language is not None and not options.init:       # a new one
-        config = dataclasses.replace(config, language=dataclasses.replace(
-            language, **{k: v for k, v in ids.items() if hasattr(language, k)}))
+    config = with_vocabulary(config, tokenizer, settings)
+    if "lm" not in frozen and getattr(config, "language", None) and not options.init:
+        new = with_vocabulary(config.language, tokenizer, ())         # of random weights
+        config = dataclasses.replace(config, language=new)
     kinds = name, options.data.partition(":")[0], getattr(config, "losses", "")
     recipe = find_recipe(stage.file.RECIPES, options.preset, kinds,
                          {key: getattr(options, key)

@@ -78,8 +78,8 @@ class Template:
 
     image: what stands for each image, at IMAGES, which precedes "{}". The answer follows
     `assistant`; the loss counts the answer and `end`. An answer is encoded by itself, so what marks
-    the beginning of a text (SentencePiece's "\u2581") is the space before it. A turn's prompt or answer
-    may be a tuple of texts and ids, too.
+    the beginning of a text (SentencePiece's "\u2581") is the space before it. A turn's prompt or
+    answer may be a tuple of texts and ids, too.
     """
     begin: tuple = (BOS,)
     system: tuple = (SYSTEM, "{}")

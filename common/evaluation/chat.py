@@ -58,7 +58,7 @@ class Chat:
             yield piece
         finally:
             if ids:                      # else nothing was asked: too long, or stopped before
-                turn["answer"] = turn["answer"].strip() or "..."      # a template takes no empty one
+                turn["answer"] = turn["answer"].strip() or "..."      # an empty one is refused
                 self.turns.append(turn)
 
 
