@@ -219,8 +219,7 @@ class Files:
     kind: one of FORMATS; where: its file or pattern; images: the folder of the pictures (default:
     the file's own); skip: the fraction of records that may be refused; shuffle: for tar, the size
     of the shuffle window; whole: pictures are not cropped, only shrunk to LONGEST. Raises
-    ValueError for too many refused
-    or too few usable records.
+    ValueError for too many refused or too few usable records.
     """
     zero_shot, classes, all_classes, templates, tasks = None, (), (), (), ()     # captions alone
     has_turns, lengths = False, None
