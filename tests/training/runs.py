@@ -281,3 +281,13 @@ def toy_options(**more):
     """Options of a two-step run on the toy world."""
     return train.Options(**{"data": "toy", "batch_size": 16, "steps": 2, "precision": "fp32",
                             "device": "cpu"} | more)
+
+
+def start(stage, settings=(), **more):
+    """A two-step run of 6 samples a step -> its exit status; more: as of `toy_options`."""
+    return train.train(stage, toy_options(**{"batch_size": 6} | more), settings)
+
+
+def built(stage, settings=(), **more):
+    """The same Run at step 0."""
+    return train.build(stage, toy_options(**{"batch_size": 6} | more), list(settings), 0.0)

@@ -20,7 +20,7 @@ from common.training.lm import Pretraining
 from common.training.optimizer import find_recipe, freeze
 from tests.fuzz import one_line
 from tests.helpers import command, drawing, mistake, picture, toy_blip2
-from tests.training.runs import SETTINGS, Toy, assert_same, pair, toy_options, weights
+from tests.training.runs import SETTINGS, Toy, assert_same, built, pair, start, weights
 
 SIZES = ["num_queries=3", "qformer_width=10", "qformer_layers=3", "qformer_heads=2", "embed_dim=7"]
 T5_SIZES = ["width=14", "layers=1", "heads=2", "head_width=5", "hidden=19"]
@@ -39,19 +39,6 @@ def short_evaluation():
         patch.setattr(Pretraining, "evaluate", lambda self, data: {})
         patch.setattr(Pretraining, "samples", lambda self, data: Image.new("RGB", (2, 2)))
         yield
-
-
-def flags_of(options):
-    return toy_options(**{"batch_size": 6} | options)
-
-
-def start(stage, settings=(), **options):
-    """A two-step run -> its exit status."""
-    return train.train(stage, flags_of(options), settings)
-
-
-def built(stage, settings=(), **options):
-    return train.build(stage, flags_of(options), list(settings), 0.0)
 
 
 @pytest.fixture(scope="module")

@@ -19,7 +19,7 @@ from common.training.optimizer import find_recipe, freeze, learning_rate
 from llava import MIX, PAPERS, RECIPES, TRAINS, data_sources
 from tests.fuzz import one_line
 from tests.helpers import command, drawing, llava_config, mistake, picture, toy_llava
-from tests.training.runs import SETTINGS, Toy, assert_same, pair, toy_options, weights
+from tests.training.runs import SETTINGS, Toy, assert_same, built, pair, start, weights
 
 LM = ["width=20", "layers=2", "heads=2", "kv_heads=2", "hidden=26"]
 # The run of each stage: its settings.
@@ -37,19 +37,6 @@ def short_evaluation():
         patch.setattr(Pretraining, "evaluate", lambda self, data: {})
         patch.setattr(Pretraining, "samples", lambda self, data: Image.new("RGB", (2, 2)))
         yield
-
-
-def flags_of(options):
-    return toy_options(**{"batch_size": 6} | options)
-
-
-def start(stage, settings=(), **options):
-    """A two-step run -> its exit status."""
-    return train.train(stage, flags_of(options), settings)
-
-
-def built(stage, settings=(), **options):
-    return train.build(stage, flags_of(options), list(settings), 0.0)
 
 
 @pytest.fixture(scope="module")
