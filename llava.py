@@ -52,7 +52,8 @@ from common.data.batches import DataSource
 from common.data.collators import as_turns
 from common.data.images import (best_grid, center_crop, normalize_pixels, pack_tiles, pad_to_square,
                                 tiles, to_tensor)
-from common.data.instruct import CAPTION_REQUEST, LETTERS, SHORT_ANSWER, choice_prompt
+from common.data.instruct import (CAPTION_REQUEST, LETTERS, SHORT_ANSWER, ask_short,
+                                  choice_prompt)
 from common.data.tokenizer import PAD
 from common.evaluation import assistant, chat, questions, writing
 from common.evaluation.sheet import stack
@@ -341,10 +342,7 @@ def instruction_turns(record, c, rng=None):
         return [turns[0] | {"prompt": prompt, "answer": LETTERS[choices.index(answer)]}]
     if turns[0].get("caption") and c.losses != "captions":
         return [turns[0] | {"prompt": rng.choice(REQUESTS) if rng else REQUESTS[0]}]
-    one_word = all(isinstance(turn["answer"], str) and " " not in turn["answer"] for turn in turns)
-    if rng and "kind" in record and one_word:        # a question of a world
-        return [turns[0] | {"prompt": f"{turns[0]['prompt']}\n{SHORT_ANSWER}"}, *turns[1:]]
-    return turns
+    return ask_short(turns) if rng and "kind" in record else turns        # "kind": a world's
 
 
 # ------------------------------------------------------------------ the model
@@ -445,6 +443,8 @@ class LLaVA(nn.Module):
             figures |= assistant.answer_lengths(writer, world, count // 2, SHORT_ANSWER)
             figures |= assistant.descriptions(writer, world, count // 4)
             figures |= assistant.relative_scores(writer, world, count // 4)
+        if "chat" in asked:
+            figures |= assistant.chats(writer, world, count // 2)
         if "choice" in asked:
             figures |= assistant.choices(writer, world, count, choice_prompt)
         for task in ("reading", "grounding"):

@@ -95,6 +95,14 @@ def parse_reply(kind, text, rng=None):
     return list(zip(contents[::2], contents[1::2]))
 
 
+def ask_short(turns):
+    """Turns with SHORT_ANSWER behind the prompts of answers of one word; where all answers are, the
+    first alone has it, as in LLaVA-1.5's data."""
+    short = [isinstance(t["answer"], str) and " " not in t["answer"] for t in turns]
+    return [t | {"prompt": f"{t['prompt']}\n{SHORT_ANSWER}"} if own and (first or not all(short))
+            else t for t, own, first in zip(turns, short, [True] + [False] * len(turns))]
+
+
 def lettered(choices):
     """[("A", the first), ...]. Raises ValueError for none and for more than there are letters."""
     if not 1 <= len(choices) <= len(LETTERS):

@@ -5,6 +5,7 @@ of a question's kind. The figures are fractions in [0, 1], with a chance level w
 """
 import re
 
+from common.data.instruct import ask_short
 from common.data.shapes.conversations import TEACHERS
 from common.data.shapes.grounding import box_of
 from common.data.shapes.questions import SETTINGS, YES_NO
@@ -157,6 +158,22 @@ def relative_scores(writer, world, count, judge=None):
             else exact_review(world, r, text) for r, text in zip(records, texts)]
     return {"relative_score": relative_score(sum(reviews.values(), [])),
             **{f"relative_score/{kind}": relative_score(own) for kind, own in reviews.items()}}
+
+
+def chats(writer, world, count):
+    """The last answers of conversations that mix questions of all kinds, after the right ones.
+
+    Where a word is asked for, the answer must be that word. Elsewhere it must be the teacher's, or
+    sentences that are all true.
+    """
+    records = draw_tasks(world, "chat", count)
+    records = [r | {"turns": ask_short(r["turns"])} for r in records]
+    right = {"word": [], "sentence": []}
+    for record, text in zip(records, writer.generate(records, max_new_tokens=32 * world.objects)):
+        form = "sentence" if " " in record["turns"][-1]["answer"] else "word"
+        true = [world.is_true(sentence, record["source"]) for sentence in sentences(text)]
+        right[form].append(exact([text], [record]) or form == "sentence" and any(true) and all(true))
+    return {f"chat_accuracy/{form}": sum(own) / max(1, len(own)) for form, own in right.items()}
 
 
 def samples(writer, world, records):

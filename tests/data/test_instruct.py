@@ -4,8 +4,8 @@ import random
 import pytest
 
 from common.data.instruct import (CAPTION_REQUEST, CHOICE_ANSWER, DETAIL_REQUESTS, LETTERS,
-                                  SHORT_ANSWER, TASKS, choice_prompt, lettered, parse_choice,
-                                  parse_reply, science_turn, teacher_messages)
+                                  SHORT_ANSWER, TASKS, ask_short, choice_prompt, lettered,
+                                  parse_choice, parse_reply, science_turn, teacher_messages)
 from tests.fuzz import one_line
 
 CAPTIONS = ["a dog runs .", "two\n dogs"]
@@ -92,6 +92,18 @@ class TestChoicePrompt:
         assert lettered("x" * 26)[-1] == ("Z", "x")
         with one_line(f"{count} .* 26"):
             lettered("x" * count)
+
+
+class TestAskShort:
+    @pytest.mark.parametrize("answers, places", [
+        (["dog", "cat", "a dog", "cow", ("dog",), "no"], [0, 1, 3, 5]),
+        (["dog", "cat", "no"], [0]), (["a dog", "a cat"], [])])
+    def test_the_line_stands_behind_each_prompt_or_behind_the_first_of_words_alone(
+            self, answers, places):
+        turns = [{"prompt": f"{n}?", "answer": answer} for n, answer in enumerate(answers)]
+        assert [turn["prompt"] for turn in ask_short(turns)] == [
+            f"{n}?\n{SHORT_ANSWER}" if n in places else f"{n}?" for n in range(len(turns))]
+        assert [turn["prompt"][-1] for turn in turns] == ["?"] * len(turns), "the turns change"
 
 
 class TestScienceTurn:

@@ -4,10 +4,11 @@ import random
 import numpy as np
 import pytest
 
+from common.data.instruct import SHORT_ANSWER
 from common.data.shapes.scene import Item, Scene
 from common.data.shapes.world import Shapes
 from common.evaluation import assistant
-from common.evaluation.assistant import (answer_lengths, box_of_text, choices, descriptions,
+from common.evaluation.assistant import (answer_lengths, box_of_text, chats, choices, descriptions,
                                          exact_review, grounding, hallucination, iou,
                                          is_true_with_boxes, judge_messages, named_objects,
                                          parse_review, reading, relative_score, relative_scores,
@@ -99,6 +100,35 @@ class TestAnswerLengths:
     def test_no_word_is_not_one_word(self, world, text, share):
         figures = answer_lengths(Writes(lambda record: text), world, 1, "now")
         assert set(figures.values()) == {share}
+
+
+class TestChats:
+    def test_the_teacher_is_right_and_gets_its_own_history(self, world):
+        writer = Writes(answer_of)
+        assert chats(writer, world, 40) == {"chat_accuracy/word": 1, "chat_accuracy/sentence": 1}
+        (records,) = writer.asked
+        assert len(records) == 40
+        for record in records:
+            *history, _ = [turn["answer"] for turn in record["turns"]]
+            assert len(history) == 3 and all(history)
+            asked = [turn["prompt"].endswith(SHORT_ANSWER) for turn in record["turns"]]
+            short = [" " not in turn["answer"] for turn in record["turns"]]
+            assert asked == ([True] + [False] * 3 if all(short) else short)
+
+    @pytest.mark.parametrize("text, form", [
+        ("there is a red circle.", "word"), ("", "sentence"), ("red", "sentence"),
+        ("this is nice.", "sentence")])
+    def test_a_text_of_the_wrong_form_or_none_is_wrong(self, world, text, form):
+        assert chats(Writes(lambda record: text), world, 40)[f"chat_accuracy/{form}"] == 0
+
+    def test_other_sentences_that_are_true_are_right_and_one_false_one_is_wrong(self, world):
+        def say(record):
+            count = len(record["source"].items)
+            return f"there {'is one object' if count == 1 else 'are two objects'}."
+        assert chats(Writes(say), world, 40) == {"chat_accuracy/word": 0,
+                                                 "chat_accuracy/sentence": 1}
+        false = Writes(lambda record: f"{say(record)} there are three objects.")
+        assert chats(false, world, 40)["chat_accuracy/sentence"] == 0
 
 
 class TestNamedObjects:

@@ -286,16 +286,12 @@ class TestInstructionTurns:
         ("dog", True, {"kind": "shape"}), ("a dog", False, {"kind": "shape"}),
         (("dog",), False, {"kind": "ground"}), ("dog", False, {})])   # {}: the user's
     def test_what_has_one_word_for_an_answer_says_so_in_training(self, answer, asks, more):
-        record = page(("red", "what", answer), ("", "who", "b")) | more
+        record = page(("red", "what", answer), ("", "who", "a b")) | more
         before = [turn["prompt"] for turn in record["turns"]]
         turns = instruction_turns(record, llava_config(), random.Random(0))
         assert [turn["prompt"] for turn in turns] == [f"what\n{SHORT}" if asks else "what", "who"]
         assert instruction_turns(record, llava_config()) == record["turns"]
         assert [turn["prompt"] for turn in record["turns"]] == before, "the record changes"
-
-    def test_a_conversation_with_one_short_answer_stays(self):
-        record = page(("red", "what", "dog"), ("", "who", "a cat")) | {"kind": "conversation"}
-        assert instruction_turns(record, llava_config(), random.Random(0)) == record["turns"]
 
     def test_a_choice_is_answered_by_its_letter(self):
         record = page(("red", "old", "a cat")) | {

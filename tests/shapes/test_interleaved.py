@@ -4,6 +4,7 @@ import random
 import re
 from collections import Counter, defaultdict
 from dataclasses import replace
+from functools import partial
 
 import pytest
 
@@ -25,7 +26,7 @@ LENGTHS = {"caption": {0}, "noisy": {0}, "album": {2, 3}, "names": {4, 5, 6, 7, 
            "reading": {1}, "dialogue": {4}, "two_pictures": {1}, "statement": {1},
            "instruction": {1, 3, 4}, "choice": {1}, "document": {2, 3, 4},
            "episode": {3, 5, 7, 9}, "glossary": {3, 4, 5}, "clip": {1}, "questions": {4, 5},
-           "conversation": {3, 4}, "detail": {1}, "reasoning": {1}}
+           "conversation": {3, 4}, "detail": {1}, "reasoning": {1}, "chat": {4}}
 # Tasks that are others with an argument.
 BASES = {"questions": "question", **dict.fromkeys(TEACHERS, "instruction")}
 
@@ -60,6 +61,7 @@ class TestTasks:
             for number, turn in enumerate(record.get("turns", ()), 1):
                 first, last = number == 1, number == len(record["turns"])
                 pictured = {"question": first, "dialogue": first, "instruction": first,
+                            "chat": first,
                             "glossary": last, "two_pictures": 2,
                             "text_question": 0}.get(kind, True)
                 frames = [len(frames) for frames in turn["images"]]
@@ -67,7 +69,7 @@ class TestTasks:
                 asked = (kind in ("question", "text_question", "probe", "dialogue", "clip",
                                   "statement", "choice") or number - 1 == record.get("asked"))
                 end = "?" * asked or "." * (kind == "two_pictures")
-                free = kind in ("instruction", "grounding", "reading")
+                free = kind in ("instruction", "chat", "grounding", "reading")
                 assert turn["prompt"][-1:] == end or free
                 context = {"names": first, "glossary": not last}.get(kind, False)
                 assert turn["answer"] and turn.get("learn", True) is not context
@@ -124,6 +126,24 @@ def kind_of(prompt, answer):
         if answer in answers:
             return kind
     return "relation" if re.search("left|right|above|below", prompt) else "existence"
+
+
+class TestChat:
+    def test_it_mixes_words_and_sentences_in_any_order(self, drawn):
+        forms = Counter(tuple(" " in answer for answer in answers_of(r)) for r in drawn["chat"])
+        assert len(forms) > 8 and all(forms[same] < 12 for same in ((True,) * 4, (False,) * 4))
+        asked = {prompt for record in drawn["chat"] for prompt, _ in words_of(record)}
+        for part in ("in the picture?", "what can you see", "detail", "would be left", "how many"):
+            assert any(part in prompt for prompt in asked), part
+
+    def test_each_answer_is_true_and_no_kind_of_the_tests_is_asked(self, drawn):
+        for record in drawn["chat"]:
+            for prompt, answer in words_of(record):
+                if " " in answer and "would be left" not in prompt and "which" not in prompt:
+                    assert all(map(partial(is_true, scene=record["source"]), answer.split(". ")))
+                assert not re.search("more|fewer|larger|smaller", prompt), "a comparison"
+                if found := re.match("is there an? ([a-z]+ [a-z]+) in the picture", prompt):
+                    assert (answer == "yes") == (found[1] in [i.name for i in record["source"].items])
 
 
 class TestQuestion:

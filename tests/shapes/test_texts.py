@@ -80,7 +80,7 @@ class TestText:
         assert len({str(record) for record in drawn[:200]}) > 180
         unread = {"album", "glossary", "noisy", "dialogue", "two_pictures", "statement",
                   "instruction", "choice", "text_question", "probe", "grounding", "reading",
-                  "questions", "conversation", "detail", "reasoning"}
+                  "questions", "conversation", "detail", "reasoning", "chat"}
         assert set(READ) == {"list", *TASKS} - unread and sum(READ.values()) == 100
         for record in drawn:
             described = [turn["description"] for turn in record.get("turns", ())]

@@ -53,6 +53,24 @@ def instruction(rng, split="train", side=32, kind=None, **dial):
     return conversations.instruction(sample(rng, **dial), rng, kind, side)
 
 
+def asked(scene, rng, split, kinds):
+    """[(kind, (question, answer)), ...]: a question of each of the kinds that the scene allows."""
+    return [(kind, (wording(option, rng, kind, split), option[1])) for kind in kinds
+            if (option := pick(decidable(scene, kind), rng))]
+
+
+def chat(rng, split="train", side=32, **dial):
+    """One picture and four turns in any order: questions, probes, and what a teacher wrote on it."""
+    scene = sample(rng, **dial)
+    context = conversations.teacher_context(scene, rng)
+    pairs = [pair for teach in conversations.TEACHERS.values() for pair in teach(context, rng)]
+    pairs += [pair for _, pair in asked(scene, rng, split, rng.sample(QUESTION_KINDS, 3))]
+    pairs += [(t["prompt"], t["answer"]) for record in rng.sample(probes(scene, rng, None), 2)
+              for t in record["turns"]]
+    return {"turns": dialogue_turns(rng.sample(pairs, 4), scene, side), "kind": "chat",
+            "source": scene}
+
+
 def choice(rng, split="train", side=32, **dial):
     """A question that needs a text, too, with its choices, see `conversations.multiple_choice`.
 
@@ -89,14 +107,12 @@ def question(rng, split="train", side=32, asks=None, kinds=QUESTION_KINDS, **dia
 
     "kind": that of the last question.
     """
-    asks, pairs = asks or (rng.randint(1, 3) if split == "train" else 1), []
-    while not pairs:
+    asks, found = asks or (rng.randint(1, 3) if split == "train" else 1), []
+    while not found:
         scene = sample(rng, **dial)
-        for kind in rng.sample(kinds, asks):
-            if option := pick(decidable(scene, kind), rng):
-                pairs.append((wording(option, rng, kind, split), option[1]))
-                last = kind
-    return {"turns": dialogue_turns(pairs, scene, side), "source": (scene,), "kind": last}
+        found = asked(scene, rng, split, rng.sample(kinds, asks))
+    return {"turns": dialogue_turns([pair for _, pair in found], scene, side), "source": (scene,),
+            "kind": found[-1][0]}
 
 
 def text_question(rng, split="train", side=32, **dial):
@@ -271,7 +287,7 @@ def clip(rng, split="train", side=32, frames=8, kind=None):
 
 
 TASKS = {f.__name__: f for f in
-         (caption, noisy, statement, instruction, choice, album, names, question, text_question,
+         (caption, noisy, statement, instruction, chat, choice, album, names, question, text_question,
           probe, grounding, reading, dialogue, two_pictures, document, episode, glossary, clip)}
 TASKS |= {"questions": partial(question, asks=len(QUESTION_KINDS))}   # of one picture, as LLaVA-1.5
 TASKS |= {kind: partial(instruction, kind=kind) for kind in conversations.TEACHERS}
