@@ -25,11 +25,12 @@ from common.training.optimizer import Recipe
 PRESETS = language.PRESETS | t5.PRESETS
 TRAINS = {"lm": ("*",)}
 ADAMW = Recipe(steps=4000, batch_size=64, lr=3e-3, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
-MUON = replace(ADAMW, optimizer="muon", muon_lr_multiplier=1.25, schedule="linear", steps=1080)
+MUON = replace(ADAMW, optimizer="muon", muon_lr_multiplier=1.25, schedule="linear", steps=2000,
+               batch_size=32)
 # Relative biases grow from 0.1 to several units before a token attends to its neighbour alone, and
 # scores are not scaled, so that the same step of a query moves them K ** 0.5 times as far. Half of
-# the tokens are labels, hence twice the steps.
-T5_MUON = replace(MUON, steps=2000, no_decay=("*_bias.weight",),
+# the tokens are labels, hence twice the batch.
+T5_MUON = replace(MUON, batch_size=64, no_decay=("*_bias.weight",),
                   lr_multipliers={"*_bias.weight": 10, "*.q_proj.weight": 0.3})
 RECIPES = {"tiny": MUON, "small": MUON, "t5-tiny": T5_MUON, "t5-small": T5_MUON, "": ADAMW}
 

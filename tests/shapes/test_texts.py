@@ -56,7 +56,7 @@ class TestText:
                 assert re.fullmatch(r"[^?:]+\?|", turn["prompt"])
                 # Only further questions on the same picture have no description.
                 assert turn["description"] or turn["prompt"] and turn is not record["turns"][0]
-        assert 0.5 < len(pages) / len(drawn) < 0.75
+        assert 0.75 < len(pages) / len(drawn) < 0.9
         assert sum(bool(record["turns"][-1]["prompt"]) for record in pages) > 250
 
     def test_lists_and_episodes_have_any_end_and_episodes_three_forms(self, drawn):
@@ -72,15 +72,15 @@ class TestText:
                 assert {len(name.split()) for name, _ in parts} == {3 if kind == "phrase" else 1}
         assert ends.pop("page") == {"."} and ends.pop("caption")
         assert {"", ".", ","} < {*ENDS}          # recall must not depend on one end
-        assert ends == dict.fromkeys(("list", *FORMS), {*ENDS}) and min(counts.values()) > 30
-        assert abs(counts["list"] - 200) < 40 and abs(sum(map(counts.get, FORMS)) - 200) < 40
+        assert ends == dict.fromkeys(("list", *FORMS), {*ENDS}) and min(counts.values()) > 10
+        assert abs(counts["list"] - 100) < 30 and abs(sum(map(counts.get, FORMS)) - 150) < 35
 
     def test_a_text_is_a_function_of_the_rng_and_names_no_held_out_pair(self, drawn):
         assert drawn[:200] == [text(random.Random(i)) for i in range(200)]
         assert len({str(record) for record in drawn[:200]}) > 180
         unread = {"album", "glossary", "noisy", "dialogue", "two_pictures", "statement",
-                  "instruction", "choice", "text_question", "probe", "grounding", "reading",
-                  "questions", "conversation", "detail", "reasoning", "chat"}
+                  "instruction", "choice", "question", "text_question", "probe", "grounding",
+                  "reading", "conversation", "detail", "reasoning", "chat"}
         assert set(READ) == {"list", *TASKS} - unread and sum(READ.values()) == 100
         for record in drawn:
             described = [turn["description"] for turn in record.get("turns", ())]

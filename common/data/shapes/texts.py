@@ -18,8 +18,10 @@ from common.data.shapes.scene import COLOURS, SHAPES, sample
 from common.data.shapes.words import describe, listed, phrase
 
 # The percentage of each kind of text. Recall is learned suddenly and late, or never; texts that
-# repeat words exactly bring it soonest: hence the lists, and episodes in three forms.
-READ = {"list": 20, "episode": 20, "names": 5, "caption": 10, "question": 30, "document": 10,
+# repeat words exactly bring it soonest: hence the lists, and episodes in three forms. Half of the
+# texts are five questions on one description: yes or no and counts are learned late, too, and what
+# a model cannot answer in words it cannot answer on pictures.
+READ = {"list": 10, "episode": 15, "names": 5, "caption": 5, "questions": 50, "document": 10,
         "clip": 5}
 FORMS = ("phrase", "word", "bare")        # of an episode: what stands for a picture
 ENDS = (".", ",", ";", "!", "?", "")      # after a label: recall must not depend on one of them
