@@ -3,7 +3,8 @@ import itertools
 
 from common.data.shapes.questions import (COUNTS, FORMS, KINDS, YES_NO, decidable, pick, wording,
                                           yes_no)
-from common.data.shapes.scene import COLOURS, PAIRS, SHAPES, Item, dialogue_turns, turn
+from common.data.shapes.scene import (COLOURS, PAIRS, SHAPES, Item, Scene, dialogue_turns,
+                                      turn)
 from common.data.shapes.words import (MARGIN, PLURALS, a_thing, at, describe, listed, matching,
                                       nameable, number_of_objects, pairs_of, phrase, relations,
                                       statements, things, vague)
@@ -44,8 +45,22 @@ def there_are(items, what=None):
     return f"there {'is' if len(items) == 1 else 'are'} {what}"
 
 
+def in_a_sentence(kind, option):
+    """The answer to an option of `questions.decidable`, of existence or count, as a sentence."""
+    _, answer, slots = option
+    if kind == "existence":
+        return f"there is {slots['x'] if answer == 'yes' else 'no ' + slots['x'].split(' ', 1)[1]}."
+    *colour, plural = slots["x"].split()
+    one = {many: shape for shape, many in PLURALS.items()}.get(plural, plural.removesuffix("s"))
+    things = " ".join([answer.replace("zero", "no"), *colour, one if answer == "one" else plural])
+    return f"there {'is' if answer == 'one' else 'are'} {things}."
+
+
 def conversation(context, rng):
-    """[(question, answer), ...], the first on all items; `is_true` can judge each answer."""
+    """[(question, answer), ...], the first on all items; `is_true` can judge each answer.
+
+    Existence and count are also asked in the words of `questions`, without its request for a word.
+    """
     items = items_from_boxes(context)
     absent = rng.choice([p for p in PAIRS if p not in pairs_of(items)])
     pairs = [("can you tell me the number of objects?", f"{there_are(items)}."),
@@ -55,6 +70,9 @@ def conversation(context, rng):
     pairs += [(f"where is the {a.name}, compared to the {b.name}?",
                f"the {a.name} is {r} the {b.name}.")
               for a, b in itertools.permutations(items, 2) for r in relations(a, b, FAR)]
+    for kind in ("existence", "count"):
+        option = pick(decidable(Scene(tuple(items), ""), kind), rng)
+        pairs.append((wording(option, rng, kind, "train"), in_a_sentence(kind, option)))
     first = ("what can you see in the picture?",
              f"{there_are(items, listed([phrase(i, size=True) for i in items]))}.")
     return [first, *rng.sample(pairs, min(3, len(pairs)))]
