@@ -4,9 +4,9 @@
     python lessons/weaknesses.py --runs elsewhere
 
 - counting, relations: questions whose answers are drawn evenly (LLaVA-1.5 and many others).
-- attribute_binding, word_order: the true caption is more probable than the same words with two
-  attributes exchanged or the objects of a relation reversed ("When and why vision-language models
-  behave like bags-of-words", Yuksekgonul et al., 2023).
+- attribute_binding, word_order: the true caption is more probable than the same words, with the
+  colours, sizes or places of two objects exchanged, or the objects of a relation reversed ("When
+  and why vision-language models behave like bags-of-words", Yuksekgonul et al., 2023).
 - hallucination_accuracy: objects of which half are not there (POPE); a model that always says yes
   has a hallucination_yes_rate of 1.
 - same_answer: the prompt is ignored. Smaller is better, unlike the others.
@@ -29,6 +29,8 @@ from common.training.options import parser, run_main                  # noqa: E4
 from lessons import overview                                          # noqa: E402
 
 ASKED = ("colour", "shape")              # of one object; no word is the answer to both
+PAIRS = {"reversed": "word_order",       # kind of a false caption: the figure
+         **{kind: f"attribute_binding/{kind}" for kind in ("colour", "size", "place")}}
 
 
 def even_questions(writer, world, count, template="{}"):
@@ -55,17 +57,21 @@ def true_is_likelier(writer, records):
 
 
 def caption_pairs(writer, world, count):
-    """Attribute binding and word order: `count` test scenes that allow such a false caption."""
-    figures = {}
-    for name, make in (("attribute_binding", swapped_attributes),
-                       ("word_order", lambda *given: swapped_order(*given, "reversed"))):
-        pairs, index = [], 0
-        while len(pairs) < count:
-            rng, index = random.Random(f"{name}/{index}"), index + 1
-            pairs.append(make(world.scene("test", index), rng))
-            pairs = [pair for pair in pairs if pair]
-        figures |= {name: true_is_likelier(writer, pairs), f"{name}_chance": 0.5}
-    return figures
+    """Attribute binding and word order: of each kind the first `count` test scenes that allow it.
+
+    attribute_binding: the mean of its three kinds.
+    """
+    pairs, index = {name: [] for name in PAIRS.values()}, 0
+    while min(map(len, pairs.values())) < count:
+        scene, rng = world.scene("test", index), random.Random(f"pairs/{index}")
+        index += 1
+        for pair in (swapped_attributes(scene, rng), swapped_order(scene, rng, "reversed")):
+            if pair:
+                pairs[PAIRS[pair["kind"]]].append(pair)
+    found = {name: true_is_likelier(writer, own[:count]) for name, own in pairs.items()}
+    bound = [fraction for name, fraction in found.items() if name != "word_order"]
+    found = {"attribute_binding": sum(bound) / len(bound)} | found
+    return found | {f"{name}_chance": 0.5 for name in found}
 
 
 def same_answer(writer, world, count, template="{}"):
@@ -111,16 +117,18 @@ def main():
     args, world, rows = options.parse_args(), Shapes(), {}
     for name, model in overview.MODELS.items():
         measures = {"questions": of_questions, "captions": caption_pairs}
-        for ability in measures.keys() & model.keys():
-            path = args.runs / model[ability]
+        for ability, measure in measures.items():
+            path = args.runs / model.get(ability, "-")
             if (path / "result.json").exists():
+                writer = overview.open_model(name, path)
+                # LLaVA answers in sentences, unless a word is asked for.
                 words = (f"{{}}\n{SHORT_ANSWER}",) * (name == "LLaVA" and ability == "questions")
-                found = measures[ability](overview.open_model(name, path), world, args.count, *words)
+                found = measure(writer, world, args.count, *words)
                 rows[name] = rows.get(name, {}) | found
     if not rows:
         raise ValueError(f"{args.runs}: no finished run of a model that writes")
     figures = [key for key in dict.fromkeys(sum(map(list, rows.values()), []))
-               if "/" not in key and not key.endswith("_chance")]
+               if not key.endswith("_chance") and not key.startswith("hallucination_accuracy/")]
     chances = {key: row.get(f"{key}_chance") for row in rows.values() for key in figures
                if f"{key}_chance" in row}
     lines = [["model", *figures], ["---"] + ["---:"] * len(figures)]
