@@ -234,9 +234,8 @@ def report(runs):
 
 def main():
     """Read the command line; train a bridge, or report on all."""
-    args = parser(__doc__)
-    args.add_argument("name", choices=[*BRIDGES, "report"], metavar="NAME",
-                      help=f"{', '.join(BRIDGES)}, or report")
+    args, names = parser(__doc__), [*BRIDGES, "report"]
+    args.add_argument("name", choices=names, metavar="NAME", help=", ".join(names))
     add_options(args, Flags)
     flags = vars(args.parse_args())
     name, runs = flags.pop("name"), Path(flags["runs"])

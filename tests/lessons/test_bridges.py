@@ -117,19 +117,23 @@ class TestWorded:
         assert not any("kind" in r or r["turns"][0].get("caption") for r in words), "its own words"
 
     @NAMES
-    def test_a_question_is_written_as_it_was_trained(self, built, name, monkeypatch):
-        """The longest text that is encoded for writing stands in the batch for training."""
-        run, encoded = built(name), []
+    def test_a_question_is_written_and_ranked_as_it_was_trained(self, built, name, monkeypatch):
+        """The prompt is the longest text that is encoded."""
+        run, prompts, encoded = built(name), [], []
         source, = run.batches.sources
         record, = draw_tasks(run.world, "question", 1)
-        ids = source.collate([record], [draw_rng(0, 0, 0)])["ids"][0].tolist()
         encode = run.tokenizer.encode
-        monkeypatch.setattr(run.tokenizer, "encode", lambda text: encoded.append(encode(text))
-                            or encoded[-1])
+        monkeypatch.setattr(run.tokenizer, "encode", lambda text: encoded.append(text)
+                            or encode(text))
         writer = bridges.BridgeWriter(bridges.BRIDGES[name], run.model, run.tokenizer)
-        writer.generate([record], max_new_tokens=1)
-        prompt = max(encoded, key=len)
-        assert any(ids[k:k + len(prompt)] == prompt for k in range(len(ids))) and len(prompt) > 3
+        for use in (lambda: source.collate([record], [draw_rng(0, 0, 0)]),
+                    lambda: writer.generate([record], max_new_tokens=1),
+                    lambda: writer.score_candidates([record], [["red"]])):
+            encoded.clear()
+            use()
+            prompts.append(max(encoded, key=len))
+        assert prompts == prompts[:1] * 3 and record["turns"][0]["prompt"] in prompts[0]
+        assert prompts[0].startswith("question: ") == (name != "mixture")
 
 
 class TestStageOf:
@@ -156,8 +160,8 @@ class TestStageOf:
         assert any(key.startswith("lm.blocks") for key in allowed) == (name == "projector-tuned")
 
     def test_the_recipe_is_the_same_for_all(self, built):
-        recipes = [built(name).recipe for name in SOURCES]
-        assert recipes == recipes[:1] * 5 and (recipes[0].lr, recipes[0].optimizer) == (1e-3, "muon")
+        first, *others = [built(name).recipe for name in SOURCES]
+        assert others == [first] * 4 and (first.lr, first.optimizer) == (1e-3, "muon")
         assert bridges.RECIPE.steps == 400 and bridges.RECIPE.batch_size == 32
 
     def test_the_table_of_train_py_is_left_as_it_is(self):
