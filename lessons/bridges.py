@@ -227,8 +227,8 @@ def picture(found, world):
 def report(runs):
     """Print the table and write the picture."""
     found = read_results(runs)
-    print(table(found) + LEGEND)
     picture(found, Shapes()).save(runs / "bridges" / "bridges.png")
+    print(table(found) + LEGEND)
     print(f"picture: {runs / 'bridges' / 'bridges.png'}")
 
 
