@@ -17,8 +17,8 @@ mixture cannot use the frozen language model, so that its text transformer start
 weights; the Q-Former does without its first stage, which would be more samples. Each bridge takes
 the features of CLIP that its paper takes.
 
-A run stands in RUNS/bridges/NAME-SEED; a finished one is not trained again. The report covers all
-seeds that it finds, and writes captions of all bridges to RUNS/bridges/bridges.png.
+A run stands in RUNS/claims/bridge-NAME-SEED; a finished one is not trained again. The report covers all
+seeds that it finds, and writes captions of all bridges to RUNS/claims/bridges.png.
 """
 import dataclasses
 import json
@@ -80,7 +80,7 @@ BRIDGES = {
 # Gates are numbers and need a larger rate than matrices (flamingo.py); no other bridge has them.
 RECIPE = replace(llava.TUNE, steps=400, lr_multipliers={"*_gate": 10.0})
 COUNT = 400                              # test records of a kind
-FLAGS = ("seed", "steps", "batch_size", "device", "precision", "runs", "eval_only")
+FLAGS = ("seed", "steps", "batch_size", "device", "precision", "runs", "out", "eval_only")
 Flags = dataclasses.make_dataclass("Flags", [
     (f.name, f.type, f) for f in dataclasses.fields(Options) if f.name in FLAGS])
 
@@ -177,12 +177,12 @@ def read_results(runs):
     and for runs of different numbers of steps, which are no comparison."""
     found = {name: {} for name in BRIDGES}
     for name, own in found.items():
-        for path in sorted((runs / "bridges").glob(f"{name}-[0-9]*/result.json")):
+        for path in sorted((runs / "claims").glob(f"bridge-{name}-[0-9]*/result.json")):
             *_, last = path.with_name("log.jsonl").read_text().splitlines()
             own[path.parent] = read_json(path) | {"training": json.loads(last)["seconds"]}
     steps = sorted({result["steps"] for own in found.values() for result in own.values()})
     if len(steps) != 1:
-        raise ValueError(f"{runs / 'bridges'}: " + (
+        raise ValueError(f"{runs / 'claims'}: " + (
             f"runs of {' and '.join(map(str, steps))} steps" if steps else "no finished run"))
     return found
 
@@ -227,9 +227,9 @@ def picture(found, world):
 def report(runs):
     """Print the table and write the picture."""
     found = read_results(runs)
-    picture(found, Shapes()).save(runs / "bridges" / "bridges.png")
+    picture(found, Shapes()).save(runs / "claims" / "bridges.png")
     print(table(found) + LEGEND)
-    print(f"picture: {runs / 'bridges' / 'bridges.png'}")
+    print(f"picture: {runs / 'claims' / 'bridges.png'}")
 
 
 def main():
@@ -242,8 +242,8 @@ def main():
     if name == "report":
         return report(runs)
     train.STAGES[f"bridge-{name}"] = stage_of(name)
-    out = runs / "bridges" / f"{name}-{flags['seed']}"
-    return train.train(f"bridge-{name}", Options(**flags, out=str(out), resume=True), began=BEGAN)
+    flags["out"] = flags["out"] or str(runs / "claims" / f"bridge-{name}-{flags['seed']}")
+    return train.train(f"bridge-{name}", Options(**flags, resume=True), began=BEGAN)
 
 
 if __name__ == "__main__":

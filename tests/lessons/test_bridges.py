@@ -173,7 +173,7 @@ class TestMain:
     @pytest.mark.parametrize("name", ["mixture", "projector"])
     def test_a_bridge_is_trained_once_and_measured(self, runs, command, name):
         argv = name, "--seed", "3", "--steps", "2", "--batch_size", "6"
-        out, path = command(*argv), runs / "bridges" / f"{name}-3" / "result.json"
+        out, path = command(*argv), runs / "claims" / f"bridge-{name}-3" / "result.json"
         result, before = json.loads(path.read_text()), path.stat().st_mtime_ns
         assert out.splitlines()[-1] == f"result: {json.dumps(result)}"
         few = {f"vqa_accuracy/{kind}" for kind in QUESTION_KINDS}     # too few to have all kinds
@@ -184,7 +184,7 @@ class TestMain:
 
 
 def write(runs, name, seed, log='{"step": 2, "seconds": 9.5}\n', **result):
-    folder = runs / "bridges" / f"{name}-{seed}"
+    folder = runs / "claims" / f"bridge-{name}-{seed}"
     folder.mkdir(parents=True)
     (folder / "result.json").write_text(json.dumps({"steps": 2} | result))
     (folder / "config.json").write_text(json.dumps({"model": name}))
@@ -218,10 +218,10 @@ class TestReport:
         assert [text for _, text, _ in names[2]] == [*bridges.BRIDGES] and len(lines) == 4
         for _, image, cells in lines:
             assert [right for _, _, right in cells] == [None, None, None, False, True]
-        assert Image.open(tmp_path / "bridges" / "bridges.png").width > 5 * 64
+        assert Image.open(tmp_path / "claims" / "bridges.png").width > 5 * 64
 
     def test_runs_of_different_steps_are_no_comparison(self, tmp_path):
-        with pytest.raises(ValueError, match="bridges: no finished run$"):
+        with pytest.raises(ValueError, match="claims: no finished run$"):
             bridges.read_results(tmp_path)
         write(tmp_path, "gated", 0)
         write(tmp_path, "qformer", 0, steps=30)
