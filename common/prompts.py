@@ -150,6 +150,7 @@ CHAT = ("A chat between a curious {0} and an artificial intelligence assistant. 
 # its markers are texts here. In v0 the loss counts "\n###", which stops an answer, and not the role
 # behind it (the released code does); in ChatML nothing of the other turns (there: their markers).
 # A world's own vocabulary has no new line (common/data/tokenizer.py): there "plain" ends unmarked.
+# "bare" is ours, for a frozen language model that knows no markers: prompts stand as they are.
 TEMPLATES = {
     "house": HOUSE,
     "v0": Template(begin=(START,), system=("{}\n\n",), user=("### Human: ", IMAGES, "{}", "\n"),
@@ -159,6 +160,7 @@ TEMPLATES = {
                    assistant=("ASSISTANT:",), end=(STOP,), image=(PICTURE, "\n"),
                    default_system=CHAT.format("user")),
     "plain": Template(begin=(START,), system=(), user=(IMAGES,), assistant=(), end=("\n",)),
+    "bare": Template(begin=(START,), system=(), user=(IMAGES, "{}"), assistant=(), end=(STOP,)),
     "llama-2": Template(begin=(START, "[INST] "), system=("<<SYS>>\n{}\n<</SYS>>\n\n",),
                         user=(IMAGES, "{}"), later_user=(START, "[INST] ", IMAGES, "{}"),
                         assistant=(" [/INST]",), end=(" ", STOP), image=(PICTURE, "\n"),

@@ -50,6 +50,7 @@ GOLDEN = {        # what is read and what is learned, in turns; capital <S>, </S
            "|Human: Q2\n### Assistant:", "|A2\n###"],
     "v1": ["<S>|SYS USER: <IMAGE>|\nQ1 ASSISTANT:", "|A1</S>", "|USER: Q2 ASSISTANT:", "|A2</S>"],
     "plain": ["<S><IMAGE>", "|A1\n", "", "A2\n"],                        # answers are neighbours
+    "bare": ["<S><IMAGE>|Q1", "|A1</S>", "|Q2", "|A2</S>"],
     "llama-2": ["<S>|[INST] <<SYS>>\nSYS\n<</SYS>>\n\n<IMAGE>|\nQ1 [/INST]", "|A1 </S>",
                 "<S>|[INST] Q2 [/INST]", "|A2 </S>"],
     "chatml": ["|<|im_start|>system\nSYS<|im_end|>\n<|im_start|>user\n<IMAGE>|\nQ1<|im_end|>\n"
@@ -226,7 +227,7 @@ class TestTemplate:
         assert [i for i, label in enumerate(labels) if label != -100] == [2, 3, 4, 5, 6], labels
 
     @pytest.mark.parametrize("name, system", [
-        ("house", ""), ("plain", ""), ("chatml", "You are a helpful assistant."),
+        ("house", ""), ("plain", ""), ("bare", ""), ("chatml", "You are a helpful assistant."),
         ("v0", "A chat between a curious human and an artificial intelligence assistant. The "
                "assistant gives helpful, detailed, and polite answers to the human's questions."),
         ("v1", "A chat between a curious user and an artificial intelligence assistant. The "
@@ -273,12 +274,13 @@ class TestTemplate:
 
 class TestFindTemplate:
     def test_each_name_has_its_template(self):
-        assert list(TEMPLATES) == ["house", "v0", "v1", "plain", "llama-2", "chatml"]
+        assert list(TEMPLATES) == ["house", "v0", "v1", "plain", "bare", "llama-2",
+                                   "chatml"]
         for name, template in TEMPLATES.items():
             assert find_template(name) is template, name
 
     def test_another_name_is_refused_with_those_that_there_are(self):
-        with refused("v2.*house.*v0.*v1.*plain.*llama-2.*chatml"):
+        with refused("v2.*house.*v0.*v1.*plain.*bare.*llama-2.*chatml"):
             find_template("v2")
 
 
