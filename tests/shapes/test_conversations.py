@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from common.data.shapes.conversations import (SURE, TEACHERS, dialogue, instruction,
+from common.data.shapes.conversations import (SURE, TEACHERS, dialogue, in_a_sentence, instruction,
                                               items_from_boxes, multiple_choice, two_scenes)
 from common.data.shapes.scene import COLOURS, SHAPES, sample
 from common.data.shapes.words import is_true
@@ -46,6 +46,19 @@ class TestInstruction:
                     assert is_true(sentence, scene), (sentence, scene)
                 for name in re.findall(r"(\w+ \w+)(?:, compared|\?)", turn["prompt"]):
                     assert name in turn["answer"] or name.split()[0] not in COLOURS
+
+    @pytest.mark.parametrize("kind, answer, x, sentence", [
+        ("existence", "yes", "a red ring", "there is a red ring."),
+        ("existence", "no", "an object", "there is no object."),
+        ("count", "zero", "crosses", "there are no crosses."),
+        ("count", "one", "squares", "there is one square."),
+        ("count", "one", "red objects", "there is one red object."),
+        ("count", "three", "stars", "there are three stars.")])
+    def test_questions_of_the_world_get_sentences(self, kind, answer, x, sentence):
+        assert in_a_sentence(kind, ("a form", answer, {"x": x})) == sentence
+        asked = {turn["prompt"] for scene, rng in many(100, (1, 2))
+                 for turn in instruction(scene, rng, "conversation", side=None)["turns"]}
+        assert any(text.startswith(("is there", "how many")) for text in asked)
 
     def test_reasoning_is_right(self):
         kinds = Counter()

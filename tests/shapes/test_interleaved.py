@@ -24,9 +24,9 @@ from tests.shapes.judge import (NUMBERS, ask_and_answer, blind, held_out, one, p
 LENGTHS = {"caption": {0}, "noisy": {0}, "album": {2, 3}, "names": {4, 5, 6, 7, 8},
            "question": {1, 2, 3}, "text_question": {1, 2, 3}, "probe": {1}, "grounding": {1},
            "reading": {1}, "dialogue": {4}, "two_pictures": {1}, "statement": {1},
-           "instruction": {1, 3, 4}, "choice": {1}, "document": {2, 3, 4},
+           "instruction": {1, 4}, "choice": {1}, "document": {2, 3, 4},
            "episode": {3, 5, 7, 9}, "glossary": {3, 4, 5}, "clip": {1}, "questions": {4, 5},
-           "conversation": {3, 4}, "detail": {1}, "reasoning": {1}, "chat": {4}}
+           "conversation": {4}, "detail": {1}, "reasoning": {1}, "chat": {4}}
 # Tasks that are others with an argument.
 BASES = {"questions": "question", **dict.fromkeys(TEACHERS, "instruction")}
 
