@@ -5,8 +5,8 @@
     python lessons/ablations.py run llava-mlp    the settings of one claim, or one setting
     python lessons/ablations.py report           the verdicts, into lessons/RESULTS.md
 
-Runs are in RUNS/claims/SETTING-SEED; finished ones are skipped and broken ones go on, so a night's
-work may be stopped at any moment. All runs share the frozen CLIP and language models of --runs.
+Runs are in RUNS/claims/SETTING-SEED. Ctrl-C stops all of them; the same command goes on with broken
+ones and skips finished ones. All runs share the frozen CLIP and language models of --runs.
 """
 import os
 import re
@@ -15,6 +15,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,6 +33,7 @@ BEGIN, END = "<!-- claims: begin -->\n", "<!-- claims: end -->\n"     # in RESUL
 # with the same seed, {runs} is --runs. Steps are about a third of a recipe's.
 BLIP = "train.py blip --steps 200 --from vision={runs}/clip"
 FLAMINGO = "train.py flamingo --steps 210"
+INSTRUCT = "train.py blip2-instruct --init {blip2} --steps 200"
 STAGE2 = "train.py llava-stage2 --init {llava-aligned} --steps 300"
 SETTINGS = {
     "contrastive": "train.py clip --steps 200",
@@ -73,9 +75,9 @@ SETTINGS = {
     "blip2-no-stage1": "train.py blip2-stage2 --init none --steps 400",
     "blip2-t5": "train.py blip2-stage2-t5 --init {qformer} --steps 700",
     "blip2-t5-no-stage1": "train.py blip2-stage2-t5 --init none --steps 700",
-    "instructblip": "train.py blip2-instruct --init {blip2} --steps 200",
-    "instructblip-blind": "train.py blip2-instruct --init {blip2} --steps 200 --set qformer_text=false",
-    "instructblip-plain": "train.py blip2-instruct --init {blip2} --steps 200 --set balance=1",
+    "instructblip": INSTRUCT,
+    "instructblip-blind": f"{INSTRUCT} --set qformer_text=false",
+    "instructblip-plain": f"{INSTRUCT} --set balance=1",
 
     "llava-aligned": "train.py llava-stage1 --steps 100",
     "llava-aligned-linear": "train.py llava-stage1 --steps 100 --set projector=linear",
@@ -148,7 +150,7 @@ def wanted(names):
     for name in names or SETTINGS:
         if name not in claims and name not in SETTINGS:
             raise ValueError(f"{name}: no claim of CLAIMS.md and no setting")
-        left += [name] if name in SETTINGS else claims[name].settings
+        left += claims[name].settings if name in claims else [name]   # a few names are both
     while left:
         setting = left.pop()
         found.add(setting)
@@ -161,18 +163,33 @@ def folder(runs, setting, seed):
     return Path(runs) / "claims" / f"{setting}-{seed}"
 
 
+def result_of(runs, setting, seed):
+    """result.json of a finished run; None for one that is missing, broken off, or was made by
+    another command than the setting's, which the first line of its output.txt has."""
+    out, command = folder(runs, setting, seed), SETTINGS[setting]
+    if not (out / "result.json").exists() or not (out / "output.txt").exists():
+        return None
+    result, made = read_json(out / "result.json"), (out / "output.txt").read_text().splitlines()
+    steps = re.search(r"^train.*--steps (\d+)", command)     # --eval_only may have measured others
+    same = made[:1] == [command] and (not steps or int(steps[1]) == result.get("steps"))
+    return result if same else None
+
+
 def make(runs, setting, seed, before):
-    """Wait for the runs `before` and make one, on a thread of its own. True when it is there."""
-    out = folder(runs, setting, seed)
-    if not all(future.result() for future in before):
+    """Make one run on a thread of its own, after those that it needs -> whether it is there."""
+    out, command = folder(runs, setting, seed), SETTINGS[setting]
+    if not all([future.result() for future in before]):
         return False
-    if (out / "result.json").exists():
+    if result_of(runs, setting, seed):
         return True
     places = {name: folder(runs, name, seed) for name in needs(setting)}
-    script, *words = SETTINGS[setting].format(runs=runs, **places).split()
-    words += ["--runs", str(runs), "--resume"] if script == "train.py" else []
+    script, *words = (word.format(runs=runs, **places) for word in command.split())
+    words += ["--runs", str(runs)] if script != "lessons/experiments.py" else []
+    words += ["--resume"] if script == "train.py" else []
     out.mkdir(parents=True, exist_ok=True)
+    (out / "result.json").unlink(missing_ok=True)    # of another command
     with open(out / "output.txt", "w", encoding="utf-8") as output:
+        print(command, file=output, flush=True)
         status = subprocess.run(
             [sys.executable, str(ROOT / script), *words, "--seed", str(seed), "--out", str(out)],
             env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=output, stderr=output).returncode
@@ -186,114 +203,142 @@ def run(names, runs, seeds, jobs):
     for part in ("clip", "lm", "lm-t5-tiny"):
         if not (Path(runs) / part / "result.json").exists():
             stage = part.replace("-t5", " --preset t5")
-            raise ValueError(f"{runs}/{part}: no finished run; python train.py {stage} --runs {runs}")
+            raise ValueError(f"{runs}/{part}: no finished run; train.py {stage} --runs {runs}")
     futures = {}                         # what a run needs is submitted before it, so none waits
     with ThreadPoolExecutor(jobs) as pool:                            # for one that cannot start
-        for seed in range(seeds):
-            for setting in wanted(names):
-                before = [futures[name, seed] for name in needs(setting)]
-                futures[setting, seed] = pool.submit(make, runs, setting, seed, before)
-    return 0 if all(future.result() for future in futures.values()) else 1
+        try:
+            for seed in range(seeds):
+                for setting in wanted(names):
+                    before = [futures[name, seed] for name in needs(setting)]
+                    futures[setting, seed] = pool.submit(make, runs, setting, seed, before)
+            missing = [f"{setting}-{seed}" for (setting, seed), future in futures.items()
+                       if not future.result()]
+        finally:                         # after Ctrl-C no other run starts
+            pool.shutdown(cancel_futures=True)
+    print(f"{len(futures) - len(missing)} of {len(futures)} runs are there", *missing[:1] and
+          ["; missing:", ", ".join(missing)])
+    return 1 if missing else 0
 
 
 # ------------------------------------------------------------------ judging
 
-def values(runs, side):
-    """The figure "SETTING:NAME" of every seed that has it, sorted; "-NAME" with the sign changed."""
+def values(runs, side, seeds, optional=False):
+    """The figure "SETTING:NAME" of every finished run, sorted; "-NAME" with the sign changed.
+
+    Raises ValueError for a run without it, unless it is optional.
+    """
     setting, _, name = side.partition(":")
-    found = []
-    for path in sorted((Path(runs) / "claims").glob(f"{setting}-[0-9]/result.json")):
-        value = read_json(path).get(name.lstrip("-"))
-        found += [] if value is None else [-value if name.startswith("-") else value]
-    return sorted(found)
+    sign, name = -1 if name.startswith("-") else 1, name.lstrip("-")
+    results = [found for seed in range(seeds) if (found := result_of(runs, setting, seed))]
+    if not optional and not all(name in result for result in results):
+        raise ValueError(f"{side}: a run of {setting} has no {name} in its result.json")
+    return sorted(sign * result[name] for result in results if name in result)
+
+
+def levels(runs, side, seeds):
+    """{"chance" and "wrong image": the median of that level of a figure, where it has one}."""
+    base = re.sub(r"(?<=:shots)_\d+$|_reranked$", "", side)          # they share one chance
+    found = {name: values(runs, f"{base}_{end}", seeds, optional=True)
+             for name, end in (("chance", "chance"), ("wrong image", "blind"))}
+    return {name: statistics.median(own) for name, own in found.items() if own}
 
 
 def judge(better, than, by):
-    """The verdict on two sorted lists of values, see CLAIMS.md; "no runs" when one is empty."""
+    """Two sorted lists of values -> the verdict, see CLAIMS.md, and the range of the difference.
+
+    "no runs" and "-" when one of them is empty.
+    """
     if not better or not than:
-        return "no runs"
-    if better[0] - than[-1] >= by:
-        return "reproduced"
-    return "not reproduced" if better[-1] - than[0] < by else "undecided"
+        return "no runs", "-"
+    # Rounded: 0.57 - 0.55 is a little less than 0.02 in floating point.
+    low, high = round(better[0] - than[-1], 9), round(better[-1] - than[0], 9)
+    verdict = "reproduced" if low >= by else "not reproduced" if high < by else "undecided"
+    return verdict, f"{low:+.3f} to {high:+.3f}"
 
 
 def shown(found):
-    """A median with its range: "0.512 (0.500-0.530)"."""
-    if not found:
-        return "-"
-    low, middle, high = found[0], statistics.median(found), found[-1]
-    return f"{middle:.3f} ({low:.3f} to {high:.3f})"
+    """A median with its range: "0.512 (0.500 to 0.530)"."""
+    return f"{statistics.median(found):.3f} ({found[0]:.3f} to {found[-1]:.3f})" if found else "-"
 
 
-def report(runs):
+def report(runs, seeds):
     """The verdicts as Markdown, and a picture for each heading: {heading: (lines, picture)}."""
     found = {}
     for heading, claims in read_claims().items():
-        lines = ["| claim | better | than | by at least | verdict |", "|---|---|---|---|---|"]
-        rows = []
+        lines, rows = ["| claim | better | than | levels | difference | claimed | verdict |",
+                       "|---" * 7 + "|"], []
         for claim in claims:
-            sides = [values(runs, side) for side in (claim.better, claim.than)]
-            verdict = judge(*sides, claim.by)
+            sides = [values(runs, side, seeds) for side in (claim.better, claim.than)]
+            verdict, difference = judge(*sides, claim.by)
+            marks = levels(runs, claim.better, seeds)
+            count = f" (seeds: {len(sides[0])}, {len(sides[1])})" * ({*map(len, sides)} != {seeds})
             cells = [f"{claim.name} ({claim.section}): {claim.says}",
-                     *(f"`{side}` {shown(own)}" for side, own in zip(
-                         (claim.better, claim.than), sides)), f"{claim.by:+.3f}",
-                     f"**{verdict}**" + f" ({min(map(len, sides))} seeds)" * any(sides)]
+                     f"`{claim.better}` {shown(sides[0])}", f"`{claim.than}` {shown(sides[1])}",
+                     ", ".join(f"{name} {value:.3f}" for name, value in marks.items()) or "-",
+                     difference, f"{claim.by:+.3f}", f"**{verdict}**{count}"]
             lines.append(f"| {' | '.join(cells)} |")
-            levels = [level for mark in ("chance", "blind") if (level := values(
-                runs, f"{claim.better}_{mark}"))]
-            rows.append((claim, *sides, verdict, levels))
+            rows.append((claim, *sides, verdict, difference, marks))
         found[heading] = "\n".join(lines), plot(heading, rows)
     return found
 
 
 COLOURS = {"reproduced": GREEN, "not reproduced": RED}
+TOP, HEIGHT, LEFT, RIGHT, WIDTH = 36, 96, 400, 24, 840     # pixels: heading, a claim, margins
 
 
-def plot(title, rows, width=760, height=64, left=300):
-    """A line for each claim: the seeds' values of the better side (filled) and of the other one
-    (open), from the smallest to the largest; chance and the wrong image as gray strokes."""
-    page = Image.new("RGB", (width, 32 + height * len(rows)), "white")
+def plot(title, rows):
+    """A part for each claim: every seed of the better side as a filled dot and of the other one as
+    an open dot, a line over each range; chance and the wrong image as dashed strokes.
+
+    An axis is from 0 to 1, so that lengths compare, unless a number lies outside.
+    """
+    page = Image.new("RGB", (WIDTH, TOP + HEIGHT * len(rows)), "white")
     canvas = ImageDraw.Draw(page)
-    canvas.text((8, 8), f"{title}: filled: better, open: than", fill=INK, font=FONT)
-    for number, (claim, better, than, verdict, levels) in enumerate(rows):
-        top, every = 32 + height * number, [*better, *than, *(v for own in levels for v in own)]
-        colour = COLOURS.get(verdict, INK)
-        canvas.text((8, top + 8), claim.name, fill=INK, font=FONT)
-        canvas.text((8, top + 26), verdict, fill=colour, font=FONT)
-        if not every:
-            continue
-        low, high = min(every), max(every)
+    write = partial(canvas.text, font=FONT, fill=INK)
+    write((8, 10), f"{title}. Filled dots: the side that is said to be better")
+    for number, (claim, better, than, verdict, difference, marks) in enumerate(rows):
+        top, colour = TOP + HEIGHT * number, COLOURS.get(verdict, INK)
+        low, high = min([0, *better, *than, *marks.values()]), max([0, *better, *than])
+        low, high = (0, 1) if low == 0 and high <= 1 else (low, max(high, low + 1e-3))
 
         def place(value):
-            return left + (value - low) / ((high - low) or 1) * (width - left - 60)
-        canvas.line([(left, top + 28), (width - 60, top + 28)], fill=GREY, width=2)
-        for value in (v for own in levels for v in own):
-            canvas.line([(place(value), top + 16), (place(value), top + 40)], fill=GREY, width=3)
-        for own, y, fill in ((better, top + 20, colour), (than, top + 36, "white")):
-            if own:
-                canvas.line([(place(own[0]), y), (place(own[-1]), y)], fill=colour, width=2)
+            return round(LEFT + (value - low) / (high - low) * (WIDTH - RIGHT - LEFT))
+        canvas.line([(0, top), (WIDTH, top)], fill=GREY)
+        for line, text in enumerate((claim.name, verdict, f"difference {difference}",
+                                     f"claimed: at least {claim.by:+.3f}")):
+            write((8, top + 8 + 18 * line), text, fill=colour if text == verdict else INK)
+        for name, value in marks.items():
+            for dash in range(top + 22, top + 58, 6):
+                canvas.line([(place(value), dash), (place(value), dash + 3)], fill=INK)
+            write((place(value), top + (6 if name == "chance" else 58)), name, anchor="ma")
+        same = claim.settings[0] == claim.settings[1]          # then their figures tell them apart
+        for side, own, y, fill in ((claim.better, better, top + 30, colour),
+                                   (claim.than, than, top + 50, "white")):
+            write((LEFT - 12, y), side.split(":")[same], anchor="rm")
+            canvas.line([(LEFT, y), (WIDTH - RIGHT, y)], fill=GREY)
+            canvas.line([(place(value), y) for value in own[:1] + own[-1:]], fill=colour, width=3)
             for x in map(place, own):
-                canvas.ellipse((x - 4, y - 4, x + 4, y + 4), fill=fill, outline=colour, width=2)
-        canvas.text((left, top + 44), f"{low:.3f}", fill=INK, font=FONT)
-        canvas.text((width - 60, top + 44), f"{high:.3f}", fill=INK, font=FONT, anchor="ra")
+                canvas.ellipse((x - 5, y - 5, x + 5, y + 5), fill=fill, outline=colour, width=2)
+        for value, anchor in ((low, "la"), (high, "ra")):
+            write((place(value), top + 76), f"{value:.4g}", anchor=anchor)
     return page
 
 
-def write_report(runs):
+def write_report(runs, seeds):
     """Put the verdicts into RESULTS.md, between its marks, and the pictures beside it."""
     page = RESULTS.read_text(encoding="utf-8")
-    if page.count(BEGIN) != 1 or page.count(END) != 1:
-        raise ValueError(f"{RESULTS}: the marks {BEGIN.strip()} and {END.strip()} are missing")
-    before, rest = page.split(BEGIN)
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"{RESULTS}: no marks {BEGIN.strip()} and {END.strip()}")
     parts = []
-    for heading, (lines, picture) in report(runs).items():
+    for heading, (lines, picture) in report(runs, seeds).items():
         name = "claims-" + re.sub("[^a-z0-9]+", "-", heading.lower().partition("(")[0]).strip("-")
         picture.save(RESULTS.parent / "pictures" / f"{name}.png")
         parts.append(f"### {heading}\n\n{lines}\n\n![the same as a picture: each side's seeds, "
-                     f"chance and a wrong image]({'pictures/' + name}.png)\n\n")
+                     f"chance and a wrong image](pictures/{name}.png)\n\n")
         print(f"{heading}\n{lines}\n")
-    RESULTS.write_text(before + BEGIN + "".join(parts) + END + rest.split(END)[1],
-                       encoding="utf-8")
+    RESULTS.write_text(before + begin + "".join(parts) + end + after, encoding="utf-8")
 
 
 def main():
@@ -306,7 +351,7 @@ def main():
     options.add_argument("--jobs", type=int, default=2, help="runs at a time (default 2)")
     args = options.parse_args()
     if args.command == "report":
-        return write_report(args.runs)
+        return write_report(args.runs, args.seeds)
     return run(args.names, args.runs, args.seeds, args.jobs)
 
 

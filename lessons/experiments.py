@@ -36,7 +36,7 @@ from common.evaluation.writing import Writer                          # noqa: E4
 from common.generation import score_candidates                        # noqa: E402
 from common.language import PRESETS as LANGUAGE_PRESETS, LanguageModel    # noqa: E402
 from common.losses import next_token_loss                             # noqa: E402
-from common.prompts import IGNORED, labels_of                                  # noqa: E402
+from common.prompts import IGNORED, labels_of                        # noqa: E402
 from common.training.checkpoint import write_json                     # noqa: E402
 from common.training.devices import autocast, half_precision          # noqa: E402
 from common.training.optimizer import find_recipe, make_optimizer, set_learning_rate  # noqa: E402
@@ -107,7 +107,8 @@ def prompts(args):
 
     The penalty of a probe is chosen on a fifth of its labelled images (paper, A.3).
     """
-    retriever = clip.from_pretrained(args.run[0])
+    [run] = args.run
+    retriever = clip.from_pretrained(run)
     model, bench = retriever.model, Bench(retriever.tokenizer, retriever.model.config)
     templates, classes = bench.world.templates, len(bench.world.classes)
 
@@ -119,18 +120,21 @@ def prompts(args):
         "accuracy_ensemble": bench.accuracy(zero_shot(templates)),
         "accuracy_single_prompts": statistics.mean(
             bench.accuracy(zero_shot([template])) for template in templates),
-        "kept_under_shift": bench.kept_under_shift(zero_shot(templates))}
+        "kept_under_shift": bench.kept_under_shift(zero_shot(templates)),
+        "accuracy_ensemble_chance": 1 / classes}
 
     def features(records):
         return torch.cat([model.image_features(bench.pixels(records[k:k + 256]))
                           for k in range(0, len(records), 256)])
     world = Shapes(objects=1, image_size=bench.world.image_size)
+    labels = [world.label(world.scene("train", i)) for i in range(100 * classes)]
+    of_class = [[i for i, own in enumerate(labels) if own == label] for label in range(classes)]
     for shots in (1, 4, 16):
-        pool = [world.record("train", i) for i in range(shots * classes)]
-        x, y, fit = features(pool), bench.labels(pool), max(1, shots * classes * 4 // 5)
+        pool = [world.record("train", i) for own in of_class for i in own[:shots]]
+        x, y, fit = features(pool), bench.labels(pool), torch.arange(len(pool)) % 5 < 4
         with torch.enable_grad():
             best = max((10.0 ** k for k in range(-6, 2)), key=lambda l2: retrieval.accuracy(
-                logistic_regression(x[:fit], y[:fit], classes, l2)(x[fit:]), y[fit:]))
+                logistic_regression(x[fit], y[fit], classes, l2)(x[~fit]), y[~fit]))
             predict = logistic_regression(x, y, classes, best)
         figures[f"accuracy_probe_{shots}"] = bench.accuracy(lambda r: predict(features(r)))
     return figures
@@ -240,6 +244,7 @@ def train_objective(kind, seed, **world):
         return torch.cat([model.score(bench.pixels(records[k:k + 256]), bench.phrases)
                           for k in range(0, len(records), 256)])
     return {"zero_shot_accuracy": bench.accuracy(score),
+            "zero_shot_accuracy_chance": 1 / len(bench.world.classes),
             "kept_under_shift": bench.kept_under_shift(score)}
 
 
@@ -262,7 +267,8 @@ def captions(args):
 
 def shots(args):
     """Labels that only the shots define, by a BLIP-2."""
-    return questions.episodes(Writer(*blip2.from_pretrained(args.run[0])), Shapes(), 400)
+    [run] = args.run
+    return questions.episodes(Writer(*blip2.from_pretrained(run)), Shapes(), 400)
 
 
 def written(args, **how):
@@ -271,9 +277,9 @@ def written(args, **how):
     Writes filtered.jsonl (kept web texts), captioned.jsonl (all texts) and both.jsonl (kept ones),
     for --data shapes:texts=FILE. how: options of generation.
     """
-    world = Shapes()
-    writer = Writer(*blip.open_trained(args.run[0], ("lm",)))
-    judge = blip.open_trained(args.run[1], ("itm",))
+    captioner, filter_run = args.run
+    world, writer = Shapes(), Writer(*blip.open_trained(captioner, ("lm",)))
+    judge = blip.open_trained(filter_run, ("itm",))
     rows = blip.capfilt_texts(writer, lambda r: matching.probabilities(*judge, r) > 0.5, world,
                               **how)
     rows = [(json.dumps(capfilt.line(world, index, record)), synthetic, bool(keep),
