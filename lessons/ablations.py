@@ -215,8 +215,8 @@ def run(names, runs, seeds, jobs):
                        if not future.result()]
         finally:                         # after Ctrl-C no other run starts
             pool.shutdown(cancel_futures=True)
-    print(f"{len(futures) - len(missing)} of {len(futures)} runs are there", *missing[:1] and
-          ["; missing:", ", ".join(missing)])
+    print(f"{len(futures) - len(missing)} of {len(futures)} runs are there"
+          + f"; missing: {', '.join(missing)}" * bool(missing))
     return 1 if missing else 0
 
 
