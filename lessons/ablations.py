@@ -43,7 +43,6 @@ SETTINGS = {
     "contrastive-32": "train.py clip --batch_size 32 --steps 1600 --lr 5e-4",
     "contrastive-512": "train.py clip --batch_size 512 --steps 100 --lr 2e-3",
     "sigmoid-32": "train.py clip --batch_size 32 --steps 1600 --lr 5e-4 --set loss=sigmoid",
-
     "flamingo": FLAMINGO,
     "flamingo-open": f"{FLAMINGO} --set gate_init=3",
     "flamingo-mlp": f"{FLAMINGO} --set resampler=mlp",
@@ -51,7 +50,6 @@ SETTINGS = {
     "flamingo-all-images": f"{FLAMINGO} --set only_latest_image=false",
     "flamingo-no-pages": f"{FLAMINGO} --set interleaved=false",
     "flamingo-unfrozen": f"{FLAMINGO} --unfreeze lm.*",
-
     "blip": BLIP,
     "blip-share-all": f"{BLIP} --set sharing=all",
     "blip-share-none": f"{BLIP} --set sharing=none",
@@ -67,7 +65,6 @@ SETTINGS = {
         ("filtered", "written}/filtered"), ("captioned", "written}/captioned"),
         ("both", "written}/both"), ("beams", "written-beams}/both"),
         ("one-model", "written-one-model}/both"))},
-
     "qformer": "train.py blip2-stage1 --steps 130",
     "qformer-no-itg": "train.py blip2-stage1 --steps 130 --losses itc,itm",
     "blip2": "train.py blip2-stage2 --init {qformer} --steps 400",
@@ -78,7 +75,6 @@ SETTINGS = {
     "instructblip": INSTRUCT,
     "instructblip-blind": f"{INSTRUCT} --set qformer_text=false",
     "instructblip-plain": f"{INSTRUCT} --set balance=1",
-
     "llava-aligned": "train.py llava-stage1 --steps 100",
     "llava-aligned-linear": "train.py llava-stage1 --steps 100 --set projector=linear",
     "llava": STAGE2,
@@ -91,7 +87,6 @@ SETTINGS = {
                      "--set mix=conversation=1",
     "llava-tiles": "train.py llava-tiles --init {llava-aligned} --steps 400",
     "llava-whole": "train.py llava-tiles --init {llava-aligned} --steps 400 --set views=pad",
-
     **{f"bridge-{name}": f"lessons/bridges.py {name}" for name in (
         "gated", "mixture", "qformer", "projector", "projector-tuned")},
 }
@@ -178,10 +173,9 @@ def result_of(runs, setting, seed):
 def make(runs, setting, seed, before):
     """Make one run on a thread of its own, after those that it needs -> whether it is there."""
     out, command = folder(runs, setting, seed), SETTINGS[setting]
-    if not all([future.result() for future in before]):
-        return False
-    if result_of(runs, setting, seed):
-        return True
+    ready = all([future.result() for future in before])
+    if not ready or result_of(runs, setting, seed):
+        return ready
     places = {name: folder(runs, name, seed) for name in needs(setting)}
     script, *words = (word.format(runs=runs, **places) for word in command.split())
     words += ["--runs", str(runs)] if script != "lessons/experiments.py" else []

@@ -164,7 +164,8 @@ def runs(tmp_path, monkeypatch, small):
         if out.name in state.broken:
             return SimpleNamespace(returncode=2)
         steps = re.search(r"--steps (\d+)", SMALL[setting])
-        (out / "result.json").write_text(json.dumps({"steps": int(steps[1])} if steps else {"x": 1}))
+        result = {"steps": int(steps[1])} if steps else {"x": 1}
+        (out / "result.json").write_text(json.dumps(result))
         return SimpleNamespace(returncode=0)
     monkeypatch.setattr(ablations, "subprocess", SimpleNamespace(run=run))
     state.names = lambda: sorted(Path(c[c.index("--out") + 1]).name for c in state.made)
