@@ -141,15 +141,13 @@ def wanted(names):
     No names: all. Raises ValueError for a name that is neither.
     """
     claims = {claim.name: claim for own in read_claims().values() for claim in own}
-    found, left = set(), []
-    for name in names or SETTINGS:
-        if name not in claims and name not in SETTINGS:
-            raise ValueError(f"{name}: no claim of CLAIMS.md and no setting")
-        left += claims[name].settings if name in claims else [name]   # a few names are both
-    while left:
-        setting = left.pop()
-        found.add(setting)
-        left += needs(setting)
+    found = set()
+    for name in names or SETTINGS:       # a few names are both
+        found |= {*claims[name].settings} if name in claims else {name}
+    if unknown := found - {*SETTINGS}:
+        raise ValueError(f"{', '.join(sorted(unknown))}: no claim of CLAIMS.md and no setting")
+    for setting in reversed(SETTINGS):   # what a setting needs stands above it
+        found |= {*needs(setting)} if setting in found else set()
     return [setting for setting in SETTINGS if setting in found]
 
 

@@ -43,7 +43,6 @@ from common.training.devices import autocast, half_precision          # noqa: E4
 from common.training.optimizer import find_recipe, make_optimizer, set_learning_rate  # noqa: E402
 from common.training.options import parser, run_main                  # noqa: E402
 
-SHIFTED_STYLES = STYLES[1:]              # of the split "shifted"
 CLIP_STEPS = 200                         # a third of clip.py's recipe
 
 
@@ -93,7 +92,7 @@ class Bench:
         records = self.records[split]
         is_right = (score(records).argmax(dim=1) == self.labels(records)).float()
         styles = [record["source"].style for record in records]
-        groups = SHIFTED_STYLES if split == "shifted" else ("plain",)
+        groups = STYLES[1:] if split == "shifted" else ("plain",)
         return statistics.mean(is_right[[s == style for s in styles]].mean().item()
                                for style in groups)
 
@@ -306,7 +305,8 @@ def main():
     options.add_argument("--out", type=Path, required=True, help="the folder of result.json")
     args = options.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    figures = EXPERIMENTS[args.experiment](args)
+    figures = EXPERIMENTS[args.experiment](args)     # rounded as train.py's: ties stay ties
+    figures = {name: round(value, 4) for name, value in figures.items()}
     write_json(args.out / "result.json", figures)
     print("result:", json.dumps(figures))
 

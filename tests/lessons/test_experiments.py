@@ -259,12 +259,13 @@ class TestWritten:
 
 class TestMain:
     def test_figures_are_written_to_the_folder(self, tmp_path, monkeypatch, capsys):
-        monkeypatch.setitem(experiments.EXPERIMENTS, "words", lambda args: {"seed": args.seed})
+        monkeypatch.setitem(experiments.EXPERIMENTS, "words", lambda args: {
+            "seed": args.seed, "x": 1 / 3})
         monkeypatch.setattr(sys, "argv", ["experiments.py", "words", "--seed", "2", "--out",
                                           str(tmp_path / "a/b")])
         experiments.main()
-        assert json.loads((tmp_path / "a/b/result.json").read_text()) == {"seed": 2}
-        assert capsys.readouterr().out == 'result: {"seed": 2}\n'
+        assert json.loads((tmp_path / "a/b/result.json").read_text()) == {"seed": 2, "x": 0.3333}
+        assert capsys.readouterr().out == 'result: {"seed": 2, "x": 0.3333}\n'
 
     @pytest.mark.parametrize("name, given", [("shots", 0), ("prompts", 2), ("written", 1)])
     def test_too_few_or_many_runs_are_a_users_mistake(self, tmp_path, monkeypatch, name, given):
