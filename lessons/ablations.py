@@ -16,6 +16,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import compress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -303,10 +304,14 @@ def plot(title, rows):
             for dash in range(top + 22, top + 58, 6):
                 canvas.line([(place(value), dash), (place(value), dash + 3)], fill=INK)
             write((place(value), top + (6 if name == "chance" else 58)), name, anchor="ma")
-        same = claim.settings[0] == claim.settings[1]          # then their figures tell them apart
-        for side, own, y, fill in ((claim.better, better, top + 30, colour),
-                                   (claim.than, than, top + 50, "white")):
-            write((LEFT - 12, y), side.split(":")[same], anchor="rm")
+        # What differs, setting or figure or both, names the sides; what they share, the axis.
+        sides = [side.split(":") for side in (claim.better, claim.than)]
+        differs = [a != b for a, b in zip(*sides)]
+        shared = ":".join(part for part in sides[0] if part in sides[1])
+        write(((LEFT + WIDTH - RIGHT) / 2, top + 76), shared, anchor="ma")
+        for side, own, y, fill in ((sides[0], better, top + 30, colour),
+                                   (sides[1], than, top + 50, "white")):
+            write((LEFT - 12, y), ":".join(compress(side, differs)), anchor="rm")
             canvas.line([(LEFT, y), (WIDTH - RIGHT, y)], fill=GREY)
             canvas.line([(place(value), y) for value in own[:1] + own[-1:]], fill=colour, width=3)
             for x in map(place, own):

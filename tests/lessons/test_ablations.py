@@ -349,6 +349,19 @@ class TestPlot:
         changed = np.argwhere((plain != page).any(axis=2)) - (ablations.TOP, 0)
         assert changed[:, 0].min() >= 22 and 60 < changed[:, 0].max() < 76, "its name below"
 
+    @pytest.mark.parametrize("better, than, names, axis", [
+        ("a:x", "b:x", ["a", "b"], "x"), ("a:x", "a:y", ["x", "y"], "a"),
+        ("a:x", "b:y", ["a:x", "b:y"], "")])
+    def test_sides_are_named_by_what_differs(self, monkeypatch, better, than, names, axis):
+        written, text = [], ablations.ImageDraw.ImageDraw.text
+        monkeypatch.setattr(ablations.ImageDraw.ImageDraw, "text", lambda self, at, words, **how: (
+            written.append((how.get("anchor"), words)), text(self, at, words, **how)))
+        claim = Claim("name", "1", "says", better, than, 0.02)
+        ablations.plot("Title", [(claim, [0.9], [0.1], "undecided", "-", {"chance": 0.5})])
+        assert [words for anchor, words in written if anchor == "rm"] == names
+        assert [words for anchor, words in written if anchor == "ma"] == ["chance", axis]
+        assert {"name", "undecided"} <= {words for _, words in written}
+
     def test_claims_without_runs_or_one_value(self):
         for better, than in (([], []), ([0.0], []), ([], [-3.0])):
             self.drawn(better, than, "no runs")
