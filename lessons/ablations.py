@@ -346,7 +346,7 @@ def main():
     options.add_argument("--runs", default="runs", help="where all runs are")
     options.add_argument("--seeds", type=int, default=3, help="0, 1, ... (default 3)")
     options.add_argument("--jobs", type=int, default=2, help="runs at a time (default 2)")
-    args = options.parse_args()
+    args = options.parse_intermixed_args()
     if args.command == "report":
         return write_report(args.runs, args.seeds)
     return run(args.names, args.runs, args.seeds, args.jobs)

@@ -102,12 +102,11 @@ class Bench:
 
 
 @torch.no_grad()
-def prompts(args):
+def prompts(args, run):
     """Prompts, linear probes and robustness of a CLIP.
 
     The penalty of a probe is chosen on a fifth of its labelled images (paper, A.3).
     """
-    [run] = args.run
     retriever = clip.from_pretrained(run)
     model, bench = retriever.model, Bench(retriever.tokenizer, retriever.model.config)
     templates, classes = bench.world.templates, len(bench.world.classes)
@@ -250,19 +249,17 @@ def train_objective(kind, seed, **world):
 
 # ------------------------------------------------------------------ models that write
 
-def shots(args):
+def shots(args, run):
     """Labels that only the shots define, by a BLIP-2."""
-    [run] = args.run
     return questions.episodes(Writer(*blip2.from_pretrained(run)), Shapes(), 400)
 
 
-def written(args, **how):
+def written(args, captioner, filter_run, **how):
     """CapFilt's texts: web texts and those of a captioner, each judged by a filter.
 
     Writes filtered.jsonl (kept web texts), captioned.jsonl (all texts) and both.jsonl (kept ones),
     for --data shapes:texts=FILE. how: options of generation.
     """
-    captioner, filter_run = args.run
     world, writer = Shapes(), Writer(*blip.open_trained(captioner, ("lm",)))
     judge = blip.open_trained(filter_run, ("itm",))
     rows = blip.capfilt_texts(writer, lambda r: matching.probabilities(*judge, r) > 0.5, world,
@@ -285,14 +282,14 @@ def written(args, **how):
     return figures
 
 
-EXPERIMENTS = {
-    "prompts": prompts, "shots": shots, "written": written,
+EXPERIMENTS = {                          # {name: (how many runs it measures, function)}
+    "prompts": (1, prompts), "shots": (1, shots), "written": (2, written),
     # Beam search writes safer texts than nucleus sampling (BLIP, Table 2).
-    "written_beams": partial(written, temperature=0.0, top_p=1.0, num_beams=3, generator=None),
+    "written_beams": (2, partial(written, temperature=0.0, top_p=1.0, num_beams=3, generator=None)),
     # The same encoder on as many pairs; supervised on labelled pictures of one object.
-    "supervised": lambda args: train_objective(Supervised, args.seed, objects=1),
-    "words": lambda args: train_objective(Words, args.seed),
-    "captions": lambda args: train_objective(Captions, args.seed)}
+    "supervised": (0, lambda args: train_objective(Supervised, args.seed, objects=1)),
+    "words": (0, lambda args: train_objective(Words, args.seed)),
+    "captions": (0, lambda args: train_objective(Captions, args.seed))}
 
 
 def main():
@@ -303,10 +300,13 @@ def main():
     options.add_argument("run", nargs="*", help="the folders of the runs that it measures")
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--out", type=Path, required=True, help="the folder of result.json")
-    args = options.parse_args()
+    args = options.parse_intermixed_args()
+    count, experiment = EXPERIMENTS[args.experiment]
+    if len(args.run) != count:
+        raise ValueError(f"{args.experiment} measures {count} runs, {len(args.run)} are given")
     args.out.mkdir(parents=True, exist_ok=True)
-    figures = EXPERIMENTS[args.experiment](args)     # rounded as train.py's: ties stay ties
-    figures = {name: round(value, 4) for name, value in figures.items()}
+    figures = {name: round(value, 4)                 # as train.py's: ties stay ties
+               for name, value in experiment(args, *args.run).items()}
     write_json(args.out / "result.json", figures)
     print("result:", json.dumps(figures))
 

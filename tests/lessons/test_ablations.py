@@ -80,9 +80,9 @@ class TestSettings:
 
     def test_the_other_scripts_do_so_too(self, monkeypatch, tmp_path):
         counts = {}
-        for name in experiments.EXPERIMENTS:
-            monkeypatch.setitem(experiments.EXPERIMENTS, name, lambda args: counts.setdefault(
-                args.experiment, len(args.run)) and {} or {})
+        for name, (count, _) in experiments.EXPERIMENTS.items():
+            monkeypatch.setitem(experiments.EXPERIMENTS, name, (
+                count, lambda args, *runs: {"x": counts.setdefault(args.experiment, len(runs))}))
         for name, command in ablations.SETTINGS.items():
             script, *words = command.split()
             if script == "lessons/experiments.py":

@@ -72,7 +72,7 @@ class TestPrompts:
             return lambda other: torch.full((len(other), classes), -abs(math.log10(l2) + 1))
         monkeypatch.setattr(experiments, "logistic_regression", regression)
         monkeypatch.setattr(experiments.retrieval, "accuracy", lambda scores, y: scores[0, 0])
-        figures = experiments.prompts(SimpleNamespace(run=[made.folder.path]))
+        figures = experiments.prompts(None, made.folder.path)
         assert all(0 <= figures[f"accuracy_probe_{shots}"] <= 1 for shots in (1, 4, 16))
         whole = [own for own in seen if own[0] in (42, 4 * 42, 16 * 42)]
         assert [{*counts.values()} for _, counts, _ in whole] == [{1}, {4}, {16}]
@@ -94,7 +94,7 @@ class TestPrompts:
             torch.eye(42)[[data.world.label(record["source"]) for record in records]]))
         monkeypatch.setattr(experiments, "logistic_regression", lambda x, y, classes, l2: (
             lambda other: torch.zeros(len(other), classes)))
-        figures = experiments.prompts(SimpleNamespace(run=[made.folder.path]))
+        figures = experiments.prompts(None, made.folder.path)
         assert figures["accuracy_ensemble"] == pytest.approx(40 / 42)
         assert figures["accuracy_single_prompts"] == pytest.approx((43 - 18) / 42)
         assert figures["kept_under_shift"] == pytest.approx(1)
@@ -233,8 +233,8 @@ def engine(monkeypatch):
 class TestWritten:
     @pytest.mark.parametrize("name, by", [("written", "by c lm"), ("written_beams", "by c lm 3")])
     def test_three_files_and_what_is_true_and_kept(self, tmp_path, name, by):
-        args = SimpleNamespace(run=["runs/c", "runs/f"], out=tmp_path)
-        figures = experiments.EXPERIMENTS[name](args)
+        count, experiment = experiments.EXPERIMENTS[name]
+        figures = experiment(SimpleNamespace(out=tmp_path), *["runs/c", "runs/f"][:count])
         web = [Shapes().record("web", i) for i in range(7)]
         even, text = range(0, 7, 2), [record["texts"][0] for record in web]
         want = {"filtered": [(i, text[i]) for i in even],
@@ -252,17 +252,17 @@ class TestWritten:
             "written_true": 0, "written_kept_true": 0}
 
     def test_a_filter_that_keeps_nothing(self, tmp_path):
-        figures = experiments.written(SimpleNamespace(run=["c", "other"], out=tmp_path))
+        figures = experiments.written(SimpleNamespace(out=tmp_path), "c", "other")
         assert figures["web_kept"] == figures["web_kept_true"] == 0
         assert (tmp_path / "both.jsonl").read_text() == ""
 
 
 class TestMain:
     def test_figures_are_written_to_the_folder(self, tmp_path, monkeypatch, capsys):
-        monkeypatch.setitem(experiments.EXPERIMENTS, "words", lambda args: {
-            "seed": args.seed, "x": 1 / 3})
+        monkeypatch.setitem(experiments.EXPERIMENTS, "words", (1, lambda args, run: {
+            "seed": args.seed, "x": len(run) / 3}))
         monkeypatch.setattr(sys, "argv", ["experiments.py", "words", "--seed", "2", "--out",
-                                          str(tmp_path / "a/b")])
+                                          str(tmp_path / "a/b"), "r"])
         experiments.main()
         assert json.loads((tmp_path / "a/b/result.json").read_text()) == {"seed": 2, "x": 0.3333}
         assert capsys.readouterr().out == 'result: {"seed": 2, "x": 0.3333}\n'
@@ -271,7 +271,7 @@ class TestMain:
     def test_too_few_or_many_runs_are_a_users_mistake(self, tmp_path, monkeypatch, name, given):
         monkeypatch.setattr(sys, "argv", ["experiments.py", name, *["x"] * given, "--out",
                                           str(tmp_path)])
-        with pytest.raises(ValueError, match="unpack"):
+        with pytest.raises(ValueError, match=f"{name} measures . runs, {given} are given"):
             experiments.main()
         assert not (tmp_path / "result.json").exists()
 
@@ -280,6 +280,6 @@ class TestMain:
         monkeypatch.setattr(experiments, "train_objective",
                             lambda kind, seed, **world: asked.append((kind, seed, world)))
         for name in ("supervised", "words", "captions"):
-            experiments.EXPERIMENTS[name](SimpleNamespace(seed=4))
+            experiments.EXPERIMENTS[name][1](SimpleNamespace(seed=4))
         assert asked == [(experiments.Supervised, 4, {"objects": 1}), (experiments.Words, 4, {}),
                          (experiments.Captions, 4, {})]
