@@ -1,293 +1,367 @@
-"""lessons/ablations.py: each command runs on a small run and prints its table."""
-import functools
+"""lessons/ablations.py: settings, runs, verdicts, tables and pictures of the papers' claims."""
 import json
+import re
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
-import torch
+from PIL import Image
 
-import blip
-import flamingo
 import train
-from common.data.shapes.world import Shapes
-from common.training import options
-from lessons import ablations
-from tests.helpers import assert_close
-from tests.training.runs import build
+from common.training.optimizer import find_recipe
+from common.training.options import with_settings
+from lessons import ablations, experiments
+from lessons.ablations import Claim, folder
 
-HERE = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """An untrained CLIP in a run folder, and a world with small splits."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Shapes, "splits", Shapes.splits | {"single": 84, "shifted": 126})
-        made = build(tmp_path_factory.mktemp("runs"), batch_size=8)
-        train.save(made)
-        yield made.folder.path
-
-
-@pytest.fixture
-def said(monkeypatch, capsys):
-    """said(*argv) is what `python lessons/ablations.py ARGV` prints."""
-    def call(*argv):
-        monkeypatch.setattr(sys, "argv", ["ablations.py", *map(str, argv)])
-        ablations.main()
-        return capsys.readouterr().out
-    return call
+ROOT = Path(__file__).parents[2]
+SMALL = {"a": "train.py clip --steps 3", "b": "train.py blip --init {a} --steps 4",
+         "c": "lessons/experiments.py written {a} {b}", "d": "lessons/bridges.py gated {runs}/x"}
+# The figures of each stage's and experiment's result.json that claims may name.
+RECALL = r"text_to_image_recall@1(_reranked)?"
+FIGURES = {
+    "clip": "zero_shot_accuracy", "blip": rf"caption_accuracy|{RECALL}", "blip2-stage1": RECALL,
+    "flamingo": r"(vqa|document)_accuracy|vqa_accuracy_4_(random|retrieved)_shots|shots_[08]"
+                "|-perplexity_lm",
+    "blip2-stage2": "vqa_accuracy", "blip2-stage2-t5": "vqa_accuracy",
+    "blip2-instruct": "vqa_accuracy(/dialogue)?", "llava-tiles": "reading_accuracy",
+    "llava-stage2": "(vqa|caption)_accuracy|relative_score|one_word_(un)?asked",
+    "prompts": r"accuracy_(ensemble|single_prompts|probe_\d+)|kept_under_shift",
+    **dict.fromkeys(("words", "captions", "supervised"), "zero_shot_accuracy|kept_under_shift"),
+    "shots": "shots_[08]",
+    **dict.fromkeys(("gated", "mixture", "qformer", "projector"), "vqa_accuracy|shots_[08]")}
 
 
-def rows(out):
-    """{name of a row: its four cells}."""
-    lines = [line.rsplit(None, 4) for line in out.splitlines()]
-    return {name.strip(): cells for name, *cells in lines if len(cells) == 4}
+def claims():
+    return [claim for own in ablations.read_claims().values() for claim in own]
 
 
-class TestBench:
-    def test_accuracy_under_shift_is_that_of_each_style(self, run):
-        bench = ablations.Bench(run)
-        records, labels = bench.records["shifted"], bench.labels(bench.records["shifted"])
-        texture = torch.tensor([record["source"].style == "texture" for record in records])
-        scores = torch.eye(42)[labels]
-        scores[texture] = torch.eye(42)[0]   # then the first class is chosen
-        share = (labels[texture] == 0).float().mean()
-        assert_close("accuracy of outline, texture, palette", bench.accuracies(scores, "shifted"),
-                     [1, share, 1])
-
-
-class TestEnsemble:
-    def test_it_shows_every_prompt_and_both_ways_to_average(self, run, said, monkeypatch):
-        def zero_shot(bench, templates):
-            """Scores that depend on the first template and on how many there are."""
-            seed = 7 * len(templates) + Shapes.templates.index(templates[0])
-
-            def score(split):
-                labels = bench.labels(bench.records[split])
-                noise = torch.randn(len(labels), 42, generator=torch.Generator().manual_seed(seed))
-                return 0.1 * (noise + 2 * torch.eye(42)[labels])
-            return score
-        monkeypatch.setattr(ablations.Bench, "zero_shot", zero_shot)
-        table, bench = rows(said("ensemble", "--run", run)), ablations.Bench(run)
-        assert table.pop("accuracy") == ["plain", "outline", "texture", "palette"]
-        plain = {name: float(row[0]) for name, row in table.items()}
-        single = {repr(t): zero_shot(bench, [t])("single") for t in Shapes.templates}
-        scores = single | {
-            "ensemble": zero_shot(bench, Shapes.templates)("single"),
-            "mean of probabilities": sum((bench.model.logit_scale.exp() * score).softmax(dim=1)
-                                         for score in single.values())}
-        want = {name: bench.accuracies(score, "single")[0] for name, score in scores.items()}
-        want["mean of the single prompts"] = sum(want[name] for name in single) / len(single)
-        assert plain == pytest.approx(want, abs=1e-3) and len(set(plain.values())) > 4
-
-
-class TestProbe:
-    def test_it_beats_an_untrained_zero_shot_classifier(self, run, said, monkeypatch):
-        short = functools.partial(ablations.logistic_regression, steps=15)
-        monkeypatch.setattr(ablations, "logistic_regression", short)
-        table = rows(said("probe", "--run", run))
-        assert float(table["linear probe, 64 a class"][0]) > float(table["zero-shot"][0]) + 0.1
-
-
-class TestShift:
-    def test_it_trains_the_same_encoder_with_labels(self, run, said):
-        table = rows(said("shift", "--run", run, "--steps", "2"))
-        assert set(table) == {"accuracy", "zero-shot CLIP", "supervised"}
-        assert all(0 <= float(v) <= 1 for v in table["supervised"])
-
-
-class TestCompare:
-    @pytest.mark.parametrize("argv, stage, steps", [
-        ("batch --pairs 1024", "clip", {"softmax 32": 32, "softmax 128": 8, "softmax 512": 2}),
-        ("sigmoid --pairs 1024", "clip", {"softmax 32": 32, "sigmoid 32": 32}),
-        ("flamingo --steps 9", "flamingo", dict.fromkeys(
-            ("flamingo", "gates open", "all images", "mlp resampler", "every 2nd", "every 4th",
-             "no pages", "lm unfrozen"), 9)),
-        ("blip --steps 9", "blip", dict.fromkeys(
-            ("blip", "random negatives", "hardest negatives", "no soft targets", "no queue",
-             "no momentum", "all shared", "all but cross", "nothing shared"), 9))])
-    def test_it_prints_median_and_range_of_the_seeds(self, monkeypatch, said, argv, stage, steps):
-        asked = {}
-
-        def trained(options, of, name, *flags):
-            asked[name] = of, *flags
-            return dict.fromkeys(figures.values(), (0.3, 0.1, 0.2)[int(name[-1])])
-        figures = getattr(ablations, f"{stage.upper()}_FIGURES")
-        monkeypatch.setattr(ablations, "trained", trained)
-        out = said(*argv.split())
-        assert out.count("0.2 (0.1-0.3)") == len(figures) * len(steps)
-        unit, size = argv.split()[1:]
-        assert f"3 seeds, {int(size):,d} {unit[2:]} each" in out
-        assert all(f"\n{name} " in out for name in steps)
-        assert all(f"-{size}-" in name for name in asked), "other sizes are other runs"
-        assert [(of, flags[1], flags[flags.index("--steps") + 1])
-                for of, *flags in asked.values()] \
-            == [(stage, seed, str(count)) for count in steps.values() for seed in "012"]
-        assert len({frozenset(flags) - set("012") for flags in asked.values()}) == len(steps)
-
-    @pytest.mark.parametrize("model, table, same", [
-        (flamingo, ablations.FLAMINGO, 2), (blip, ablations.BLIP, 1)])   # plain, and --unfreeze
-    def test_variants_are_settings_that_exist(self, model, table, same):
-        tiny = model.PRESETS["tiny"]
-        variants = [options.with_settings(tiny, [flag for flag in flags if "=" in flag])
-                    for flags in table.values()]
-        assert sum(config == tiny for config in variants) == same
-        assert len(set(map(str, variants))) == len(variants) - same + 1
-
-    def test_the_figures_are_those_of_the_models(self):
-        folder = HERE / "common/evaluation"
-        source = "".join((folder / f"{name}.py").read_text()
-                         for name in ("questions", "retrieval", "matching"))
-        for name in {*ablations.CLIP_FIGURES.values(), *ablations.FLAMINGO_FIGURES.values(),
-                     *ablations.BLIP_FIGURES.values()}:
-            assert name.partition("_recall@")[0] in source + "shots_8 seconds step_seconds"
+def put(runs, setting, seed, **figures):
+    """A finished run with these figures."""
+    out, command = folder(runs, setting, seed), ablations.SETTINGS[setting]
+    out.mkdir(parents=True, exist_ok=True)
+    steps = re.search(r"--steps (\d+)", command)
+    figures |= {"steps": int(steps[1])} if steps else {}
+    (out / "output.txt").write_text(f"{command}\nand what it printed\n")
+    (out / "result.json").write_text(json.dumps(figures))
 
 
 @pytest.fixture
-def engine(monkeypatch):
-    """Captioners and filters by name: a caption says who wrote it, a filter keeps even scenes,
-    that of the shared run odd ones."""
-    monkeypatch.setattr(Shapes, "splits", Shapes.splits | {"web": 7})
-    monkeypatch.setattr(ablations.blip_model, "open_trained",
-                        lambda run, losses: (f"{Path(run).name} {losses[0]}", None))
-
-    def texts(writer, keep, world, **how):
-        for i in range(7):
-            record = world.record("web", i) | {"number": i}
-            written = f"by {writer.model} {how.get('num_beams', '')}".strip()
-            for synthetic, text in ((False, record["texts"][0]), (True, written)):
-                row = record | {"texts": [text]}
-                yield i, row, synthetic, keep([row]).item()
-    monkeypatch.setattr(ablations.blip_model, "capfilt_texts", texts)
-    monkeypatch.setattr(ablations.matching, "probabilities", lambda model, tokenizer, records: (
-        torch.tensor([float((r["number"] + ("shared" in model)) % 2 == 0) for r in records])))
+def small(monkeypatch):
+    """Four settings and no claims."""
+    monkeypatch.setattr(ablations, "SETTINGS", SMALL)
+    monkeypatch.setattr(ablations, "read_claims", lambda: {})
 
 
-@pytest.mark.usefixtures("engine")
-class TestCapfilt:
-    def test_each_row_has_its_texts_and_trains_a_new_model(self, tmp_path, said, monkeypatch):
-        made = []
+class TestSettings:
+    def test_train_py_accepts_each_command(self, monkeypatch):
+        asked = []
+        monkeypatch.setattr(train, "train", lambda *given: asked.append(given[:3]))
+        kinds = {name: command.split()[1] for name, command in ablations.SETTINGS.items()}
+        for name, command in ablations.SETTINGS.items():
+            if not command.startswith("train.py"):
+                continue
+            monkeypatch.setattr(sys, "argv", [*command.split(), "--runs", "r", "--resume",
+                                              "--seed", "1", "--out", "o"])
+            assert not train.main(), name
+            stage, options, settings = asked.pop()
+            row = train.STAGES[stage]
+            losses = options.losses or row.losses
+            config = with_settings(row.file.PRESETS["tiny"], [
+                *[f"losses={losses}"] * bool(losses), *row.settings, *settings])
+            find_recipe(row.file.RECIPES, "tiny", (stage, "shapes", losses), {
+                key: getattr(options, key) for key in ("steps", "batch_size", "lr", "optimizer")})
+            assert options.steps and config != row.file.PRESETS["tiny"] or not settings, name
+            for start in ablations.needs(name):      # its weights are of the same model
+                file = train.STAGES.get(kinds[start], row).file
+                assert file is row.file or start.startswith("written"), name
 
-        def trained(args, stage, name, *flags):
-            made.append((stage, name, *flags))
-            return dict.fromkeys(ablations.BLIP_FIGURES.values(), 0.2)
-        monkeypatch.setattr(ablations, "trained", trained)
-        out = said("capfilt", "--runs", tmp_path, "--steps", "9", "--seeds", "1")
-        assert made[0] == ("blip", "shared", "--init", f"{tmp_path}/blip", "--set",
-                           "human_only=true", "--steps", "9")
-        web = [Shapes().record("web", i)["texts"][0] for i in range(7)]
-        every, even = range(7), range(0, 7, 2)
-        by, beams = "by blip-captioner lm", "by blip-captioner lm 3"
-        want = {"none": [(i, web[i]) for i in every], "filter": [(i, web[i]) for i in even],
-                "captioner": [(i, text) for i in every for text in (web[i], by)],
-                "both": [(i, text) for i in even for text in (web[i], by)],
-                "both, beams": [(i, text) for i in even for text in (web[i], beams)],
-                "both, one model": [(i, text) for i in range(1, 7, 2)
-                                    for text in (web[i], "by shared lm")]}
-        for (name, pairs), run in zip(want.items(), made[1:], strict=True):
-            file = run[-3].removeprefix("shapes:texts=")
-            assert run == ("blip", f"{name.replace(' ', '-')}-9-0", "--seed", "0", "--steps", "9",
-                           "--data", f"shapes:texts={file}", "--from", f"vision={tmp_path}/clip")
-            rows = [json.loads(line) for line in Path(file).read_text().splitlines()]
-            assert [(row["scene"], row["text"]) for row in rows] == pairs, name
-            assert f"\n{name} " in out
+    def test_the_other_scripts_do_so_too(self, monkeypatch, tmp_path):
+        counts = {}
+        for name, (count, _) in experiments.EXPERIMENTS.items():
+            monkeypatch.setitem(experiments.EXPERIMENTS, name, (
+                count, lambda args, *runs: {"x": counts.setdefault(args.experiment, len(runs))}))
+        for name, command in ablations.SETTINGS.items():
+            script, *words = command.split()
+            if script == "lessons/experiments.py":
+                monkeypatch.setattr(sys, "argv", [script, *words, "--seed", "1", "--out",
+                                                  str(tmp_path / name)])
+                experiments.main()
+            elif script != "train.py":
+                assert script == "lessons/bridges.py" and name == f"bridge-{words[0]}"
+                path = ROOT / script
+                assert not path.exists() or words[0] in path.read_text()
+        assert counts == {"prompts": 1, "words": 0, "captions": 0, "supervised": 0, "shots": 1,
+                          "written": 2, "written_beams": 2}
 
-    def test_texts_are_written_once_and_counted(self, tmp_path, capsys):
-        args = SimpleNamespace(runs=str(tmp_path))
-        for _ in range(2):
-            file = ablations.write_texts(args, "both", "a", "b", lambda synthetic, keep: keep)
-        truth = [Shapes().record("web", i)["truth"] for i in range(7)]
-        lines = capsys.readouterr().out.splitlines()
-        assert file == tmp_path / "ablations/both.jsonl" and len(lines) == 2
-        assert lines[0] == (f"a web texts: kept {4 / 7:.3f}, true {sum(truth) / 7:.3f} before "
-                            f"and {sum(truth[::2]) / 4:.3f} after")
-
-
-class TestBlip2:
-    """The four commands on BLIP-2 and InstructBLIP."""
-
-    def runs(self, said, monkeypatch, command, figures):
-        """[(stage, name, flags), ...] of the runs that a command makes, and what it prints."""
-        made = []
-        monkeypatch.setattr(ablations, "trained", lambda args, stage, name, *flags: made.append(
-            (stage, name, " ".join(flags))) or dict.fromkeys(figures.values(), 0.2))
-        out = said(command, "--runs", "a", "--steps", "9", "--seeds", "1")
-        assert out.count("0.2 (0.2-0.2)") == len(made) * len(figures)
-        return made
-
-    def test_stage_1_and_a_second_one_from_each(self, said, monkeypatch):
-        both = ablations.STAGE1_FIGURES | ablations.STAGE2_FIGURES
-        made = []
-        monkeypatch.setattr(ablations, "trained", lambda args, stage, name, *flags: made.append(
-            (stage, name, " ".join(flags[2:]))) or dict.fromkeys(both.values(), 0.2))
-        said("stage1", "--runs", "a", "--steps", "9", "--seeds", "1")
-        names = [name for _, name, _ in made]
-        assert names[:5] == ["stage-1-9-0", "without-itg-9-0", *(f"{n}-queries-9-0"
-                                                                 for n in (1, 4, 16))]
-        assert [name for _, name, _ in made[5:]] == [
-            f"from-{name.replace('-9-', '-18-')}" for name in names[:5]]
-        assert made[1] == ("blip2-stage1", names[1], "--steps 9 --losses itc,itm")
-        assert made[9] == ("blip2-stage2", "from-16-queries-18-0",
-                           "--steps 18 --init a/ablations/16-queries-9-0")
-
-    def test_stage_2_with_and_without_the_first(self, said, monkeypatch):
-        made = self.runs(said, monkeypatch, "stage2", ablations.STAGE2_FIGURES)
-        assert [run[:2] for run in made] == [
-            ("blip2-stage2", "decoder-9-0"), ("blip2-stage2", "decoder-without-stage-1-9-0"),
-            ("blip2-stage2-t5", "t5-18-0"), ("blip2-stage2-t5", "t5-without-stage-1-18-0")]
-        assert ["--init none" in flags for *_, flags in made] == [False, True] * 2
-
-    def test_instructions_through_four_queries(self, said, monkeypatch):
-        made = self.runs(said, monkeypatch, "instruct", ablations.INSTRUCT_FIGURES)
-        assert {stage for stage, *_ in made} == {"blip2-instruct"}
-        assert all("--init a/ablations/from-4-queries-9-0" in flags for *_, flags in made)
-        assert "--set qformer_text=false" in made[1][2] and "--set balance=1" in made[2][2]
-
-    def test_shots_of_flamingo_and_of_blip2(self, said, monkeypatch):
-        for file in (ablations.flamingo_model, ablations.blip2_model):
-            monkeypatch.setattr(file, "from_pretrained", lambda path: (path.name, None))
-        monkeypatch.setattr(ablations.questions, "episodes", lambda writer, world, count: {
-            "shots_0": len(writer.model) / 100, "shots_2": 0.5, "shots_4": 0.6, "shots_8": 0.7,
-            "shots_8_shuffled": 0.8, "shots_chance": 0.5})
-        lines = said("shots", "--runs", "a").splitlines()
-        assert lines[1].split() == ["flamingo", "0.080", "0.500", "0.600", "0.700", "0.800"]
-        assert lines[2].split()[:2] == ["blip2-stage2", "0.120"] and len(lines) == 3
+    def test_no_two_are_the_same_run(self):
+        assert len(set(ablations.SETTINGS.values())) == len(ablations.SETTINGS)
+        assert len(ablations.needs("texts-both")) == 1
+        assert ablations.needs("written") == ["captioner", "filter"]
 
 
-class TestTrained:
-    def test_a_run_is_made_once_and_its_step_is_timed_by_its_log(self, tmp_path, monkeypatch):
-        made, out = [], tmp_path / "ablations/a-9-0"
+class TestReadClaims:
+    def test_names_are_unique_and_figures_those_of_the_setting(self):
+        found = claims()
+        assert len({claim.name for claim in found}) == len(found) > 40
+        for claim in found:
+            assert claim.better != claim.than
+            for side in (claim.better, claim.than):
+                setting, _, figure = side.partition(":")
+                kind = ablations.SETTINGS[setting].split()[1]
+                assert re.fullmatch(FIGURES[kind], figure), (claim.name, side)
 
-        def run(command, check):
-            made.append(command[1:])
-            out.mkdir(parents=True)
-            (out / "log.jsonl").write_text("\n".join(
-                f'{{"step": {step}, "seconds": {seconds}}}'
-                for step, seconds in ((10, 5), (15, 7), (25, 27), (30, 28))))
-            (out / "result.json").write_text('{"loss": 3}')
-        monkeypatch.setattr(ablations.subprocess, "run", run)
-        for _ in range(2):
-            args = SimpleNamespace(runs=str(tmp_path))
-            result = ablations.trained(args, "clip", "a-9-0", "--lr", "1")
-            assert result == {"loss": 3, "step_seconds": 0.4}
-        assert made == [[str(HERE / "train.py"), "clip", "--out", str(out), "--runs", str(tmp_path),
-                         "--resume", "--lr", "1"]]
+    @pytest.mark.parametrize("line, message", [
+        ("| a | 1 | says | blip:x | clip:y |", "line 2: six cells"),
+        ("| a | 1 | says | blip:x | blip:y | much |", "line 2: six cells"),
+        ("| a | 1 | says | blip:x | blap:y | 0.1 |", "line 2: no setting blap")])
+    def test_a_line_that_is_none(self, tmp_path, line, message):
+        path = tmp_path / "c.md"
+        path.write_text(f"## A\n{line}\n")
+        with pytest.raises(ValueError, match=message):
+            ablations.read_claims(path)
 
 
-class TestLogisticRegression:
-    def test_it_is_the_minimum_of_the_loss_with_a_penalty_on_standardized_weights(self):
-        scales, shifts = torch.tensor([1e3, 1.0, 1e-3, 3.0, 0.0]), torch.tensor([0, 1e3, 0, -5, 2])
-        labels = torch.tensor([0] * 11 + [1] * 17 + [2] * 23)
-        features = ((torch.randn(51, 5) + 2 * torch.eye(5)[labels]) * scales + shifts).double()
-        predict = ablations.logistic_regression(features, labels, classes=3, l2=0.05)
-        scores, x = predict(features), (features - features.mean(0)) / features.std(0)
-        x = x[:, :4]                     # a constant feature says nothing
-        # At the minimum X^T (p - y) / N = -l2 W, and the bias has no penalty.
-        solution = torch.linalg.lstsq(torch.cat([x, torch.ones(51, 1)], 1), scores).solution
-        wrong = (scores.softmax(1) - torch.eye(3)[labels]) / 51
-        assert_close("gradient of the weights", x.T @ wrong, -0.05 * solution[:4], 1e-5)
-        assert_close("gradient of the bias", wrong.sum(0), torch.zeros(3).double(), 1e-5)
-        assert solution[:4].abs().max() > 0.1
-        assert_close("scores of other features", predict(features[:7]), scores[:7])
+class TestWanted:
+    def test_what_a_run_needs_comes_first(self):
+        order = ablations.wanted([])
+        assert order == list(ablations.SETTINGS)
+        for place, setting in enumerate(order):
+            assert {*ablations.needs(setting)} <= {*order[:place]}, setting
+        assert ablations.wanted(["texts-both"]) == [
+            "blip", "captioner", "filter", "written", "texts-both"]
+
+    def test_of_a_claim_both_sides_even_if_a_setting_has_its_name(self):
+        for claim in claims():
+            assert {*claim.settings} <= {*ablations.wanted([claim.name])}, claim.name
+        assert ablations.wanted(["llava-tiles"]) == ["llava-aligned", "llava-tiles", "llava-whole"]
+        with pytest.raises(ValueError, match="flamingo-x: no claim"):
+            ablations.wanted(["flamingo-x"])
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch, small):
+    """A folder with the parts, and a made-up subprocess that writes result.json.
+
+    runs.made: the command lines. A setting in runs.broken fails.
+    """
+    state = SimpleNamespace(path=tmp_path / "my runs", made=[], broken=set(), seconds=0.0)
+    for part in ("clip", "lm", "lm-t5-tiny"):
+        (state.path / part).mkdir(parents=True)
+        (state.path / part / "result.json").write_text("{}")
+
+    def run(command, env, stdout, stderr):
+        assert env["OMP_NUM_THREADS"] == "1"
+        out = Path(command[command.index("--out") + 1])
+        assert not (out / "result.json").exists()
+        setting, _, seed = out.name.rpartition("-")
+        for name in re.findall("{([abc])}", SMALL[setting]):
+            assert (folder(state.path, name, seed) / "result.json").exists(), "it did not wait"
+        time.sleep(state.seconds)
+        state.made.append(command[1:])
+        if out.name in state.broken:
+            return SimpleNamespace(returncode=2)
+        steps = re.search(r"--steps (\d+)", SMALL[setting])
+        result = {"steps": int(steps[1])} if steps else {"x": 1}
+        (out / "result.json").write_text(json.dumps(result))
+        return SimpleNamespace(returncode=0)
+    monkeypatch.setattr(ablations, "subprocess", SimpleNamespace(run=run))
+    state.names = lambda: sorted(Path(c[c.index("--out") + 1]).name for c in state.made)
+    return state
+
+
+class TestRun:
+    def test_each_is_made_once_with_what_it_needs(self, runs, capsys):
+        runs.seconds = 0.02
+        assert ablations.run([], runs.path, seeds=2, jobs=3) == 0
+        assert runs.names() == [f"{name}-{seed}" for name in "abcd" for seed in (0, 1)]
+        at = {name: str(folder(runs.path, name, 1)) for name in "abcd"}
+        own = {command[-1]: command for command in runs.made}
+        home, train_py = ["--runs", str(runs.path)], str(ROOT / "train.py")
+        assert own[at["a"]] == [train_py, "clip", "--steps", "3", *home, "--resume", "--seed", "1",
+                                "--out", at["a"]]
+        assert own[at["b"]][1:4] == ["blip", "--init", at["a"]]
+        assert own[at["c"]][1:] == ["written", at["a"], at["b"], "--seed", "1", "--out", at["c"]]
+        assert own[at["d"]][1:] == ["gated", f"{runs.path}/x", *home, "--seed", "1", "--out",
+                                    at["d"]]
+        assert ablations.run([], runs.path, seeds=2, jobs=3) == 0 and len(runs.made) == 8
+        assert "8 of 8 runs are there" in capsys.readouterr().out
+
+    @pytest.mark.parametrize("damage", [
+        lambda out: (out / "result.json").unlink(),
+        lambda out: (out / "result.json").write_text('{"steps": 2}'),
+        lambda out: (out / "output.txt").write_text("train.py clip --steps 3 --lr 1\n")])
+    def test_broken_earlier_and_other_ones_are_made_again(self, runs, damage):
+        ablations.run(["b"], runs.path, seeds=1, jobs=1)
+        damage(folder(runs.path, "a", 0))
+        assert ablations.result_of(runs.path, "a", 0) is None
+        assert ablations.run(["b"], runs.path, seeds=1, jobs=1) == 0
+        assert runs.names() == ["a-0", "a-0", "b-0"]
+        assert ablations.result_of(runs.path, "a", 0) == {"steps": 3}
+
+    def test_a_failed_one_stops_those_that_need_it_alone(self, runs, capsys):
+        runs.broken.add("b-0")
+        assert ablations.run([], runs.path, seeds=2, jobs=2) == 1
+        assert runs.names() == ["a-0", "a-1", "b-0", "b-1", "c-1", "d-0", "d-1"]
+        said = capsys.readouterr().out
+        assert f"b, seed 0: failed, see {folder(runs.path, 'b', 0)}/output.txt\n" in said
+        assert said.endswith("6 of 8 runs are there; missing: b-0, c-0\n")
+
+    def test_nothing_else_starts_after_ctrl_c(self, runs, monkeypatch):
+        runs.seconds, seeds = 0.2, iter([["a", "b", "d"]])
+
+        def wanted(names):
+            for settings in seeds:
+                return settings
+            raise KeyboardInterrupt
+        monkeypatch.setattr(ablations, "wanted", wanted)
+        with pytest.raises(KeyboardInterrupt):
+            ablations.run([], runs.path, seeds=2, jobs=1)
+        assert runs.names() in ([], ["a-0"])
+
+    def test_a_missing_part_is_named_with_its_command(self, runs):
+        (runs.path / "lm-t5-tiny/result.json").unlink()
+        with pytest.raises(ValueError, match="train.py lm --preset t5-tiny --runs .*my runs"):
+            ablations.run([], runs.path, seeds=1, jobs=1)
+
+
+@pytest.mark.usefixtures("small")
+class TestValues:
+    def test_they_are_of_finished_runs_sorted_and_perhaps_negative(self, tmp_path):
+        for seed, x in enumerate((0.3, 0.1, 0.2)):
+            put(tmp_path, "a", seed, x=x)
+        (folder(tmp_path, "a", 2) / "result.json").write_text('{"x": 9, "steps": 1}')
+        assert ablations.values(tmp_path, "a:x", 3) == [0.1, 0.3]
+        assert ablations.values(tmp_path, "a:-x", 3) == [-0.3, -0.1]
+        assert ablations.values(tmp_path, "a:x", 1) == [0.3]
+        assert ablations.values(tmp_path, "a:y", 3, optional=True) == []
+        with pytest.raises(ValueError, match="a:y: a run of a has no y"):
+            ablations.values(tmp_path, "a:y", 3)
+
+    def test_levels_of_shots_and_of_reranked_figures_have_shorter_names(self, tmp_path):
+        for seed in range(2):
+            put(tmp_path, "a", seed, shots_chance=0.5, vqa_blind=0.2 + 0.2 * seed, vqa_chance=0.1,
+                **{"recall@1_chance": 0.01})
+        names = ("shots_8", "recall@1_reranked", "recall@1", "vqa", "vqa_4_retrieved_shots")
+        assert [ablations.levels(tmp_path, f"a:{name}", 3) for name in names] == [
+            {"chance": 0.5}, {"chance": 0.01}, {"chance": 0.01},
+            {"chance": 0.1, "wrong image": pytest.approx(0.3)}, {}]
+
+
+class TestJudge:
+    @pytest.mark.parametrize("better, than, by, verdict, difference", [
+        ([0.5, 0.6], [0.3, 0.4], 0.1, "reproduced", "+0.100 to +0.300"),
+        ([0.57], [0.55], 0.02, "reproduced", "+0.020 to +0.020"),          # 0.0199999 in floats
+        ([0.5, 0.6], [0.3, 0.4], 0.11, "undecided", "+0.100 to +0.300"),
+        ([0.5, 0.6], [0.3, 0.4], 0.3, "undecided", "+0.100 to +0.300"),
+        ([0.5, 0.6], [0.3, 0.4], 0.31, "not reproduced", "+0.100 to +0.300"),
+        ([0.5], [0.5], 0.0, "reproduced", "+0.000 to +0.000"),
+        ([0.5], [0.5], 0.001, "not reproduced", "+0.000 to +0.000"),
+        ([0.49, 0.7], [0.3, 0.5], -0.01, "reproduced", "-0.010 to +0.400"),
+        ([0.48, 0.7], [0.3, 0.5], -0.01, "undecided", "-0.020 to +0.400"),
+        ([0.3], [0.4, 0.5], -0.05, "not reproduced", "-0.200 to -0.100"),
+        ([-2.0], [-40.0, -30.0], 0.5, "reproduced", "+28.000 to +38.000"),
+        ([], [0.5], 0.0, "no runs", "-"), ([0.5], [], 0.0, "no runs", "-")])
+    def test_verdicts(self, better, than, by, verdict, difference):
+        assert ablations.judge(better, than, by) == (verdict, difference)
+
+
+@pytest.fixture
+def page(tmp_path, monkeypatch, small):
+    """A RESULTS.md with the marks, and two claims of which one has runs of two seeds of three."""
+    monkeypatch.setattr(ablations, "RESULTS", tmp_path / "RESULTS.md")
+    monkeypatch.setattr(ablations, "read_claims", lambda: {"BLIP-2 (Li et al.)": [
+        Claim("first", "Table 1", "one is better", "a:x", "b:x", 0.02),
+        Claim("second", "2", "less is better", "c:-y", "d:-y", 0.5)]})
+    for seed in range(3):
+        put(tmp_path, "a", seed, x=0.5 + 0.1 * seed, x_chance=0.25)
+        put(tmp_path, "b", seed, x=0.45)
+        if seed < 2:
+            put(tmp_path, "c", seed, y=3.0)
+    (tmp_path / "pictures").mkdir()
+    text = f"before\n\n{ablations.BEGIN}old\n{ablations.END}\nafter\n"
+    (tmp_path / "RESULTS.md").write_text(text)
+    return tmp_path / "RESULTS.md"
+
+
+class TestWriteReport:
+    def test_tables_stand_between_the_marks_and_the_rest_stays(self, page, capsys):
+        ablations.write_report(page.parent, 3)
+        text = page.read_text()
+        assert text.startswith(f"before\n\n{ablations.BEGIN}### BLIP-2 (Li et al.)\n\n| claim |")
+        assert text.endswith(f"(pictures/claims-blip-2.png)\n\n{ablations.END}\nafter\n")
+        rows = [line for line in text.splitlines() if line[:1] == "|"]
+        assert rows[2:] == [
+            "| first (Table 1): one is better | `a:x` 0.600 (0.500 to 0.700) | `b:x` 0.450 (0.450 "
+            "to 0.450) | chance 0.250 | +0.050 to +0.250 | +0.020 | **reproduced** |",
+            "| second (2): less is better | `c:-y` -3.000 (-3.000 to -3.000) | `d:-y` - | - | - | "
+            "+0.500 | **no runs** (seeds: 2, 0) |"]
+        assert {row.count("|") for row in rows} == {8}
+        assert all(row in capsys.readouterr().out for row in rows[2:3])
+        picture = Image.open(page.parent / "pictures/claims-blip-2.png")
+        assert picture.height == ablations.TOP + 2 * ablations.HEIGHT
+        ablations.write_report(page.parent, 3)
+        assert page.read_text() == text
+
+    @pytest.mark.parametrize("text", ["", ablations.BEGIN, f"{ablations.END}{ablations.BEGIN}"])
+    def test_a_page_without_the_marks_stays(self, page, text):
+        page.write_text(text)
+        with pytest.raises(ValueError, match="no marks"):
+            ablations.write_report(page.parent, 3)
+        assert page.read_text() == text
+
+    def test_the_real_page_has_the_marks(self):
+        text = (ROOT / "lessons/RESULTS.md").read_text()
+        assert 0 < text.index(ablations.BEGIN) < text.index(ablations.END)
+
+
+class TestPlot:
+    def drawn(self, better, than, verdict="reproduced", **marks):
+        """The pixels of a plot of one claim, (height, width, 3)."""
+        claim = Claim("name", "1", "says", "a:x", "b:x", 0.02)
+        return np.asarray(ablations.plot("Title", [(claim, better, than, verdict, "-", marks)]))
+
+    def at(self, page, value, low, high, y):
+        """The colour where a value stands, `y` pixels below the top of the claim."""
+        share = (value - low) / (high - low)
+        x = round(ablations.LEFT + share * (ablations.WIDTH - ablations.RIGHT - ablations.LEFT))
+        return tuple(page[ablations.TOP + y, x])
+
+    @pytest.mark.parametrize("low, better, than, high", [
+        (0, [0.3, 0.4, 0.8], [0.1, 0.55, 0.6], 1), (-30, [-2.0], [-30.0, -20.0], 0),
+        (0, [1.5, 2.0], [0.2], 2), (0, [0.5, 0.5], [0.5], 1)])
+    def test_dots_stand_at_their_values(self, low, better, than, high):
+        page = self.drawn(better, than, chance=0.0 if low == 0 else -10.0)
+        for value in better:
+            assert self.at(page, value, low, high, 30) == ablations.GREEN, "filled"
+        for value in than:
+            assert self.at(page, value, low, high, 50) == (255, 255, 255), "open"
+            assert self.at(page, value, low, high, 45) == ablations.GREEN, "its outline"
+        middle = [(own[0] + own[1]) / 2 for own in (better, than) if len(own) > 2]
+        for value, y in zip(middle, (30, 50)):
+            assert self.at(page, value, low, high, y) == ablations.GREEN, "the range"
+
+    def test_levels_are_strokes_with_names(self):
+        plain, page = self.drawn([0.9], [0.7]), self.drawn([0.9], [0.7], **{"wrong image": 0.25})
+        assert self.at(page, 0.25, 0, 1, 23) == ablations.INK
+        changed = np.argwhere((plain != page).any(axis=2)) - (ablations.TOP, 0)
+        assert changed[:, 0].min() >= 22 and 60 < changed[:, 0].max() < 76, "its name below"
+
+    @pytest.mark.parametrize("better, than, names, axis", [
+        ("a:x", "b:x", ["a", "b"], "x"), ("a:x", "a:y", ["x", "y"], "a"),
+        ("a:x", "b:y", ["a:x", "b:y"], "")])
+    def test_sides_are_named_by_what_differs(self, monkeypatch, better, than, names, axis):
+        written, text = [], ablations.ImageDraw.ImageDraw.text
+        monkeypatch.setattr(ablations.ImageDraw.ImageDraw, "text", lambda self, at, words, **how: (
+            written.append((how.get("anchor"), words)), text(self, at, words, **how)))
+        claim = Claim("name", "1", "says", better, than, 0.02)
+        ablations.plot("Title", [(claim, [0.9], [0.1], "undecided", "-", {"chance": 0.5})])
+        assert [words for anchor, words in written if anchor == "rm"] == names
+        assert [words for anchor, words in written if anchor == "ma"] == ["chance", axis]
+        assert {"name", "undecided"} <= {words for _, words in written}
+
+    def test_claims_without_runs_or_one_value(self):
+        for better, than in (([], []), ([0.0], []), ([], [-3.0])):
+            self.drawn(better, than, "no runs")
