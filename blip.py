@@ -58,7 +58,7 @@ from common.evaluation import judging, matching, questions, retrieval, writing
 from common.evaluation.sheet import stack
 from common.prompts import labels_of
 from common.pretrained import blip as pretrained
-from common.pretrained.files import is_published
+from common.pretrained.files import open_weights
 from common.training import checkpoint, options
 from common.training.optimizer import Recipe
 from common.transformer import LayerNorm, LearnedPositions, to_float32, vit_block
@@ -688,10 +688,7 @@ def from_pretrained(path):
 
     Raises ValueError in one line when it is none of them, damaged, or of another model.
     """
-    if is_published(path):
-        config, weights, tokenizer = pretrained.read(path)
-    else:
-        config, tokenizer, weights = checkpoint.open_run(path, "blip")
+    config, tokenizer, weights = open_weights(path, "blip", pretrained.read)
     with torch.device("meta"):           # no time spent on random weights
         model = make_model(checkpoint.config_of(BLIPConfig, config, path))
     checkpoint.load_weights(model, weights, path)

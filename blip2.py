@@ -63,7 +63,7 @@ from common.language import LanguageConfig
 from common.t5 import language_config, make_language
 from common.masks import causal, padding
 from common.pretrained import blip2 as pretrained
-from common.pretrained.files import is_published
+from common.pretrained.files import open_weights
 from common.prompts import QUESTION_PROMPT, Segment, collate, labels_of, render
 from common.training import checkpoint, options
 from common.training.optimizer import Recipe, eval_frozen
@@ -679,10 +679,7 @@ def from_pretrained(path):
 
     Raises ValueError in one line when it is none of them, damaged, or of another model.
     """
-    if is_published(path):
-        config, weights, tokenizer = pretrained.read(path)
-    else:
-        config, tokenizer, weights = checkpoint.open_run(path, "blip2")
+    config, tokenizer, weights = open_weights(path, "blip2", pretrained.read)
     with torch.device("meta"):           # no time spent on random weights
         model = make_model(checkpoint.config_of(BLIP2Config, config, path))
     checkpoint.load_weights(model, weights, path)

@@ -26,6 +26,7 @@ Differs from the paper
 - loss=sigmoid is CLIP with SigLIP's loss (scale starts at 10, bias at -10, no clamp); SigLIP's own
   towers are not here.
 """
+import functools
 import math
 from dataclasses import dataclass, replace
 
@@ -40,7 +41,7 @@ from common.data.images import normalize_pixels
 from common.evaluation import retrieval
 from common.masks import causal
 from common.pretrained import clip as pretrained
-from common.pretrained.files import is_published
+from common.pretrained.files import open_weights
 from common.resnet import ModifiedResNet, freeze_bn_stats
 from common.training import checkpoint, options
 from common.training.optimizer import Recipe
@@ -344,10 +345,8 @@ def from_pretrained(path, act=None):
     act: "gelu" or "quick_gelu", for an open_clip file that does not say which. Raises ValueError in
     one line when it is none of them, damaged, or of another model.
     """
-    if is_published(path):
-        config, weights, tokenizer = pretrained.read(path, act)
-    else:
-        config, tokenizer, weights = checkpoint.open_run(path, "clip")
+    read = functools.partial(pretrained.read, act=act)
+    config, tokenizer, weights = open_weights(path, "clip", read)
     with torch.device("meta"):           # no time spent on random weights
         model = CLIP(checkpoint.config_of(CLIPConfig, config, path))
     checkpoint.load_weights(model, weights, path)

@@ -60,7 +60,7 @@ from common.evaluation.sheet import stack
 from common.language import PRESETS as LANGUAGE_PRESETS
 from common.language import LanguageConfig, LanguageModel
 from common.pretrained import llava as pretrained
-from common.pretrained.files import is_published
+from common.pretrained.files import open_weights
 from common.prompts import IGNORED, STOP, collate, find_template, render
 from common.training import checkpoint, options
 from common.training.devices import to_device
@@ -567,10 +567,7 @@ def from_pretrained(path):
 
     Raises ValueError in one line when it is none of them, damaged, or of another model.
     """
-    if is_published(path):
-        config, weights, tokenizer = pretrained.read(path)
-    else:
-        config, tokenizer, weights = checkpoint.open_run(path, "llava")
+    config, tokenizer, weights = open_weights(path, "llava", pretrained.read)
     with torch.device("meta"):           # no time spent on random weights
         model = LLaVA(checkpoint.config_of(LLaVAConfig, config, path))
     checkpoint.load_weights(model, weights, path)

@@ -40,19 +40,19 @@ from common import transformer
 from common.data.batches import Batches, EvalData, open_world, world_tokenizer
 from common.data.files import Files, Refusals
 from common.data.safe_read import read_json
-from common.data.tokenizer import CLS, DEC, ENC, EOS, PAD
 from common.losses import count_labels
 from common.training import checkpoint, distributed, lm
 from common.training.devices import (autocast, default_workers, find_device, half_precision,
                                      peak_memory, to_device)
-from common.training.optimizer import (find_recipe, freeze, learning_rate, make_optimizer,
-                                       set_learning_rate, store_frozen)
+from common.training.optimizer import (Recipe, find_recipe, freeze, learning_rate,
+                                       make_optimizer, set_learning_rate, store_frozen)
 from common.training.options import add_options, parser, run_main, with_settings
 from common.training.run import (Options, Run, check, open_parts, open_start, restore, save,
-                                 stop_on_signals, with_start)
+                                 stop_on_signals, take_up)
 from common.training.run_folder import RunFolder, default_folder
 
 BEGAN, ROOT = time.time(), Path(__file__).parent
+VOCABULARY = ("vocab_size", "pad_id", "eos_id", "cls_id", "enc_id", "dec_id")      # the tokenizer's
 
 
 @dataclass(frozen=True)
@@ -139,17 +139,12 @@ LISTS = {
 
 # ------------------------------------------------------------------ building a run
 
-def with_vocabulary(config, tokenizer, settings):
-    """A config dataclass with the size and the ids of a tokenizer, as far as it has such fields.
-
-    Raises ValueError for a setting of one of them.
-    """
-    ids = {"vocab_size": len(tokenizer), "pad_id": PAD, "eos_id": EOS, "cls_id": CLS,
-           "enc_id": ENC, "dec_id": DEC}
-    for setting in settings:
-        if setting.partition("=")[0] in ids:
-            raise ValueError(f"--set {setting}: it belongs to the world's tokenizer")
-    return dataclasses.replace(config, **{k: v for k, v in ids.items() if hasattr(config, k)})
+def with_vocabulary(config, tokenizer):
+    """A config dataclass with the size and the ids of a tokenizer, as far as it has such fields."""
+    ids = {name: getattr(tokenizer, name, None) for name in VOCABULARY}
+    ids["vocab_size"] = len(tokenizer)
+    return dataclasses.replace(config, **{k: v for k, v in ids.items()
+                                          if v is not None and hasattr(config, k)})
 
 
 def build(name, options, settings, began):
@@ -158,34 +153,41 @@ def build(name, options, settings, began):
     Raises ValueError for every mistake of the user's, before anything is written.
     """
     stage, device = STAGES[name], distributed.start(find_device(options.device))
+    folder = RunFolder(options.out or default_folder(name, options, options.losses))
+    options, own = take_up(name, stage, options, folder)
     half = half_precision(options.precision, device)
     transformer.ATTENTION = options.attention
     options.check_counts()
     if options.preset not in stage.file.PRESETS:
         raise ValueError(f"--preset {options.preset}: {name} has {', '.join(stage.file.PRESETS)}")
-    options = with_start(stage, options)
-    folder = RunFolder(options.out or default_folder(name, options, options.losses))
-    config, tokenizer = open_start(stage, name, options, folder)
+    config, tokenizer = open_start(stage, name, options, folder, own)
     if options.losses and not hasattr(config, "losses"):
         raise ValueError(f"--losses {options.losses}: {name} has no choice of losses")
-    losses = options.losses or stage.losses
-    settings = [f"losses={losses}"] * bool(losses) + [*stage.settings, *settings]
+    losses = options.losses or not own and stage.losses
+    settings = [f"losses={losses}"] * bool(losses) + [*(() if own else stage.settings), *settings]
+    for setting in settings:
+        if setting.partition("=")[0] in VOCABULARY:
+            raise ValueError(f"--set {setting}: it belongs to the tokenizer")
     config = with_settings(config, settings)
-    config, frozen, tokenizer = open_parts(STAGES, name, options, config, folder, tokenizer)
+    config, frozen, tokenizer = open_parts(STAGES, name, options, config, folder, own, tokenizer)
     world = open_world(options.data, getattr(config, "image_size", 32), options.images,
                        options.skip, options.shuffle, getattr(config, "views", "crop") != "crop")
     if getattr(world, "has_turns", False) and stage.file is not llava:
         raise ValueError(f"--data {options.data}: conversations are for the stages of LLaVA; "
                          f"{name} learns from captions")
     tokenizer = tokenizer or world_tokenizer(world)
-    config = with_vocabulary(config, tokenizer, settings)
-    if "lm" not in frozen and getattr(config, "language", None) and not options.init:
-        new = with_vocabulary(config.language, tokenizer, ())         # of random weights
-        config = dataclasses.replace(config, language=new)
+    if not own and not options.init:     # a start keeps its vocabulary, and tables larger than it
+        config = with_vocabulary(config, tokenizer)
+        if "lm" not in frozen and getattr(config, "language", None):  # of random weights
+            new = with_vocabulary(config.language, tokenizer)
+            config = dataclasses.replace(config, language=new)
     kinds = name, options.data.partition(":")[0], getattr(config, "losses", "")
-    recipe = find_recipe(stage.file.RECIPES, options.preset, kinds,
+    recipes = {"": checkpoint.config_of(Recipe, own.get("recipe"), folder.path)} if own else \
+        stage.file.RECIPES
+    recipe = find_recipe(recipes, options.preset, kinds,
                          {key: getattr(options, key)
-                          for key in ("steps", "batch_size", "lr", "optimizer")})
+                          for key in ("steps", "batch_size", "lr", "optimizer")},
+                         None if own or not isinstance(world, Files) else world.size("train"))
     batches = Batches(stage.file.data_sources(world, tokenizer, config), seed=options.seed,
                       batch_size=recipe.batch_size, accumulate=options.accumulate,
                       rank=distributed.rank(), world_size=distributed.world_size())
@@ -332,6 +334,10 @@ def train(name, options, settings=(), began=None):
             print(f"{name}: {run.recipe.steps} steps of {run.recipe.batch_size} on {run.device} "
                   f"in {'bf16' if run.half else 'fp32'} by {run.optimizer}, in {run.folder.path}\n"
                   f"{run.table}")
+            if run.refused:
+                count, seen = run.world.size("train"), run.recipe.steps * run.recipe.batch_size
+                print(f"{run.world.name}: {count:,} records to learn from, {seen / count:.1f} times "
+                      f"each, pictures of {run.world.image_size} pixels")
             if run.refused and run.world.refused.count:
                 print(f"{run.world.name}: {run.world.refused.summary(run.world.tried)}")
         if not options.eval_only:
@@ -356,7 +362,8 @@ def main():
     args.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings",
                       help="any field of the model's config; may be given again")
     add_options(args, Options)
-    values = vars(args.parse_args())
+    blank = dict.fromkeys(field.name for field in dataclasses.fields(Options))   # None: not given
+    values = vars(args.parse_args(namespace=argparse.Namespace(**blank)))
     name, listing, settings = (values.pop(key) for key in ("stage", "list", "settings"))
     if listing:
         for key, stage in STAGES.items():
@@ -370,7 +377,8 @@ def main():
     began = BEGAN
     try:
         for line in LISTS.get(name, [name]):
-            stage, *flags = (word.format(runs=values["runs"]) for word in line.split())
+            runs = values["runs"] or Options.runs
+            stage, *flags = (word.format(runs=runs) for word in line.split())
             if stage.endswith(".py"):
                 sys.stdout.flush()       # a file gets the script's lines behind ours
                 status = 0 if distributed.rank() else \
@@ -378,7 +386,10 @@ def main():
                 distributed.barrier()    # the next line may need what the script writes
             else:                        # the line's own flags stand above the user's
                 own = vars(args.parse_args([stage, *flags], argparse.Namespace(**values)))
-                status = train(stage, Options(**{key: own[key] for key in values}), settings, began)
+                own = {key: own[key] for key in values if own[key] is not None}
+                options = Options(**own)
+                options.given |= {*own}
+                status = train(stage, options, settings, began)
             if status:
                 return status
             began = time.time()

@@ -30,7 +30,9 @@ class Tokenizer:
     Special tokens are control symbols: no user's text can spell one; code inserts them by id.
     """
 
+    file = "tokenizer.model"             # its name in a run folder; `model` is its bytes
     bos_id, eos_id, pad_id, image_id = BOS, EOS, PAD, IMAGE
+    cls_id, enc_id, dec_id = CLS, ENC, DEC
 
     def __init__(self, model):
         """model: the bytes of a SentencePiece model. Raises ValueError for any other bytes."""

@@ -11,6 +11,7 @@ import functools
 import gzip
 import html
 import itertools
+import json
 import math
 import re
 import unicodedata
@@ -69,6 +70,7 @@ CLIP = Style(
 GPT2 = Style(words=r"'s|'t|'re|'ve|'m|'ll|'d| ?[\p{L}]+| ?[\p{N}]+| ?[^\s\p{L}\p{N}]+"
                    r"|[\s]+(?![^\s])|[\s]+")
 OPT = Style(words=GPT2.words, bos="</s>", eos="</s>", pad="<pad>", others=("<s>", "<unk>"))
+STYLES = {"clip": CLIP, "gpt2": GPT2, "opt": OPT}
 
 
 # A visible character for each byte, in the order of OpenAI's vocabularies: the visible ones of
@@ -86,6 +88,7 @@ class BPE:
     piece is missing that texts need: a byte, a special piece, a part or the result of a merge.
     """
 
+    file = "tokenizer.json"              # its name in a run folder; `model` is its bytes
     image_id = NO_IMAGE
 
     def __init__(self, vocab, merges, style, where="vocab"):
@@ -103,9 +106,18 @@ class BPE:
         self.special = {vocab[piece] for piece in (*special, *style.others) if piece in vocab}
 
     @classmethod
-    def load(cls, folder, style):
-        """Read vocab.json and merges.txt, or tokenizer.json, or OpenAI's file for CLIP."""
+    def load(cls, folder, style=None):
+        """Read vocab.json and merges.txt, or tokenizer.json, or OpenAI's file for CLIP.
+
+        style None: of a run folder, whose tokenizer.json names its style.
+        """
         readers = {("vocab.json", "merges.txt"): read_pair, ("tokenizer.json",): read_tokenizer}
+        if style is None:
+            name = read_json(Path(folder) / cls.file, dict).get("style")
+            if name not in [*STYLES]:    # not a dict's "in": the file may hold a list
+                raise ValueError(f"{Path(folder) / cls.file}: its style is {name!r:.80}, not one "
+                                 f"of {', '.join(STYLES)}")
+            style = STYLES[name]
         if style == CLIP:
             readers[CLIP_FILE,] = read_clip
         for names, reader in readers.items():
@@ -118,6 +130,13 @@ class BPE:
                 return cls(vocab, merges, style, paths[0])
         wanted = ", or ".join(" and ".join(names) for names in readers)
         raise ValueError(f"{folder}: no vocabulary; put {wanted} there")
+
+    @property
+    def model(self):
+        """The bytes of a tokenizer.json with its style."""
+        style = next(name for name, style in STYLES.items() if style == self.style)
+        parts = {"vocab": self.vocab, "merges": [*self.ranks]}
+        return json.dumps({"style": style, "model": parts}).encode()
 
     def __len__(self):
         return len(self.vocab)

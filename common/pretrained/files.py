@@ -18,6 +18,17 @@ def is_published(path):
     return Path(path).is_file() or isinstance(value, dict) and "model_type" in value
 
 
+def open_weights(path, model, read, *messages):
+    """Published weights, or a run of `model` -> (config dict, tokenizer, weights).
+
+    read: the reader of published ones, or None; messages: as of `checkpoint.open_run`.
+    """
+    if read is None or not is_published(path):
+        return checkpoint.open_run(path, model, *messages)
+    config, weights, tokenizer = read(path)
+    return config, tokenizer, weights
+
+
 def given(config, name, default):
     """The value of a field, its default where it is absent or null."""
     value = config.get(name)

@@ -47,6 +47,7 @@ class WordPiece:
     token. Raises ValueError for a piece that is missing or there twice.
     """
 
+    file = "vocab.txt"                   # its name in a run folder; `model` is its bytes
     image_id = NO_IMAGE
 
     def __init__(self, pieces, added=ADDED):
@@ -59,6 +60,7 @@ class WordPiece:
                                                           f"{twice[0]!r:.80} is there twice"))
         self.pad_id, self.unk_id, self.bos_id, self.eos_id = map(self.vocab.get, SPECIAL[:4])
         self.dec_id, self.enc_id = map(self.vocab.get, ADDED)
+        self.cls_id, self.model = self.bos_id, "\n".join([*self.pieces, ""]).encode()
 
     @classmethod
     def load(cls, folder, added=ADDED):

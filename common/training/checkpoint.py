@@ -10,6 +10,8 @@ import torch
 
 from common.data.safe_read import printable, read_json
 from common.data.tokenizer import Tokenizer
+from common.pretrained.bpe import BPE
+from common.pretrained.wordpiece import WordPiece
 
 NAMES = ("last.pt", "previous.pt")
 
@@ -124,8 +126,18 @@ def of_model(described, model, folder):
     return described
 
 
+def open_tokenizer(folder):
+    """The tokenizer of a run: its kind is that of the file that is there."""
+    folder = Path(folder)
+    if (folder / BPE.file).exists():
+        return BPE.load(folder)
+    if (folder / WordPiece.file).exists():
+        return WordPiece.load(folder, added=())
+    return Tokenizer.load(folder / Tokenizer.file)
+
+
 def open_run(folder, model, flag="", command=None):
-    """A finished or unfinished run of `model` -> (config dict, Tokenizer, weights).
+    """A finished or unfinished run of `model` -> (config dict, tokenizer, weights).
 
     flag: the option that named the folder; command: what makes such a run; both for messages.
     Raises ValueError: no run in the folder, one of another model, without a whole checkpoint.
@@ -138,4 +150,4 @@ def open_run(folder, model, flag="", command=None):
     described, state = of_model(read_json(folder / "config.json"), model, folder), newest(folder)
     if state is None:
         raise ValueError(f"{folder}: the run has no checkpoint yet")
-    return described.get("config", {}), Tokenizer.load(folder / "tokenizer.model"), state["model"]
+    return described.get("config", {}), open_tokenizer(folder), state["model"]

@@ -26,19 +26,33 @@ class Recipe:
     muon_lr_multiplier: float = 3.0      # Muon's rate in multiples of lr
     muon_weight_decay: float = 0.05
 
+    def __post_init__(self):
+        for name in ("betas", "no_decay"):                            # JSON has no tuples
+            object.__setattr__(self, name, tuple(getattr(self, name)))
 
-def find_recipe(recipes, preset, kinds, changes):
+
+EPOCHS = 30                              # at most, over records of one's own
+
+
+def find_recipe(recipes, preset, kinds, changes, records=None):
     """The recipe of "PRESET KIND", else of PRESET, else of "", with the user's changes.
 
     kinds: the name of the data and the losses; changes: {"steps", "batch_size", "lr": number or
-    None, "optimizer": name or None}. Raises ValueError for numbers that no run can have. The
-    warm-up is at most a fifth of the steps.
+    None, "optimizer": name or None}; records: the number of the user's own, or None: the batch is
+    then halved to at most a quarter of them, and steps are at most EPOCHS. Raises ValueError for
+    numbers that no run can have. The warm-up is at most a fifth of the steps.
     """
     keys = [*(f"{preset} {kind}" for kind in kinds), preset, ""]
     recipe = next(recipes[key] for key in keys if key in recipes)
     for name, value in changes.items():
         if isinstance(value, (int, float)) and not 0 < value < math.inf:
             raise ValueError(f"--{name} {value}: must be more than 0")
+    batch_size = recipe.batch_size
+    while records and batch_size > records / 4 and batch_size % 2 == 0:
+        batch_size //= 2
+    batch_size = changes.get("batch_size") or batch_size
+    most = max(1, EPOCHS * records // batch_size) if records else recipe.steps
+    recipe = replace(recipe, batch_size=batch_size, steps=min(recipe.steps, most))
     recipe = replace(recipe, **{k: v for k, v in changes.items() if v is not None})
     return replace(recipe, warmup=min(recipe.warmup, recipe.steps // 5))
 

@@ -6,6 +6,7 @@ import math
 import signal
 import time
 import traceback
+import typing
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,8 @@ from tqdm import tqdm
 from common.data.batches import Batches
 from common.data.files import Refusals
 from common.data.safe_read import printable
+from common.data.tokenizer import Tokenizer
+from common.pretrained.files import open_weights
 from common.training import checkpoint, distributed
 from common.training.options import option
 from common.training.run_folder import RunFolder, default_folder, missing_run
@@ -47,16 +50,23 @@ class Options:
     compile: bool = option(False, "torch.compile the model")
     losses: str | None = option(None, "what blip learns: itc,itm,lm; lm alone is a captioner, "
                                 "itc,itm a filter")
-    init: str | None = option(None, "start from the sizes and weights of this run")
+    init: str | None = option(None, "start from this run or these published weights: their sizes, "
+                              "vocabulary, context and picture size are kept")
     parts: tuple = option((), "the run of a part, such as vision=RUN or language=RUN (default "
                           "RUNS/clip, RUNS/lm), vision=none for blip; may be given again",
                           flag="from", append=True, metavar="PART=RUN")
     unfreeze: str = option("", "also train the parameters of these patterns, such as lm.*")
     runs: str = option("runs", "where stages find each other")
     out: str | None = option(None, "the run's folder (default RUNS/STAGE, -DATA and -PRESET added)")
-    resume: bool = option(False, "continue from the folder's last checkpoint")
+    resume: bool = option(False, "continue from the folder's last checkpoint, with the flags that "
+                          "the run began with; a larger --steps lengthens it")
     overwrite: bool = option(False, "delete an earlier run in the folder")
     eval_only: bool = option(False, "measure the folder's checkpoint again, train nothing")
+
+    def __post_init__(self):
+        # The flags of the command line; train.py adds those that repeat a default.
+        self.given = {field.name for field in dataclasses.fields(self)
+                      if getattr(self, field.name) != field.default}
 
     def check_counts(self):
         """Raise ValueError for a number that no run can have."""
@@ -105,28 +115,54 @@ def with_start(stage, options):
     return dataclasses.replace(options, init=None if init == "none" else init)
 
 
-def open_start(stage, name, options, folder):
-    """The config that a run starts from, and its tokenizer or None: the preset's, or --init's."""
-    file, preset = stage.file, stage.file.PRESETS[options.preset]
-    if not options.init:
-        return preset, None
+def take_up(name, stage, options, folder):
+    """(options, config.json of the run in the folder, or None where none is continued).
+
+    What the command line leaves out is as the run began. Raises ValueError for another stage's run.
+    """
+    given, options = options.given, with_start(stage, options)
     own = folder.described() if options.resume or options.eval_only else None
-    if own:                              # the run has a copy of all that it began with
-        checkpoint.of_model(own, file.__name__, folder.path)
-        fields, tokenizer = own["config"], folder.tokenizer()
-    else:
-        fields, tokenizer, _ = checkpoint.open_run(
-            options.init, file.__name__, "--init",
+    if own is None:
+        return options, None
+    checkpoint.of_model(own, stage.file.__name__, folder.path)
+    folder.check_same({"stage": name})
+    began, kinds = own.get("options"), typing.get_type_hints(Options)
+    began = {key: tuple(value) if isinstance(value, list) else value
+             for key, value in (began if isinstance(began, dict) else {}).items()}
+    return dataclasses.replace(options, **{
+        key: value for key, value in began.items()
+        if key in kinds and key not in given and isinstance(value, kinds[key])}), own
+
+
+def open_any(file, path, *messages):
+    """A run of a stage's file, or published weights -> (config dict, tokenizer, weights)."""
+    read = getattr(getattr(file, "pretrained", None), "read", None)
+    return open_weights(path, file.__name__, read, *messages)
+
+
+def open_start(stage, name, options, folder, own):
+    """The config that a run starts from, and its tokenizer or None: the preset's, or --init's.
+
+    own: config.json of a run that is continued; it has a copy of all that it began with.
+    """
+    file, preset = stage.file, stage.file.PRESETS[options.preset]
+    if own:
+        fields, tokenizer = own.get("config"), checkpoint.open_tokenizer(folder.path)
+    elif options.init:
+        fields, tokenizer, _ = open_any(
+            file, options.init, "--init",
             missing_run(stage.init or name, file.PRESETS, options, options.init))
-    return checkpoint.config_of(type(preset), fields, options.init), tokenizer
+    else:
+        return preset, None
+    return checkpoint.config_of(type(preset), fields, options.init or folder.path), tokenizer
 
 
-def open_parts(stages, name, options, config, folder, tokenizer=None):
+def open_parts(stages, name, options, config, folder, own, tokenizer=None):
     """The config with its parts' configs, {module: (weights, folder)}, and their tokenizer or None.
 
-    A run that is resumed has all of them itself. `--from PART=none` leaves out a part that the
-    stage can do without; so does --init. A missing run is a ValueError that names the command that
-    makes it.
+    A run that is continued (own: its config.json) has all of them itself, but no weights before its
+    first checkpoint. `--from PART=none` leaves out a part that the stage can do without; so does
+    --init. A missing run is a ValueError that names the command that makes it.
     """
     stage = stages[name]
     given = dict(part.partition("=")[::2] for part in options.parts)
@@ -135,34 +171,31 @@ def open_parts(stages, name, options, config, folder, tokenizer=None):
             raise ValueError(f"--from {part}={run}: write PART=RUN with one of "
                              f"{', '.join(stage.parts) or 'no parts'}")
     frozen = {}
-    resumed = (options.resume or options.eval_only) and folder.described()
-    if resumed:
-        checkpoint.of_model(resumed, stage.file.__name__, folder.path)
     for part, (source, module, *prefix) in stage.parts.items():
-        if part in stage.optional and not resumed and (
+        if own and folder.has_checkpoint() or part in stage.optional and (
                 given.get(part) == "none" or options.init and part not in given):
             continue
-        if resumed:
-            own, known = resumed["config"][part], folder.tokenizer()
-        else:
-            wanted = dataclasses.replace(options, preset="-".join([*prefix, options.preset]))
-            where = given.get(part) or default_folder(source, wanted)
-            own, known, weights = checkpoint.open_run(
-                where, stages[source].file.__name__, f"--from {part}={where}:",
-                missing_run(source, stages[source].file.PRESETS, wanted, where))
-            if prefix and own.get("kind") not in prefix:
-                raise ValueError(f"--from {part}={where}: a {own.get('kind')}; {name} needs a "
-                                 f"{prefix[0]}")
-            frozen[module] = weights, where
-        tokenizer = known if part == "language" else tokenizer or known
-        config = dataclasses.replace(config, **{part: own})
+        file, wanted = stages[source].file, dataclasses.replace(
+            options, preset="-".join([*prefix, options.preset]))
+        where = given.get(part) or default_folder(source, wanted)
+        fields, known, weights = open_any(
+            file, where, f"--from {part}={where}:",
+            missing_run(source, file.PRESETS, wanted, where))
+        if prefix and fields.get("kind") not in prefix:
+            raise ValueError(f"--from {part}={where}: a {fields.get('kind')}; {name} needs a "
+                             f"{prefix[0]}")
+        frozen[module] = weights, where
+        if not own:                      # a published image encoder's vocabulary is for its texts
+            if part == "language" or tokenizer is None and type(known) is Tokenizer:
+                tokenizer = known
+            config = dataclasses.replace(config, **{part: fields})
     return config, frozen, tokenizer
 
 
 def describe(run):
     """What config.json says: all that a resumed run must share with the one that began."""
     keys = ["preset", "data", "seed", "accumulate", "init", "unfreeze"]
-    keys += ["images", "shuffle"] if run.refused else []
+    keys += ["images", "shuffle"] * bool(run.refused) + ["parts"] * bool(run.options.parts)
     options = {key: getattr(run.options, key) for key in keys}
     options["precision"] = "bf16" if run.half else "fp32"
     if run.refused:
@@ -181,7 +214,14 @@ def restore(run):
     if options.eval_only and state is None:
         raise ValueError(f"{folder.path}: no checkpoint to measure")
     if state is not None:
-        folder.check_same(describe(run), without="recipe" if options.eval_only else None)
+        lengthened = describe(run)
+        before, steps = folder.described().get("recipe", {}).get("steps", 0), run.recipe.steps
+        if steps > before and not options.eval_only:
+            if state["step"] >= before:
+                raise ValueError(f"--steps {steps}: the run in {folder.path} has ended after "
+                                 f"{before}; --init {folder.path} starts another from it")
+            lengthened["recipe"]["steps"] = before
+        folder.check_same(lengthened, without="recipe" if options.eval_only else None)
         checkpoint.load_weights(run.model, state["model"], folder.path)
         try:
             run.optimizer.load_state_dict(state["optimizer"])
@@ -197,7 +237,7 @@ def restore(run):
         if distributed.rank() == 0:
             print(f"resumed from step {run.step}")
     elif options.init:
-        weights = checkpoint.open_run(options.init, run.stage.file.__name__)[2]
+        weights = open_any(run.stage.file, options.init)[2]
         weights = run.model.adapt(weights) if hasattr(run.model, "adapt") else weights
         weights |= {name: value for name, value in run.model.state_dict().items()
                     if name.startswith(tuple(f"{part}." for part in run.given))}

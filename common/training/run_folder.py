@@ -5,10 +5,12 @@ from pathlib import Path
 from common.data.files import FORMATS
 from common.data.safe_read import read_json
 from common.data.tokenizer import Tokenizer
+from common.pretrained.bpe import BPE
+from common.pretrained.wordpiece import WordPiece
 from common.training import checkpoint, distributed
 
-FILES = ("config.json", "tokenizer.model", "log.jsonl", *checkpoint.NAMES, "result.json",
-         "samples.png", "search.png")
+FILES = ("config.json", Tokenizer.file, BPE.file, WordPiece.file, "log.jsonl", *checkpoint.NAMES,
+         "result.json", "samples.png", "search.png")
 FINE_TUNED = {"lm": "captioner", "itc,itm": "filter"}      # by --losses (BLIP, 3.3)
 
 
@@ -37,7 +39,7 @@ def missing_run(stage, presets, options, where):
 
 
 class RunFolder:
-    """config.json, tokenizer.model, log.jsonl and checkpoints; rank 0 alone writes."""
+    """config.json, the tokenizer, log.jsonl and checkpoints; rank 0 alone writes."""
 
     def __init__(self, path):
         self.path = Path(path)
@@ -47,21 +49,21 @@ class RunFolder:
 
         Raises ValueError when a run is in the folder and neither resume nor overwrite is set.
         """
-        there = any((self.path / name).exists() for name in ("config.json", *checkpoint.NAMES))
+        there = (self.path / "config.json").exists() or self.has_checkpoint()
         if there and not resume and not overwrite:
             done = (self.path / "result.json").exists()
             raise ValueError(f"{self.path}: holds {'a finished' if done else 'an unfinished'} run; "
                              "--resume continues it, --overwrite deletes it")
         return checkpoint.newest(self.path) if resume else None
 
+    def has_checkpoint(self):
+        """Whether the run in the folder has come as far as its first checkpoint."""
+        return any((self.path / name).exists() for name in checkpoint.NAMES)
+
     def described(self):
         """config.json of the run in the folder; None when there is none."""
         path = self.path / "config.json"
         return read_json(path) if path.exists() else None
-
-    def tokenizer(self):
-        """The run's tokenizer."""
-        return Tokenizer.load(self.path / "tokenizer.model")
 
     def check_same(self, described, without=None):
         """Raise ValueError when the run in the folder differs in a part of config.json."""
@@ -74,7 +76,7 @@ class RunFolder:
                                     for key, value in now.items() if old.get(key) != value)
                 else:
                     old = f"{old}, not {now}"
-                raise ValueError(f"{self.path}: began with {part} {old}; repeat its flags, or "
+                raise ValueError(f"{self.path}: began with {part} {old}; leave that flag out, or "
                                  "choose another --out")
 
     def begin(self, described, tokenizer, step, overwrite):
@@ -86,9 +88,9 @@ class RunFolder:
             for name in (*FILES, *(f"{name}.part" for name in FILES)):
                 (self.path / name).unlink(missing_ok=True)
         self.path.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_json(self.path / "config.json", described)
-        checkpoint.write(self.path / "tokenizer.model",
+        checkpoint.write(self.path / tokenizer.file,
                          lambda part: part.write_bytes(tokenizer.model))
+        checkpoint.write_json(self.path / "config.json", described)    # last: it makes it a run
         log = self.path / "log.jsonl"
         lines = log.read_text().splitlines() if log.exists() else []
         kept = [f"{line}\n" for line in lines                # a kill may have cut the last line

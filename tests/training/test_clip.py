@@ -126,7 +126,8 @@ class TestMain:
         for flag in ("--resume", "--eval_only"):
             status, out, err = command("train.py", *flags, *stages, flag)
             assert status == 0 and "resumed from step 2\n" in out, err
-        assert "stages=[1, 1, 2, 1] (now [])" in mistake("train.py", *flags, "--resume")
+        assert "stages=[1, 1, 2, 1] (now [2, 1, 1, 1])" in mistake(
+            "train.py", *flags, "--set", "stages=2,1,1,1", "--resume")
         config = clip.from_pretrained("resnet").model.config
         assert config == CLIPConfig(**read_json("resnet/config.json")["config"])
         assert config.stages == (1, 1, 2, 1)

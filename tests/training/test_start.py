@@ -1,0 +1,187 @@
+"""Starting from a run or from published weights, and continuing a run without its flags."""
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+import clip
+import train
+from clip import CLIP, CLIPConfig
+from common.data.safe_read import read_json
+from common.pretrained.bpe import BPE
+from common.pretrained.bpe import CLIP as STYLE
+from common.training import checkpoint
+from tests.fuzz import damages, one_line
+from tests.helpers import assert_close, command, listed, mistake
+from tests.parity import hugging_face_layout
+from tests.pretrained.writers import byte_vocabulary, write_safetensors, write_vocabulary
+from tests.training.runs import TOY, assert_same, build, log, own, weights
+
+MERGES = [tuple(pair.split()) for pair in ("n u", "m b", "e r</w>", "nu mb", "numb er</w>")]
+FIELDS = dict(image_size=15, patch_size=5, vision_width=12, vision_layers=1, vision_heads=3,
+              text_width=10, text_layers=1, text_heads=2, context_length=11, vocab_size=523,
+              eos_id=518, embed_dim=7, act="quick_gelu")        # five rows more than pieces
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """(the folder of a published CLIP with CLIP's kind of vocabulary, its weights)."""
+    folder = tmp_path_factory.mktemp("published")
+    write_vocabulary(folder, byte_vocabulary(STYLE, MERGES), MERGES)
+    f = FIELDS
+    (folder / "config.json").write_text(json.dumps({
+        "model_type": "clip", "projection_dim": f["embed_dim"], "text_config": {
+            "hidden_size": f["text_width"], "num_hidden_layers": 1, "num_attention_heads": 2,
+            "vocab_size": f["vocab_size"], "max_position_embeddings": f["context_length"]},
+        "vision_config": {
+            "hidden_size": f["vision_width"], "num_hidden_layers": 1, "num_attention_heads": 3,
+            "image_size": f["image_size"], "patch_size": f["patch_size"]}}))
+    model = CLIP(CLIPConfig(**FIELDS))
+    write_safetensors(folder / "model.safetensors",
+                      hugging_face_layout.clip(model.state_dict(), FIELDS))
+    return folder, model.state_dict()
+
+
+def begun(folder, **more):
+    """A run of `build`, without settings of its own."""
+    values = {"precision": "fp32", "out": str(folder)} | more
+    return train.build("clip", train.Options(**values), [], 0.0)
+
+
+class TestOpenStart:
+    def test_a_run_of_other_words_keeps_its_vocabulary_sizes_and_weights(self, tmp_path):
+        first = build(tmp_path / "first", "context_length=9", "image_size=24")
+        train.save(first)
+        run = begun(tmp_path / "second", data=listed(tmp_path / "data", 40), batch_size=6,
+                    init=str(first.folder.path))
+        assert run.tokenizer.model == first.tokenizer.model and run.config == first.config
+        assert run.batches[0][0]["images"].shape == (6, 3, 24, 24)
+        assert_same("weights", run.model.state_dict(), first.model.state_dict())
+
+    def test_a_published_model_keeps_its_own_in_the_run_and_after_it(self, tmp_path, published):
+        path, ours = published
+        run = begun(tmp_path / "run", data=listed(tmp_path / "data", 40), init=str(path))
+        assert run.config == CLIPConfig(**FIELDS), "rows without a piece are kept"
+        assert_same("weights", run.model.state_dict(), ours)
+        batch, = run.batches[0]
+        assert batch["images"].shape == (8, 3, 15, 15) and batch["ids"].shape[1] <= 11
+        known = BPE.load(path, STYLE)
+        wanted = [known.batch([f"number {n}"], 11)[0].tolist() for n in range(40)]
+        assert all([i for i in row if i] in wanted for row in batch["ids"].tolist()), "0 pads"
+        train.save(run)
+        trained = clip.from_pretrained(run.folder.path)
+        assert trained.model.config == run.config and trained.tokenizer.vocab == known.vocab
+        assert trained.tokenizer.encode("Number 12 &amp; 猫") == known.encode("number 12 & 猫")
+        again = begun(tmp_path / "run", resume=True)
+        assert (again.config, again.options.init) == (run.config, str(path))
+        assert again.tokenizer.model == run.tokenizer.model
+        started = begun(tmp_path / "next", data=run.options.data, init=str(run.folder.path))
+        assert started.tokenizer.ranks == known.ranks and started.config == run.config
+
+    def test_it_is_trained_searched_and_overwritten_by_command(self, tmp_path, published):
+        spec, out = listed(tmp_path / "data", 40), tmp_path / "run"
+        argv = ["clip", "--data", spec, "--steps", "2", "--out", out]
+        status, said, err = command("train.py", *argv, "--init", published[0])
+        assert status == 0 and "data.jsonl: 35 records to learn from, 0.5 times each, pictures of " \
+            "15 pixels" in said, err
+        picture = tmp_path / "data/0.png"
+        assert command("clip.py", out, "classify", picture, "number 1", "a cat")[0] == 0
+        assert command("train.py", *argv, "--batch_size", "6", "--overwrite")[0] == 0
+        assert not (out / "tokenizer.json").exists() and (out / "tokenizer.model").exists()
+        assert command("clip.py", out, "classify", picture, "number 1", "a cat")[0] == 0
+
+    @pytest.mark.parametrize("flags, words", [
+        (["--init", "nowhere"], "--init nowhere: no run here"),
+        (["--init", "{}", "--set", "vocab_size=7"], "vocab_size=7: it belongs to the tokenizer"),
+        (["--init", "{}", "--set", "image_size=30"], "vision.pos_embed is (10, 12), the model's")])
+    def test_a_start_that_does_not_fit_is_told(self, tmp_path, published, flags, words):
+        argv = own(listed(tmp_path / "data", 40))[:3] + ["--out", tmp_path / "run"]
+        said = mistake("train.py", *argv, *(flag.format(published[0]) for flag in flags))
+        assert words in said and not (tmp_path / "run").exists()
+
+    def test_a_flamingo_has_no_published_layout(self, tmp_path, published):
+        assert "'another program', not of 'flamingo'" in mistake(
+            "train.py", "flamingo", "--init", published[0], "--out", tmp_path / "run")
+
+
+class TestOpenTokenizer:
+    def test_damaged_vocabularies_of_a_run_are_one_or_one_line(self, tmp_path, published):
+        path = tmp_path / "tokenizer.json"
+        path.write_bytes(BPE.load(published[0], STYLE).model)
+        assert checkpoint.open_tokenizer(tmp_path).style == STYLE
+        for _ in damages(path, 60):
+            with one_line(maybe=True):
+                checkpoint.open_tokenizer(tmp_path)
+        for text in ('{"model": {}}', '{"style": ["clip"]}', '{"style": "elf"}'):
+            path.write_text(text)
+            with one_line(f"{path}: its style is .*not one of clip, gpt2, opt"):
+                checkpoint.open_tokenizer(tmp_path)
+
+
+class TestTakeUp:
+    @pytest.fixture
+    def run(self, tmp_path):
+        """A run of several flags, at step 3 of 50."""
+        run = build(tmp_path, "context_length=9", seed=3, accumulate=3, lr=0.01,
+                    optimizer="adamw", unfreeze="text.*")
+        run.step = 3
+        train.save(run)
+        return run
+
+    def test_all_that_is_not_given_is_as_it_began(self, run):
+        again = train.build("clip", train.Options(
+            out=str(run.folder.path), resume=True, save_every=7, skip=0.5, workers=0, device="cpu",
+            attention="hand"), [], 0.0)
+        assert (again.step, again.config, again.recipe) == (3, run.config, run.recipe)
+        assert again.options == replace(run.options, resume=True, save_every=7, skip=0.5,
+                                        workers=0, device="cpu", attention="hand", steps=None,
+                                        batch_size=None, lr=None, optimizer=None)
+        assert again.batches[7][0]["ids"].tolist() == run.batches[7][0]["ids"].tolist()
+        assert_same("weights", again.model.state_dict(), run.model.state_dict())
+
+    @pytest.mark.parametrize("flags, words", [
+        (["--seed", "0"], "options seed=3 (now 0); leave that flag out"),
+        (["--accumulate", "1"], "options accumulate=3 (now 1)"),
+        (["--data", "shapes"], "data=toy (now shapes)"), (["--precision", "bf16"], "precision=fp32"),
+        (["--optimizer", "muon"], "recipe optimizer=adamw (now muon)"),
+        (["--steps", "49"], "recipe steps=50 (now 49)"),
+        (["--set", "context_length=32"], "config context_length=9 (now 32)"),
+        (["--init", "elsewhere"], "init=None (now elsewhere)")])
+    def test_a_flag_that_differs_is_named_a_default_one_too(self, run, flags, words):
+        argv = ["clip", "--resume", "--out", run.folder.path]
+        assert words in mistake("train.py", *argv, *flags)
+
+    def test_another_stage_is_told(self, run):
+        with one_line("a run of 'clip', not of 'common.training.lm'"):
+            train.build("lm", train.Options(out=str(run.folder.path), resume=True), [], 0.0)
+
+    def test_before_its_first_checkpoint_it_begins_as_it_was_told_to(self, tmp_path, published):
+        spec = listed(tmp_path / "data", 40)
+        run = begun(tmp_path / "run", data=spec, init=str(published[0]), lr=0.5)
+        again = begun(tmp_path / "run", resume=True)
+        assert (again.step, again.recipe, again.options.data) == (0, run.recipe, spec)
+        assert_same("weights", again.model.state_dict(), published[1])
+
+
+class TestRestore:
+    def test_more_steps_lengthen_the_schedule_from_the_step_on(self, tmp_path):
+        run = build(tmp_path, steps=40, seed=3)
+        run.step = 20
+        train.save(run)
+        longer = begun(run.folder.path, resume=True, steps=80)
+        assert (longer.step, longer.recipe) == (20, replace(run.recipe, steps=80))
+        assert_close("rate, warm-up of 8", train.learning_rate(longer.recipe, 20), 1e-3 * 5 / 6)
+        assert read_json(run.folder.path / "config.json")["recipe"]["steps"] == 80
+        assert begun(run.folder.path, resume=True).recipe.steps == 80
+
+    def test_by_command_it_ends_at_the_new_step_and_then_no_more(self, tmp_path):
+        argv = [*TOY, "--out", str(tmp_path / "run")]
+        run = build(tmp_path, steps=20)
+        run.step = 10
+        train.save(run)
+        argv = ["clip", "--resume", "--out", run.folder.path, "--steps"]
+        assert command("train.py", *argv, "30")[0] == 0
+        assert [line["step"] for line in log(run.folder.path)] == [20, 30]
+        assert not torch.equal(weights(run.folder.path)["logit_scale"], run.model.logit_scale)
+        assert "--steps 31: the run in" in mistake("train.py", *argv, "31")
