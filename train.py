@@ -40,6 +40,7 @@ from common import transformer
 from common.data.batches import Batches, EvalData, open_world, world_tokenizer
 from common.data.files import Files, Refusals
 from common.data.safe_read import read_json
+from common.data.tokenizer import IMAGE
 from common.losses import count_labels
 from common.training import checkpoint, distributed, lm
 from common.training.devices import (autocast, default_workers, find_device, half_precision,
@@ -176,6 +177,14 @@ def build(name, options, settings, began):
         raise ValueError(f"--data {options.data}: conversations are for the stages of LLaVA; "
                          f"{name} learns from captions")
     tokenizer = tokenizer or world_tokenizer(world)
+    if hasattr(tokenizer, "qformer"):
+        raise ValueError(f"--init {options.init}: an InstructBLIP; its two vocabularies can be used, "
+                         "but not trained")
+    if tokenizer.image_id != IMAGE and (
+            stage.file in (flamingo, lm) or getattr(config, "template", "") == "house"):
+        raise ValueError(f"{name}: a published vocabulary without <image>, <user> and other tokens "
+                         + ("of ours; take a run of lm" if stage.file is not llava else
+                            "of the house template; --set template=v1"))
     if not own and not options.init:     # a start keeps its vocabulary, and tables larger than it
         config = with_vocabulary(config, tokenizer)
         if "lm" not in frozen and getattr(config, "language", None):  # of random weights

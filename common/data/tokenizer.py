@@ -105,3 +105,33 @@ class Tokenizer:
         for row, ids in zip(out, rows):
             row[:len(ids)] = torch.tensor(ids)
         return out
+
+
+class Pieces(Tokenizer):
+    """LLaMA's SentencePiece vocabulary. It has no piece for padding: <unk> stands for it. The place
+    of an image is no piece either."""
+
+    file, image_id = "llama.model", NO_IMAGE
+    cls_id = enc_id = dec_id = None
+
+    def _check(self):
+        self.bos_id, self.eos_id = self.pieces.bos_id(), self.pieces.eos_id()
+        self.pad_id = self.pieces.unk_id()
+        if min(self.bos_id, self.eos_id, self.pad_id) < 0:
+            raise ValueError("a vocabulary without <s>, </s> or <unk>")
+
+    def decode(self, ids):
+        """Ids -> text, without special tokens and without ids that have no piece."""
+        return super().decode([i for i in ids if i < len(self)])
+
+
+class T5Pieces(Pieces):
+    """T5's SentencePiece vocabulary. It has no piece for a start: <pad> stands for it."""
+
+    file = "spiece.model"
+
+    def _check(self):
+        self.eos_id, self.pad_id = self.pieces.eos_id(), self.pieces.pad_id()
+        self.bos_id = self.pad_id
+        if min(self.eos_id, self.pad_id) < 0:
+            raise ValueError("a vocabulary without </s> or <pad>")

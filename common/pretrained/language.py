@@ -6,7 +6,7 @@ another activation, biases, another scaling of positions.
 from pathlib import Path
 
 from common.data.safe_read import read_json
-from common.data.tokenizer import NO_IMAGE, Tokenizer
+from common.data.tokenizer import Pieces, T5Pieces
 from common.pretrained.bpe import BPE, GPT2, OPT
 from common.pretrained.files import given, positive, read_weights, section, whole
 from common.pretrained.names import Table, thirds, transpose, transposed_thirds, translate
@@ -149,30 +149,3 @@ def translated(weights, fields, path):
     ignored = (*table.ignored, HEAD[0]) if fields["tie_embeddings"] else table.ignored
     return translate(weights, Table((*table.rows, HEAD), ignored), {"layers": fields["layers"]},
                      path)
-
-
-class Pieces(Tokenizer):
-    """LLaMA's SentencePiece vocabulary. It has no piece for padding: <unk> stands for it. The place
-    of an image is no piece either."""
-
-    image_id = NO_IMAGE
-
-    def _check(self):
-        self.bos_id, self.eos_id = self.pieces.bos_id(), self.pieces.eos_id()
-        self.pad_id = self.pieces.unk_id()
-        if min(self.bos_id, self.eos_id, self.pad_id) < 0:
-            raise ValueError("a vocabulary without <s>, </s> or <unk>")
-
-    def decode(self, ids):
-        """Ids -> text, without special tokens and without ids that have no piece."""
-        return super().decode([i for i in ids if i < len(self)])
-
-
-class T5Pieces(Pieces):
-    """T5's SentencePiece vocabulary. It has no piece for a start: <pad> stands for it."""
-
-    def _check(self):
-        self.eos_id, self.pad_id = self.pieces.eos_id(), self.pieces.pad_id()
-        self.bos_id = self.pad_id
-        if min(self.eos_id, self.pad_id) < 0:
-            raise ValueError("a vocabulary without </s> or <pad>")

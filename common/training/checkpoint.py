@@ -9,11 +9,12 @@ from pathlib import Path
 import torch
 
 from common.data.safe_read import printable, read_json
-from common.data.tokenizer import Tokenizer
+from common.data.tokenizer import Pieces, T5Pieces, Tokenizer
 from common.pretrained.bpe import BPE
 from common.pretrained.wordpiece import WordPiece
 
 NAMES = ("last.pt", "previous.pt")
+TOKENIZERS = (BPE, WordPiece, Pieces, T5Pieces, Tokenizer)
 
 
 def write(path, save):
@@ -128,12 +129,10 @@ def of_model(described, model, folder):
 
 def open_tokenizer(folder):
     """The tokenizer of a run: its kind is that of the file that is there."""
-    folder = Path(folder)
-    if (folder / BPE.file).exists():
-        return BPE.load(folder)
-    if (folder / WordPiece.file).exists():
-        return WordPiece.load(folder, added=())
-    return Tokenizer.load(folder / Tokenizer.file)
+    kind = next((k for k in TOKENIZERS if (Path(folder) / k.file).exists()), Tokenizer)
+    if issubclass(kind, Tokenizer):
+        return kind.load(Path(folder) / kind.file)
+    return BPE.load(folder) if kind is BPE else WordPiece.load(folder, added=())
 
 
 def open_run(folder, model, flag="", command=None):

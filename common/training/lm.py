@@ -18,6 +18,7 @@ from common.data.collators import PackedTexts, SplitTexts, as_text
 from common.data.tokenizer import BOS, EOS
 from common.evaluation.sheet import sheet
 from common.losses import next_token_loss, no_gather
+from common.pretrained import language as pretrained
 from common.prompts import IGNORED, Segment, collate, labels_of, render
 from common.t5 import T5, T5Config, make_language
 from common.training.optimizer import Recipe
@@ -40,6 +41,12 @@ def data_sources(world, tokenizer, config):
     collate = SplitTexts if isinstance(config, T5Config) else PackedTexts
     return [DataSource(world, collate(tokenizer, config.context_length, 80),
                        kinds={"text": 1} if hasattr(world, "text") else None)]
+
+
+def read_part(path):
+    """A published GPT-2, OPT or LLaMA as the part of a model: its weights are lm.*."""
+    fields, weights, tokenizer = pretrained.read(path)
+    return fields, {f"lm.{name}": weight for name, weight in weights.items()}, tokenizer
 
 
 def logits_of(lm, ids, prompt_ids=None):

@@ -136,7 +136,7 @@ def take_up(name, stage, options, folder):
 
 def open_any(file, path, *messages):
     """A run of a stage's file, or published weights -> (config dict, tokenizer, weights)."""
-    read = getattr(getattr(file, "pretrained", None), "read", None)
+    read = getattr(file, "read_part", None) or getattr(getattr(file, "pretrained", 0), "read", None)
     return open_weights(path, file.__name__, read, *messages)
 
 
@@ -185,6 +185,10 @@ def open_parts(stages, name, options, config, folder, own, tokenizer=None):
             raise ValueError(f"--from {part}={where}: a {fields.get('kind')}; {name} needs a "
                              f"{prefix[0]}")
         frozen[module] = weights, where
+        if tokenizer and part == "language" and tokenizer.model != known.model and \
+                getattr(config, "asks_qformer", False):
+            raise ValueError(f"--from language={where}: another vocabulary than that of "
+                             f"{options.init}, with which the Q-Former reads questions")
         if not own:                      # a published image encoder's vocabulary is for its texts
             if part == "language" or tokenizer is None and type(known) is Tokenizer:
                 tokenizer = known

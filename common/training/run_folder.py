@@ -4,13 +4,10 @@ from pathlib import Path
 
 from common.data.files import FORMATS
 from common.data.safe_read import read_json
-from common.data.tokenizer import Tokenizer
-from common.pretrained.bpe import BPE
-from common.pretrained.wordpiece import WordPiece
 from common.training import checkpoint, distributed
 
-FILES = ("config.json", Tokenizer.file, BPE.file, WordPiece.file, "log.jsonl", *checkpoint.NAMES,
-         "result.json", "samples.png", "search.png")
+FILES = ("config.json", *(kind.file for kind in checkpoint.TOKENIZERS), "log.jsonl",
+         *checkpoint.NAMES, "result.json", "samples.png", "search.png")
 FINE_TUNED = {"lm": "captioner", "itc,itm": "filter"}      # by --losses (BLIP, 3.3)
 
 

@@ -6,20 +6,24 @@ import pytest
 import torch
 
 import clip
+import llava
 import train
 from clip import CLIP, CLIPConfig
 from common.data.safe_read import read_json
-from common.pretrained.bpe import BPE
+from common.language import LanguageConfig, LanguageModel
+from common.pretrained import language as pretrained
+from common.pretrained.bpe import BPE, GPT2, OPT
 from common.pretrained.bpe import CLIP as STYLE
 from common.training import checkpoint
 from tests.fuzz import damages, one_line
 from tests.helpers import assert_close, command, listed, mistake
 from tests.parity import hugging_face_layout
-from tests.pretrained.writers import byte_vocabulary, write_safetensors, write_vocabulary
+from tests.pretrained.writers import (byte_vocabulary, sentencepieces, write_safetensors,
+                                      write_vocabulary)
 from tests.training.runs import TOY, assert_same, build, log, own, weights
 
 MERGES = [tuple(pair.split()) for pair in ("n u", "m b", "e r</w>", "nu mb", "numb er</w>")]
-FIELDS = dict(image_size=15, patch_size=5, vision_width=12, vision_layers=1, vision_heads=3,
+FIELDS = dict(image_size=15, patch_size=5, vision_width=12, vision_layers=2, vision_heads=3,
               text_width=10, text_layers=1, text_heads=2, context_length=11, vocab_size=523,
               eos_id=518, embed_dim=7, act="quick_gelu")        # five rows more than pieces
 
@@ -35,7 +39,7 @@ def published(tmp_path_factory):
             "hidden_size": f["text_width"], "num_hidden_layers": 1, "num_attention_heads": 2,
             "vocab_size": f["vocab_size"], "max_position_embeddings": f["context_length"]},
         "vision_config": {
-            "hidden_size": f["vision_width"], "num_hidden_layers": 1, "num_attention_heads": 3,
+            "hidden_size": f["vision_width"], "num_hidden_layers": 2, "num_attention_heads": 3,
             "image_size": f["image_size"], "patch_size": f["patch_size"]}}))
     model = CLIP(CLIPConfig(**FIELDS))
     write_safetensors(folder / "model.safetensors",
@@ -103,6 +107,92 @@ class TestOpenStart:
     def test_a_flamingo_has_no_published_layout(self, tmp_path, published):
         assert "'another program', not of 'flamingo'" in mistake(
             "train.py", "flamingo", "--init", published[0], "--out", tmp_path / "run")
+
+
+def language(folder, kind):
+    """Write a published GPT-2, OPT or LLaMA of random weights -> its weights under our names."""
+    folder.mkdir()
+    theirs = LANGUAGES[kind] | {"model_type": kind, "vocab_size": 320}
+    (folder / "config.json").write_text(json.dumps(theirs))
+    lm = LanguageModel(LanguageConfig(**pretrained.config_fields(theirs, "")))
+    torch.save(hugging_face_layout.language(lm.state_dict(), kind), folder / "pytorch_model.bin")
+    if kind == "llama":
+        (folder / "tokenizer.model").write_bytes(sentencepieces())
+    else:
+        write_vocabulary(folder, byte_vocabulary(GPT2 if kind == "gpt2" else OPT, []), [])
+    return lm.state_dict()
+
+
+LANGUAGES = {
+    "gpt2": {"n_embd": 12, "n_layer": 1, "n_head": 3, "n_positions": 64, "n_inner": 20},
+    **dict.fromkeys(("opt", "llama"), {
+        "hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 3, "ffn_dim": 20,
+        "intermediate_size": 20, "max_position_embeddings": 64})}
+
+
+class TestOpenParts:
+    def begun(self, tmp_path, stage, settings=(), **more):
+        """A run of a stage on 35 pictures, after a step."""
+        spec = listed(tmp_path / "data", 40)
+        run = train.build(stage, train.Options(**{
+            "data": spec, "batch_size": 6, "precision": "fp32", "runs": str(tmp_path),
+            "out": str(tmp_path / stage)} | more), list(settings), 0.0)
+        assert train.update(run, run.model, run.batches[0]).isfinite()
+        train.save(run)
+        return run
+
+    @pytest.mark.parametrize("stage, settings", [
+        ("blip", ["text_width=10", "text_heads=2", "text_layers=1"]),
+        ("blip2-stage1", ["qformer_width=10", "qformer_heads=2", "qformer_layers=2"])])
+    def test_an_image_encoder_comes_without_its_vocabulary(
+            self, tmp_path, published, stage, settings):
+        run = self.begun(tmp_path, stage, settings, parts=[f"vision={published[0]}"])
+        assert (run.config.image_size, run.tokenizer.file) == (15, "tokenizer.model")
+        if stage == "blip2-stage1":
+            assert_same("patches", run.model.vision.vit.patch_embed.weight,
+                        published[1]["vision.patch_embed.weight"])
+
+    @pytest.mark.parametrize("kind, file", [
+        ("gpt2", "tokenizer.json"), ("opt", "tokenizer.json"), ("llama", "llama.model")])
+    def test_llava_learns_over_published_parts_and_is_used(self, tmp_path, published, kind, file):
+        ours = language(tmp_path / kind, kind)
+        parts = [f"vision={published[0]}", f"language={tmp_path / kind}"]
+        with one_line("llava-stage1: .* of the house template; --set template=v1"):
+            self.begun(tmp_path, "llava-stage1", parts=parts)
+        run = self.begun(tmp_path, "llava-stage1", ["template=v1"], parts=parts)
+        assert run.config.language.eos_id == run.tokenizer.eos_id and run.config.image_size == 15
+        assert_same("frozen", {name: w for name, w in run.model.lm.state_dict().items()}, ours)
+        assert (run.folder.path / file).exists()
+        model, tokenizer = llava.from_pretrained(run.folder.path)
+        assert type(tokenizer) is type(run.tokenizer) and tokenizer.model == run.tokenizer.model
+        assert_same("weights", model.state_dict(), run.model.state_dict())
+
+    def test_a_second_stage_writes_by_another_vocabulary_than_the_first(self, tmp_path, published):
+        first = self.begun(tmp_path, "blip2-stage1", [
+            "qformer_width=10", "qformer_heads=2", "qformer_layers=2"],
+            parts=[f"vision={published[0]}"])
+        language(tmp_path / "opt", "opt")
+        more = {"init": str(first.folder.path), "parts": [f"language={tmp_path / 'opt'}"]}
+        run = self.begun(tmp_path, "blip2-stage2", **more)
+        assert run.config.vocab_size == first.config.vocab_size and run.tokenizer.style == OPT
+        with one_line("--from language=.*opt: another vocabulary than that of .*blip2-stage1"):
+            self.begun(tmp_path, "blip2-stage2", ["losses=vqa"], **more)
+
+    def test_a_flamingo_needs_our_tokens(self, tmp_path, published):
+        language(tmp_path / "opt", "opt")
+        with one_line("flamingo: a published vocabulary .* take a run of lm"):
+            self.begun(tmp_path, "flamingo", parts=[f"vision={published[0]}",
+                                                    f"language={tmp_path / 'opt'}"])
+
+    def test_before_its_first_checkpoint_a_run_takes_its_parts_again(self, tmp_path, published):
+        language(tmp_path / "opt", "opt")
+        parts = [f"vision={published[0]}", f"language={tmp_path / 'opt'}"]
+        run = self.begun(tmp_path, "llava-stage1", ["template=v1"], parts=parts)
+        (run.folder.path / "last.pt").unlink()
+        again = train.build("llava-stage1", train.Options(
+            resume=True, out=str(run.folder.path)), [], 0.0)
+        assert again.step == 0 and again.config == run.config
+        assert_same("lm", again.model.lm.state_dict(), run.model.lm.state_dict())
 
 
 class TestOpenTokenizer:
