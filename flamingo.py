@@ -30,6 +30,7 @@ Differs from the paper
   with Muon (optimizer.py; paper: AdamW alone). Images are not augmented.
 """
 from dataclasses import dataclass, replace
+from random import Random
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +48,7 @@ from common.language import PRESETS as LANGUAGE_PRESETS
 from common.language import LanguageConfig, LanguageModel
 from common.prompts import CAPTION_PROMPT, IGNORED, QUESTION_PROMPT, Segment, render
 from common.training import checkpoint, options
+from common.training.devices import to_device
 from common.training.optimizer import Recipe, eval_frozen
 from common.transformer import MLP, Attention, LayerNorm, gelu, squared_relu
 
@@ -312,12 +314,29 @@ class Flamingo(nn.Module):
     def evaluate(self, data, count=400):
         """Captions; in a world with tasks also questions, few-shot episodes, clips and text."""
         writer = writing.Writer(self, data.tokenizer)
+        if getattr(data.world, "has_turns", False):
+            return self.page_perplexity(data)
         return questions.evaluate(writer, data, count, self.select_shots) \
             | questions.text_perplexity(self, data, count)
+
+    def page_perplexity(self, data, rows=16):
+        """Perplexity of the texts of unseen pages, with their images and with those of others."""
+        records, total, count = data.records("test"), torch.zeros(2), 0
+        for k in range(0, len(records), rows):
+            pages = records[k:k + rows]
+            batch = to_device(data.collate(pages, [Random(0)] * len(pages)), data.device)
+            others = batch | {"images": batch["images"].roll(1, dims=0)}
+            total += torch.stack([self(pages | {"label_count": 1})["lm"].cpu()
+                                  for pages in (batch, others)])
+            count += int((batch["labels"][:, 1:] != IGNORED).sum())
+        own, other = (total / max(1, count)).exp().tolist()
+        return {"perplexity": own, "perplexity_wrong_image": other}
 
     @torch.no_grad()
     def samples(self, data):
         """An image for people: captions of unseen images, and labels learned from shots."""
+        if getattr(data.world, "has_turns", False):
+            return writing.page_samples(writing.Writer(self, data.tokenizer), data)
         return writing.samples(writing.Writer(self, data.tokenizer), data)
 
     @torch.no_grad()
@@ -382,8 +401,9 @@ def data_sources(world, tokenizer, config):
 
     Names, episodes and glossaries teach the model to use shots; in the paper web pages do.
     """
-    if not world.tasks:                  # captions are all there is
-        return [DataSource(world, InterleavedCollator(tokenizer, config, render_page))]
+    if not world.tasks:                  # captions are all there is, or pages
+        p = config.p_next_image if getattr(world, "has_turns", False) else 0.0
+        return [DataSource(world, InterleavedCollator(tokenizer, config, render_page, p))]
     def source(share, weight, p_next_image=0.0, **kinds):
         collate = InterleavedCollator(tokenizer, config, render_page, p_next_image)
         return DataSource(world, collate, share, weight, kinds)

@@ -173,9 +173,10 @@ def build(name, options, settings, began):
     config, frozen, tokenizer = open_parts(STAGES, name, options, config, folder, own, tokenizer)
     world = open_world(options.data, getattr(config, "image_size", 32), options.images,
                        options.skip, options.shuffle, getattr(config, "views", "crop") != "crop")
-    if getattr(world, "has_turns", False) and stage.file is not llava:
-        raise ValueError(f"--data {options.data}: conversations are for the stages of LLaVA; "
-                         f"{name} learns from captions")
+    if getattr(world, "learner", None) not in (None, stage.file.__name__):
+        what = {"llava": "conversations are for the stages of LLaVA",
+                "flamingo": "pages are for flamingo"}[world.learner]
+        raise ValueError(f"--data {options.data}: {what}; {name} learns from captions")
     tokenizer = tokenizer or world_tokenizer(world)
     if hasattr(tokenizer, "qformer"):
         raise ValueError(f"--init {options.init}: an InstructBLIP; its two vocabularies can be used, "

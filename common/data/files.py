@@ -5,6 +5,8 @@
     jsonl:FILE    a JSON object in each line: {"image": "a.jpg", "text": "..."}, or "texts": [...]
     tar:GLOB      webdataset shards as img2dataset writes them; {00000..00099} is expanded
     llava:FILE    LLaVA-Instruct, conversations: a JSON list, or an object in each line (.jsonl)
+    interleaved:FILE  pages as in OBELICS: JSON lines with lists "images" and "texts" of one length,
+                  each with null where the other has an entry
 
 A record is {"images": [a file's name or a place in a tar], "texts": [captions], "source": name};
 the texts of a conversation are its prompts and answers in turn. A record that cannot be used is
@@ -33,6 +35,7 @@ MOST_JSON = 2_000_000_000            # bytes of a file that has to be read as a 
 FEWEST, MOST_TESTS = 5, 1000         # records of the test split
 SUFFIXES = ("jpg", "jpeg", "png", "webp")
 LONGEST = 1344                       # pixels of the longer side of a whole picture
+MOST_PICTURES = 5                    # of a page (Flamingo, A.1.2); a longer one is several
 
 
 class Refusals:
@@ -176,7 +179,44 @@ def llava(path, refuse):
                    "counts": counts}     # of pictures, in each turn
 
 
-FORMATS = {"coco": coco, "flickr": flickr, "jsonl": jsonl, "tar": tar, "llava": llava}
+def interleaved(path, refuse):
+    """OBELICS's form (Laurençon et al., 2023): a record for each page, of several for a long one.
+
+    A turn is a text with the pictures since the text before it; what follows the last text is left
+    out.
+    """
+    with open_text(path) as file:
+        for number, line in enumerate(file, 1):
+            with refusing(refuse, f"{path}: line {number}"):
+                if line.strip():
+                    row = parse_json(line)
+                    images, texts = (field(row, key, kind=list) for key in ("images", "texts"))
+                    if len(images) != len(texts) or any(
+                            (a is None) == (b is None) for a, b in zip(images, texts)):
+                        raise ValueError('"images" and "texts" are not of one length with null '
+                                         "where the other stands")
+                    pages, waiting = [], []
+                    for name, text in zip(images, texts):
+                        if text is None:
+                            waiting.append(usable_name(name))
+                            continue
+                        if not pages or len(pages[-1]["images"]) + len(waiting) > MOST_PICTURES:
+                            pages.append({"images": [], "texts": [], "counts": [], "web": False})
+                        pages[-1]["images"] += waiting
+                        pages[-1]["texts"] += ["", usable_text(text)]
+                        pages[-1]["counts"].append(len(waiting))
+                        waiting = []
+                    pages = [page for page in pages if page["images"]]
+                    if not pages:
+                        raise ValueError("no text behind a picture")
+                    for page in pages:               # of one source: in the same split
+                        yield page | {"source": str(pages[0]["images"][0])}
+
+
+FORMATS = {"coco": coco, "flickr": flickr, "jsonl": jsonl, "tar": tar, "llava": llava,
+           "interleaved": interleaved}
+# The models that learn from turns; the other formats have captions, for all.
+LEARNERS = {"llava": "llava", "interleaved": "flamingo"}
 
 
 def shards(pattern):
@@ -213,7 +253,8 @@ class Files:
     """Records of files of the user's own; the test split is a function of their names alone.
 
     web, human: the records of train that are marked as from the web, and the others. test: human
-    records, if there are any. has_turns: whether the records are conversations. lengths: then the
+    records, if there are any. has_turns: whether the records are turns; learner: the file of the
+    model that learns from them. lengths: then the
     words of each record of train, a list of int, negative for one without pictures; else None.
 
     kind: one of FORMATS; where: its file or pattern; images: the folder of the pictures (default:
@@ -222,7 +263,7 @@ class Files:
     ValueError for too many refused or too few usable records.
     """
     zero_shot, classes, all_classes, templates, tasks = None, (), (), (), ()     # captions alone
-    has_turns, lengths = False, None
+    has_turns, learner, lengths = False, None, None
 
     def __init__(self, kind, where, *, image_size, images=None, skip=0.05, shuffle=10_000,
                  whole=False):
@@ -237,7 +278,7 @@ class Files:
         self.name = printable(os.path.basename(where))
         self.folder = os.path.realpath(images or os.path.dirname(where))
         self.refused = Refusals(skip)
-        self.has_turns = kind == "llava"
+        self.has_turns, self.learner = kind in LEARNERS, LEARNERS.get(kind)
         entries = self._index(FORMATS[kind](where, self.refused.add))
         self.refused.check(self.tried)
         human = len({entry["source"] for entry in entries if not entry["web"]})
@@ -362,7 +403,7 @@ class Files:
         """Texts for the tokenizer, of training records alone; of very many a part."""
         entries = self._splits["train"]
         for entry in entries[::1 + len(entries) // 200_000]:
-            yield from (text[:1000] for text in entry["texts"])
+            yield from (text[:1000] for text in entry["texts"] if text)
 
 
 def make_splits(entries):

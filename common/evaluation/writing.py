@@ -91,6 +91,16 @@ def samples(writer, data, count=6, shots=True):
     return sheet(f"{title}.", rows)
 
 
+def page_samples(writer, data, count=8):
+    """An image for people: the first picture of unseen pages and the text written behind it."""
+    turns = [next(turn for turn in record["turns"] if turn["images"])
+             for record in data.records("test")[:count]]
+    texts = writer.generate([{"turns": [turn]} for turn in turns])
+    return sheet(f"Unseen {data.world.name}: a picture and the text written behind it.",
+                 [("", turn["images"][-1][0], [(None, text, None)])
+                  for turn, text in zip(turns, texts)])
+
+
 def answers(writer, data, count=8, template="{}"):
     """An image for people: questions on unseen images, and the written answers."""
     records, rows = draw_tasks(data.world, "question", count), []

@@ -28,7 +28,7 @@ class Options:
     preset: str = option("tiny", "size of the model; see the model's file")
     data: str = option("shapes", "a world and its dial: shapes, emoji, shapes:objects=3,noise=0.1; "
                        "or your own: coco:FILE, flickr:FILE, jsonl:FILE, llava:FILE, "
-                       "tar:GLOB")
+                       "interleaved:FILE, tar:GLOB")
     images: str | None = option(None, "folder of the pictures of --data (default: the file's own)")
     skip: float = option(0.05, "fraction of your records that may be refused before the run stops")
     shuffle: int = option(10_000, "window in which the samples of tar shards are shuffled")

@@ -9,6 +9,7 @@ import clip
 import llava
 import train
 from clip import CLIP, CLIPConfig
+from common.data.batches import open_world
 from common.data.safe_read import read_json
 from common.language import LanguageConfig, LanguageModel
 from common.pretrained import language as pretrained
@@ -275,3 +276,61 @@ class TestRestore:
         assert [line["step"] for line in log(run.folder.path)] == [20, 30]
         assert not torch.equal(weights(run.folder.path)["logit_scale"], run.model.logit_scale)
         assert "--steps 31: the run in" in mistake("train.py", *argv, "31")
+
+
+class TestInterleaved:
+    """`interleaved:FILE`, from the file to a trained Flamingo."""
+
+    @pytest.fixture
+    def spec(self, tmp_path):
+        """30 pages: a text, a picture, its text, two pictures, their text, a picture."""
+        listed(tmp_path / "data", 60)
+        names = [f"{n}.png" for n in range(60)]
+        lines = [json.dumps({
+            "images": [None, names[n], None, names[n + 1], names[n + 2], None, names[0]],
+            "texts": [f"hello {n}", None, f"number {n}", None, None, f" and {n} ", None]})
+            for n in range(30)]
+        lines.append(json.dumps({"images": [None, *names[30:37]] + [None, "59.png", None],
+                                 "texts": ["long"] + [None] * 7 + ["seven", None, "one"]}))
+        (tmp_path / "data/pages.jsonl").write_text("\n".join(lines))
+        return f"interleaved:{tmp_path}/data/pages.jsonl"
+
+    def test_a_text_has_the_pictures_since_the_text_before_it(self, spec):
+        world = open_world(spec, 8)
+        pages = [entry["source"] for split in ("train", "test") for entry in (
+            world.record(split, i) for i in range(world.size(split)))]
+        page = next(page for page in pages if page["images"][0] == "7.png")
+        assert page["images"] == ["7.png", "8.png", "9.png"] and page["counts"] == [0, 1, 2]
+        assert page["texts"] == ["", "hello 7", "", "number 7", "", "and 7"]
+        long = [page for page in pages if page["source"] == "30.png"]
+        assert [(page["counts"], page["texts"][1::2]) for page in long] == [
+            ([7], ["seven"]), ([1], ["one"])], "a text without a picture before it is alone"
+        record = world.record("train", 0)
+        assert [len(turn["images"]) for turn in record["turns"]] in ([0, 1, 2], [7], [1])
+        assert not {"", "hello"} & {*world.corpus()} and world.tried == 32
+
+    @pytest.mark.parametrize("row", [
+        {"images": ["0.png"], "texts": [None, "a"]}, {"images": ["0.png"], "texts": ["a"]},
+        {"images": [None], "texts": [None]}, {"images": "0.png", "texts": "a"},
+        {"images": [None, "0.png"], "texts": ["a", None]}, {"texts": ["a"]},
+        {"images": ["../0.png", None], "texts": [None, "a"]}])
+    def test_broken_pages_are_refused(self, spec, row):
+        with open(spec.partition(":")[2], "a") as file:
+            file.write("\n" + json.dumps(row))
+        world = open_world(spec, 8)
+        assert world.refused.count == 1 and ": line 32: " in world.refused.reasons[0]
+
+    def test_flamingo_learns_from_them_and_no_other_model_does(self, tmp_path, spec):
+        train.save(build(tmp_path / "clip"))
+        lm = train.build("lm", train.Options(data="toy", out=str(tmp_path / "lm")), [
+            "width=12", "layers=1", "heads=2", "kv_heads=2", "hidden=20"], 0.0)
+        train.save(lm)
+        options = {"data": spec, "batch_size": 4, "steps": 2, "precision": "fp32"}
+        assert train.train("flamingo", train.Options(
+            **options, out=str(tmp_path / "run"), parts=[
+                f"vision={tmp_path / 'clip/run'}", f"language={tmp_path / 'lm'}"]), []) == 0
+        figures = read_json(tmp_path / "run/result.json")
+        assert figures["perplexity"] > 1 and figures["perplexity_wrong_image"] > 1
+        assert (tmp_path / "run/samples.png").exists()
+        with one_line("pages are for flamingo; clip learns from captions"):
+            begun(tmp_path / "other", data=spec)
