@@ -5,14 +5,15 @@
     python train.py blip                                       from the image encoder of that CLIP
     python train.py blip2-stage1 && python train.py blip2-stage2      a Q-Former between both
     python train.py clip --data jsonl:captions.jsonl           your own; see common/data/files.py
+    python train.py clip --init CLIP --data jsonl:mine.jsonl   from a run or published weights
     python train.py clip --resume                              continue after a stop or a kill
     python train.py all --resume                               every model, then all compared
     torchrun --nproc_per_node=2 train.py clip --out runs/two   the same run on two processes
     python train.py clip --set loss=sigmoid --batch_size 64    any field of the model's config
     python train.py flamingo --from language=runs/my-lm        a part from another run
 
-A run folder holds config.json, tokenizer.model, log.jsonl, last.pt and previous.pt, result.json and
-samples.png; the last line printed is the result.
+A run folder holds config.json, tokenizer.model (of published weights their own kind), log.jsonl,
+last.pt and previous.pt, result.json and samples.png; the last line printed is the result.
 """
 import argparse
 import contextlib

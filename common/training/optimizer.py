@@ -47,13 +47,15 @@ def find_recipe(recipes, preset, kinds, changes, records=None):
     for name, value in changes.items():
         if isinstance(value, (int, float)) and not 0 < value < math.inf:
             raise ValueError(f"--{name} {value}: must be more than 0")
-    batch_size = recipe.batch_size
-    while records and batch_size > records / 4 and batch_size % 2 == 0:
-        batch_size //= 2
-    batch_size = changes.get("batch_size") or batch_size
-    most = max(1, EPOCHS * records // batch_size) if records else recipe.steps
-    recipe = replace(recipe, batch_size=batch_size, steps=min(recipe.steps, most))
-    recipe = replace(recipe, **{k: v for k, v in changes.items() if v is not None})
+    changes = {name: value for name, value in changes.items() if value is not None}
+    if records:
+        batch_size = recipe.batch_size
+        while batch_size > records / 4 and batch_size % 2 == 0:
+            batch_size //= 2
+        batch_size = changes.get("batch_size", batch_size)
+        steps = min(recipe.steps, max(1, EPOCHS * records // batch_size))
+        changes = {"batch_size": batch_size, "steps": steps} | changes
+    recipe = replace(recipe, **changes)
     return replace(recipe, warmup=min(recipe.warmup, recipe.steps // 5))
 
 

@@ -71,6 +71,16 @@ class TestFindRecipe:
         assert self.find("huge", steps=50, batch_size=8, lr=0.5, optimizer="muon") \
             == Recipe(50, 8, 0.5, warmup=10, optimizer="muon")
 
+    @pytest.mark.parametrize("records, changes, steps, batch_size", [
+        (600, {}, 140, 128), (512, {}, 120, 128), (511, {}, 239, 64), (475, {}, 222, 64),
+        (10_000, {}, 600, 128), (3, {}, 90, 1), (475, {"steps": 9000}, 9000, 64),
+        (475, {"batch_size": 200}, 71, 200), (475, {"batch_size": 3, "steps": 7}, 7, 3)])
+    def test_a_quarter_of_ones_own_records_is_a_batch_and_30_epochs_are_the_most(
+            self, records, changes, steps, batch_size):
+        found = find_recipe({"": Recipe(600, 128, 0.1)}, "tiny", (), changes, records)
+        assert (found.steps, found.batch_size) == (steps, batch_size)
+        assert found.warmup == min(100, steps // 5)
+
     @pytest.mark.parametrize("name, value", [
         ("steps", 0), ("steps", -3), ("batch_size", 0), ("lr", 0.0), ("lr", -0.1), ("lr", math.nan),
         ("lr", math.inf)])
