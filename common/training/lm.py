@@ -7,6 +7,7 @@ import itertools
 import math
 import random
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +16,13 @@ from torch import nn
 from common import language, t5
 from common.data.batches import DataSource
 from common.data.collators import PackedTexts, SplitTexts, as_text
+from common.data.safe_read import read_json
 from common.data.tokenizer import BOS, EOS
 from common.evaluation.sheet import sheet
 from common.losses import next_token_loss, no_gather
 from common.pretrained import language as pretrained
+from common.pretrained import t5 as published_t5
+from common.pretrained.files import read_weights
 from common.prompts import IGNORED, Segment, collate, labels_of, render
 from common.t5 import T5, T5Config, make_language
 from common.training.optimizer import Recipe
@@ -44,8 +48,13 @@ def data_sources(world, tokenizer, config):
 
 
 def read_part(path):
-    """A published GPT-2, OPT or LLaMA as the part of a model: its weights are lm.*."""
-    fields, weights, tokenizer = pretrained.read(path)
+    """A published GPT-2, OPT, LLaMA or FLAN-T5 as the part of a model: its weights are lm.*."""
+    config = read_json(Path(path) / "config.json", dict)
+    names = published_t5 if config.get("model_type") == "t5" else pretrained
+    fields = names.config_fields(config, path)
+    weights = names.translated(read_weights(path), fields, path)
+    tokenizer = pretrained.load_tokenizer(path, fields)
+    fields |= {"eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
     return fields, {f"lm.{name}": weight for name, weight in weights.items()}, tokenizer
 
 

@@ -73,8 +73,8 @@ class RunFolder:
                                     for key, value in now.items() if old.get(key) != value)
                 else:
                     old = f"{old}, not {now}"
-                raise ValueError(f"{self.path}: began with {part} {old}; leave that flag out, or "
-                                 "choose another --out")
+                raise ValueError(f"{self.path}: began with {part} {old}; it goes on as it began, "
+                                 "another --out begins another run")
 
     def begin(self, described, tokenizer, step, overwrite):
         """Write what describes the run; drop lines of the log that no checkpoint has kept."""

@@ -72,7 +72,7 @@ class TestRunFolder:
     @pytest.mark.parametrize("part, now, words", [
         ("options", {"seed": 1, "data": "toy"}, r"began with options seed=0 \(now 1\);"),
         ("config", {"embed_dim": 9, "more": 1}, r"embed_dim=7 \(now 9\), more=None \(now 1\);"),
-        ("stage", "lm", "began with stage clip, not lm; leave that flag out")])
+        ("stage", "lm", "began with stage clip, not lm; it goes on as it began")])
     def test_another_run_is_told_with_what_differs(self, folder, part, now, words):
         folder.check_same(DESCRIBED)
         with pytest.raises(ValueError, match=words):

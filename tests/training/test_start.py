@@ -15,10 +15,11 @@ from common.language import LanguageConfig, LanguageModel
 from common.pretrained import language as pretrained
 from common.pretrained.bpe import BPE, GPT2, OPT
 from common.pretrained.bpe import CLIP as STYLE
+from common.t5 import T5, T5Config
 from common.training import checkpoint
 from tests.fuzz import damages, one_line
 from tests.helpers import assert_close, command, listed, mistake
-from tests.parity import hugging_face_layout
+from tests.parity import blip2_layout, hugging_face_layout
 from tests.pretrained.writers import (byte_vocabulary, sentencepieces, write_safetensors,
                                       write_vocabulary)
 from tests.training.runs import TOY, assert_same, build, log, own, weights
@@ -174,10 +175,31 @@ class TestOpenParts:
             parts=[f"vision={published[0]}"])
         language(tmp_path / "opt", "opt")
         more = {"init": str(first.folder.path), "parts": [f"language={tmp_path / 'opt'}"]}
+        with one_line("--from language=.*opt: a opt; blip2-stage2-t5 needs a t5"):
+            self.begun(tmp_path, "blip2-stage2-t5", **more)
         run = self.begun(tmp_path, "blip2-stage2", **more)
         assert run.config.vocab_size == first.config.vocab_size and run.tokenizer.style == OPT
         with one_line("--from language=.*opt: another vocabulary than that of .*blip2-stage1"):
             self.begun(tmp_path, "blip2-stage2", ["losses=vqa"], **more)
+
+    def test_a_t5_is_a_part_too(self, tmp_path, published):
+        folder = tmp_path / "t5"
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps({
+            "model_type": "t5", "feed_forward_proj": "gated-gelu", "tie_word_embeddings": False,
+            "vocab_size": 320, "d_model": 16, "num_heads": 3, "d_kv": 5, "d_ff": 37,
+            "num_layers": 1}))
+        ours = T5(T5Config(vocab_size=320, width=16, heads=3, head_width=5, hidden=37,
+                           layers=1)).state_dict()
+        torch.save(blip2_layout.language(ours, "t5"), folder / "pytorch_model.bin")
+        (folder / "spiece.model").write_bytes(
+            sentencepieces(pad_id=0, eos_id=1, unk_id=2, bos_id=-1))
+        run = self.begun(tmp_path, "blip2-stage2-t5", [
+            "qformer_width=10", "qformer_heads=2", "qformer_layers=2"], init="none",
+            parts=[f"vision={published[0]}", f"language={folder}"])
+        assert_same("lm", run.model.lm.state_dict(), ours)
+        again = checkpoint.open_tokenizer(run.folder.path)
+        assert (again.bos_id, again.eos_id, again.pad_id) == (0, 1, 0) and run.config.pad_id == 0
 
     def test_a_flamingo_needs_our_tokens(self, tmp_path, published):
         language(tmp_path / "opt", "opt")
@@ -232,7 +254,7 @@ class TestTakeUp:
         assert_same("weights", again.model.state_dict(), run.model.state_dict())
 
     @pytest.mark.parametrize("flags, words", [
-        (["--seed", "0"], "options seed=3 (now 0); leave that flag out"),
+        (["--seed", "0"], "options seed=3 (now 0); it goes on as it began"),
         (["--accumulate", "1"], "options accumulate=3 (now 1)"),
         (["--data", "shapes"], "data=toy (now shapes)"), (["--precision", "bf16"], "precision=fp32"),
         (["--optimizer", "muon"], "recipe optimizer=adamw (now muon)"),
