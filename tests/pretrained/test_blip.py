@@ -7,10 +7,11 @@ import pytest
 import torch
 
 import blip
+import train
 from blip import PRESETS, BLIPConfig, make_model
 from common.pretrained import blip as pretrained
 from tests.fuzz import damages, one_line
-from tests.helpers import assert_close, randomize
+from tests.helpers import assert_close, listed, randomize
 from tests.parity import blip_layout
 from tests.pretrained.writers import check_weights, write_run, write_safetensors
 
@@ -197,6 +198,22 @@ class TestFromPretrained:
         embed_dim = 17 if "itc" in kind["losses"] else 256
         assert model.config == BLIPConfig(**WIDE | kind | {"embed_dim": embed_dim})
         check_weights(model, ours)
+
+    def test_it_is_trained_further_and_keeps_its_pieces(self, tmp_path):
+        salesforce(tmp_path, kind=KINDS["lm"])
+        run = train.build("blip", train.Options(
+            init=str(tmp_path / "model.pth"), data=listed(tmp_path / "data", 40), batch_size=6,
+            precision="fp32", out=str(tmp_path / "run")), [], 0.0)
+        assert run.config == BLIPConfig(**WIDE | KINDS["lm"] | {"embed_dim": 256})
+        assert (run.batches[0][0]["ids"][:, 0] == 3).all(), "[CLS]"
+        assert train.update(run, run.model, run.batches[0]).isfinite()
+        train.save(run)
+        model, tokenizer = blip.from_pretrained(tmp_path / "run")
+        assert tokenizer.pieces == [*PIECES, "[DEC]", "[ENC]"] and len(tokenizer) == 32
+        check_weights(model, run.model.state_dict())
+        (tmp_path / "run/vocab.txt").write_text("[PAD]\n[PAD]\n")
+        with one_line("vocab.txt: not BERT's vocabulary: "):
+            blip.from_pretrained(tmp_path / "run")
 
     def test_a_run_folder(self, tmp_path):
         config = replace(PRESETS["tiny"], losses="lm")
