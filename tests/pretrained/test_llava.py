@@ -7,12 +7,13 @@ import torch
 from PIL import Image
 
 import llava
+import train
 from common.data.images import open_image
 from common.evaluation.writing import Writer
 from common.pretrained import llava as pretrained
 from llava import LLaVA, LLaVAConfig
 from tests.fuzz import damages, one_line
-from tests.helpers import command, mistake, randomize
+from tests.helpers import command, listed, mistake, randomize
 from tests.parity import hugging_face_layout
 from tests.pretrained.writers import check_weights, sentencepieces, write_run, write_safetensors
 
@@ -132,6 +133,20 @@ class TestFromPretrained:
         write(tmp_path, change=lambda theirs: theirs.pop(name))
         with one_line(message):
             llava.from_pretrained(tmp_path)
+
+    @pytest.mark.parametrize("stage", ["llava-stage1", "llava-stage2"])
+    def test_it_is_trained_further_and_keeps_its_pieces(self, tmp_path, stage):
+        write(tmp_path)
+        run = train.build(stage, train.Options(
+            init=str(tmp_path), data=listed(tmp_path / "data", 40), batch_size=6,
+            precision="fp32", out=str(tmp_path / "run")), [], 0.0)
+        losses = {"losses": "captions"} if stage == "llava-stage1" else {}
+        assert run.config == LLaVAConfig(**FIELDS | KINDS["llava"] | losses)
+        assert train.update(run, run.model, run.batches[0]).isfinite()
+        train.save(run)
+        model, tokenizer = llava.from_pretrained(tmp_path / "run")
+        assert tokenizer.model == sentencepieces() and (tmp_path / "run/llama.model").exists()
+        check_weights(model, run.model.state_dict())
 
     def test_a_run_folder(self, tmp_path):
         config = replace(llava.PRESETS["tiny"], projector="adapter", views="squash")
