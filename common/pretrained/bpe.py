@@ -89,7 +89,7 @@ class BPE:
     """
 
     file = "tokenizer.json"              # its name in a run folder; `model` is its bytes
-    image_id = NO_IMAGE
+    image_id, cls_id, enc_id, dec_id = NO_IMAGE, None, None, None
 
     def __init__(self, vocab, merges, style, where="vocab"):
         self.vocab, self.style = vocab, style

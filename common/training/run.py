@@ -64,6 +64,7 @@ class Options:
     eval_only: bool = option(False, "measure the folder's checkpoint again, train nothing")
 
     def __post_init__(self):
+        self.parts = tuple(self.parts)
         # The flags of the command line; train.py adds those that repeat a default.
         self.given = {field.name for field in dataclasses.fields(self)
                       if getattr(self, field.name) != field.default}

@@ -69,8 +69,8 @@ class RunFolder:
             old = before.get(part)
             if part != without and old != now:
                 if isinstance(old, dict):
-                    old = ", ".join(f"{key}={old.get(key)} (now {value})"
-                                    for key, value in now.items() if old.get(key) != value)
+                    old = ", ".join(f"{key}={old.get(key)} (now {now.get(key)})"
+                                    for key in old | now if old.get(key) != now.get(key))
                 else:
                     old = f"{old}, not {now}"
                 raise ValueError(f"{self.path}: began with {part} {old}; it goes on as it began, "

@@ -38,6 +38,8 @@ def written(folder, kind, count, bad=()):
         "annotations": [{"image_id": n, "caption": text} for n, (_, text) in enumerate(rows)]}))
     dialogue(folder / "llava", *[talk("what is it?\n<image>", text, image=name)
                                  for name, text in rows])
+    (folder / "interleaved").write_text("\n".join(
+        json.dumps({"images": [name, None], "texts": [None, text]}) for name, text in rows))
     (folder / "flickr").write_text("\n".join(map(",".join, [("image", "caption"), *rows])))
     return folder / {"jsonl": "data.jsonl", "tar": "00.tar"}.get(kind, kind)
 

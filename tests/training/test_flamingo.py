@@ -160,7 +160,7 @@ class TestRuns:
                 run, "stopped", signal.SIGTERM) or update(run, *given))
             assert begin() == 143
         for flag, step in (("resume", 1), ("eval_only", 2)):
-            assert begin(**{flag: True}, parts=["vision=nowhere", "language=nowhere"]) == 0
+            assert begin(**{flag: True}, runs=str(tmp_path / "nowhere")) == 0
             assert f"resumed from step {step}" in capsys.readouterr().out
         assert_same("weights", weights(tmp_path / "two"), weights(runs / "one"))
 

@@ -4,6 +4,7 @@ import io
 import math
 import os
 import re
+import shutil
 import sys
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -12,7 +13,6 @@ import pytest
 import torch
 
 import train
-from common.data.safe_read import read_json
 from common.training import checkpoint, options
 from tests.helpers import command, mistake
 from tests.training.runs import TOY, build
@@ -269,9 +269,10 @@ class TestMistakes:
         (lambda c: {"step": None, "schedule": {}}, "cannot be resumed")])
     def test_a_checkpoint_that_does_not_fit_is_told(self, run, harm, words):
         state = checkpoint.load(run / "last.pt")
-        checkpoint.write_json("config.json", read_json(run / "config.json"))
+        for name in ("config.json", "tokenizer.model"):
+            shutil.copy(run / name, ".")
         checkpoint.save(".", state | harm(state))
         line = mistake("train.py", *TOY, "--steps", 50, "--precision", "fp32", "--out", ".",
                        "--resume")
         assert re.search(words, line)
-        assert sorted(os.listdir()) == ["config.json", "last.pt"]
+        assert sorted(os.listdir()) == ["config.json", "last.pt", "tokenizer.model"]
