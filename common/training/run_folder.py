@@ -3,7 +3,7 @@ import json
 from pathlib import Path
 
 from common.data.files import FORMATS
-from common.data.safe_read import read_json
+from common.data.safe_read import printable, read_json
 from common.training import checkpoint, distributed
 
 FILES = ("config.json", *(kind.file for kind in checkpoint.TOKENIZERS), "log.jsonl",
@@ -73,8 +73,8 @@ class RunFolder:
                                     for key in old | now if old.get(key) != now.get(key))
                 else:
                     old = f"{old}, not {now}"
-                raise ValueError(f"{self.path}: began with {part} {old}; it goes on as it began, "
-                                 "another --out begins another run")
+                raise ValueError(f"{self.path}: began with {part} {printable(old, 1000)}; it goes "
+                                 "on as it began, another --out begins another run")
 
     def begin(self, described, tokenizer, step, overwrite):
         """Write what describes the run; drop lines of the log that no checkpoint has kept."""
