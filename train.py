@@ -198,7 +198,8 @@ def build(name, options, settings, began):
     recipe = find_recipe(recipes, options.preset, kinds,
                          {key: getattr(options, key)
                           for key in ("steps", "batch_size", "lr", "optimizer")},
-                         None if own or not isinstance(world, Files) else world.size("train"))
+                         None if own or not isinstance(world, Files) else world.size("train"),
+                         tune=bool(options.init) and not stage.init)
     batches = Batches(stage.file.data_sources(world, tokenizer, config), seed=options.seed,
                       batch_size=recipe.batch_size, accumulate=options.accumulate,
                       rank=distributed.rank(), world_size=distributed.world_size())
@@ -348,7 +349,8 @@ def train(name, options, settings=(), began=None):
             if run.refused:
                 count, seen = run.world.size("train"), run.recipe.steps * run.recipe.batch_size
                 print(f"{run.world.name}: {count:,} records to learn from, {seen / count:.1f} times "
-                      f"each, pictures of {run.world.image_size} pixels")
+                      f"each, at a rate of {run.recipe.lr:g}, pictures of "
+                      f"{run.world.image_size} pixels")
             if run.refused and run.world.refused.count:
                 print(f"{run.world.name}: {run.world.refused.summary(run.world.tried)}")
         if not options.eval_only:

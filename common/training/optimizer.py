@@ -32,15 +32,17 @@ class Recipe:
 
 
 EPOCHS = 30                              # at most, over records of one's own
+TUNE = 0.1                               # of the rate, from a start: more makes it forget
 
 
-def find_recipe(recipes, preset, kinds, changes, records=None):
+def find_recipe(recipes, preset, kinds, changes, records=None, tune=False):
     """The recipe of "PRESET KIND", else of PRESET, else of "", with the user's changes.
 
     kinds: the name of the data and the losses; changes: {"steps", "batch_size", "lr": number or
     None, "optimizer": name or None}; records: the number of the user's own, or None: the batch is
-    then halved to at most a quarter of them, and steps are at most EPOCHS. Raises ValueError for
-    numbers that no run can have. The warm-up is at most a fifth of the steps.
+    then halved to at most a quarter of them, and steps are at most EPOCHS; tune: the rate is TUNE
+    times as large. Raises ValueError for numbers that no run can have. The warm-up is at most a
+    fifth of the steps.
     """
     keys = [*(f"{preset} {kind}" for kind in kinds), preset, ""]
     recipe = next(recipes[key] for key in keys if key in recipes)
@@ -54,7 +56,8 @@ def find_recipe(recipes, preset, kinds, changes, records=None):
             batch_size //= 2
         batch_size = changes.get("batch_size", batch_size)
         steps = min(recipe.steps, max(1, EPOCHS * records // batch_size))
-        changes = {"batch_size": batch_size, "steps": steps} | changes
+        rate = recipe.lr * (TUNE if tune else 1)
+        changes = {"batch_size": batch_size, "steps": steps, "lr": rate} | changes
     recipe = replace(recipe, **changes)
     return replace(recipe, warmup=min(recipe.warmup, recipe.steps // 5))
 

@@ -79,7 +79,11 @@ class TestFindRecipe:
             self, records, changes, steps, batch_size):
         found = find_recipe({"": Recipe(600, 128, 0.1)}, "tiny", (), changes, records)
         assert (found.steps, found.batch_size) == (steps, batch_size)
-        assert found.warmup == min(100, steps // 5)
+        assert (found.warmup, found.lr) == (min(100, steps // 5), 0.1)
+        tuned = find_recipe({"": Recipe(600, 128, 0.1)}, "tiny", (), changes, records, tune=True)
+        assert tuned == replace(found, lr=0.1 * 0.1), "a start is kept"
+        assert find_recipe({"": found}, "", (), {"lr": 0.3}, records, tune=True).lr == 0.3
+        assert find_recipe({"": found}, "", (), {}, tune=True).lr == 0.1, "a world's"
 
     @pytest.mark.parametrize("name, value", [
         ("steps", 0), ("steps", -3), ("batch_size", 0), ("lr", 0.0), ("lr", -0.1), ("lr", math.nan),

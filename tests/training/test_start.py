@@ -89,8 +89,8 @@ class TestOpenStart:
         spec, out = listed(tmp_path / "data", 40), tmp_path / "run"
         argv = ["clip", "--data", spec, "--steps", "2", "--out", out]
         status, said, err = command("train.py", *argv, "--init", published[0])
-        assert status == 0 and "data.jsonl: 35 records to learn from, 0.5 times each, pictures of " \
-            "15 pixels" in said, err
+        assert status == 0 and "data.jsonl: 35 records to learn from, 0.5 times each, at a rate " \
+            "of 0.0001, pictures of 15 pixels" in said, err
         picture = tmp_path / "data/0.png"
         assert command("clip.py", out, "classify", picture, "number 1", "a cat")[0] == 0
         assert command("train.py", *argv, "--batch_size", "6", "--overwrite")[0] == 0
