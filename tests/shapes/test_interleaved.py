@@ -143,7 +143,8 @@ class TestChat:
                     assert all(map(partial(is_true, scene=record["source"]), answer.split(". ")))
                 assert not re.search("more|fewer|larger|smaller", prompt), "a comparison"
                 if found := re.match("is there an? ([a-z]+ [a-z]+) in the picture", prompt):
-                    assert (answer == "yes") == (found[1] in [i.name for i in record["source"].items])
+                    there = [item.name for item in record["source"].items]
+                    assert (answer == "yes") == (found[1] in there)
 
 
 class TestQuestion:

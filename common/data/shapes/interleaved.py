@@ -287,7 +287,8 @@ def clip(rng, split="train", side=32, frames=8, kind=None):
 
 
 TASKS = {f.__name__: f for f in
-         (caption, noisy, statement, instruction, chat, choice, album, names, question, text_question,
-          probe, grounding, reading, dialogue, two_pictures, document, episode, glossary, clip)}
+         (caption, noisy, statement, instruction, chat, choice, album, names, question,
+          text_question, probe, grounding, reading, dialogue, two_pictures, document, episode,
+          glossary, clip)}
 TASKS |= {"questions": partial(question, asks=len(QUESTION_KINDS))}   # of one picture, as LLaVA-1.5
 TASKS |= {kind: partial(instruction, kind=kind) for kind in conversations.TEACHERS}
