@@ -1,6 +1,7 @@
 """Pages and prompts: the order of their segments and what is learned (paper, Figures 7 and 8)."""
 import pytest
 
+from common.pretrained.wordpiece import SPECIAL, WordPiece
 from flamingo import page_segments, render_page
 from tests.helpers import BOS, EOC, EOS, IMAGE, Words, page, refused
 
@@ -85,6 +86,10 @@ class TestRenderPage:
     def test_a_prompt_ends_where_its_answer_begins(self):
         assert spelled(two_turns(), is_prompt=True)[0] == \
             f"<bos> <image> a red cat <eoc> <image> {ASKED}"
+
+    def test_a_vocabulary_without_our_special_tokens_is_refused(self):
+        with refused("ids 4 and 5"):
+            render_page(two_turns(), WordPiece([*SPECIAL, *"abcdefgh"]))
 
     def test_with_attend_next_text_behind_the_last_image_is_not_learned(self):
         given = turns(("red", "", "red"), ("", "", "a cat"))

@@ -66,7 +66,8 @@ class TestBPE:
             == "it's caf\u00e9 \x1c!"
 
     def test_clip_reads_curly_quotes_as_straight_ones(self):
-        assert CLIP.clean("it\u2019s &rsquo;\u02bc\u2018\u201a\u201b \u00b4`") == "it's ''''' \u00b4`"
+        assert CLIP.clean("it\u2019s &rsquo;\u02bc\u2018\u201a\u201b \u00b4`") \
+            == "it's ''''' \u00b4`"
         assert CLIP.clean("\u201c\u201d\u201e\u201f") == 4 * '"'
         assert golden().encode("a dog\u2019s") == golden().encode("a dog's")
 
