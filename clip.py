@@ -11,7 +11,8 @@ SigLIP's sigmoid loss as an option (Zhai et al., 2023).
     python clip.py runs/clip classify PICTURE "a red circle" "a blue star"
     python clip.py runs/clip search "a small green ring" FOLDER
 
-In place of runs/clip: a Hugging Face folder, or OpenAI's .pt file with its vocabulary beside it.
+In place of runs/clip: a Hugging Face folder, or OpenAI's .pt file with its vocabulary beside it, or
+open_clip's (with --act gelu where no open_clip_config.json beside it says so).
 
 Differs from the paper
 - Data: the shapes and emoji worlds or your files, not 400 million pairs. The presets tiny, small

@@ -137,9 +137,8 @@ def read(path, act=None):
     if path.is_dir() or any(name.startswith("vision_model.") for name in weights):
         fields, weights = hugging_face(weights, folder / "config.json")
     else:
-        parts = open_clip(folder)
         fields, weights = openai(weights, path)
-        fields |= open_clip_fields(parts, fields, path, loud=act is None)
+        fields |= open_clip_fields(open_clip(folder), fields, path, loud=act is None)
     tokenizer = BPE.load(folder, CLIP)
     if len(tokenizer) != fields["vocab_size"]:
         raise ValueError(f"{folder}: a vocabulary of {len(tokenizer)} pieces, but the weights have "

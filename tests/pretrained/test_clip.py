@@ -90,7 +90,9 @@ class TestHuggingFace:
         assert pretrained.read(tmp_path)[0] == FIELDS | {"act": act}
 
     @pytest.mark.parametrize("change, message", [
-        ({"model_type": "blip"}, "model_type is 'blip'"),
+        ({"model_type": "blip"}, "model_type is 'blip'"), ({"model_type": "siglip"}, "'siglip'"),
+        ({"frames": 8}, "config.json: frames is 8"), (part("vision", qk_norm=1), "qk_norm is 1"),
+        (part("vision", num_channels=4), "vision_config: num_channels is 4, ours 3"),
         ({"projection_dim": 19}, r"projection.weight is \(17, 24\), the model's \(19, 24\)"),
         (part("text", hidden_act="gelu"), "hidden_act is 'gelu' .*'quick_gelu'"),
         (part("text", hidden_act="relu") | part("vision", hidden_act="relu"), "'relu'"),
@@ -256,6 +258,7 @@ class TestOpenClipFields:
         ("text.transformer.embeddings.x", "Hugging Face text")])
     def test_another_family_is_named(self, tmp_path, name, family):
         torch.save({name: torch.ones(1)}, tmp_path / "x.pt")
+        (tmp_path / "open_clip_config.json").write_text('{"model_cfg": {"init_logit_bias": -10}}')
         with one_line(f"x.pt: .*{family}"):
             pretrained.read(tmp_path / "x.pt")
 
@@ -315,7 +318,20 @@ class TestFromPretrained:
         tokenizer = write_run(tmp_path, "clip", model.config, model.state_dict())
         use = clip.from_pretrained(tmp_path)
         assert use.model.config == model.config and use.tokenizer.model == tokenizer.model
+        assert clip.from_pretrained(tmp_path, "gelu").model.config.act == "gelu"
+        with one_line("act=relu is not one of gelu, quick_gelu"):
+            clip.from_pretrained(tmp_path, "relu")
         check_weights(use.model, model.state_dict())
+
+    @pytest.mark.parametrize("words", [("classify", "x.png", "a dog"), ("search", "a dog", "x")])
+    def test_the_activation_can_be_said_on_the_command_line(self, monkeypatch, words):
+        def stop(path, act=None):
+            raise ValueError(f"{path} with {act}")
+        monkeypatch.setattr(clip, "from_pretrained", stop)
+        for more, act in (((), None), (("--act", "gelu"), "gelu")):
+            monkeypatch.setattr("sys.argv", ["clip.py", "model.bin", *words, *more])
+            with one_line(f"model.bin with {act}"):
+                clip.main()
 
     def test_a_search_is_drawn_here_and_not_beside_the_weights(self, tmp_path, monkeypatch):
         for name in ("published", "pictures", "here"):
