@@ -189,7 +189,7 @@ class TestOpenFrames:
 
 class TestCenterCrop:
     @pytest.mark.parametrize("W, H", [(64, 47), (47, 64), (100, 37), (31, 90), (13, 11), (23, 23),
-                                      (23, 50), (7, 720), (720, 7)])
+                                      (23, 50), (7, 720), (720, 7), (198, 652), (43, 548)])
     @pytest.mark.parametrize("resample", [Image.Resampling.BICUBIC, Image.Resampling.BILINEAR])
     def test_it_is_resizing_the_shorter_side_and_then_cutting(self, W, H, resample):
         size, picture = 23, noise(W, H)
