@@ -280,9 +280,10 @@ def open_clip_fields(parts, fields, path, loud=True):
             print(f"{path}: taken for weights with quick_gelu; for open_clip's own put their "
                   "open_clip_config.json beside it, or say --act gelu", file=sys.stderr)
         return {"act": "quick_gelu"}
+    where = path.parent / "open_clip_config.json"
     out = {"act": "quick_gelu" if parts["model_cfg"].get("quick_gelu") else "gelu",
-           "text_heads": whole(parts["text_cfg"], "heads", fields["text_heads"], path)}
+           "text_heads": whole(parts["text_cfg"], "heads", fields["text_heads"], where)}
     if "stages" not in fields and parts["vision_cfg"]:
-        head_width = whole(parts["vision_cfg"], "head_width", 64, path)
-        out["vision_heads"] = heads(fields["vision_width"], path, head_width)
+        head_width = whole(parts["vision_cfg"], "head_width", 64, where)
+        out["vision_heads"] = heads(fields["vision_width"], where, head_width)
     return out

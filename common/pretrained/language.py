@@ -135,11 +135,11 @@ def llama_fields(config, fields, where):
                          f"{head_width}")
     rope = {"rope_theta": config.get("rope_theta")}           # below: an older and a newer name
     rope |= section(config, "rope_scaling", where) | section(config, "rope_parameters", where)
-    known_sizes(rope, (), {"partial_rotary_factor": (1.0,)}, ROPE, f"{where}: rope_parameters")
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "linear"):
         raise ValueError(f"{where}: rotary positions scaled by {kind!r:.80}; ours are plain or "
                          "linear")
+    known_sizes(rope, (), {"partial_rotary_factor": (1.0,)}, ROPE, f"{where}: rope_parameters")
     scale = positive(rope, "factor", None, f"{where}: rope_scaling") if kind == "linear" else 1.0
     return {"kv_heads": whole(config, "num_key_value_heads", fields["heads"], where),
             "eps": positive(config, "rms_norm_eps", 1e-6, where),

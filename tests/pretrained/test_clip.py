@@ -164,6 +164,22 @@ class TestPreprocessing:
                 square=pretrained.CROP)
         self.found(tmp_path, {"size": {"height": 15, "width": 15}, "do_pad": True})
 
+    @pytest.mark.parametrize("name, config", [
+        ("preprocessor_config.json", {"image_mean": [0.5, 0.5, 0.5], "size": {"shortest_edge": 15},
+                                      "do_normalize": True, "resample": 2}),
+        ("open_clip_config.json", {"model_cfg": {"text_cfg": {"heads": 3}, "vision_cfg": {}},
+                                   "preprocess_cfg": {"std": [1, 1, 1], "size": [15, 15],
+                                                      "interpolation": "bicubic"}})])
+    def test_damaged_files_are_pictures_or_one_line(self, tmp_path, name, config):
+        self.found(tmp_path, config, name, square=pretrained.CROP)
+        for _ in damages(tmp_path / name, 300):
+            with one_line(maybe=True):
+                found = pretrained.preprocessing(tmp_path, 15, pretrained.CROP)
+                assert len(found["mean"]) == len(found["std"]) == 3 and found["resample"] in (2, 3)
+            with one_line(maybe=True):
+                pretrained.open_clip_fields(pretrained.open_clip(tmp_path), {
+                    "text_heads": 3, "vision_width": 192}, tmp_path / "x.pt", loud=False)
+
     def test_a_retriever_shows_pictures_as_the_folder_says(self, tmp_path):
         hugging_face(tmp_path)
         picture = Image.new("RGB", (15, 15), (51, 102, 204))
