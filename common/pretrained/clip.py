@@ -128,8 +128,8 @@ def read(path, act=None):
     """A published CLIP -> (fields of its config, weights under our names, its tokenizer).
 
     path: a Hugging Face folder, or a file of OpenAI's or open_clip's with its vocabulary beside it.
-    act: "gelu" or "quick_gelu", for files that do not say which; None: see `open_clip_fields`.
-    Raises ValueError in one line for whatever is missing, damaged or of another model.
+    act: "gelu" or "quick_gelu", for files that do not say which; None: see `open_clip`. Raises
+    ValueError in one line for whatever is missing, damaged or of another model.
     """
     path = Path(path)
     folder = path if path.is_dir() else path.parent
@@ -138,7 +138,7 @@ def read(path, act=None):
         fields, weights = hugging_face(weights, folder / "config.json")
     else:
         fields, weights = openai(weights, path)
-        fields |= open_clip_fields(open_clip(folder), fields, path, loud=act is None)
+        fields |= open_clip(path, fields, loud=act is None)
     tokenizer = BPE.load(folder, CLIP)
     if len(tokenizer) != fields["vocab_size"]:
         raise ValueError(f"{folder}: a vocabulary of {len(tokenizer)} pieces, but the weights have "
@@ -210,18 +210,6 @@ def three(config, name, default, where):
     return tuple(value)
 
 
-def open_clip(folder):
-    """The parts of an open_clip_config.json, {} without one; ValueError for what ours cannot be."""
-    path = folder / "open_clip_config.json"
-    if not path.is_file():
-        return {}
-    parts = {"": read_json(path, dict)}
-    for part, (required, read) in OPEN_CLIP.items():
-        parts[part] = section(parts["model_cfg" if "model_cfg" in parts else ""], part, path)
-        known_sizes(parts[part], (), required, read, f"{path}: {part}")
-    return parts
-
-
 def openai(weights, path):
     """Weights under OpenAI's or open_clip's names -> (fields read off the shapes, weights of ours).
 
@@ -269,18 +257,22 @@ def heads(width, path, head_width=64):
     return width // head_width
 
 
-def open_clip_fields(parts, fields, path, loud=True):
-    """What an open_clip_config.json says and no shape does: the activation and the heads.
+def open_clip(path, fields, loud=True):
+    """What no shape says, the activation and the heads, by the open_clip_config.json beside a file.
 
-    parts: of `open_clip`. Without them the activation is quick_gelu, OpenAI's; loud: stderr says
-    so where the file is not in OpenAI's own format.
+    Without one the activation is quick_gelu, OpenAI's; loud: stderr says so where the file is not
+    in OpenAI's own format. ValueError for a config of what ours cannot be.
     """
-    if not parts:
+    where = path.parent / "open_clip_config.json"
+    if not where.is_file():
         if loud and not is_script(path):
             print(f"{path}: taken for weights with quick_gelu; for open_clip's own put their "
                   "open_clip_config.json beside it, or say --act gelu", file=sys.stderr)
         return {"act": "quick_gelu"}
-    where = path.parent / "open_clip_config.json"
+    parts = {"": read_json(where, dict)}
+    for part, (required, read) in OPEN_CLIP.items():
+        parts[part] = section(parts["model_cfg" if "model_cfg" in parts else ""], part, where)
+        known_sizes(parts[part], (), required, read, f"{where}: {part}")
     out = {"act": "quick_gelu" if parts["model_cfg"].get("quick_gelu") else "gelu",
            "text_heads": whole(parts["text_cfg"], "heads", fields["text_heads"], where)}
     if "stages" not in fields and parts["vision_cfg"]:

@@ -177,8 +177,7 @@ class TestPreprocessing:
                 found = pretrained.preprocessing(tmp_path, 15, pretrained.CROP)
                 assert len(found["mean"]) == len(found["std"]) == 3 and found["resample"] in (2, 3)
             with one_line(maybe=True):
-                pretrained.open_clip_fields(pretrained.open_clip(tmp_path), {
-                    "text_heads": 3, "vision_width": 192}, tmp_path / "x.pt", loud=False)
+                pretrained.open_clip(tmp_path / "x.pt", {"text_heads": 3, "vision_width": 192})
 
     def test_a_retriever_shows_pictures_as_the_folder_says(self, tmp_path):
         hugging_face(tmp_path)
@@ -227,7 +226,7 @@ class TestOpenai:
             clip.from_pretrained(tmp_path / "model.pt")
 
 
-class TestOpenClipFields:
+class TestOpenClip:
     def said(self, folder, config, make=openai_layout.vit):
         path, _ = openai(folder, make)
         (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
@@ -244,7 +243,7 @@ class TestOpenClipFields:
 
     def test_a_file_that_does_not_say_is_taken_for_quick_gelu_loudly(self, tmp_path, capsys):
         torch.save({}, tmp_path / "x.pt")
-        assert pretrained.open_clip_fields({}, {}, tmp_path / "x.pt") == {"act": "quick_gelu"}
+        assert pretrained.open_clip(tmp_path / "x.pt", {}) == {"act": "quick_gelu"}
         assert "x.pt: taken for weights with quick_gelu" in capsys.readouterr().err
 
     def test_heads_are_the_configs(self, tmp_path):
