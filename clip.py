@@ -11,7 +11,8 @@ SigLIP's sigmoid loss as an option (Zhai et al., 2023).
     python clip.py runs/clip classify PICTURE "a red circle" "a blue star"
     python clip.py runs/clip search "a small green ring" FOLDER
 
-In place of runs/clip: a Hugging Face folder, or OpenAI's .pt file with its vocabulary beside it.
+In place of runs/clip: a Hugging Face folder, or OpenAI's .pt file with its vocabulary beside it, or
+open_clip's (with --act gelu where no open_clip_config.json beside it says so).
 
 Differs from the paper
 - Data: the shapes and emoji worlds or your files, not 400 million pairs. The presets tiny, small
@@ -41,7 +42,7 @@ from common.data.images import normalize_pixels
 from common.evaluation import retrieval
 from common.masks import causal
 from common.pretrained import clip as pretrained
-from common.pretrained.files import open_weights
+from common.pretrained.files import is_published, open_weights
 from common.resnet import ModifiedResNet, freeze_bn_stats
 from common.training import checkpoint, options
 from common.training.optimizer import Recipe
@@ -342,15 +343,19 @@ def data_sources(world, tokenizer, config):
 def from_pretrained(path, act=None):
     """A Retriever of a run folder, a Hugging Face folder, or OpenAI's or open_clip's file.
 
-    act: "gelu" or "quick_gelu", for an open_clip file that does not say which. Raises ValueError in
-    one line when it is none of them, damaged, or of another model.
+    act: "gelu" or "quick_gelu", for an open_clip file that does not say which. The Retriever
+    normalizes pictures as the folder says. Raises ValueError in one line when it is none of them,
+    damaged, or of another model.
     """
     read = functools.partial(pretrained.read, act=act)
     config, tokenizer, weights = open_weights(path, "clip", read)
+    config = config | ({"act": act} if act else {})
+    pictures = pretrained.preprocessing(path, config["image_size"], pretrained.CROP) \
+        if is_published(path) else {}
     with torch.device("meta"):           # no time spent on random weights
         model = CLIP(checkpoint.config_of(CLIPConfig, config, path))
     checkpoint.load_weights(model, weights, path)
-    return retrieval.Retriever(model, tokenizer)
+    return retrieval.Retriever(model, tokenizer, **pictures)
 
 
 def main():

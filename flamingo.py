@@ -387,8 +387,11 @@ def page_segments(turns, attend_next=False, is_prompt=False):
 def render_page(turns, tokenizer, context_length=None, attend_next=False, is_prompt=False):
     """Turns -> (ids, labels), `page_segments` as tokens; what exceeds the context is cut off.
 
-    Raises ValueError when that is all labels. Text whose next image is cut off has no labels.
+    Raises ValueError when that is all labels, and for a vocabulary without <image> and <eoc>. Text
+    whose next image is cut off has no labels.
     """
+    if tokenizer.image_id != IMAGE:
+        raise ValueError(f"a vocabulary whose ids {IMAGE} and {EOC} are not <image> and <eoc>")
     ids, labels = render(page_segments(turns, attend_next, is_prompt), tokenizer, context_length)
     if attend_next and not is_prompt:    # the cut may have removed the image of the last text
         last_image = max((i for i, token in enumerate(ids) if token == IMAGE), default=0)

@@ -70,7 +70,7 @@ from common.vision import adapt_weights, resize_positions
 
 PROJECTORS, VIEWS = ("linear", "mlp", "adapter"), ("crop", "pad", "squash", "tiles")
 TASKS = ("captions", "instruct")
-MIX = ("questions=8,chat=3,conversation=2,caption=1,detail=1,reasoning=1,probe=1,"
+MIX = ("questions=8,chat=2,conversation=2,caption=1,detail=1,reasoning=1,probe=1,"
        "text_question=1,choice=0.25")
 TEXT = -1                                # in feature_index: no visual token
 

@@ -149,8 +149,7 @@ class NewTokens(nn.Module):
 
 def rope_of(count, head_width, theta, scale, device):
     """cos and sin (count, K) of positions 0 .. count - 1, divided by scale."""
-    positions = torch.arange(count, device=device)
-    return rope_table(positions if scale == 1 else positions / scale, head_width, theta)
+    return rope_table(torch.arange(count, device=device), head_width, theta, scale)
 
 
 @functools.lru_cache(maxsize=8)

@@ -64,16 +64,18 @@ class LearnedPositions(nn.Module):
         return self.weight[self.offset + past:self.offset + past + T]
 
 
-def rope_table(positions, head_width, theta=10000.0):
+def rope_table(positions, head_width, theta=10000.0, scale=1.0):
     """The (cos, sin) of rotary positions (RoFormer, 3.2), for `apply_rope`.
 
     positions (T,) or (B, T), int64 or float -> two float32 tensors, (T, K) or (B, 1, T, K). Pair i
-    of K/2 turns by angle i = position * theta ** (-2i / K). The tensors are cos(angles) twice, and
-    -sin(angles) followed by sin(angles).
+    of K/2 turns by angle i = position * theta ** (-2i / K) / scale (1; linear scaling: more). The
+    tensors are cos(angles) twice, and -sin(angles) followed by sin(angles).
     """
     # float32 even under bf16, where an angle at position 4,000 is off by several radians.
     steps = torch.arange(0, head_width, 2, device=positions.device, dtype=torch.float32)
-    angles = positions[..., None].float() * theta ** (-steps / head_width)     # (..., T, K/2)
+    # In the order of Hugging Face's LLaMA; in another a cosine at position 1,500 is off by 1e-4.
+    frequencies = 1 / theta ** (steps / head_width) / scale           # (K/2,)
+    angles = positions[..., None].float() * frequencies               # (..., T, K/2)
     angles = angles if positions.dim() == 1 else angles[:, None]
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)

@@ -17,8 +17,8 @@ mixture cannot use the frozen language model, so that its text transformer start
 weights; the Q-Former does without its first stage, which would be more samples. Each bridge takes
 the features of CLIP that its paper takes.
 
-A run stands in RUNS/claims/bridge-NAME-SEED; a finished one is not trained again. The report covers all
-seeds that it finds, and writes captions of all bridges to RUNS/claims/bridges.png.
+A run stands in RUNS/claims/bridge-NAME-SEED; a finished one is not trained again. The report covers
+all seeds that it finds, and writes captions of all bridges to RUNS/claims/bridges.png.
 """
 import dataclasses
 import json

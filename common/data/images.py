@@ -85,16 +85,22 @@ def open_frames(path, most=32):
     return [frames[round(i * (len(frames) - 1) / max(1, count - 1))] for i in range(count)]
 
 
-def center_crop(picture, size):
-    """CLIP's evaluation crop: the shorter side to `size` (bicubic, antialiased), its middle."""
+def center_crop(picture, size, resample=Image.Resampling.BICUBIC):
+    """CLIP's evaluation crop: the shorter side to `size` (antialiased), its middle.
+
+    resample: Pillow's filter. The pixels are those of OpenAI's code, but for a very long picture.
+    """
     W, H = picture.size
     if (W, H) == (size, size):
         return picture
     wide, high = (int(size * side / min(W, H)) for side in (W, H))    # the whole picture, resized
     left, top = round((wide - size) / 2), round((high - size) / 2)
-    # Only this box is resized, which saves the memory for the whole of a very long picture.
+    if wide * high <= MOST_PIXELS:
+        whole = picture.resize((wide, high), resample)
+        return whole.crop((left, top, left + size, top + size))
+    # Only this box is resized, which saves the memory for the whole. It is rounded otherwise.
     box = left * W / wide, top * H / high, (left + size) * W / wide, (top + size) * H / high
-    return picture.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    return picture.resize((size, size), resample, box=box)
 
 
 def random_crop(picture, size, rng, least=0.9):

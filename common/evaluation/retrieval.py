@@ -12,7 +12,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from common.data.images import center_crop, normalize_pixels, open_folder, open_image, to_tensor
+from common.data.images import (MEAN, STD, center_crop, normalize_pixels, open_folder, open_image,
+                                to_tensor)
 from common.evaluation.sheet import sheet
 from common.losses import best_cosine, no_autocast
 from common.training import options
@@ -151,13 +152,16 @@ def samples(model, data):
 class Retriever:
     """A model with its tokenizer, for pictures and texts of the user's."""
 
-    def __init__(self, model, tokenizer):
+    def __init__(self, model, tokenizer, *, mean=MEAN, std=STD, resample=3):
+        """mean, std, resample: how published weights were shown pictures; 3: bicubic."""
         self.model, self.tokenizer = model.eval(), tokenizer
+        self.mean, self.std, self.resample = mean, std, resample
 
     def pixels(self, pictures):
         """Pillow pictures -> float (N, 3, H, W), normalized."""
         size = self.model.config.image_size
-        return normalize_pixels(to_tensor([center_crop(p, size) for p in pictures]))
+        pixels = to_tensor([center_crop(p, size, self.resample) for p in pictures])
+        return normalize_pixels(pixels, self.mean, self.std)
 
     @torch.no_grad()
     def encode_images(self, pictures):
@@ -209,13 +213,13 @@ def search_folder(run, retriever, text, folder):
 
 def main(description, from_pretrained):
     """The command line of a model that retrieves: classify and search."""
-    def classify(run, picture, *names):
+    def classify(run, picture, *names, act=None):
         """print the probability of each NAME for a picture, the most probable first"""
-        for name, probability in from_pretrained(run).classify(open_image(picture), names):
+        for name, probability in from_pretrained(run, act).classify(open_image(picture), names):
             print(f"{probability:7.2%}  {name}")
 
-    def search(run, text, folder):
+    def search(run, text, folder, *, act=None):
         """print the pictures of a folder that fit a text best, and draw them in RUN/search.png"""
-        search_folder(run, from_pretrained(run), text, folder)
+        search_folder(run, from_pretrained(run, act), text, folder)
 
     return options.run_command(description, classify, search)

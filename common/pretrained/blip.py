@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from common.data.safe_read import read_json
-from common.pretrained.clip import check_preprocessing, heads
-from common.pretrained.files import given, positive, read_weights, section, whole
+from common.pretrained.clip import heads, preprocessing
+from common.pretrained.files import known_sizes, positive, read_weights, section, whole
 from common.pretrained.names import Table, count, thirds, translate, under
 from common.pretrained.wordpiece import WordPiece
 
@@ -103,6 +103,12 @@ HF_SIZES = {
                ("vision_heads", "num_attention_heads", 12), ("image_size", "image_size", 384),
                ("patch_size", "patch_size", 16)),
 }
+REQUIRED = {"text": {"hidden_act": ("gelu",), "layer_norm_eps": (1e-12,),
+                     "position_embedding_type": ("absolute",)},
+            "vision": {"hidden_act": ("gelu",), "num_channels": (3,)}}
+READ = ("encoder_hidden_size", "intermediate_size", "layer_norm_eps", "num_attention_heads",
+        "projection_dim")                # of each tower; shapes say most of them
+TOP = ("image_text_hidden_size", "projection_dim", "text_config", "vision_config")
 
 
 def read(path):
@@ -134,7 +140,7 @@ def read(path):
     if len(tokenizer) != fields["vocab_size"]:
         raise ValueError(f"{folder}: a vocabulary of {len(tokenizer)} pieces, [DEC] and [ENC] "
                          f"included, but the weights have rows for {fields['vocab_size']}")
-    check_preprocessing(folder / "preprocessor_config.json", fields["image_size"])
+    preprocessing(folder, fields["image_size"])
     fields |= {"losses": losses, "sharing": "all-but-sa" if is_pretrained else "none",
                "momentum": 0.0, "queue_size": 0, "pad_id": tokenizer.pad_id,
                "eos_id": tokenizer.eos_id, "cls_id": tokenizer.bos_id, "enc_id": tokenizer.enc_id,
@@ -168,14 +174,9 @@ def hugging_face(weights, config, path):
     if config.get("model_type") != "blip":
         raise ValueError(f"{path}: model_type is {config.get('model_type')!r:.80}, not 'blip'")
     towers = {part: section(config, f"{part}_config", path) for part in HF_SIZES}
+    fields = known_sizes(config, (), {}, TOP, path)
     for part, tower in towers.items():
-        if given(tower, "hidden_act", "gelu") != "gelu":
-            raise ValueError(f"{path}: {part} hidden_act is {tower['hidden_act']!r:.80}, ours gelu")
-    if given(towers["text"], "layer_norm_eps", 1e-12) != 1e-12:
-        raise ValueError(f"{path}: text layer_norm_eps is {towers['text']['layer_norm_eps']!r:.80},"
-                         " ours 1e-12")
-    fields = {ours: whole(towers[part], theirs, default, f"{path}: {part}_config")
-              for part, sizes in HF_SIZES.items() for ours, theirs, default in sizes}
+        fields |= known_sizes(tower, HF_SIZES[part], REQUIRED[part], READ, f"{path}: {part}_config")
     # Their defaults are 8 heads and an eps of 1e-5; the weights were trained with 12 and 1e-6.
     fields["text_heads"] = whole(towers["text"], "num_attention_heads",
                                  fields["text_width"] // 64, f"{path}: text_config")

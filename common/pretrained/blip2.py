@@ -12,8 +12,8 @@ import torch
 from common.data.safe_read import read_json
 from common.pretrained import language, t5
 from common.pretrained.blip import HUGGING_FACE_VIT, SALESFORCE_VIT, check_equal, positions
-from common.pretrained.clip import check_preprocessing, heads
-from common.pretrained.files import given, positive, read_weights, section, whole
+from common.pretrained.clip import heads, preprocessing
+from common.pretrained.files import known_sizes, positive, read_weights, section, whole
 from common.pretrained.names import Table, count, translate, under
 from common.pretrained.wordpiece import WordPiece
 
@@ -82,8 +82,13 @@ HF_SIZES = {
                 ("cross_attn_every", "cross_attention_frequency", 2),
                 ("qformer_context_length", "max_position_embeddings", 512)),
 }
-REQUIRED = {"vision": {"hidden_act": "gelu", "qkv_bias": True},          # ours has no others
-            "qformer": {"hidden_act": "gelu", "layer_norm_eps": 1e-12}}
+REQUIRED = {"vision": {"hidden_act": ("gelu",), "qkv_bias": (True,), "num_channels": (3,)},
+            "qformer": {"hidden_act": ("gelu",), "layer_norm_eps": (1e-12,),
+                        "position_embedding_type": ("absolute",)}}
+READ = ("encoder_hidden_size", "intermediate_size", "layer_norm_eps", "projection_dim",
+        "use_qformer_text_input", "vocab_size")      # of each part; shapes say most of them
+TOP = ("image_text_hidden_size", "num_query_tokens", "qformer_config", "text_config",
+       "use_decoder_only_language_model", "vision_config")
 # A question (BLIP-2, 4.1); before a caption, by the task (BLIP-2, 4.2, and InstructBLIP, App. E).
 QUESTIONS = {"decoder": "Question: {} Answer:", "t5": "Question: {} Short answer:"}
 PROMPTS = {"lm": "a photo of", "instruct": "A short image description."}
@@ -105,7 +110,7 @@ def read(path):
         fields, weights = hugging_face(weights, read_json(where, dict), where)
     else:
         fields, weights = lavis(with_image_encoder(weights, folder), path)
-    check_preprocessing(folder / "preprocessor_config.json", fields["vision"]["image_size"])
+    preprocessing(folder, fields["vision"]["image_size"])
     ids, tokenizer = load_tokenizers(fields, folder)
     return fields | ids, weights, tokenizer
 
@@ -161,15 +166,12 @@ def hugging_face(weights, config, path):
     kind = config.get("model_type")
     if kind not in ("blip-2", "instructblip"):
         raise ValueError(f"{path}: model_type is {kind!r:.80}, not 'blip-2' or 'instructblip'")
+    known_sizes(config, (), {}, TOP, path)
     parts, sizes = {}, {}
     for part in HF_SIZES:
         parts[part] = section(config, f"{part}_config", path)
-        for name, value in REQUIRED[part].items():
-            if given(parts[part], name, value) != value:
-                raise ValueError(f"{path}: {part} {name} is {parts[part][name]!r:.80}, ours "
-                                 f"{value}")
-        sizes[part] = {ours: whole(parts[part], theirs, default, f"{path}: {part}_config")
-                       for ours, theirs, default in HF_SIZES[part]}
+        sizes[part] = known_sizes(parts[part], HF_SIZES[part], REQUIRED[part], READ,
+                                  f"{path}: {part}_config")
     eps = positive(parts["vision"], "layer_norm_eps", 1e-6, path)
     task = ("instruct" if kind == "instructblip" else
             "itc,itm" if "itm_head.weight" in weights else "lm")

@@ -22,6 +22,9 @@ from common.data.safe_read import read_bytes, read_json
 from common.data.tokenizer import NO_IMAGE, Tokenizer
 
 CLIP_FILE, CLIP_MERGES = "bpe_simple_vocab_16e6.txt.gz", 49152 - 256 - 2
+# Curly quotes and apostrophes -> straight ones, as ftfy does before CLIP's tokenizer.
+STRAIGHT = str.maketrans(dict.fromkeys("\u02bc\u2018\u2019\u201a\u201b", "'")
+                         | dict.fromkeys("\u201c\u201d\u201e\u201f", '"'))
 # White space of Unicode. Python's own \s has four control characters more.
 SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 
@@ -43,11 +46,12 @@ def compiled(pattern):
 
 
 def clip_clean(text):
-    """CLIP's cleaning: NFC, HTML entities read twice, white space to single blanks, lower case.
+    """CLIP's cleaning: NFC, HTML entities read twice, straight quotes, single blanks, lower case.
 
-    OpenAI's code first runs ftfy, which also repairs wrongly decoded text, quotes and ligatures.
+    OpenAI's code runs ftfy, which also repairs wrongly decoded text and ligatures; Hugging Face's
+    tokenizer leaves quotes curly.
     """
-    text = html.unescape(html.unescape(unicodedata.normalize("NFC", text)))
+    text = html.unescape(html.unescape(unicodedata.normalize("NFC", text))).translate(STRAIGHT)
     return re.sub(f"[{SPACE}]+", " ", text.strip()).strip().lower()
 
 

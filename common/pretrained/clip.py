@@ -11,7 +11,8 @@ from pathlib import Path
 from common.data.images import MEAN, STD
 from common.data.safe_read import read_json
 from common.pretrained.bpe import BPE, CLIP
-from common.pretrained.files import given, is_script, read_weights, section, whole
+from common.pretrained.files import (given, is_script, known_sizes, read_weights, section,
+                                      whole)
 from common.pretrained.names import Table, count, flatten_patches, thirds, translate, transpose
 from common.pretrained.names import under
 
@@ -93,13 +94,41 @@ HF_SIZES = {
                ("vision_heads", "num_attention_heads", 12), ("image_size", "image_size", 224),
                ("patch_size", "patch_size", 32)),
 }
+TOP = ("projection_dim", "text_config", "text_config_dict", "vision_config", "vision_config_dict")
+REQUIRED = {"layer_norm_eps": (1e-5,), "num_channels": (3,)}          # of each tower
+READ = ("hidden_act", "intermediate_size", "projection_dim")
+# Of a preprocessor_config.json. CROP: CLIP's square. OWN: of a model that has a way of its own.
+STEPS = {"do_resize": (True,), "do_rescale": (True,), "rescale_factor": (1 / 255,),
+         "do_normalize": (True,), "do_convert_rgb": (True, False)}
+CROP = {"do_center_crop": (True,), "resample": (3, 2)}
+OWN = {"do_center_crop": (True, False), "do_pad": (True, False), "resample": (3,),
+       "image_mean": (list(MEAN),), "image_std": (list(STD),)}
+OTHERS = ("aspect_ratio_setting", "crop_size", "data_format", "default_to_square",
+          "feature_extractor_type", "image_grid_pinpoints", "image_mean", "image_processor_type",
+          "image_std", "processor_class", "size")
+FILTERS = {"bicubic": 3, "bilinear": 2}              # Pillow's numbers, as in the files
+# Parts of an open_clip_config.json: (their `required` and `read` of `known_sizes`).
+OPEN_CLIP = {
+    "model_cfg": ({}, ("custom_text", "embed_dim", "init_logit_scale", "quick_gelu", "text_cfg",
+                       "vision_cfg")),
+    "vision_cfg": ({"mlp_ratio": (4.0,), "pool_type": ("tok",), "pos_embed_type": ("learnable",)},
+                   ("head_width", "image_size", "layers", "patch_size", "width")),
+    "text_cfg": ({"mlp_ratio": (4.0,), "pool_type": ("argmax", "eos"), "proj_type": ("linear",)},
+                 ("context_length", "eos_id", "heads", "layers", "pad_id", "vocab_size", "width")),
+}
+PREPROCESS = ({"interpolation": (*FILTERS,), "resize_mode": ("shortest",), "mode": ("RGB",)},
+              ("mean", "size", "std"))   # of its preprocess_cfg
+# Beginnings of names in open_clip's files of other towers than ours.
+FAMILIES = {"visual.trunk.": "a timm image encoder, such as SigLIP's", "visual.blocks.": "EVA-CLIP",
+            "visual.attn_pool.": "CoCa", "text_decoder.": "CoCa",
+            "text.transformer.e": "a Hugging Face text encoder"}
 
 
 def read(path, act=None):
     """A published CLIP -> (fields of its config, weights under our names, its tokenizer).
 
     path: a Hugging Face folder, or a file of OpenAI's or open_clip's with its vocabulary beside it.
-    act: "gelu" or "quick_gelu", for files that do not say which; None: see `open_clip_act`. Raises
+    act: "gelu" or "quick_gelu", for files that do not say which; None: see `open_clip`. Raises
     ValueError in one line for whatever is missing, damaged or of another model.
     """
     path = Path(path)
@@ -109,12 +138,11 @@ def read(path, act=None):
         fields, weights = hugging_face(weights, folder / "config.json")
     else:
         fields, weights = openai(weights, path)
-        fields["act"] = act or open_clip_act(folder, path)
+        fields |= open_clip(path, fields, loud=act is None)
     tokenizer = BPE.load(folder, CLIP)
-    if len(tokenizer) > fields["vocab_size"]:
+    if len(tokenizer) != fields["vocab_size"]:
         raise ValueError(f"{folder}: a vocabulary of {len(tokenizer)} pieces, but the weights have "
                          f"rows for {fields['vocab_size']}")
-    check_preprocessing(folder / "preprocessor_config.json", fields["image_size"])
     # The vocabulary's eos_id: many a config.json says 2, wrongly.
     return fields | {"act": act or fields["act"], "eos_id": tokenizer.eos_id}, weights, tokenizer
 
@@ -126,12 +154,9 @@ def hugging_face(weights, path):
         raise ValueError(f"{path}: model_type is {config.get('model_type')!r:.80}, not 'clip'")
     towers = {part: section(config, f"{part}_config", path)            # old files have both
               | section(config, f"{part}_config_dict", path) for part in HF_SIZES}
+    fields = known_sizes(config, (), {}, TOP, path)
     for part, tower in towers.items():
-        if given(tower, "layer_norm_eps", 1e-5) != 1e-5:
-            raise ValueError(f"{path}: {part} layer_norm_eps is {tower['layer_norm_eps']!r:.80}, "
-                             "ours 1e-05")
-    fields = {ours: whole(towers[part], theirs, default, f"{path}: {part}_config")
-              for part, sizes in HF_SIZES.items() for ours, theirs, default in sizes}
+        fields |= known_sizes(tower, HF_SIZES[part], REQUIRED, READ, f"{path}: {part}_config")
     fields["embed_dim"] = whole(config, "projection_dim", 512, path)
     acts = [given(tower, "hidden_act", "quick_gelu") for tower in towers.values()]
     if acts[0] != acts[1] or acts[0] not in ("gelu", "quick_gelu"):
@@ -142,19 +167,58 @@ def hugging_face(weights, path):
     return fields, translate(weights, HUGGING_FACE, counts, path)
 
 
-def check_preprocessing(path, image_size):
-    """ValueError when the file describes another preprocessing than ours, where there is one.
+def preprocessing(path, image_size, square=OWN):
+    """What published files say of pictures -> {"mean", "std", "resample"}, by default CLIP's.
 
-    path: of a preprocessor_config.json, or of a processor_config.json, which may hold one.
+    path: a folder, or a file in it. square: as `required` of `known_sizes`, the ways to a square
+    picture, CROP or OWN. Raises ValueError for other steps or sizes than ours.
     """
-    config = read_json(path, dict) if path.is_file() else {}
-    config = section(config, "image_processor", path) or config       # in a processor_config.json
-    for name, ours in (("image_mean", list(MEAN)), ("image_std", list(STD)), ("resample", 3),
-                       ("size", image_size), ("crop_size", image_size)):
-        theirs = given(config, name, ours)
-        sides = list(theirs.values()) if isinstance(theirs, dict) else [theirs]
-        if sides != [ours] * len(sides):           # {"shortest_edge": 224}, or height and width
-            raise ValueError(f"{path}: {name} is {theirs!r:.80}, ours {ours}")
+    found, folder = {"mean": MEAN, "std": STD, "resample": 3}, Path(path)
+    folder = folder if folder.is_dir() else folder.parent
+    for name in ("preprocessor_config.json", "processor_config.json", "open_clip_config.json"):
+        path = folder / name
+        config = read_json(path, dict) if path.is_file() else {}
+        if name.startswith("open_clip"):
+            part = section(config, "preprocess_cfg", path)
+            known_sizes(part, (), *PREPROCESS, path)
+            config = {"image_mean": part.get("mean"), "image_std": part.get("std"),
+                      "size": part.get("size"), "resample": FILTERS.get(part.get("interpolation"))}
+        elif "image_processor" in config or name.startswith("processor"):        # the newer one
+            config = section(config, "image_processor", path)
+        known_sizes(config, (), STEPS | square, OTHERS, path)
+        for size in ("size", "crop_size"):
+            theirs = given(config, size, image_size)
+            sides = [*theirs.values()] if isinstance(theirs, dict) else theirs
+            squashed = square is CROP and theirs is not sides and {*theirs} != {"shortest_edge"}
+            if sides not in (image_size, [image_size], [image_size] * 2) or (
+                    squashed and size == "size"):
+                raise ValueError(f"{path}: {size} is {theirs!r:.80}, ours {image_size}"
+                                 f"{' of the shortest_edge' if squashed else ''}")
+        found = {"mean": three(config, "image_mean", found["mean"], path),
+                 "std": three(config, "image_std", found["std"], path),
+                 "resample": given(config, "resample", found["resample"])}
+    return found
+
+
+def read_part(path):
+    """`read` for training, which normalizes pictures by CLIP's own numbers. ValueError for others."""
+    fields, weights, tokenizer = read(path)
+    found = preprocessing(path, fields["image_size"], CROP)
+    if found != {"mean": MEAN, "std": STD, "resample": 3}:
+        raise ValueError(f"{path}: pictures with the mean {found['mean']}, the deviation "
+                         f"{found['std']} and the filter {found['resample']} can be searched, but "
+                         "not trained on: ours are CLIP's own")
+    return fields, weights, tokenizer
+
+
+def three(config, name, default, where):
+    """A field's three numbers, one for each channel, or ValueError."""
+    value = given(config, name, default)
+    least = 1e-6 if name.endswith("std") else 0
+    if not isinstance(value, (list, tuple)) or len(value) != 3 or not all(
+            type(number) in (int, float) and least <= number < math.inf for number in value):
+        raise ValueError(f"{where}: {name} is {value!r:.80}, not three numbers from {least}")
+    return tuple(value)
 
 
 def openai(weights, path):
@@ -162,6 +226,9 @@ def openai(weights, path):
 
     A size that is no whole number is rounded, and refused later by `checkpoint.load_weights`.
     """
+    for start, family in FAMILIES.items():
+        if any(name.startswith(start) for name in weights):
+            raise ValueError(f"{path}: weights with {family}; ours are CLIP's own two towers")
     weights = {name.removeprefix("text."): weight for name, weight in weights.items()}
     counts = {"text": count(weights, r"transformer\.resblocks\.(\d+)\."),
               "vision": count(weights, r"visual\.transformer\.resblocks\.(\d+)\.")}
@@ -201,13 +268,25 @@ def heads(width, path, head_width=64):
     return width // head_width
 
 
-def open_clip_act(folder, weights):
-    """The activation that an open_clip_config.json names, else quick_gelu, OpenAI's."""
-    path = folder / "open_clip_config.json"
-    if path.is_file():
-        config = read_json(path, dict).get("model_cfg")
-        return "quick_gelu" if isinstance(config, dict) and config.get("quick_gelu") else "gelu"
-    if not is_script(weights):
-        print(f"{weights}: taken for weights with quick_gelu; for open_clip's own put their "
-              "open_clip_config.json beside it, or say act=\"gelu\"", file=sys.stderr)
-    return "quick_gelu"
+def open_clip(path, fields, loud=True):
+    """What no shape says, the activation and the heads, by the open_clip_config.json beside a file.
+
+    Without one the activation is quick_gelu, OpenAI's; loud: stderr says so where the file is not
+    in OpenAI's own format. ValueError for a config of what ours cannot be.
+    """
+    where = path.parent / "open_clip_config.json"
+    if not where.is_file():
+        if loud and not is_script(path):
+            print(f"{path}: taken for weights with quick_gelu; for open_clip's own put their "
+                  "open_clip_config.json beside it, or say --act gelu", file=sys.stderr)
+        return {"act": "quick_gelu"}
+    parts = {"": read_json(where, dict)}
+    for part, (required, read) in OPEN_CLIP.items():
+        parts[part] = section(parts["model_cfg" if "model_cfg" in parts else ""], part, where)
+        known_sizes(parts[part], (), required, read, f"{where}: {part}")
+    out = {"act": "quick_gelu" if parts["model_cfg"].get("quick_gelu") else "gelu",
+           "text_heads": whole(parts["text_cfg"], "heads", fields["text_heads"], where)}
+    if "stages" not in fields and parts["vision_cfg"]:
+        head_width = whole(parts["vision_cfg"], "head_width", 64, where)
+        out["vision_heads"] = heads(fields["vision_width"], where, head_width)
+    return out

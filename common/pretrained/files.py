@@ -2,20 +2,57 @@
 import math
 import warnings
 import zipfile
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
 
-from common.data.safe_read import read_json
+from common.data.safe_read import printable, read_json
 from common.pretrained import safetensors
 from common.training import checkpoint
 
+# Fields of any config.json that change no feature: of training, generation, labels, the file.
+HARMLESS = """
+    *_penalty *drop* *dtype *ngram_size *token_id *token_index _* architectures
+    chunk_size_feed_forward do_sample early_stopping finetuning_task gradient_checkpointing
+    id2label init_std initializer_* is_decoder is_encoder_decoder label2id label_smoothing
+    logit_scale_init_value max_length max_new_tokens max_sequence_length min_length model_type
+    num_beam* num_labels num_return_sequences output_* prefix problem_type return_dict* summary_*
+    task_specific_params temperature tie_word_embeddings tokenizer_class top_* torchscript
+    transformers_version typical_p use_cache""".split()
+
+
+def known_sizes(config, sizes, required, read, where):
+    """The sizes of a config.json, or of a part, as {our name: whole number}.
+
+    sizes: (ours, theirs, the default); required: {name: the values that ours can have, the default
+    first}; read: other names that the caller reads. ValueError for another value and for a field
+    that nobody reads, unless it is null, false, 0 or empty.
+    """
+    for name, allowed in required.items():
+        if given(config, name, allowed[0]) not in allowed:
+            raise ValueError(f"{where}: {name} is {config[name]!r:.80}, ours "
+                             f"{' or '.join(map(str, allowed))}")
+    known = [*required, *read, *(theirs for _, theirs, _ in sizes)]
+    for name, value in config.items():
+        if value and name not in known and not any(fnmatchcase(name, h) for h in HARMLESS):
+            raise ValueError(f"{where}: {printable(name)} is {value!r:.80}, which ours does not "
+                             "know; supported is a file without it")
+    return {ours: whole(config, theirs, default, where) for ours, theirs, default in sizes}
+
 
 def is_published(path):
-    """Whether the path is a file, or a folder whose config.json names a Hugging Face model."""
-    config = Path(path) / "config.json"
+    """Whether the path is a file, or a folder whose config.json names a Hugging Face model.
+
+    ValueError for a folder with open_clip's files alone.
+    """
+    path, config = Path(path), Path(path) / "config.json"
+    if (path / "open_clip_config.json").is_file() and not config.is_file():
+        found = sorted(path.glob("open_clip_*model*")) or [path / "open_clip_model.safetensors"]
+        raise ValueError(f"{path}: open_clip's files alone; pass the file of weights, such as "
+                         f"{printable(found[0])}")
     value = read_json(config) if config.is_file() else None
-    return Path(path).is_file() or isinstance(value, dict) and "model_type" in value
+    return path.is_file() or isinstance(value, dict) and "model_type" in value
 
 
 def open_weights(path, model, read, *messages):

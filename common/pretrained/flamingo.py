@@ -75,13 +75,19 @@ def load_openflamingo(model, path, tokens=None):
 
 
 def new_rows(new, weights, tokens, path):
-    """The rows of the new tokens in the embeddings, and in the head where the model has one."""
+    """The rows of the new tokens in the embeddings, and in the head where the model has one.
+
+    ValueError where the file is without them.
+    """
     found = {}
     for ours, ends in (("rows", EMBEDDINGS), ("output", HEADS)):
         name = next((name for name in weights
                      if name.startswith("lang_encoder.") and name.endswith(ends)), None)
-        if getattr(new, ours) is None or name is None and ours == "output":
-            continue                     # the head is tied, or frozen and not in the file
+        if getattr(new, ours) is None:
+            continue                     # the head is tied
+        if name is None and ours == "output":
+            raise ValueError(f"{path}: no head with rows {list(tokens)}, which an untied language "
+                             "model needs")
         try:
             found[f"lm.new.{ours}"] = weights[name][list(tokens)]
         except (KeyError, IndexError):

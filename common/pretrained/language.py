@@ -8,7 +8,7 @@ from pathlib import Path
 from common.data.safe_read import read_json
 from common.data.tokenizer import Pieces, T5Pieces
 from common.pretrained.bpe import BPE, GPT2, OPT
-from common.pretrained.files import given, positive, read_weights, section, whole
+from common.pretrained.files import given, known_sizes, positive, read_weights, section, whole
 from common.pretrained.names import Table, thirds, transpose, transposed_thirds, translate
 
 TABLES = {
@@ -65,17 +65,22 @@ SIZES = {
               ("layers", "num_hidden_layers", 32), ("heads", "num_attention_heads", 32),
               ("hidden", "intermediate_size", 11008)),
 }
-# Fields that must have one of these values, the first being their default: ours has no others.
+# Fields that must have one of these values, the first being their default; and those read below.
 REQUIRED = {
     "gpt2": {"activation_function": ("gelu_new", "gelu_pytorch_tanh"),
              "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,),
-             "add_cross_attention": (False,), "tie_word_embeddings": (True, False)},
+             "add_cross_attention": (False,), "tie_word_embeddings": (True, False),
+             "reorder_and_upcast_attn": (False, True)},
     "opt": {"activation_function": ("relu",), "do_layer_norm_before": (True,),    # 350m: False
             "enable_bias": (True,), "layer_norm_elementwise_affine": (True,),
             "_remove_final_layer_norm": (False,), "tie_word_embeddings": (True, False)},
     "llama": {"hidden_act": ("silu", "swish"), "attention_bias": (False,), "mlp_bias": (False,),
-              "tie_word_embeddings": (False, True)},
+              "tie_word_embeddings": (False, True), "partial_rotary_factor": (1.0,)},
 }
+READ = {"gpt2": ("n_inner", "layer_norm_epsilon", "n_ctx"), "opt": (),
+        "llama": ("head_dim", "num_key_value_heads", "pretraining_tp", "rms_norm_eps",
+                  "rope_parameters", "rope_scaling", "rope_theta")}
+ROPE = ("factor", "original_max_position_embeddings", "rope_theta", "rope_type", "type")
 
 
 def read(folder):
@@ -112,10 +117,8 @@ def config_fields(config, where):
     kind = config.get("model_type")
     if kind not in [*TABLES]:            # not a dict's "in": the file may hold a list
         raise ValueError(f"{where} is of a model of type {kind!r:.80}, not of {', '.join(TABLES)}")
-    for name, allowed in REQUIRED[kind].items():
-        if given(config, name, allowed[0]) not in allowed:
-            raise ValueError(f"{where}: {name} is {config[name]!r:.80}, ours is {allowed[0]}")
-    fields = {ours: whole(config, theirs, default, where) for ours, theirs, default in SIZES[kind]}
+    required = REQUIRED[kind] | {"word_embed_proj_dim": (given(config, "hidden_size", 768),)}
+    fields = known_sizes(config, SIZES[kind], required, READ[kind], where)
     fields |= {"kind": kind, "kv_heads": fields["heads"],
                "tie_embeddings": given(config, "tie_word_embeddings", kind != "llama")}
     if kind == "gpt2":
@@ -136,6 +139,7 @@ def llama_fields(config, fields, where):
     if kind not in ("default", "linear"):
         raise ValueError(f"{where}: rotary positions scaled by {kind!r:.80}; ours are plain or "
                          "linear")
+    known_sizes(rope, (), {"partial_rotary_factor": (1.0,)}, ROPE, f"{where}: rope_parameters")
     scale = positive(rope, "factor", None, f"{where}: rope_scaling") if kind == "linear" else 1.0
     return {"kv_heads": whole(config, "num_key_value_heads", fields["heads"], where),
             "eps": positive(config, "rms_norm_eps", 1e-6, where),

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from common.data.safe_read import read_json
 from common.pretrained import clip, language
-from common.pretrained.files import given, read_weights, section, whole
+from common.pretrained.files import given, known_sizes, read_weights, section
 from common.pretrained.names import Table, translate
 
 # transformers has written three layouts: (prefix of any of them, the name used here).
@@ -22,11 +22,13 @@ ROWS = (*clip.HUGGING_FACE.rows,
 # Fields of a config.json and its parts: (the values that ours can have, their default first).
 REQUIRED = {
     "": {"vision_feature_layer": (-2,), "vision_feature_select_strategy": ("default",),
-         "projector_hidden_act": ("gelu",), "multimodal_projector_bias": (True,)},
-    "vision_config": {"model_type": ("clip_vision_model",), "layer_norm_eps": (1e-5,),
-                      "hidden_act": ("quick_gelu", "gelu")},
-    "text_config": {"model_type": ("llama",)},
+         "projector_hidden_act": ("gelu",), "multimodal_projector_bias": (True,),
+         "use_image_newline_parameter": (True,)},
+    "vision_config": {"model_type": ("clip_vision_model",), "hidden_act": ("quick_gelu", "gelu"),
+                      **clip.REQUIRED},
 }
+READ = {"": ("ignore_index", "image_grid_pinpoints", "image_seq_length", "text_config",
+             "vision_config", "vocab_size"), "vision_config": (*clip.READ, "vocab_size")}
 PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 VIEWS = {"llava": "pad", "llava_next": "tiles"}
 
@@ -41,8 +43,7 @@ def read(path):
     config = read_json(where, dict)
     fields = config_fields(config, where)
     weights = translated(read_weights(folder), fields, folder)
-    for name in ("preprocessor_config.json", "processor_config.json"):           # older, newer
-        clip.check_preprocessing(folder / name, fields["vision"]["image_size"])
+    clip.preprocessing(folder, fields["vision"]["image_size"])
     tokenizer = language.load_tokenizer(folder, fields["language"])
     fields["language"] |= {"eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
     return fields, weights, tokenizer
@@ -56,15 +57,13 @@ def config_fields(config, where):
                          "encoder out; take the folder that Hugging Face's llava-hf publishes")
     if kind not in [*VIEWS]:             # not a dict's "in": the file may hold a list
         raise ValueError(f"{where}: model_type is {kind!r:.80}, not 'llava' or 'llava_next'")
-    parts = {"": config} | {name: section(config, name, where) for name in REQUIRED if name}
-    for part, required in REQUIRED.items():
-        for name, allowed in required.items():
-            if given(parts[part], name, allowed[0]) not in allowed:
-                raise ValueError(f"{where}: {part} {name} is {parts[part][name]!r:.80}, ours "
-                                 f"{' or '.join(map(str, allowed))}")
-    vision, text = parts["vision_config"], parts["text_config"]
-    sizes = {ours: whole(vision, theirs, default, f"{where}: vision_config")
-             for ours, theirs, default in clip.HF_SIZES["vision"]}
+    vision, text = (section(config, f"{part}_config", where) for part in ("vision", "text"))
+    known_sizes(config, (), REQUIRED[""], READ[""], where)
+    sizes = known_sizes(vision, clip.HF_SIZES["vision"], REQUIRED["vision_config"],
+                        READ["vision_config"], f"{where}: vision_config")
+    if given(text, "model_type", "llama") != "llama":
+        raise ValueError(f"{where}: text_config: model_type is {text['model_type']!r:.80}, ours "
+                         "llama")
     sizes["act"] = given(vision, "hidden_act", "quick_gelu")
     fields = {"vision": sizes, "projector": "mlp", "views": VIEWS[kind], "template": "v1",
               "losses": "instruct",

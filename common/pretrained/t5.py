@@ -3,7 +3,7 @@
 The tables have their names on the left and ours on the right. The original T5, whose output is
 scaled and whose MLPs have no gate, is refused: FLAN-T5 and T5 version 1.1 are what ours is.
 """
-from common.pretrained.files import given, positive, whole
+from common.pretrained.files import given, known_sizes, positive
 from common.pretrained.names import Table, translate, under
 
 
@@ -34,10 +34,13 @@ SIZES = (("vocab_size", "vocab_size", 32128), ("context_length", "n_positions", 
          ("head_width", "d_kv", 64), ("hidden", "d_ff", 2048),
          ("buckets", "relative_attention_num_buckets", 32),
          ("max_distance", "relative_attention_max_distance", 128))
+READ = ("dense_act_fn", "feed_forward_proj", "is_gated_act", "layer_norm_epsilon",
+        "num_decoder_layers", "scale_decoder_outputs")
 
 
 def config_fields(config, where):
     """A config.json's dict -> fields of a T5Config; ValueError for what ours cannot be."""
+    fields = known_sizes(config, SIZES, {}, READ, where)
     # Newer files say whether the output is scaled, older ones that it is where the head is tied.
     scaled = given(config, "scale_decoder_outputs", given(config, "tie_word_embeddings", True))
     mlp = given(config, "feed_forward_proj", "relu")
@@ -47,7 +50,6 @@ def config_fields(config, where):
     act = given(config, "dense_act_fn", "gelu_new")
     if act not in [*ACTS]:               # not a dict's "in": the file may hold a list
         raise ValueError(f"{where}: dense_act_fn is {act!r:.80}, ours is one of {', '.join(ACTS)}")
-    fields = {ours: whole(config, theirs, default, where) for ours, theirs, default in SIZES}
     if given(config, "num_decoder_layers", fields["layers"]) != fields["layers"]:
         raise ValueError(f"{where}: num_decoder_layers is {config['num_decoder_layers']!r:.80}, "
                          f"ours num_layers, {fields['layers']}")

@@ -137,8 +137,9 @@ def take_up(name, stage, options, folder):
 
 def open_any(file, path, *messages):
     """A run of a stage's file, or published weights -> (config dict, tokenizer, weights)."""
-    read = getattr(file, "read_part", None) or getattr(getattr(file, "pretrained", 0), "read", None)
-    return open_weights(path, file.__name__, read, *messages)
+    readers = (getattr(place, name, None) for place in (file, getattr(file, "pretrained", None))
+               for name in ("read_part", "read"))
+    return open_weights(path, file.__name__, next(filter(None, readers), None), *messages)
 
 
 def open_start(stage, name, options, folder, own):

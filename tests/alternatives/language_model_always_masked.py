@@ -19,5 +19,5 @@ class LanguageModel:
             x = x + self.pos_embed(positions)
         else:
             c = self.config
-            rope = rope_table(positions / c.rope_scale, c.width // c.heads, c.rope_theta)
+            rope = rope_table(positions, c.width // c.heads, c.rope_theta, c.rope_scale)
         return x, {"mask": attn_mask, "rope": rope, "cache": cache}

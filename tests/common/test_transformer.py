@@ -205,10 +205,11 @@ class TestLearnedPositions:
 class TestRopeTable:
     @pytest.mark.parametrize("positions, changes, theta, tolerance", [
         ([0, 1, 5, 9], {}, 10000.0, 1e-6), ([0.5, 2.25, 0.0], {"theta": 100.0}, 100.0, 1e-6),
+        ([0, 1, 5, 9], {"scale": 4.0}, 10000.0, 1e-6),
         ([[0, 1, 5], [7, 3, 2]], {}, 10000.0, 1e-6), ([4099], {}, 10000.0, 5e-4)])
     def test_pair_i_turns_by_its_angle(self, positions, changes, theta, tolerance):
         positions, steps = torch.tensor(positions), torch.tensor([0.0, -2 / 6, -4 / 6]).double()
-        angles = positions[..., None] * theta ** steps
+        angles = positions[..., None] * theta ** steps / changes.get("scale", 1)
         angles = angles[:, None] if positions.dim() == 2 else angles          # (B, 1, T, K / 2)
         got = torch.stack(rope_table(positions, 6, **changes))
         assert got.dtype == torch.float32

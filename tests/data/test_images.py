@@ -188,18 +188,23 @@ class TestOpenFrames:
 
 
 class TestCenterCrop:
-    @pytest.mark.parametrize("W, H", [(64, 47), (47, 64), (100, 37), (31, 90), (13, 11), (23, 23)])
-    def test_it_is_resizing_the_shorter_side_and_then_cutting(self, W, H):
-        size, ramp = 23, np.add.outer(np.arange(H), np.arange(W)) * 255.0
-        picture = Image.fromarray((ramp / (H + W)).astype(np.uint8)).convert("RGB")
+    @pytest.mark.parametrize("W, H", [(64, 47), (47, 64), (100, 37), (31, 90), (13, 11), (23, 23),
+                                      (23, 50), (7, 720), (720, 7), (198, 652), (43, 548)])
+    @pytest.mark.parametrize("resample", [Image.Resampling.BICUBIC, Image.Resampling.BILINEAR])
+    def test_it_is_resizing_the_shorter_side_and_then_cutting(self, W, H, resample):
+        size, picture = 23, noise(W, H)
         wide, high = int(size * W / min(W, H)), int(size * H / min(W, H))
         left, top = round((wide - size) / 2), round((high - size) / 2)
-        whole = picture.resize((wide, high), Image.Resampling.BICUBIC)
-        want = whole.crop((left, top, left + size, top + size))
-        compare(f"of {W} x {H}", center_crop(picture, size), want, within=1)
+        want = picture.resize((wide, high), resample).crop((left, top, left + size, top + size))
+        compare(f"of {W} x {H}", center_crop(picture, size, resample), want)
+        if resample == Image.Resampling.BICUBIC:
+            compare("by default", center_crop(picture, size), want)
 
-    def test_a_sliver_costs_no_memory(self):
+    def test_a_sliver_costs_no_memory(self, monkeypatch):
         assert center_crop(Image.new("RGB", (10_000_000, 1)), 16).size == (16, 16)
+        whole = center_crop(noise(64, 47), 23)
+        monkeypatch.setattr(images, "MOST_PIXELS", 23 * 31 - 1)
+        compare("of the box alone", center_crop(noise(64, 47), 23), whole, within=1)
 
 
 class TestRandomCrop:

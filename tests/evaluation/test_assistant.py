@@ -110,10 +110,10 @@ class TestChats:
         assert len(records) == 40
         for record in records:
             *history, _ = [turn["answer"] for turn in record["turns"]]
-            assert len(history) == 3 and all(history)
+            assert len(history) == 2 and all(history)
             asked = [turn["prompt"].endswith(SHORT_ANSWER) for turn in record["turns"]]
             short = [" " not in turn["answer"] for turn in record["turns"]]
-            assert asked == ([True] + [False] * 3 if all(short) else short)
+            assert asked == ([True] + [False] * 2 if all(short) else short)
 
     @pytest.mark.parametrize("text, form", [
         ("there is a red circle.", "word"), ("", "sentence"), ("red", "sentence"),

@@ -86,6 +86,12 @@ class TestRenderPage:
         assert spelled(two_turns(), is_prompt=True)[0] == \
             f"<bos> <image> a red cat <eoc> <image> {ASKED}"
 
+    def test_a_vocabulary_without_our_special_tokens_is_refused(self):
+        foreign = Words()
+        foreign.image_id = -200
+        with refused("ids 4 and 5"):
+            render_page(two_turns(), foreign)
+
     def test_with_attend_next_text_behind_the_last_image_is_not_learned(self):
         given = turns(("red", "", "red"), ("", "", "a cat"))
         assert spelled(given, None, True) == ["<bos> red <eoc> <image> a cat <eoc> <eos>",

@@ -1,5 +1,6 @@
 """Published weights and vocabularies: what we read against what the reference libraries read."""
 import copy
+import importlib
 import json
 import random
 import unicodedata
@@ -7,19 +8,24 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 
 import blip
 import blip2
 import clip
 import llava
+from common.data.images import MEAN, STD, center_crop, normalize_pixels, to_tensor
 from common.pretrained import blip as blip_pretrained
 from common.pretrained import blip2 as blip2_pretrained
 from common.pretrained.bpe import BPE, BYTES, CLIP, GPT2, OPT
 from common.pretrained import clip as pretrained
+from common.pretrained import language
 from common.pretrained import llava as llava_pretrained
-from common.pretrained import safetensors
+from common.pretrained import safetensors, t5
 from common.pretrained.names import plan
+from common.transformer import rope_table
 from tests.fuzz import mutations
+from tests.helpers import assert_close
 from tests.parity import openai_layout
 from tests.parity.cases import CASES, Blip2Case, BlipCase, LlavaCase, arrays, compare, randomize
 from tests.pretrained.writers import byte_vocabulary, sentencepieces, write_vocabulary
@@ -252,10 +258,111 @@ def test_the_tables_name_exactly_what_a_llava_of_the_published_size_holds(preset
     assert {name: getattr(preset.vision, name) for name in fields["vision"]} == fields["vision"]
 
 
+# What files of transformers 4 hold besides, at the top and in each part.
+OLDER = {
+    "_name_or_path": "x", "add_cross_attention": False, "architectures": ["X"], "bos_token_id": 1,
+    "begin_suppress_tokens": None, "cross_attention_hidden_size": None, "diversity_penalty": 0.0,
+    "chunk_size_feed_forward": 0, "decoder_start_token_id": 0, "do_sample": False, "dropout": 0.1,
+    "early_stopping": False, "encoder_no_repeat_ngram_size": 0, "eos_token_id": 2,
+    "finetuning_task": None, "forced_bos_token_id": None, "gradient_checkpointing": False,
+    "id2label": {"0": "LABEL_0"}, "is_decoder": False, "label2id": {"LABEL_0": 0},
+    "length_penalty": 1.0, "max_length": 20, "min_length": 0, "no_repeat_ngram_size": 3,
+    "num_beam_groups": 1, "num_beams": 1, "num_return_sequences": 1, "output_past": True,
+    "pad_token_id": 1, "prefix": "</s>", "pruned_heads": {}, "repetition_penalty": 1.0,
+    "return_dict": True, "return_dict_in_generate": False, "sep_token_id": None,
+    "task_specific_params": {"x": {"max_length": 50}}, "temperature": 1.0, "top_k": 50,
+    "tf_legacy_loss": False, "tokenizer_class": "X", "top_p": 1.0, "torch_dtype": "float16",
+    "torchscript": False, "transformers_version": "4.21.0", "typical_p": 1.0, "use_cache": True,
+    "use_bfloat16": False}
+
+
+def readers():
+    """{family: (a config of transformers by default, what reads its dict)}."""
+    import transformers as hub
+    gated = dict(feed_forward_proj="gated-gelu", tie_word_embeddings=False)
+    matrix = {"qformer.embeddings.word_embeddings.weight": torch.zeros(3, 5)}
+
+    def one_file(config, where):
+        where.write_text(json.dumps(config))
+        return pretrained.hugging_face({}, where)
+
+    def of(module, weights):
+        return lambda config, where: module.hugging_face(weights, config, where)
+    return {
+        "clip": (hub.CLIPConfig(), one_file), "blip": (hub.BlipConfig(), of(blip_pretrained, {})),
+        "blip-2": (hub.Blip2Config(), of(blip2_pretrained, {})),
+        "blip-2 t5": (hub.Blip2Config(text_config=hub.T5Config(**gated).to_dict()),
+                      of(blip2_pretrained, {})),
+        "instructblip": (hub.InstructBlipConfig(), of(blip2_pretrained, matrix)),
+        "llava": (hub.LlavaConfig(), llava_pretrained.config_fields),
+        "llava_next": (hub.LlavaNextConfig(), llava_pretrained.config_fields),
+        "gpt2": (hub.GPT2Config(), language.config_fields),
+        "opt": (hub.OPTConfig(), language.config_fields),
+        "llama": (hub.LlamaConfig(), language.config_fields),
+        "t5": (hub.T5Config(**gated), t5.config_fields)}
+
+
+def test_the_configs_that_transformers_saves_are_read(tmp_path):
+    for name, (config, read) in readers().items():
+        config.save_pretrained(tmp_path)                 # what is not at its default
+        for whole in (json.loads((tmp_path / "config.json").read_text()),
+                      json.loads(config.to_json_string(use_diff=False))):
+            older = OLDER | whole
+            older |= {part: OLDER | value for part, value in older.items()
+                      if part.endswith("_config") and isinstance(value, dict)}
+            for given in (whole, older):
+                found = read(given, tmp_path / "config.json")
+            assert found, name
+
+
+@pytest.mark.parametrize("family, square", [
+    ("clip", pretrained.CROP), ("blip", pretrained.OWN), ("llava", pretrained.OWN),
+    ("llava_next", pretrained.OWN)])
+def test_the_preprocessing_that_transformers_saves_is_read(tmp_path, family, square):
+    module = importlib.import_module(f"transformers.models.{family}.image_processing_pil_{family}")
+    kind = next(getattr(module, name) for name in module.__all__)
+    kind().save_pretrained(tmp_path)
+    assert (tmp_path / "preprocessor_config.json").is_file()
+    size = 384 if family == "blip" else 224
+    assert pretrained.preprocessing(tmp_path, size, square) == {
+        "mean": MEAN, "std": STD, "resample": 3}
+
+
 def text(draw):
     """A text of letters, digits, marks and blanks of several scripts."""
     kinds = ("abcdthers", "the dog cab red ", " '!.,123", "éÉßÄ東京½²٣\u0301\u00a0\t\n", "🙂ñK’")
     return "".join(draw.choice(draw.choice(kinds)) for _ in range(draw.randrange(25)))
+
+
+@pytest.mark.parametrize("W, H", [(64, 47), (47, 64), (30, 90), (13, 11), (7, 720), (720, 7)])
+def test_our_crop_and_pixels_are_the_references(W, H):
+    """Where an even number is cut off: of an odd one transformers cuts less in front."""
+    import numpy as np
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+    size, noise = 24, np.random.default_rng(0).integers(0, 256, (H, W, 3), dtype=np.uint8)
+    theirs = CLIPImageProcessorPil(size={"shortest_edge": size},
+                                   crop_size={"height": size, "width": size})
+    for mean, std in ((MEAN, STD), ((0.5, 0.4, 0.3), (0.2, 0.3, 0.4))):
+        for resample in (Image.Resampling.BICUBIC, Image.Resampling.BILINEAR):
+            want = theirs(Image.fromarray(noise), return_tensors="pt", resample=resample,
+                          image_mean=list(mean), image_std=list(std)).pixel_values
+            crop = center_crop(Image.fromarray(noise), size, resample)
+            assert_close("pixels", normalize_pixels(to_tensor([crop]), mean, std), want, 1e-5)
+
+
+@pytest.mark.parametrize("theta, factor, width", [
+    (10000.0, 1.0, 128), (5e5, 1.0, 64), (10000.0, 4.0, 128), (1e6, 3.0, 80)])
+def test_rotary_positions_are_exactly_the_references(theta, factor, width):
+    from transformers import LlamaConfig
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+    theirs = LlamaRotaryEmbedding(LlamaConfig(
+        hidden_size=2 * width, num_attention_heads=2, rope_parameters={
+            "rope_type": "linear", "rope_theta": theta, "factor": factor}))
+    positions = torch.arange(4096)
+    cos, sin = theirs(torch.zeros(1), positions[None])
+    ours = rope_table(positions, width, theta, factor)
+    assert torch.equal(ours[0], cos[0])
+    assert torch.equal(ours[1], torch.cat([-sin[0, :, :width // 2], sin[0, :, width // 2:]], -1))
 
 
 def test_our_ids_are_those_of_the_reference_tokenizers(tmp_path):
@@ -267,12 +374,13 @@ def test_our_ids_are_those_of_the_reference_tokenizers(tmp_path):
         draw = random.Random(0)
         for _ in range(2000):
             given = text(draw)
-            want = theirs(given, add_special_tokens=False).input_ids
+            said = given.replace("’", "'") if style is CLIP else given    # OpenAI's, not theirs
+            want = theirs(said, add_special_tokens=False).input_ids
             assert ours.encode(given) == want, repr(given)
             if style is GPT2:
                 assert ours.decode(want) == given
         if style is CLIP:
-            want = theirs(given).input_ids
+            want = theirs(said).input_ids
             assert ours.batch([given], 99)[0].tolist() == want
         theirs.save_pretrained(tmp_path / style.bos)
         assert (tmp_path / style.bos / "tokenizer.json").exists()

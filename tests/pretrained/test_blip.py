@@ -111,9 +111,9 @@ class TestHuggingFace:
     @pytest.mark.parametrize("change, message", [
         ({"model_type": "clip"}, "model_type is 'clip'"),
         ({"image_text_hidden_size": 19}, r"weight is \(17, 24\), the model's \(19, 24\)"),
-        (part("text", hidden_act="relu"), "text hidden_act is 'relu'"),
-        (part("vision", hidden_act="quick_gelu"), "vision hidden_act is 'quick_gelu'"),
-        (part("text", layer_norm_eps=1e-6), "text layer_norm_eps is 1e-06"),
+        (part("text", hidden_act="relu"), "text_config: hidden_act is 'relu'"),
+        (part("vision", hidden_act="quick_gelu"), "vision_config: hidden_act is 'quick_gelu'"),
+        (part("text", layer_norm_eps=1e-6), "text_config: layer_norm_eps is 1e-06"),
         (part("vision", layer_norm_eps=0), "layer_norm_eps is 0, not"),
         (part("text", num_attention_heads=None), "text_config: num_attention_heads is 0"),
         (part("text", num_hidden_layers=4), "missing encoder.blocks.3.attn"),

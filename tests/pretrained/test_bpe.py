@@ -65,6 +65,12 @@ class TestBPE:
         assert CLIP.clean(" It&amp;#39;s\u2003 \n CAFE\u0301\u200a\x1c!\u3000") \
             == "it's caf\u00e9 \x1c!"
 
+    def test_clip_reads_curly_quotes_as_straight_ones(self):
+        assert CLIP.clean("it\u2019s &rsquo;\u02bc\u2018\u201a\u201b \u00b4`") \
+            == "it's ''''' \u00b4`"
+        assert CLIP.clean("\u201c\u201d\u201e\u201f") == 4 * '"'
+        assert golden().encode("a dog\u2019s") == golden().encode("a dog's")
+
     def test_a_batch_begins_ends_is_padded_with_zeros_and_cut_before_its_end(self):
         assert golden().batch(["a dog", "a photo of car", ""], 77).tolist() == [
             [49406, 320, 1929, 49407, 0, 0], [49406, 320, 1125, 539, 1615, 49407],

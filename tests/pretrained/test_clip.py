@@ -10,6 +10,7 @@ from PIL import Image
 
 import clip
 from clip import CLIP, PRESETS, CLIPConfig
+from common.data.images import MEAN, STD, center_crop, normalize_pixels, to_tensor
 from common.pretrained import clip as pretrained
 from common.pretrained.bpe import CLIP as STYLE
 from tests.fuzz import damages, one_line
@@ -60,11 +61,13 @@ class TestRead:
         with one_line(f"^{tmp_path}: .*524 pieces.* 523"):
             pretrained.read(path)
 
-    def test_a_smaller_vocabulary_has_the_end_whatever_the_config_says(self, tmp_path):
+    def test_a_smaller_vocabulary_is_told_too(self, tmp_path):
         hugging_face(tmp_path)
+        assert pretrained.read(tmp_path / "model.safetensors", "gelu")[0] == FIELDS | {
+            "act": "gelu"}
         write_vocabulary(tmp_path, byte_vocabulary(STYLE, MERGES[:-1]), MERGES[:-1])
-        for path in (tmp_path, tmp_path / "model.safetensors"):
-            assert pretrained.read(path, "gelu")[0] == FIELDS | {"act": "gelu", "eos_id": 521}
+        with one_line(f"^{tmp_path}: .*522 pieces.* 523"):
+            pretrained.read(tmp_path)
 
     def test_damaged_configs_are_a_model_or_one_line(self, tmp_path):
         hugging_face(tmp_path)
@@ -87,11 +90,13 @@ class TestHuggingFace:
         assert pretrained.read(tmp_path)[0] == FIELDS | {"act": act}
 
     @pytest.mark.parametrize("change, message", [
-        ({"model_type": "blip"}, "model_type is 'blip'"),
+        ({"model_type": "blip"}, "model_type is 'blip'"), ({"model_type": "siglip"}, "'siglip'"),
+        ({"frames": 8}, "config.json: frames is 8"), (part("vision", qk_norm=1), "qk_norm is 1"),
+        (part("vision", num_channels=4), "vision_config: num_channels is 4, ours 3"),
         ({"projection_dim": 19}, r"projection.weight is \(17, 24\), the model's \(19, 24\)"),
         (part("text", hidden_act="gelu"), "hidden_act is 'gelu' .*'quick_gelu'"),
         (part("text", hidden_act="relu") | part("vision", hidden_act="relu"), "'relu'"),
-        (part("text", layer_norm_eps=1e-6), "text layer_norm_eps is 1e-06"),
+        (part("text", layer_norm_eps=1e-6), "text_config: layer_norm_eps is 1e-06, ours 1e-05"),
         (part("text", num_hidden_layers=4), "missing text.transformer.blocks.3.attn"),
         (part("text", num_hidden_layers=2), "unexpected text_model.encoder.layers.2"),
         (part("vision", image_size=0), "vision_config: image_size is 0")], ids=str)
@@ -101,25 +106,90 @@ class TestHuggingFace:
             clip.from_pretrained(tmp_path)
 
 
-class TestCheckPreprocessing:
-    def read(self, folder, config):
-        hugging_face(folder)
-        (folder / "preprocessor_config.json").write_text(json.dumps(config))
-        return pretrained.read(folder)
+class TestPreprocessing:
+    def found(self, folder, config, name="preprocessor_config.json", **changes):
+        (folder / name).write_text(json.dumps(config))
+        return pretrained.preprocessing(folder / "x.pt", 15, **changes)
 
     @pytest.mark.parametrize("config", [
-        {"image_mean": [0.5, 0.5, 0.5]}, {"image_std": 1}, {"size": 224}, {"resample": 2},
-        {"size": {"shortest_edge": 224}}, {"crop_size": {"height": 15, "width": 16}}])
-    def test_other_pictures_than_ours_are_refused(self, tmp_path, config):
+        {"size": 224}, {"resample": 1}, {"image_std": 1}, {"image_std": [0.5, 0, 0.5]},
+        {"size": {"shortest_edge": 224}}, {"size": {"height": 15, "width": 15}},
+        {"crop_size": {"height": 15, "width": 16}}, {"do_normalize": False}, {"do_resize": False},
+        {"do_center_crop": False}, {"do_rescale": False}, {"rescale_factor": 1.0},
+        {"do_pad": True}, {"do_flip": True}], ids=str)
+    def test_other_steps_than_clips_are_refused(self, tmp_path, config):
         (name, value), = config.items()
-        with one_line(re.escape(f"{name} is {value}")):
-            self.read(tmp_path, config)
+        for file in ("preprocessor_config.json", "processor_config.json"):
+            for head in (config, {"image_processor": config}):
+                if head is not config or file.startswith("pre"):
+                    with one_line(re.escape(f"{file}: {name} is {value}")):
+                        self.found(tmp_path, head, file, square=pretrained.CROP)
+                    (tmp_path / file).unlink()
 
-    def test_our_pictures_are_accepted(self, tmp_path):
-        self.read(tmp_path, {
-            "image_mean": [0.48145466, 0.4578275, 0.40821073], "resample": 3,
-            "image_std": [0.26862954, 0.26130258, 0.27577711], "size": {"shortest_edge": 15},
-            "crop_size": {"height": 15, "width": 15}})
+    @pytest.mark.parametrize("config", [
+        {"size": 17}, {"interpolation": "nearest"}, {"resize_mode": "squash"}, {"mean": 0.5},
+        {"std": [0, 1, 1]}, {"mode": "L"}, {"fill_color": 255}, {"rotate": 90}], ids=str)
+    def test_other_steps_of_open_clip_are_refused(self, tmp_path, config):
+        (name, value), = config.items()
+        name = {"mean": "image_mean", "std": "image_std"}.get(name, name)
+        with one_line(re.escape(f"open_clip_config.json: {name} is {value!r}")):
+            self.found(tmp_path, {"preprocess_cfg": config}, "open_clip_config.json",
+                       square=pretrained.CROP)
+
+    @pytest.mark.parametrize("change", [{"image_mean": [0.5, 0.5, 0.5]}, {"resample": 2},
+                                        {"image_std": [0.5, 0.5, 0.5]}], ids=str)
+    def test_means_deviations_and_bilinear_pictures_are_honoured_of_clip_alone(self, tmp_path,
+                                                                               change):
+        assert pretrained.preprocessing(tmp_path, 15) == {"mean": MEAN, "std": STD, "resample": 3}
+        (name, value), = change.items()
+        want = {"mean": MEAN, "std": STD, "resample": 3} | {
+            name.removeprefix("image_"): tuple(value) if name != "resample" else value}
+        assert self.found(tmp_path, change, square=pretrained.CROP) == want
+        with one_line(re.escape(f"{name} is {value}, ours")):
+            self.found(tmp_path, change)
+        other = {name.removeprefix("image_"): value, "size": [15, 15]} if name != "resample" else {
+            "interpolation": "bilinear", "size": 15, "resize_mode": "shortest"}
+        (tmp_path / "preprocessor_config.json").unlink()
+        assert self.found(tmp_path, {"preprocess_cfg": other}, "open_clip_config.json",
+                          square=pretrained.CROP) == want
+
+    def test_our_pictures_and_older_words_for_them_are_accepted(self, tmp_path):
+        sizes = ({"size": {"shortest_edge": 15}, "crop_size": {"height": 15, "width": 15}},
+                 {"size": 15, "crop_size": 15, "feature_extractor_type": "CLIPFeatureExtractor"})
+        for size in sizes:
+            self.found(tmp_path, size | {
+                "image_mean": [0.48145466, 0.4578275, 0.40821073], "do_center_crop": True,
+                "image_std": [0.26862954, 0.26130258, 0.27577711], "resample": 3,
+                "do_normalize": True, "do_resize": True, "rescale_factor": 0.00392156862745098},
+                square=pretrained.CROP)
+        self.found(tmp_path, {"size": {"height": 15, "width": 15}, "do_pad": True})
+
+    @pytest.mark.parametrize("name, config", [
+        ("preprocessor_config.json", {"image_mean": [0.5, 0.5, 0.5], "size": {"shortest_edge": 15},
+                                      "do_normalize": True, "resample": 2}),
+        ("open_clip_config.json", {"model_cfg": {"text_cfg": {"heads": 3}, "vision_cfg": {}},
+                                   "preprocess_cfg": {"std": [1, 1, 1], "size": [15, 15],
+                                                      "interpolation": "bicubic"}})])
+    def test_damaged_files_are_pictures_or_one_line(self, tmp_path, name, config):
+        self.found(tmp_path, config, name, square=pretrained.CROP)
+        for _ in damages(tmp_path / name, 300):
+            with one_line(maybe=True):
+                found = pretrained.preprocessing(tmp_path, 15, pretrained.CROP)
+                assert len(found["mean"]) == len(found["std"]) == 3 and found["resample"] in (2, 3)
+            with one_line(maybe=True):
+                pretrained.open_clip(tmp_path / "x.pt", {"text_heads": 3, "vision_width": 192})
+
+    def test_a_retriever_shows_pictures_as_the_folder_says(self, tmp_path):
+        hugging_face(tmp_path)
+        picture = Image.new("RGB", (15, 15), (51, 102, 204))
+        self.found(tmp_path, {"image_mean": [0.2, 0.3, 0.4], "image_std": [0.5, 0.25, 0.1]},
+                   square=pretrained.CROP)
+        pixels = clip.from_pretrained(tmp_path).pixels([picture])
+        assert_close("pixels", pixels[0, :, 3, 4], [0.0, 0.4, 4.0], 1e-5)
+        noise = Image.effect_noise((40, 31), 90).convert("RGB")
+        self.found(tmp_path, {"resample": 2}, square=pretrained.CROP)
+        want = normalize_pixels(to_tensor([center_crop(noise, 15, Image.Resampling.BILINEAR)]))
+        assert_close("pixels", clip.from_pretrained(tmp_path).pixels([noise]), want)
 
 
 class TestOpenai:
@@ -156,21 +226,62 @@ class TestOpenai:
             clip.from_pretrained(tmp_path / "model.pt")
 
 
-class TestOpenClipAct:
+class TestOpenClip:
+    def said(self, folder, config, make=openai_layout.vit):
+        path, _ = openai(folder, make)
+        (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config}))
+        return pretrained.read(path)[0]
+
     def test_a_published_archive_has_quick_gelu_if_no_config_says_otherwise(self, tmp_path, capsys):
         path, _ = openai(tmp_path)
         assert [pretrained.read(path, act)[0]["act"] for act in (None, "gelu")] == [
             "quick_gelu", "gelu"]
-        for said, act in ((None, "gelu"), ({}, "gelu"), ({"quick_gelu": False}, "gelu"),
-                          ({"quick_gelu": True}, "quick_gelu")):
-            (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": said}))
-            assert pretrained.open_clip_act(tmp_path, path) == act, said
+        for config, act in ((None, "gelu"), ({}, "gelu"), ({"quick_gelu": False}, "gelu"),
+                            ({"quick_gelu": True}, "quick_gelu")):
+            assert self.said(tmp_path, config)["act"] == act, config
         assert not capsys.readouterr().err
 
     def test_a_file_that_does_not_say_is_taken_for_quick_gelu_loudly(self, tmp_path, capsys):
         torch.save({}, tmp_path / "x.pt")
-        assert pretrained.open_clip_act(tmp_path, tmp_path / "x.pt") == "quick_gelu"
+        assert pretrained.open_clip(tmp_path / "x.pt", {}) == {"act": "quick_gelu"}
         assert "x.pt: taken for weights with quick_gelu" in capsys.readouterr().err
+
+    def test_heads_are_the_configs(self, tmp_path):
+        found = self.said(tmp_path, {"vision_cfg": {"head_width": 32, "width": 128, "layers": 2},
+                                     "text_cfg": {"heads": 6, "vocab_size": 523}})
+        assert (found["vision_heads"], found["text_heads"]) == (4, 6)
+        assert self.said(tmp_path, {"text_cfg": {"heads": 2}}, openai_layout.resnet)[
+            "vision_heads"] == 2
+
+    @pytest.mark.parametrize("part, name, value", [
+        ("vision_cfg", "pool_type", "avg"), ("vision_cfg", "mlp_ratio", 4.9231),
+        ("vision_cfg", "norm_kwargs", {"eps": 1e-6}), ("vision_cfg", "no_ln_pre", True),
+        ("vision_cfg", "attentional_pool", True), ("vision_cfg", "ls_init_value", 1e-5),
+        ("vision_cfg", "timm_model_name", "vit_base_patch16_siglip_224"),
+        ("vision_cfg", "pos_embed_type", "sin_cos_2d"), ("vision_cfg", "head_width", 0),
+        ("text_cfg", "pool_type", "last"), ("text_cfg", "no_causal_mask", True),
+        ("text_cfg", "hf_model_name", "roberta-base"), ("text_cfg", "hf_tokenizer_name", "x"),
+        ("text_cfg", "norm_kwargs", {"eps": 1e-6}), ("text_cfg", "embed_cls", True),
+        (None, "multimodal_cfg", {"layers": 12}), (None, "init_logit_bias", -10)])
+    def test_what_ours_cannot_be_is_refused_by_name(self, tmp_path, part, name, value):
+        with one_line(re.escape(f"{name} is {value!r}")):
+            self.said(tmp_path, {part: {name: value}} if part else {name: value})
+
+    @pytest.mark.parametrize("name, family", [
+        ("visual.trunk.blocks.0.norm1.weight", "SigLIP"), ("visual.blocks.0.norm1", "EVA-CLIP"),
+        ("visual.attn_pool.query", "CoCa"),
+        ("text.transformer.embeddings.x", "Hugging Face text")])
+    def test_another_family_is_named(self, tmp_path, name, family):
+        torch.save({name: torch.ones(1)}, tmp_path / "x.pt")
+        (tmp_path / "open_clip_config.json").write_text('{"model_cfg": {"init_logit_bias": -10}}')
+        with one_line(f"x.pt: .*{family}"):
+            pretrained.read(tmp_path / "x.pt")
+
+    def test_a_folder_of_open_clips_files_alone_says_pass_the_file(self, tmp_path):
+        for name in ("open_clip_config.json", "open_clip_pytorch_model.bin"):
+            (tmp_path / name).write_text("{}")
+        with one_line("pass the file .*/open_clip_pytorch_model.bin$"):
+            clip.from_pretrained(tmp_path)
 
 
 class TestFromPretrained:
@@ -222,7 +333,20 @@ class TestFromPretrained:
         tokenizer = write_run(tmp_path, "clip", model.config, model.state_dict())
         use = clip.from_pretrained(tmp_path)
         assert use.model.config == model.config and use.tokenizer.model == tokenizer.model
+        assert clip.from_pretrained(tmp_path, "gelu").model.config.act == "gelu"
+        with one_line("act=relu is not one of gelu, quick_gelu"):
+            clip.from_pretrained(tmp_path, "relu")
         check_weights(use.model, model.state_dict())
+
+    @pytest.mark.parametrize("words", [("classify", "x.png", "a dog"), ("search", "a dog", "x")])
+    def test_the_activation_can_be_said_on_the_command_line(self, monkeypatch, words):
+        def stop(path, act=None):
+            raise ValueError(f"{path} with {act}")
+        monkeypatch.setattr(clip, "from_pretrained", stop)
+        for more, act in (((), None), (("--act", "gelu"), "gelu")):
+            monkeypatch.setattr("sys.argv", ["clip.py", "model.bin", *words, *more])
+            with one_line(f"model.bin with {act}"):
+                clip.main()
 
     def test_a_search_is_drawn_here_and_not_beside_the_weights(self, tmp_path, monkeypatch):
         for name in ("published", "pictures", "here"):

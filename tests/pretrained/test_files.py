@@ -2,12 +2,13 @@
 import json
 import math
 import os
+import re
 import zipfile
 
 import pytest
 import torch
 
-from common.pretrained import files
+from common.pretrained import blip, blip2, files, language, llava, t5
 from tests.fuzz import damages, one_line
 from tests.helpers import assert_close
 from tests.pretrained.writers import write_safetensors
@@ -41,6 +42,66 @@ class TestFields:
         for value in bad:
             with one_line(f"here: x is {value!r}"):
                 read({"x": value}, "x", *more)
+
+
+def read_config(kind, config):
+    """Read a config.json's dict of a family, with what it must hold besides."""
+    if kind == "t5":
+        gated = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+        return t5.config_fields(config | gated, "F")
+    if kind in ("gpt2", "opt", "llama"):
+        return language.config_fields(config, "F")
+    if kind in ("llava", "llava_next"):
+        return llava.config_fields(config, "F")
+    if kind == "blip":
+        return blip.hugging_face({}, config, "F")
+    return blip2.hugging_face({}, config | {"text_config": {"model_type": "opt"}}, "F")
+
+
+class TestKnownSizes:
+    SIZES = (("width", "hidden_size", 7),)
+    NAMES = {"act": ("gelu", "relu"), "norm_first": (True,)}
+
+    def test_what_is_known_left_out_off_or_harmless_is_accepted(self):
+        for config in ({}, {"hidden_size": 9}, {"act": "relu", "norm_first": None},
+                       {"act": None, "norm_first": True, "head": [3]},
+                       dict.fromkeys("abcde", 0) | {"f": None, "g": False, "h": "", "i": []},
+                       {"attention_dropout": 0.1, "eos_token_id": 2, "_name_or_path": "x",
+                        "torch_dtype": "float16", "top_k": 50, "id2label": {"0": "x"}}):
+            want = {"width": config.get("hidden_size", 7)}
+            assert files.known_sizes(config, self.SIZES, self.NAMES, ("head",), "F") == want
+
+    @pytest.mark.parametrize("config, message", [
+        ({"act": "silu"}, "F: act is 'silu', ours gelu or relu"),
+        ({"norm_first": False}, "F: norm_first is False, ours True"),
+        ({"act": ["gelu"]}, r"F: act is \['gelu'\]"), ({"heads": 3}, "F: heads is 3, which ours"),
+        ({"new": {"eps": 1}}, "F: new is {'eps': 1}, which ours"),
+        ({"hidden_size": "7"}, "F: hidden_size is '7'"), ({"a\nb": 1}, "F: a.*b is 1")], ids=str)
+    def test_another_value_and_a_field_nobody_reads_are_named(self, config, message):
+        with one_line(f"^{message}"):
+            files.known_sizes(config, self.SIZES, self.NAMES, ("head",), "F")
+
+    @pytest.mark.parametrize("kind, part, name, value", [
+        ("gpt2", None, "scale_attn_by_inverse_layer_idx", True), ("gpt2", None, "rotary", True),
+        ("opt", None, "word_embed_proj_dim", 512), ("opt", None, "qk_norm", True),
+        ("llama", None, "partial_rotary_factor", 0.5), ("llama", None, "sliding_window", 4096),
+        ("llama", None, "quantization_config", {"bits": 4}), ("llama", None, "clip_qkv", 8.0),
+        ("llama", "rope_parameters", "partial_rotary_factor", 0.5),
+        ("llama", "rope_scaling", "long_factor", [1.5]),
+        ("t5", None, "relative_attention_bidirectional", True), ("t5", None, "rms_scale", 2),
+        ("llava", None, "use_image_newline_parameter", False), ("llava", None, "mm_scale", 2),
+        ("llava_next", "vision_config", "num_channels", 4),
+        ("llava", "vision_config", "num_registers", 4), ("llava", "text_config", "qk_norm", True),
+        ("blip", None, "queue", 1), ("blip", "text_config", "position_embedding_type", "rotary"),
+        ("blip", "vision_config", "num_channels", 4), ("blip", "vision_config", "use_rope", True),
+        ("blip-2", "qformer_config", "position_embedding_type", "relative_key"),
+        ("blip-2", "qformer_config", "num_experts", 2), ("blip-2", None, "use_temporal", True),
+        ("blip-2", "vision_config", "qkv_bias", False),
+        ("blip-2", "vision_config", "num_channels", 1)])
+    def test_each_family_refuses_by_name(self, kind, part, name, value):
+        config = {"model_type": kind} | ({part: {name: value}} if part else {name: value})
+        with one_line(re.escape(f"{name} is {value!r}")):
+            read_config(kind, config)
 
 
 class TestReadWeights:

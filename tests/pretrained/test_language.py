@@ -111,7 +111,7 @@ class TestLlamaFields:
         assert found["kv_heads"] == (3 if "num_key_value_heads" in config else 1)
 
     @pytest.mark.parametrize("scaling, message", [
-        ({"rope_type": "llama3", "factor": 8.0}, "'llama3'"),
+        ({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0}, "'llama3'"),
         ({"type": "linear"}, "rope_scaling: factor is None")])
     def test_positions_scaled_otherwise_are_refused(self, scaling, message):
         with one_line(f"^F: config.json.*{message}"):

@@ -20,10 +20,12 @@ SENTENCES = {
     a red circle at the left. a red circle on the top. the red circle is at the top left.
     a red circle left of a blue square. the red circle is to the left of the blue square.
     there are two shapes. a photo of a red circle. there is a red circle. no green star.
+    an object and an object.
     an image with a small blue square. this is a red thing. we see a blue square. i see a circle""",
     False: """a small red circle. a blue circle. a red circle and a blue ring. two red circles.
     a green star and a red circle. a red circle on a red background. a red circle in the centre.
-    a red circle right of a blue square. a red circle left of a red circle. no objects""",
+    a red circle right of a blue square. a red circle left of a red circle. no objects.
+    a red circle and a red circle. an object, an object and an object""",
     None: """no red circle left of a blue square. two red circles above a blue square. and. ,. red.
     a red circle left of a blue square and a circle. the left. a dog. a red red circle. a. a circle
     red. a red circle and. a red circle and a dog. a red circle a blue square. left of a square.
@@ -56,7 +58,7 @@ class TestIsTrue:
                                 (f"a {a} on a {ground} background",
                                  there and ground == scene.background),
                                 (f"{('no', *NUMBERS[1:])[n]} {plural}", len(there) == n),
-                                (f"{a}, the {b}", there and others)):
+                                (f"{a}, the {b}", len(there) > (a == b) and others)):
                 assert is_true(text, scene) is bool(truth), (text, scene)
                 truths[bool(truth)] += 1
         assert min(truths.values()) > 2000, truths

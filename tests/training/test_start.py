@@ -1,5 +1,6 @@
 """Starting from a run or from published weights, and continuing a run without its flags."""
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -26,8 +27,8 @@ from tests.training.runs import TOY, assert_same, build, log, own, weights
 
 MERGES = [tuple(pair.split()) for pair in ("n u", "m b", "e r</w>", "nu mb", "numb er</w>")]
 FIELDS = dict(image_size=15, patch_size=5, vision_width=12, vision_layers=2, vision_heads=3,
-              text_width=10, text_layers=1, text_heads=2, context_length=11, vocab_size=523,
-              eos_id=518, embed_dim=7, act="quick_gelu")        # five rows more than pieces
+              text_width=10, text_layers=1, text_heads=2, context_length=11, vocab_size=519,
+              eos_id=518, embed_dim=7, act="quick_gelu")
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +69,7 @@ class TestOpenStart:
     def test_a_published_model_keeps_its_own_in_the_run_and_after_it(self, tmp_path, published):
         path, ours = published
         run = begun(tmp_path / "run", data=listed(tmp_path / "data", 40), init=str(path))
-        assert run.config == CLIPConfig(**FIELDS), "rows without a piece are kept"
+        assert run.config == CLIPConfig(**FIELDS)
         assert_same("weights", run.model.state_dict(), ours)
         batch, = run.batches[0]
         assert batch["images"].shape == (8, 3, 15, 15) and batch["ids"].shape[1] <= 11
@@ -106,6 +107,15 @@ class TestOpenStart:
         said = mistake("train.py", *argv, *(flag.format(published[0]) for flag in flags))
         assert words in said and not (tmp_path / "run").exists()
 
+    def test_pictures_that_are_normalized_otherwise_are_not_trained_on(self, tmp_path, published):
+        folder = shutil.copytree(published[0], tmp_path / "other")
+        for name, value in (("image_mean", [0.5, 0.5, 0.5]), ("resample", 2)):
+            (folder / "preprocessor_config.json").write_text(json.dumps(
+                {"size": 15, "crop_size": 15, "do_center_crop": True, name: value}))
+            assert clip.from_pretrained(folder).model.config == CLIPConfig(**FIELDS)
+            with one_line("other: .* can be searched, but not trained on"):
+                begun(tmp_path / "run", data=listed(tmp_path / "data", 40), init=str(folder))
+
     def test_a_flamingo_has_no_published_layout(self, tmp_path, published):
         assert "'another program', not of 'flamingo'" in mistake(
             "train.py", "flamingo", "--init", published[0], "--out", tmp_path / "run")
@@ -127,9 +137,9 @@ def language(folder, kind):
 
 LANGUAGES = {
     "gpt2": {"n_embd": 12, "n_layer": 1, "n_head": 3, "n_positions": 64, "n_inner": 20},
-    **dict.fromkeys(("opt", "llama"), {
-        "hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 3, "ffn_dim": 20,
-        "intermediate_size": 20, "max_position_embeddings": 64})}
+    **{kind: {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 3, hidden: 20,
+              "max_position_embeddings": 64}
+       for kind, hidden in (("opt", "ffn_dim"), ("llama", "intermediate_size"))}}
 
 
 class TestOpenParts:

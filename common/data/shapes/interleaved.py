@@ -60,14 +60,14 @@ def asked(scene, rng, split, kinds):
 
 
 def chat(rng, split="train", side=32, **dial):
-    """One picture and four turns in any order: questions, probes, and what a teacher wrote on it."""
+    """One picture and three turns in any order: questions, probes, what a teacher wrote on it."""
     scene = sample(rng, **dial)
     context = conversations.teacher_context(scene, rng)
     pairs = [pair for teach in conversations.TEACHERS.values() for pair in teach(context, rng)]
     pairs += [pair for _, pair in asked(scene, rng, split, rng.sample(QUESTION_KINDS, 3))]
     pairs += [(t["prompt"], t["answer"]) for record in rng.sample(probes(scene, rng, None), 2)
               for t in record["turns"]]
-    return {"turns": dialogue_turns(rng.sample(pairs, 4), scene, side), "kind": "chat",
+    return {"turns": dialogue_turns(rng.sample(pairs, 3), scene, side), "kind": "chat",
             "source": scene}
 
 
@@ -287,7 +287,8 @@ def clip(rng, split="train", side=32, frames=8, kind=None):
 
 
 TASKS = {f.__name__: f for f in
-         (caption, noisy, statement, instruction, chat, choice, album, names, question, text_question,
-          probe, grounding, reading, dialogue, two_pictures, document, episode, glossary, clip)}
+         (caption, noisy, statement, instruction, chat, choice, album, names, question,
+          text_question, probe, grounding, reading, dialogue, two_pictures, document, episode,
+          glossary, clip)}
 TASKS |= {"questions": partial(question, asks=len(QUESTION_KINDS))}   # of one picture, as LLaVA-1.5
 TASKS |= {kind: partial(instruction, kind=kind) for kind in conversations.TEACHERS}

@@ -185,16 +185,26 @@ def holds(statement, scene):
         _, one, relation, other = statement
         return any(relation in relations(a, b) for a in matching(scene, *one[1:])
                    for b in matching(scene, *other[1:]))
-    _, (count, *attributes), place = statement
-    fitting = [i for i in matching(scene, *attributes)
-               if place in (None, where(i), *where(i).split())]
+    count, fitting = statement[1][0], items_of(statement, scene)
     return bool(fitting) if count is None else len(fitting) == count
 
 
+def items_of(statement, scene):
+    """The items that fit a statement that something exists."""
+    _, (_, *attributes), place = statement
+    return [i for i in matching(scene, *attributes)
+            if place in (None, where(i), *where(i).split())]
+
+
 def is_true(text, scene):
-    """Whether the text reads as statements and each of them is true of the scene."""
+    """Whether the text reads as statements and each of them is true of the scene.
+
+    "a red star and a red star" says that there are two.
+    """
     found = statements(text)
-    return bool(found) and all(holds(s, scene) for s in found)
+    return bool(found) and all(holds(s, scene) for s in found) and all(
+        len(items_of(s, scene)) >= found.count(s) for s in found
+        if s[0] == "exists" and s[1][0] is None and found.count(s) > 1)
 
 
 def names_an_object(text):
