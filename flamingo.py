@@ -321,12 +321,12 @@ class Flamingo(nn.Module):
 
     def page_perplexity(self, data, rows=16):
         """Perplexity of the texts of unseen pages, with their images and with those of others."""
-        records, total, count = data.records("test"), torch.zeros(2), 0
+        records, total, count = data.records("test"), torch.zeros(2, device=data.device), 0
         for k in range(0, len(records), rows):
             pages = records[k:k + rows]
             batch = to_device(data.collate(pages, [Random(0)] * len(pages)), data.device)
             others = batch | {"images": batch["images"].roll(1, dims=0)}
-            total += torch.stack([self(pages | {"label_count": 1})["lm"].cpu()
+            total += torch.stack([self(pages | {"label_count": 1})["lm"]
                                   for pages in (batch, others)])
             count += int((batch["labels"][:, 1:] != IGNORED).sum())
         own, other = (total / max(1, count)).exp().tolist()
