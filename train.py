@@ -180,8 +180,8 @@ def build(name, options, settings, began):
         raise ValueError(f"--data {options.data}: {what}; {name} learns from captions")
     tokenizer = tokenizer or world_tokenizer(world)
     if hasattr(tokenizer, "qformer"):
-        raise ValueError(f"--init {options.init}: an InstructBLIP; its two vocabularies can be used, "
-                         "but not trained")
+        raise ValueError(f"--init {options.init}: an InstructBLIP; its two vocabularies can be "
+                         "used, but not trained")
     if tokenizer.image_id != IMAGE and (
             stage.file in (flamingo, lm) or getattr(config, "template", "") == "house"):
         raise ValueError(f"{name}: a published vocabulary without <image>, <user> and other tokens "
@@ -348,8 +348,8 @@ def train(name, options, settings=(), began=None):
                   f"{run.table}")
             if run.refused:
                 count, seen = run.world.size("train"), run.recipe.steps * run.recipe.batch_size
-                print(f"{run.world.name}: {count:,} records to learn from, {seen / count:.1f} times "
-                      f"each, at a rate of {run.recipe.lr:g}, pictures of "
+                print(f"{run.world.name}: {count:,} records to learn from, {seen / count:.1f} "
+                      f"times each, at a rate of {run.recipe.lr:g}, pictures of "
                       f"{run.world.image_size} pixels")
             if run.refused and run.world.refused.count:
                 print(f"{run.world.name}: {run.world.refused.summary(run.world.tried)}")

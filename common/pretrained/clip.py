@@ -201,7 +201,7 @@ def preprocessing(path, image_size, square=OWN):
 
 
 def read_part(path):
-    """`read` for training, which normalizes pictures by CLIP's own numbers. ValueError for others."""
+    """`read` for training, whose pictures are normalized by CLIP's own numbers, else ValueError."""
     fields, weights, tokenizer = read(path)
     found = preprocessing(path, fields["image_size"], CROP)
     if found != {"mean": MEAN, "std": STD, "resample": 3}:

@@ -266,7 +266,8 @@ class TestTakeUp:
     @pytest.mark.parametrize("flags, words", [
         (["--seed", "0"], "options seed=3 (now 0); it goes on as it began"),
         (["--accumulate", "1"], "options accumulate=3 (now 1)"),
-        (["--data", "shapes"], "data=toy (now shapes)"), (["--precision", "bf16"], "precision=fp32"),
+        (["--data", "shapes"], "data=toy (now shapes)"),
+        (["--precision", "bf16"], "precision=fp32"),
         (["--optimizer", "muon"], "recipe optimizer=adamw (now muon)"),
         (["--steps", "49"], "recipe steps=50 (now 49)"),
         (["--set", "context_length=32"], "config context_length=9 (now 32)"),
