@@ -6,7 +6,6 @@ fractions in [0, 1].
 
 Any caption that is true of an image counts as right, so recalls are higher than in the papers.
 """
-import itertools
 import math
 import os
 import sys
@@ -94,17 +93,14 @@ class Pool:
                 for name, by_k in found.items() for k, value in by_k.items()}
 
     def figures(self, draws=20000):
-        """`recalls` of the cosines, each beside that of random items.
-
-        Chance is that of queries that have equally many right items.
-        """
+        """`recalls` of the cosines; beside each its chance, if all queries have equally many right
+        items, as counted in all pairs or in so many random ones."""
         figures, count = self.recalls(self.scores, self.scores.T), len(self.records)
-        pairs = [*itertools.product(range(count), repeat=2)]
-        if len(pairs) > draws:
-            pairs = torch.randint(count, (draws, 2),
-                                  generator=torch.Generator().manual_seed(0)).tolist()
+        pairs = [divmod(number, count) for number in range(count ** 2)] \
+            if count ** 2 <= draws else torch.randint(
+                count, (draws, 2), generator=torch.Generator().manual_seed(0)).tolist()
         wrong = count - count * sum(self.is_true(*pair) for pair in pairs) / len(pairs)
-        for k in (1, 5, 10):             # one after the other is wrong
+        for k in (1, 5, 10):             # missed: one after the other is wrong
             missed = math.prod(max(0.0, wrong - i) / (count - i) for i in range(min(k, count)))
             figures |= {f"{name}_recall@{k}_chance": 1 - missed
                         for name in ("image_to_text", "text_to_image")}

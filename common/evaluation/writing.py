@@ -129,8 +129,7 @@ def main(description, from_pretrained):
         """write a caption of a picture or clip (an animation, or a folder of frames)"""
         turn = {"images": [open_frames(picture)], "prompt": "", "answer": "", "caption": True}
         if Path(picture).is_dir():
-            print(f"{picture}: taken as a clip of {len(turn['images'][0])} frames",
-                  file=sys.stderr)
+            print(f"{picture}: taken as a clip of {len(turn['images'][0])} frames", file=sys.stderr)
         print(from_pretrained(run).generate([{"turns": [turn]}], num_beams=3)[0])
 
     def answer(run, picture, question, *, shot: SHOT = (),

@@ -89,9 +89,7 @@ class RunFolder:
 
     def begin(self, described, tokenizer, step, overwrite):
         """Write what describes the run; drop lines of the log that no checkpoint has kept.
-
-        Raises ValueError while another process trains in the folder.
-        """
+        Raises ValueError while another process trains in the folder."""
         busy = distributed.rank() == 0 and not self.lock()
         if any(distributed.all_gather_objects([busy])):      # every process has read its files now
             raise ValueError(f"{self.path}: another process trains here; wait until it ends, or "
@@ -112,9 +110,7 @@ class RunFolder:
 
     def lock(self):
         """Take the folder until this process ends, however it ends -> False: another has it.
-
-        On Linux and macOS; on Windows, and on a disk that knows no locks, nothing is locked.
-        """
+        On Linux and macOS; on Windows, and on a disk that knows no locks, nothing is locked."""
         self.path.mkdir(parents=True, exist_ok=True)
         self.locked = open(self.path / ".lock", "w")         # closing it would end the lock
         try:
