@@ -136,7 +136,8 @@ class TestBuild:
         ({"steps": 24}, r"recipe steps=50 \(now 24\)"), ({"batch_size": 8}, "batch_size=6"),
         ({"accumulate": 2}, r"options accumulate=1 \(now 2\)"), ({"shuffle": 9}, "shuffle=10000"),
         ({"precision": "bf16"}, "precision=fp32"), ({"unfreeze": "text.*"}, "unfreeze="),
-        ({"images": "data"}, r"options images=None \(now .*data\)"), ({"more": 1}, "options records=")])
+        ({"images": "data"}, r"options images=None \(now .*data\)"),
+        ({"more": 1}, "options records=")])
     def test_another_run_is_not_resumed(self, tmp_path, changes, words):
         spec = listed(tmp_path / "data", 40)
         train.save(build(tmp_path, data=spec))
