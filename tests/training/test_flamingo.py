@@ -109,7 +109,7 @@ class TestDataSources:
                          (2, 1.0, {"glossary": 1}, 0.0),
                          (8, 2.5, {"caption": 1, "question": 1}, 0.0), (2, 2.0, {"clip": 1}, 0.0)]
         assert {kind for _, _, kinds, _ in table for kind in kinds} == \
-            {*Toy.tasks} - {"noisy", "dialogue", "two_pictures", "statement", "instruction",
+            {*Toy.tasks} - {"noisy", "dialogue", "two_pictures", "statement", "instruction", "chat",
                             "choice", "text_question", "probe", "grounding", "reading", "questions",
                             "conversation", "detail", "reasoning"}
         assert self.table(p_next_image=0.25)[0][3] == 0.25
