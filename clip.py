@@ -239,6 +239,11 @@ class CLIP(nn.Module):
         return logits.softmax(dim=1) if self.logit_bias is None else \
             (logits + self.logit_bias).sigmoid()
 
+    def check_batch(self, batch_size, accumulate):
+        """Raise ValueError for a batch without a wrong pair."""
+        if batch_size < 2:
+            raise ValueError(f"--batch_size {batch_size}: a contrastive loss needs at least two")
+
     @torch.no_grad()
     def evaluate(self, data):
         """Retrieval in both directions, and zero-shot accuracy where the world has classes."""

@@ -49,8 +49,8 @@ from common.training.devices import (autocast, default_workers, find_device, hal
 from common.training.optimizer import (Recipe, find_recipe, freeze, learning_rate,
                                        make_optimizer, set_learning_rate, store_frozen)
 from common.training.options import add_options, parser, run_main, with_settings
-from common.training.run import (Options, Run, check, open_parts, open_start, restore, save,
-                                 stop_on_signals, take_up)
+from common.training.run import (Options, Run, check, count_cut, open_parts, open_start, restore,
+                                 save, stop_on_signals, take_up)
 from common.training.run_folder import RunFolder, default_folder
 
 BEGAN, ROOT = time.time(), Path(__file__).parent
@@ -220,7 +220,9 @@ def build(name, options, settings, began):
         store_frozen(model, getattr(model, "towers", ()), torch.bfloat16)
     run = Run(name, stage, options, folder, device, half, world, tokenizer, config, recipe, batches,
               model, make_optimizer(model, recipe, half), table, began, tuple(frozen))
-    run.refused = Refusals(options.skip) if isinstance(world, Files) else None
+    if isinstance(world, Files):
+        run.refused = Refusals(options.skip)
+        world.check_pictures()
     restore(run)
     return run
 
@@ -266,6 +268,8 @@ def update(run, forward, batches):
 def fit(run):
     """Train to the last step, or until a signal stops the run; save at the end either way."""
     forward = torch.compile(run.model) if run.options.compile else run.model
+    if run.options.compile and distributed.rank() == 0:
+        print("compiling the model: the first step takes minutes", flush=True)
     if distributed.world_size() > 1:
         forward = DistributedDataParallel(
             forward, device_ids=[run.device] if run.device.type == "cuda" else None,
@@ -313,13 +317,14 @@ def measure(run):
               "peak_memory_mb": round(peak_memory(run.device)),
               "parameters": sum(p.numel() for p in parameters),
               "trainable_parameters": sum(p.numel() for p in parameters if p.requires_grad),
-              "steps": run.step, "loss": round(run.loss, 4)}
+              "steps": run.step, "loss": round(run.loss, 4), "test_size": run.world.size("test")}
     if run.refused:
         result["refused"] = run.world.refused.count + run.refused.count
     result |= {name: round(value, 4) for name, value in figures.items()}
     checkpoint.write_json(run.folder.path / "result.json", result)
     with autocast(run.device, run.half):
-        run.model.samples(data).save(run.folder.path / "samples.png")
+        picture = run.model.samples(data)
+    checkpoint.write(run.folder.path / "samples.png", lambda half: picture.save(half, "PNG"))
     print(f"pictures: {run.folder.path / 'samples.png'}")
     print("result:", json.dumps(result))
 
@@ -353,6 +358,8 @@ def train(name, options, settings=(), began=None):
                       f"{run.world.image_size} pixels")
             if run.refused and run.world.refused.count:
                 print(f"{run.world.name}: {run.world.refused.summary(run.world.tried)}")
+            if run.refused and (cut := count_cut(run)):
+                print(f"{run.world.name}: {cut}")
         if not options.eval_only:
             fit(run)
         if run.stopped is None:
@@ -372,8 +379,8 @@ def main():
     args.add_argument("stage", nargs="?", metavar="STAGE",
                       help="one of " + ", ".join([*STAGES, *LISTS]))
     args.add_argument("--list", action="store_true", help="show the stages and exit")
-    args.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings",
-                      help="any field of the model's config; may be given again")
+    args.add_argument("--set", action="extend", nargs="+", default=[], metavar="KEY=VALUE",
+                      dest="settings", help="any fields of the model's config")
     add_options(args, Options)
     blank = dict.fromkeys(field.name for field in dataclasses.fields(Options))   # None: not given
     values = vars(args.parse_args(namespace=argparse.Namespace(**blank)))

@@ -745,6 +745,18 @@ def mistake(file, *argv):
     return line
 
 
+@contextlib.contextmanager
+def full_disk(size):
+    """Inside it no file grows beyond `size` bytes, as on a full disk."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 # The user's own data
 
 def colour(number):

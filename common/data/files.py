@@ -264,6 +264,7 @@ class Files:
     """
     zero_shot, classes, all_classes, templates, tasks = None, (), (), (), ()     # captions alone
     has_turns, learner, lengths = False, None, None
+    reads_pictures = True                # False: records are blank (for a language model)
 
     def __init__(self, kind, where, *, image_size, images=None, skip=0.05, shuffle=10_000,
                  whole=False):
@@ -347,6 +348,8 @@ class Files:
 
         A random.Random crops at random; without one, and in test, the center is cropped.
         """
+        if not self.reads_pictures:
+            return self.blank(split, index)
         entry = self._splits[split][index]
         crop = functools.partial(random_crop, rng=rng) if rng and split != "test" else center_crop
         pictures = [self._open(place, entry) for place in entry["images"]]
@@ -375,6 +378,14 @@ class Files:
         if os.path.commonpath([os.path.realpath(path), self.folder]) != self.folder:
             raise ValueError(f"{printable(path)}: a link to outside the folder of pictures")
         return open_image(path)
+
+    def check_pictures(self, count=20):
+        """Raise ValueError when none of the first records of train can be read."""
+        refused, count = Refusals(self.skip), min(count, self.size("train"))
+        for index in range(count):
+            with refusing(refused.add, self.name):
+                return self.record("train", index)
+        raise ValueError(f"the first {refused.summary(count)}; is --images their folder?")
 
     def blank(self, split, index):
         """The record with grey pictures in place of its own; nothing is read."""

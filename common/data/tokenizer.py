@@ -66,9 +66,10 @@ class Tokenizer:
         """
         out = io.BytesIO()
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(sentences), model_writer=out, vocab_size=size, model_type="bpe",
-            hard_vocab_limit=False, byte_fallback=True, num_threads=1, minloglevel=2,
-            character_coverage=1.0, required_chars=CHARACTERS,
+            # A list: SentencePiece turns a Ctrl-C in a generator into an error of its own.
+            sentence_iterator=iter([*sentences]), model_writer=out, model_type="bpe",
+            vocab_size=size, hard_vocab_limit=False, byte_fallback=True, num_threads=1,
+            minloglevel=2, character_coverage=1.0, required_chars=CHARACTERS,
             normalization_rule_name="nmt_nfkc_cf",
             pad_id=PAD, bos_id=BOS, eos_id=EOS, unk_id=UNK, pad_piece="<pad>", bos_piece="<bos>",
             eos_piece="<eos>", unk_piece="<unk>", control_symbols=list(SPECIAL[4:]))

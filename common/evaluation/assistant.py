@@ -172,7 +172,8 @@ def chats(writer, world, count):
     for record, text in zip(records, writer.generate(records, max_new_tokens=32 * world.objects)):
         form = "sentence" if " " in record["turns"][-1]["answer"] else "word"
         true = [world.is_true(sentence, record["source"]) for sentence in sentences(text)]
-        right[form].append(exact([text], [record]) or form == "sentence" and any(true) and all(true))
+        all_true = form == "sentence" and bool(true) and all(true)
+        right[form].append(exact([text], [record]) or all_true)
     return {f"chat_accuracy/{form}": sum(own) / max(1, len(own)) for form, own in right.items()}
 
 

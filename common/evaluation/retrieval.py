@@ -7,6 +7,8 @@ fractions in [0, 1].
 Any caption that is true of an image counts as right, so recalls are higher than in the papers.
 """
 import math
+import os
+import sys
 from pathlib import Path
 
 import torch
@@ -92,13 +94,18 @@ class Pool:
                 for name, by_k in found.items() for k, value in by_k.items()}
 
     def figures(self, draws=20000):
-        """`recalls` of the cosines; beside recall@1 that of a random guess."""
-        figures = self.recalls(self.scores, self.scores.T)
-        pairs = torch.randint(len(self.records), (draws, 2),
-                              generator=torch.Generator().manual_seed(0)).tolist()
-        chance = sum(self.is_true(*pair) for pair in pairs) / draws
-        return figures | {f"{name}_recall@1_chance": chance
-                          for name in ("image_to_text", "text_to_image")}
+        """`recalls` of the cosines; beside each its chance, if all queries have equally many right
+        items, as counted in all pairs or in so many random ones."""
+        figures, count = self.recalls(self.scores, self.scores.T), len(self.records)
+        pairs = [divmod(number, count) for number in range(count ** 2)] \
+            if count ** 2 <= draws else torch.randint(
+                count, (draws, 2), generator=torch.Generator().manual_seed(0)).tolist()
+        wrong = count - count * sum(self.is_true(*pair) for pair in pairs) / len(pairs)
+        for k in (1, 5, 10):             # missed: one after the other is wrong
+            missed = math.prod(max(0.0, wrong - i) / (count - i) for i in range(min(k, count)))
+            figures |= {f"{name}_recall@{k}_chance": 1 - missed
+                        for name in ("image_to_text", "text_to_image")}
+        return figures
 
     def sheet(self, count=6):
         """Texts with the images found for them; below, images with the texts found for them."""
@@ -205,9 +212,12 @@ def search_folder(run, retriever, text, folder):
         print(f"{score:6.3f}  {paths[index]}")
     cells = [(pictures[i], f"{score:.2f} {paths[i].stem}", None) for i, score in best]
     is_run = (Path(run) / "last.pt").exists()        # nothing is written beside published ones
-    out = Path(run if is_run else ".") / "search.png"
+    out = Path(run if is_run and os.access(run, os.W_OK) else ".") / "search.png"
     sheet(f"the best of {len(paths)} pictures for: {text}",
           [("", None, cells[k:k + 6]) for k in range(0, len(cells), 6)]).save(out)
+    what = "match logits plus cosines" if hasattr(retriever.model, "itm_head") else \
+        "cosines of text and picture, from -1 to 1"
+    print(f"the numbers are {what}; only their order counts", file=sys.stderr)
     print(f"drawn in {out}")
 
 

@@ -8,6 +8,7 @@ A model that writes has
         are never written; stop_string, if it has one: the text that ends an answer
 A record is {"images", "texts"} (a caption is to be written) or {"turns"}, see common/data.
 """
+import sys
 from pathlib import Path
 
 import torch
@@ -137,6 +138,8 @@ def main(description, from_pretrained):
     def caption(run, picture):
         """write a caption of a picture or clip (an animation, or a folder of frames)"""
         turn = {"images": [open_frames(picture)], "prompt": "", "answer": "", "caption": True}
+        if Path(picture).is_dir():
+            print(f"{picture}: taken as a clip of {len(turn['images'][0])} frames", file=sys.stderr)
         print(from_pretrained(run).generate([{"turns": [turn]}], num_beams=3)[0])
 
     def answer(run, picture, question, *, shot: SHOT = (),

@@ -1,4 +1,5 @@
 """Runs on disk: atomic writes, checkpoints of tensors and plain numbers, clear errors."""
+import dataclasses
 import json
 import os
 import pickle
@@ -18,12 +19,23 @@ TOKENIZERS = (BPE, WordPiece, Pieces, T5Pieces, Tokenizer)
 
 
 def write(path, save):
-    """Write a file by save(temporary_path). A kill leaves the old or the new one, never half."""
+    """Write a file by save(temporary_path). A kill leaves the old or the new one, never half.
+
+    Raises ValueError when the disk is full or read-only; no half file is left then, either.
+    """
     half = Path(f"{path}.part")
-    save(half)
-    with open(half, "rb+") as file:      # on the disk before the name points at it
-        os.fsync(file.fileno())
-    os.replace(half, path)
+    try:
+        save(half)
+        with open(half, "rb+") as file:  # on the disk before the name points at it
+            os.fsync(file.fileno())
+        os.replace(half, path)
+    except (OSError, RuntimeError) as error:         # torch's writer has a RuntimeError for it
+        half.unlink(missing_ok=True)
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+            raise
+        why = getattr(error, "strerror", None) or "is the disk full?"
+        raise ValueError(f"{path}: cannot be written ({why}); what was saved before is kept") \
+            from None
 
 
 def write_json(path, value):
@@ -110,12 +122,26 @@ def load_part(model, name, weights, where):
     load_weights(part, new | {key: value for key, value in given.items() if key in own}, where)
 
 
+JSON_TYPES = {int: (int,), float: (float, int), bool: (bool,), str: (str,),
+              tuple[int, ...]: (list, tuple)}
+
+
 def config_of(kind, fields, where):
-    """The dataclass `kind` with the fields of a config.json; ValueError for unknown fields."""
+    """The dataclass `kind` with the fields of a config.json, which may be edited by hand.
+
+    Raises ValueError that names the file for an unknown field, or a value of another type or size.
+    """
     try:
+        types = {field.name: field.type for field in dataclasses.fields(kind)}
+        for name, value in fields.items():
+            if type(value) not in JSON_TYPES.get(types.get(name), [type(value)]):
+                raise TypeError(f"{name} is {value!r:.80}, not {types[name].__name__}")
         return kind(**fields)
-    except (TypeError, AttributeError) as error:
-        raise ValueError(f"{where}: a config of another version ({error})") from None
+    except (TypeError, ValueError, AttributeError) as error:
+        if Path(where, "config.json").exists():
+            where = Path(where, "config.json")
+        raise ValueError(f"{where}: a config of another version, or a typing mistake ({error})") \
+            from None
 
 
 def of_model(described, model, folder):

@@ -42,6 +42,7 @@ RECIPES = {"tiny": MUON, "small": MUON, "t5-tiny": T5_MUON, "t5-small": T5_MUON,
 
 def data_sources(world, tokenizer, config):
     """The world's own texts where it has them, else its captions, in rows of 80 tokens."""
+    world.reads_pictures = False         # the user's own captions are enough
     collate = SplitTexts if isinstance(config, T5Config) else PackedTexts
     return [DataSource(world, collate(tokenizer, config.context_length, 80),
                        kinds={"text": 1} if hasattr(world, "text") else None)]

@@ -3,7 +3,10 @@ import argparse
 import dataclasses
 import inspect
 import math
+import os
+import signal
 import sys
+import time
 import typing
 
 
@@ -122,6 +125,8 @@ def run_main(main):
 
     The exit status is then 2. `python -X dev` shows the whole traceback.
     """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:    # of common, while torch was imported
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         sys.exit(main())
     except BrokenPipeError:              # a reader such as `head` has closed the pipe
@@ -130,6 +135,8 @@ def run_main(main):
     except (ValueError, OSError) as error:
         if sys.flags.dev_mode:
             raise
+        if os.environ.get("RANK", "0") != "0":       # torchrun ends this process in that time when
+            time.sleep(3)                            # process 0 has told the same mistake already
         # A worker process sends a whole traceback; its last line is the message.
         lines = str(error).splitlines() or [repr(error)]
         print("error:", lines[-1].removeprefix("ValueError: "), file=sys.stderr)

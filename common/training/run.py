@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from common.data.batches import Batches
+from common.data.collators import CaptionBatch, ImageTextBatch, PackedTexts, SplitTexts
 from common.data.files import Refusals
 from common.data.safe_read import printable
 from common.data.tokenizer import Tokenizer
@@ -74,6 +75,8 @@ class Options:
         for key, least in (("accumulate", 1), ("save_every", 1), ("workers", 0)):
             if getattr(self, key) is not None and getattr(self, key) < least:
                 raise ValueError(f"--{key} {getattr(self, key)}: must be at least {least}")
+        if not 0 <= self.seed < 2 ** 63:
+            raise ValueError(f"--seed {self.seed}: a number from 0 to {2 ** 63 - 1}")
 
 
 @dataclass
@@ -211,6 +214,16 @@ def describe(run):
         "config": dataclasses.asdict(run.config), "recipe": dataclasses.asdict(run.recipe)}))
 
 
+def count_cut(run):
+    """What the context cuts of the user's captions, in one line; None where nothing is cut."""
+    collate = run.batches.sources[0].collate
+    if type(collate) not in (ImageTextBatch, CaptionBatch, PackedTexts, SplitTexts):
+        return None                      # a model's own wording decides what fits
+    texts, most = [*run.world.corpus()], getattr(collate, "length", collate.context_length) - 2
+    count = sum(len(run.tokenizer.encode(text)) > most for text in texts)
+    return f"{count:,} of {len(texts):,} captions are cut after {most} tokens" if count else None
+
+
 def restore(run):
     """Begin in an empty folder, or restore its checkpoint, as --resume and --overwrite say."""
     options, folder = run.options, run.folder
@@ -286,7 +299,8 @@ def check(run, losses, refused):
 
 @contextlib.contextmanager
 def stop_on_signals(run):
-    """Within it SIGINT and SIGTERM set run.stopped; while measuring they end the block at once."""
+    """Within it SIGINT and SIGTERM set run.stopped; while measuring they end the block at once.
+    A killed worker process is a ValueError."""
     def stop(number, frame):
         run.stopped = number
         if run.measuring:                # nothing is left to save
@@ -296,8 +310,12 @@ def stop_on_signals(run):
         yield
     except KeyboardInterrupt:
         pass
-    except ValueError as error:          # its frames hold the DDP model, which would wait for a
-        traceback.clear_frames(error.__traceback__)        # process group that is already gone
+    except (ValueError, RuntimeError) as error:        # its frames hold the DDP model, which would
+        traceback.clear_frames(error.__traceback__)    # wait for a process group that is gone
+        if str(error).startswith("DataLoader worker (pid"):
+            raise ValueError(f"a worker process was killed at step {run.step}, perhaps for want of "
+                             "memory; --resume continues from the last checkpoint, --workers 0 "
+                             "needs no worker") from None
         raise
     finally:
         for number, handler in handlers.items():

@@ -1,6 +1,13 @@
 """The folder of a run: its name, what it holds, and continuing what is in it."""
+import errno
+import hashlib
 import json
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:                      # Windows
+    fcntl = None
 
 from common.data.files import FORMATS
 from common.data.safe_read import printable, read_json
@@ -15,9 +22,10 @@ def default_folder(stage, options, losses=None):
     """RUNS/STAGE; losses, data and preset are added where they are not the default ones."""
     stage = f"{stage}-{FINE_TUNED.get(losses, losses)}" if losses else stage
     data, (kind, _, where) = options.data, options.data.partition(":")
-    if kind in FORMATS:                  # the name of the file, of shards that of their folder
+    if kind in FORMATS:      # the name of the file, of shards that of their folder, and their place
         where = Path(where).absolute()
-        data = f"{kind}-{where.parent.name if kind == 'tar' else where.stem}"
+        place = hashlib.sha256(str(where).encode(errors="replace")).hexdigest()[:4]
+        data = f"{kind}-{where.parent.name if kind == 'tar' else where.stem}-{place}"
     parts = [stage] + ([data] if data != "shapes" else []) \
         + ([options.preset] if options.preset != "tiny" else [])
     safe = ["".join(c if c.isalnum() or c in ".=@" else "-" for c in part) for part in parts]
@@ -44,8 +52,10 @@ class RunFolder:
     def claim(self, resume, overwrite):
         """The checkpoint to continue from, or None to begin at step 0.
 
-        Raises ValueError when a run is in the folder and neither resume nor overwrite is set.
+        Raises ValueError for a file, and for a run when neither resume nor overwrite is set.
         """
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"--out {self.path}: a file; a run needs a folder")
         there = (self.path / "config.json").exists() or self.has_checkpoint()
         if there and not resume and not overwrite:
             done = (self.path / "result.json").exists()
@@ -77,14 +87,17 @@ class RunFolder:
                                  "on as it began, another --out begins another run")
 
     def begin(self, described, tokenizer, step, overwrite):
-        """Write what describes the run; drop lines of the log that no checkpoint has kept."""
-        distributed.barrier()            # every process has read what is written now
+        """Write what describes the run; drop lines of the log that no checkpoint has kept.
+        Raises ValueError while another process trains in the folder."""
+        busy = distributed.rank() == 0 and not self.lock()
+        if any(distributed.all_gather_objects([busy])):      # every process has read its files now
+            raise ValueError(f"{self.path}: another process trains here; wait until it ends, or "
+                             "choose another --out")
         if distributed.rank() > 0:
             return
         if overwrite:                    # a run's own files, nothing else in the folder
             for name in (*FILES, *(f"{name}.part" for name in FILES)):
                 (self.path / name).unlink(missing_ok=True)
-        self.path.mkdir(parents=True, exist_ok=True)
         checkpoint.write(self.path / tokenizer.file,
                          lambda part: part.write_bytes(tokenizer.model))
         checkpoint.write_json(self.path / "config.json", described)    # last: it makes it a run
@@ -93,6 +106,18 @@ class RunFolder:
         kept = [f"{line}\n" for line in lines                # a kill may have cut the last line
                 if line.endswith("}") and json.loads(line)["step"] <= step]
         checkpoint.write(log, lambda part: part.write_text("".join(kept)))
+
+    def lock(self):
+        """Take the folder until this process ends, however it ends -> False: another has it.
+        On Linux and macOS; on Windows, and on a disk that knows no locks, nothing is locked."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.locked = open(self.path / ".lock", "w")         # closing it would end the lock
+        try:
+            if fcntl:
+                fcntl.lockf(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            return error.errno not in (errno.EACCES, errno.EAGAIN)
+        return True
 
     def log(self, line):
         """Append a dict to log.jsonl."""

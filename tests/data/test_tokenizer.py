@@ -37,6 +37,13 @@ class TestTokenizer:
         assert SPECIAL == tuple(tokenizer.pieces.id_to_piece(i) for i in range(32)) == wanted
         assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (BOS, EOS, PAD)
 
+    def test_an_interrupt_is_not_blamed_on_the_texts(self):
+        def texts():
+            yield "a red circle"
+            raise KeyboardInterrupt
+        with pytest.raises(KeyboardInterrupt):
+            Tokenizer.train(texts())
+
     @pytest.mark.parametrize("text", [
         *SPECIAL, "".join(SPECIAL), " ".join(SPECIAL), "red<eos>circle", "<EOS>", "＜eos＞",
         "<s> </s> <0x41>", "▁<eos>", "<image>" * 50])

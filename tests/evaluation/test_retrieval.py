@@ -137,11 +137,20 @@ class TestPool:
         # Image i finds word i - 1, which is true of it, too; word i finds image i + 1.
         model = Model(torch.eye(13).roll(-1, dims=1))
         found = make_pool(model, NumbersData()).figures()
-        assert set(found) == {f"{name}_recall@{k}" for name in WAYS for k in (1, 5, 10, "1_chance")}
+        assert set(found) == {f"{name}_recall@{k}{suffix}" for name in WAYS for k in (1, 5, 10)
+                              for suffix in ("", "_chance")}
         assert found == make_pool(model, NumbersData()).figures()   # always the same random pairs
         for name in WAYS:
             assert found[f"{name}_recall@1"] == pytest.approx(12 / 13)
             assert found[f"{name}_recall@1_chance"] == pytest.approx(25 / 169, abs=0.01)
+
+    @pytest.mark.parametrize("count", [3, 7, 13])
+    def test_the_chance_of_one_right_item_is_k_in_n(self, count):
+        found = self.pool(torch.eye(count), torch.eye(count),
+                          lambda text, source: int(text) == source).figures()
+        for k in (1, 5, 10):
+            assert found[f"text_to_image_recall@{k}_chance"] \
+                == pytest.approx(min(1, k / count))
 
     def test_of_several_vectors_of_an_image_the_nearest_to_a_text_counts(self):
         images = torch.stack([torch.eye(3), -torch.eye(3).roll(1, dims=0)], dim=1)   # (N, Q, E)

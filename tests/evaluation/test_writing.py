@@ -293,6 +293,7 @@ class TestMain:
             out = capsys.readouterr()
             assert not caught.value.code, out.err
             assert out.out == "yes of RUN\n"
+            call.err = out.err
             return asked[0]
         return call
 
@@ -301,6 +302,14 @@ class TestMain:
         turn, = call("caption", f"../{name}")
         assert (turn["caption"], turn["answer"]) == (True, "")
         assert [len(own) for own in turn["images"]] == [frames]
+
+    def test_a_folder_is_told_to_be_a_clip(self, call, folder):
+        (folder / "frames").mkdir()
+        for name in ("red.png", "blue.png"):
+            (folder / name).rename(folder / "frames" / name)
+        turn, = call("caption", "../frames")
+        assert len(turn["images"][0]) == 2
+        assert call.err == "../frames: taken as a clip of 2 frames\n"
 
     def test_answer_after_shots(self, call):
         turns = call("answer", "../red.png", "is it red?", "--shot", "../blue.png", "is it blue?",

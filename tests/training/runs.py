@@ -135,6 +135,19 @@ def at_step(step, number, group=False):
     train.update = struck
 
 
+def killing_its_workers(step):
+    """The workers are killed as the process begins a step."""
+    update = train.update
+
+    def struck(run, *arguments):
+        if run.step == step:
+            for worker in multiprocessing.active_children():
+                worker.kill()
+                worker.join()
+        return update(run, *arguments)
+    train.update = struck
+
+
 def while_measuring(number):
     """A signal when all steps are done."""
     def struck(self, data):

@@ -8,10 +8,13 @@ import pytest
 import torch
 from torch import nn
 
+from clip import CLIPConfig
 from common.data.tokenizer import Tokenizer
 from common.training import checkpoint
 from common.training.optimizer import Recipe
-from tests.helpers import assert_close
+from flamingo import FlamingoConfig
+from tests.fuzz import one_line
+from tests.helpers import assert_close, full_disk
 from tests.training.runs import assert_same
 
 
@@ -76,6 +79,30 @@ class TestSave:
             assert newest_step(folder) in (before, 3), f"stopped at call {moment}"
             checkpoint.save(folder, state(4))
             assert newest_step(folder) == 4
+
+
+    def test_a_full_disk_is_one_line_and_the_last_checkpoint_stays(self, tmp_path):
+        for step in (1, 2):
+            checkpoint.save(tmp_path, state(step))
+        large = {"model": {"weight": torch.zeros(9999)}, "step": 3}
+        for _ in range(2):
+            with full_disk(5000), one_line("last.pt: cannot be written .is the disk full"):
+                checkpoint.save(tmp_path, large)
+            assert newest_step(tmp_path) == 2 and not list(tmp_path.glob("*.part"))
+        checkpoint.save(tmp_path, large)
+        assert newest_step(tmp_path) == 3
+
+    def test_a_full_disk_leaves_the_old_file_of_json(self, tmp_path):
+        checkpoint.write_json(tmp_path / "config.json", {"old": 1})
+        with full_disk(50), one_line("config.json: cannot be written .File too large"):
+            checkpoint.write_json(tmp_path / "config.json", {"new": "x" * 99})
+        assert [path.read_text() for path in tmp_path.iterdir()] == ['{\n  "old": 1\n}\n']
+
+    def test_another_mistake_of_torch_is_not_blamed_on_the_disk(self, tmp_path):
+        def broken(path):
+            raise RuntimeError("CUDA error")
+        with pytest.raises(RuntimeError, match="CUDA error"):
+            checkpoint.write(tmp_path / "last.pt", broken)
 
 
 class TestUnpickle:
@@ -167,6 +194,23 @@ class TestConfigOf:
         assert checkpoint.config_of(Recipe, fields, "runs/x") == Recipe(2, 3, 0.5)
         with pytest.raises(ValueError, match="runs/x: .*'wings'"):
             checkpoint.config_of(Recipe, fields | {"wings": 2}, "runs/x")
+
+    @pytest.mark.parametrize("change, words", [
+        ({"embed_dim": "7"}, "embed_dim is '7', not int"), ({"act": 3}, "act is 3, not str"),
+        ({"embed_dim": 7.0}, "embed_dim is 7.0, not int"), ({"stages": 3}, "stages is 3, not tup"),
+        ({"vision_layers": True}, "vision_layers is True, not int"),
+        ({"embed_dim": None}, "embed_dim is None"), ({"embed_dim": 0}, "embed_dim=0: must be at"),
+        ({"loss": "hinge"}, "loss=hinge is not one of")])
+    def test_a_value_that_was_typed_wrong_is_told_with_its_file(self, tmp_path, change, words):
+        (tmp_path / "config.json").write_text("{}")
+        assert checkpoint.config_of(CLIPConfig, {"stages": [1, 2]}, tmp_path).stages == (1, 2)
+        with one_line(f"^{tmp_path}/config.json: .*{words}"):
+            checkpoint.config_of(CLIPConfig, change, tmp_path)
+        with one_line(f"^{tmp_path}/config.json: .*vision: .*{words}"):
+            checkpoint.config_of(FlamingoConfig, {"vision": change}, tmp_path)
+
+    def test_a_fraction_may_be_a_whole_number(self):
+        assert checkpoint.config_of(FlamingoConfig, {"gate_init": 1}, "x").gate_init == 1
 
 
 class TestOpenRun:

@@ -1,5 +1,6 @@
 """CLIP in training and after it: recipes, data, frozen towers, figures, and the user's commands."""
 import json
+import os
 import random
 from pathlib import Path
 
@@ -69,7 +70,7 @@ class TestEvaluate:
         model = toy_clip(vocab_size=len(tokenizer), eos_id=2).float().eval()
         data = EvalData(world, tokenizer, ImageTextBatch(tokenizer, 11, 15), "cpu")
         figures = model.evaluate(data)
-        assert len(figures) == 12 and all(0 <= value <= 1 for value in figures.values())
+        assert len(figures) == 16 and all(0 <= value <= 1 for value in figures.values())
         assert figures["zero_shot_accuracy_chance"] == pytest.approx(1 / 42)
         assert figures["composition_accuracy_chance"] == pytest.approx(1 / 48)
         assert model.samples(data).width > 400
@@ -115,8 +116,15 @@ class TestMain:
         assert last == f"drawn in {run / 'search.png'}"
         cosines = [float(line.split()[0]) for line in lines]
         assert len(cosines) == 3 and 1 >= cosines[0] >= cosines[1] >= cosines[2] >= -1
+        assert "cosines of text and picture, from -1 to 1; only their order counts\n" in err
         assert len(Image.open(run / "search.png").getcolors(1 << 20)) > 3
         (run / "search.png").unlink()
+
+    def test_search_in_a_run_that_cannot_be_written_draws_here(self, run, monkeypatch):
+        monkeypatch.setattr(os, "access", lambda path, mode: False)
+        status, out, _ = command("clip.py", run, "search", "a red circle", ".")
+        assert status == 0 and out.endswith("drawn in search.png\n")
+        Path("search.png").unlink()
 
     def test_a_resnet_is_trained_resumed_measured_and_used(self):
         flags = [*TOY, "--out", "resnet", "--set", "vision_width=4", "--set", "vision_heads=2",

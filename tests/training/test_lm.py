@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from common.data.collators import SplitTexts
+from common.data.files import Files
 from common.data.tokenizer import BOS, EOS, PAD, Tokenizer
 from common.language import LanguageConfig
 from common.t5 import T5Config
 from common.training.lm import (PRESETS, RECIPES, Pretraining, data_sources, logits_of, perplexity,
                                 unigram_perplexity)
-from tests.helpers import V, assert_close, prompts, randomize, toy_lm
+from tests.helpers import V, assert_close, listed, prompts, randomize, toy_lm
 
 T, LENGTHS = 11, (11, 8, 3, 2, 11, 5)
 
@@ -61,6 +62,13 @@ class TestDataSources:
         source, = data_sources(here, "tokenizer", config)
         assert (source.world, source.kinds, source.weight) == (here, kinds, 1.0)
         assert (source.collate.tokenizer, source.collate.length) == ("tokenizer", 19)
+
+    def test_of_the_users_own_no_picture_is_read(self, tmp_path):
+        world = Files("jsonl", listed(tmp_path, 40, bad=range(40))[6:], image_size=7)
+        source, = data_sources(world, "tokenizer", LanguageConfig())
+        world.check_pictures()
+        texts = [record["texts"] for record in [*world.records("test"), source.record(0, None)]]
+        assert len(texts) == 6 and all(text.startswith("number") for text, in texts)
 
     def test_texts_for_t5_are_split(self):
         source, = data_sources(WithTexts(), "tokenizer", T5Config(context_length=19))

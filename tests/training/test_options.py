@@ -1,12 +1,17 @@
 """Command lines: what they offer, what they do, and mistakes in one line."""
 import dataclasses
+import functools
 import io
 import math
 import os
 import re
 import shutil
+import signal
+import subprocess
 import sys
+import time
 from dataclasses import dataclass
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,8 +19,8 @@ import torch
 
 import train
 from common.training import checkpoint, options
-from tests.helpers import command, mistake
-from tests.training.runs import TOY, build
+from tests.helpers import command, listed, mistake
+from tests.training.runs import TOY, build, own
 
 
 @pytest.fixture(autouse=True)
@@ -191,6 +196,36 @@ class TestRunMain:
         monkeypatch.setattr(sys, "stderr", io.StringIO())
         assert self.status(BrokenPipeError()) == 0
 
+    def test_torchrun_has_the_time_to_end_the_others_before_they_tell_it_again(
+            self, monkeypatch, capsys):
+        waited = []
+        monkeypatch.setattr(options.time, "sleep", waited.append)
+        for rank in "01":
+            monkeypatch.setenv("RANK", rank)
+            assert self.status(ValueError("a mistake")) == 2
+        assert waited == [3] and capsys.readouterr().err == 2 * "error: a mistake\n"
+
+    def test_an_interrupt_is_an_exception_again(self):
+        before = signal.signal(signal.SIGINT, signal.SIG_DFL)      # as common leaves it
+        try:
+            with pytest.raises(SystemExit, match="130"):
+                options.run_main(lambda: os.kill(os.getpid(), signal.SIGINT))
+        finally:
+            signal.signal(signal.SIGINT, before)
+
+    @pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="it looks into /proc")
+    def test_an_interrupt_while_torch_is_imported_leaves_no_traceback(self):
+        script = Path(train.__file__)
+        process = subprocess.Popen(
+            [sys.executable, script, "--list"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.default_int_handler))
+        while process.poll() is None and "libtorch" not in Path(
+                f"/proc/{process.pid}/maps").read_text():
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        assert process.communicate(timeout=30) == (b"", b"")
+        assert process.returncode == -signal.SIGINT
+
     def test_other_errors_keep_their_traceback_and_with_x_dev_all(self, monkeypatch):
         with pytest.raises(ZeroDivisionError):
             self.status(ZeroDivisionError())
@@ -218,6 +253,20 @@ class TestOptions:
             assert ", ".join(stage.file.PRESETS) in out
 
 
+class TestHelp:
+    @pytest.mark.parametrize("file", [
+        "common/data/__main__.py", "common/data/emoji/build.py", "train.py", "clip.py",
+        "flamingo.py", "blip.py", "blip2.py", "llava.py", "lessons/ablations.py",
+        "lessons/bridges.py", "lessons/experiments.py", "lessons/overview.py",
+        "lessons/speedrun.py", "lessons/weaknesses.py"])
+    def test_help_of_every_script_is_help(self, file):
+        status, out, err = command(file, "--help")
+        assert (status, err, os.listdir()) == (0, "", []) and out.startswith("usage: ")
+
+    def test_help_behind_a_world_is_no_folder(self):
+        assert command("common/data/__main__.py", "shapes", "--help")[0] == 0 and not os.listdir()
+
+
 class TestMistakes:
     @pytest.mark.parametrize("argv, words", [
         *((flag, flag) for flag in (
@@ -235,6 +284,10 @@ class TestMistakes:
         ("--set vision_heads=5", "width 12 does not divide into 5 heads"),
         ("--device toaster", "--device toaster: use auto, cpu, cuda or mps"),
         ("--from vision=x", "--from vision=x: write PART=RUN with one of no parts"),
+        ("--seed -1", "--seed -1: a number from 0"), ("--seed 9223372036854775808", "--seed 92"),
+        ("--batch_size 1", "--batch_size 1: a contrastive loss needs at least two"),
+        ("--data toy:noise=nan", "--data toy:noise=nan: noise=nan: a deviation, from 0 to 1"),
+        ("--set vision_width=12 embed_dim=0", "embed_dim=0: must be at least 1"),
         ("--unfreeze text.*,lm.towr.*", "'lm.towr.*'"), ("--eval_only", "no checkpoint"),
         ("", "which stage?; there are clip, lm, flamingo"), ("all --out x", "--out is one run's"),
         ("sing", "no stage sing; there are clip, lm, flamingo"),
@@ -250,6 +303,7 @@ class TestMistakes:
          "image_projection.weight is (7, 12), the model's (9, 12)"),
         ("--out {run}", "{run}: holds an unfinished run"),
         ("--out {run}/config.json/x", "config.json"),
+        ("--out {run}/config.json", "config.json: a file; a run needs a folder"),
         ("--out {run} --overwrite --init nowhere", "nowhere"),
         ("--out {run} --overwrite --set vision_heads=5", "5 heads"),
         ("--out {run} --overwrite --eval_only", "--overwrite deletes"),
@@ -260,6 +314,13 @@ class TestMistakes:
         line = mistake("train.py", *toy, *argv.format(run=run).split())
         assert words.format(run=run) in line and os.listdir() == []
         assert before == {path: path.read_bytes() for path in run.iterdir()}
+
+    def test_a_wrong_folder_of_pictures_is_told_after_the_first_records(self, tmp_path):
+        spec = listed(tmp_path / "data", 40)
+        (tmp_path / "other").mkdir()
+        line = mistake("train.py", *own(spec, "--images", tmp_path / "other"))
+        assert re.search(r"the first 20 of 20 records refused, e.g. data.jsonl: .*other/\d+.png: "
+                         "no such picture; is --images their folder", line) and not os.listdir()
 
     @pytest.mark.parametrize("harm, words", [
         (lambda c: {"model": {**c["model"], "logit_bias": torch.tensor(1.0)}}, "unexpected logit"),

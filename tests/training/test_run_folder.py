@@ -1,5 +1,8 @@
 """The folder of a run: its name, whose it is, what is kept when it is taken up or overwritten."""
+import contextlib
+import errno
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,8 +30,8 @@ class TestDefaultFolder:
     @pytest.mark.parametrize("data, preset, name", [
         ("shapes", "tiny", "clip"), ("emoji", "tiny", "clip-emoji"),
         ("shapes:objects=3,noise=0.1", "ViT-B/32", "clip-shapes-objects=3-noise=0.1-ViT-B-32"),
-        ("jsonl:/a/long/path/my data.jsonl", "small", "clip-jsonl-my-data-small"),
-        ("tar:/sets/cc3m/{0..31}.tar", "tiny", "clip-tar-cc3m")])
+        ("jsonl:/a/long/path/my data.jsonl", "small", "clip-jsonl-my-data-9dcf-small"),
+        ("tar:/sets/cc3m/{0..31}.tar", "tiny", "clip-tar-cc3m-9e1e")])
     def test_it_hides_no_other_run(self, data, preset, name):
         found = default_folder("clip", Options(runs="some", data=data, preset=preset))
         assert found == Path("some") / name
@@ -38,6 +41,13 @@ class TestDefaultFolder:
         ("itc", "blip-itc-emoji"), ("itc,lm", "blip-itc-lm-emoji")])
     def test_other_losses_are_other_runs(self, losses, name):
         assert default_folder("blip", Options(data="emoji"), losses) == Path("runs") / name
+
+
+    def test_files_of_one_name_in_two_places_are_two_runs(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        here, there, again = (default_folder("clip", Options(data=f"jsonl:{where}")) for where in (
+            "a/data.jsonl", "b/data.jsonl", tmp_path / "a/data.jsonl"))
+        assert here == again != there
 
 
 class TestMissingRun:
@@ -96,7 +106,40 @@ class TestRunFolder:
         folder.begin(DESCRIBED | {"stage": "new"}, VOCABULARY, 0, True)
         left = {p.name: p.read_text() for p in folder.path.iterdir()}
         assert json.loads(left.pop("config.json")) == DESCRIBED | {"stage": "new"}
-        assert left == {"log.jsonl": "", "tokenizer.model": "pieces", "novel.txt": "years of work"}
+        assert left == {"log.jsonl": "", "tokenizer.model": "pieces", "novel.txt": "years of work",
+                        ".lock": ""}
+
+    def test_a_second_process_is_refused_until_the_first_ends(self, folder):
+        def second():
+            """The exit status of a process that begins in the folder."""
+            pid = os.fork()
+            if not pid:
+                with contextlib.suppress(BaseException):
+                    RunFolder(folder.path).begin(DESCRIBED | {"stage": "new"}, VOCABULARY, 0, True)
+                    os._exit(0)
+                os._exit(7)
+            return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        folder.log({"step": 0})
+        assert second() == 7
+        assert folder.described() == DESCRIBED and log(folder.path) == [{"step": 0}]
+        RunFolder(folder.path).begin(DESCRIBED, VOCABULARY, 0, False)      # it may begin again
+        folder.locked.close()            # as when it ends
+        assert second() == 0
+
+    @pytest.mark.parametrize("number, is_free", [
+        (errno.EAGAIN, False), (errno.EACCES, False), (errno.ENOLCK, True)])
+    def test_a_disk_without_locks_locks_nothing(self, folder, monkeypatch, number, is_free):
+        def refuse(*_):
+            raise OSError(number, "no")
+        monkeypatch.setattr("common.training.run_folder.fcntl.lockf", refuse)
+        with contextlib.nullcontext() if is_free else pytest.raises(
+                ValueError, match="one: another process trains here; wait until it ends, or"):
+            folder.begin(DESCRIBED, VOCABULARY, 0, False)
+
+    def test_a_file_in_its_place_is_told(self, tmp_path):
+        (tmp_path / "notes").write_text("")
+        with pytest.raises(ValueError, match="--out .*notes: a file; a run needs a folder"):
+            RunFolder(tmp_path / "notes").claim(False, False)
 
     def test_only_the_first_process_writes(self, tmp_path, monkeypatch):
         monkeypatch.setattr("common.training.distributed.rank", lambda: 1)

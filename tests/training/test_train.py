@@ -22,8 +22,9 @@ from common.training import checkpoint
 from common.training.optimizer import learning_rate
 from tests.helpers import assert_close, listed, names, shards
 from tests.training.runs import (STEPS, TOY, Bigram, Command, assert_same, assert_same_run,
-                                 at_step, build, in_threads, log, own, ragged_rows, result,
-                                 share_of_batch, split, step_gradients, weights, while_measuring)
+                                 at_step, build, in_threads, killing_its_workers, log, own,
+                                 ragged_rows, result, share_of_batch, split, step_gradients,
+                                 weights, while_measuring)
 
 # A step
 
@@ -135,10 +136,13 @@ class TestBuild:
         ({"steps": 24}, r"recipe steps=50 \(now 24\)"), ({"batch_size": 8}, "batch_size=6"),
         ({"accumulate": 2}, r"options accumulate=1 \(now 2\)"), ({"shuffle": 9}, "shuffle=10000"),
         ({"precision": "bf16"}, "precision=fp32"), ({"unfreeze": "text.*"}, "unfreeze="),
-        ({"images": "."}, r"options images=None \(now .\)"), ({"more": 1}, "options records=")])
+        ({"images": "data"}, r"options images=None \(now .*data\)"),
+        ({"more": 1}, "options records=")])
     def test_another_run_is_not_resumed(self, tmp_path, changes, words):
         spec = listed(tmp_path / "data", 40)
         train.save(build(tmp_path, data=spec))
+        if "images" in changes:
+            changes["images"] = str(tmp_path / "data")
         if changes.pop("more", 0):
             listed(tmp_path / "data", 90)
         with pytest.raises(ValueError, match=words):
@@ -211,6 +215,12 @@ class TestFit:
         assert 3000 <= line["seconds"] < 3060 and 3000 <= figures["seconds"] < 3060
         assert figures["loss"] == round(loss, 4) and line["loss"] == round(loss, 5)
 
+    def test_a_compile_is_announced(self, tmp_path, monkeypatch, capsys):
+        monkeypatch.setattr(torch, "compile", lambda model: model)
+        for flag in (True, False):
+            train.fit(build(tmp_path / str(flag), steps=1, compile=flag))
+            assert ("compiling the model: the first" in capsys.readouterr().out) == flag
+
     @pytest.mark.parametrize("save_every, words", [
         (1, "the checkpoint of step 1 stays in .*run"), (9, "there is no checkpoint yet")])
     def test_a_loss_that_is_not_finite_ends_it_and_leaves_the_checkpoint(
@@ -250,7 +260,8 @@ class TestMeasure:
         for name in names(run.world, "test")[2:]:    # two are left, fewer than a sheet has room for
             (tmp_path / "data" / name).write_bytes(b"")
         train.measure(run)
-        assert result(capsys.readouterr().out)["refused"] == 3
+        figures = result(capsys.readouterr().out)
+        assert (figures["refused"], figures["test_size"]) == (3, 5)
 
     def test_it_is_in_eval_mode_and_the_runs_precision(self, tmp_path, monkeypatch, capsys):
         def evaluate(self, data):
@@ -322,8 +333,8 @@ def reference(toy):
 class TestARun:
     def test_its_folder_holds_what_the_head_of_the_file_says(self, reference):
         assert sorted(p.name for p in reference.iterdir()) == [
-            "config.json", "last.pt", "log.jsonl", "previous.pt", "result.json", "samples.png",
-            "tokenizer.model"]
+            ".lock", "config.json", "last.pt", "log.jsonl", "previous.pt", "result.json",
+            "samples.png", "tokenizer.model"]
         assert [line["step"] for line in log(reference)] == [10, 20, 23]
         assert checkpoint.load(reference / "previous.pt")["step"] == 18
         assert sorted(checkpoint.load(reference / "last.pt")) == [
@@ -393,6 +404,15 @@ class TestStops:
         assert_same_run(toy.runs / name, reference)
 
 
+    def test_a_killed_worker_is_one_line_and_resume_ends_alike(self, toy, reference):
+        trap = functools.partial(killing_its_workers, 8)
+        text = toy("worker", "--workers", "1", trap=trap).end(2)
+        assert re.fullmatch("error: a worker process was killed at step [89], .*; --resume "
+                            "continues from the last checkpoint, .*", text.splitlines()[-1])
+        assert "resumed from step 6\n" in toy("worker", "--resume").end()
+        assert_same_run(toy.runs / "worker", reference)
+
+
 # The user's own data
 
 @pytest.fixture(scope="module")
@@ -414,10 +434,15 @@ class TestOwnData:
     def test_tar_shards_train_from_end_to_end(self, tmp_path):
         spec = shards(tmp_path / "shards", (17, 11, 13))
         argv = own(spec, "--steps", "3", "--shuffle", "5", "--runs", str(tmp_path / "runs"))
-        figures = result(Command(argv, tmp_path / "said.txt").end())
+        said = Command([*argv, "--set", "context_length=3"], tmp_path / "said.txt").end()
+        figures = result(said)
+        assert "\n*.tar: 36 of 36 captions are cut after 1 tokens\n" in said
         assert figures["refused"] == 0 and 0 < figures["image_to_text_recall@1_chance"] < 1
         assert not any("zero_shot" in name or "composition" in name for name in figures)
-        assert (tmp_path / "runs/clip-tar-shards/samples.png").exists()
+        assert len([*tmp_path.glob("runs/clip-tar-shards-????/samples.png")]) == 1
+
+    def test_captions_that_fit_the_context_are_not_counted(self, tmp_path):
+        assert train.count_cut(build(tmp_path, data=listed(tmp_path / "data", 40))) is None
 
     def test_what_is_refused_is_told_three_times_and_counted(self, patchy):
         folder, argv, missing = patchy

@@ -6,11 +6,11 @@
 Only needed to renew the archive; the same packages and the same Pillow give the same bytes. Pillow
 must come with raqm, as its wheels do: many emoji are several characters drawn as one picture.
 """
+import argparse
 import io
 import itertools
 import json
 import re
-import sys
 import unicodedata
 import zipfile
 from pathlib import Path
@@ -104,5 +104,7 @@ def build(share, folder):
 
 
 if __name__ == "__main__":
-    share = Path(*sys.argv[1:] or "/", "usr/share")
+    args = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    args.add_argument("root", nargs="?", default="/", help="where the packages lie unpacked")
+    share = Path(args.parse_args().root, "usr/share")
     print("emoji:", build(share, Path(__file__).parent))

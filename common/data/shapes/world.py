@@ -48,6 +48,8 @@ class Shapes:
                  web_noise=0.4, texts=""):
         if not 1 <= objects <= 6:
             raise ValueError(f"objects={objects}: a scene has 1 to 6")
+        if not 0 <= noise <= 1:
+            raise ValueError(f"noise={noise}: a deviation, from 0 to 1")
         if style not in STYLES:
             raise ValueError(f"style {style!r} is not one of {', '.join(STYLES)}")
         if not 0 <= web_noise <= 1:
