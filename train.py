@@ -149,6 +149,33 @@ def with_vocabulary(config, tokenizer):
                                           if v is not None and hasattr(config, k)})
 
 
+def check_fit(name, options, config, world, tokenizer):
+    """Raise ValueError for data or a vocabulary that the stage cannot learn from."""
+    file = STAGES[name].file
+    if getattr(world, "learner", None) not in (None, file.__name__):
+        what = {"llava": "conversations are for the stages of LLaVA",
+                "flamingo": "pages are for flamingo"}[world.learner]
+        raise ValueError(f"--data {options.data}: {what}; {name} learns from captions")
+    if hasattr(tokenizer, "qformer"):
+        raise ValueError(f"--init {options.init}: an InstructBLIP; its two vocabularies can be "
+                         "used, but not trained")
+    if tokenizer.image_id != IMAGE and (
+            file in (flamingo, lm) or getattr(config, "template", "") == "house"):
+        raise ValueError(f"{name}: a published vocabulary without <image>, <user> and other tokens "
+                         + ("of ours; take a run of lm" if file is not llava else
+                            "of the house template; --set template=v1"))
+
+
+def recipe_of(name, options, config, recipes, world):
+    """The recipe of a stage with the user's changes, fitted to data of one's own; a run that is
+    resumed has it (world: None)."""
+    kinds = name, options.data.partition(":")[0], getattr(config, "losses", "")
+    changes = {key: getattr(options, key) for key in ("steps", "batch_size", "lr", "optimizer")}
+    records = world.size("train") if isinstance(world, Files) else None
+    return find_recipe(recipes, options.preset, kinds, changes, records,
+                       tune=bool(options.init) and not STAGES[name].init)
+
+
 def build(name, options, settings, began):
     """A Run at step 0, or at the folder's checkpoint.
 
@@ -174,32 +201,16 @@ def build(name, options, settings, began):
     config, frozen, tokenizer = open_parts(STAGES, name, options, config, folder, own, tokenizer)
     world = open_world(options.data, getattr(config, "image_size", 32), options.images,
                        options.skip, options.shuffle, getattr(config, "views", "crop") != "crop")
-    if getattr(world, "learner", None) not in (None, stage.file.__name__):
-        what = {"llava": "conversations are for the stages of LLaVA",
-                "flamingo": "pages are for flamingo"}[world.learner]
-        raise ValueError(f"--data {options.data}: {what}; {name} learns from captions")
     tokenizer = tokenizer or world_tokenizer(world)
-    if hasattr(tokenizer, "qformer"):
-        raise ValueError(f"--init {options.init}: an InstructBLIP; its two vocabularies can be "
-                         "used, but not trained")
-    if tokenizer.image_id != IMAGE and (
-            stage.file in (flamingo, lm) or getattr(config, "template", "") == "house"):
-        raise ValueError(f"{name}: a published vocabulary without <image>, <user> and other tokens "
-                         + ("of ours; take a run of lm" if stage.file is not llava else
-                            "of the house template; --set template=v1"))
+    check_fit(name, options, config, world, tokenizer)
     if not own and not options.init:     # a start keeps its vocabulary, and tables larger than it
         config = with_vocabulary(config, tokenizer)
         if "lm" not in frozen and getattr(config, "language", None):  # of random weights
             new = with_vocabulary(config.language, tokenizer)
             config = dataclasses.replace(config, language=new)
-    kinds = name, options.data.partition(":")[0], getattr(config, "losses", "")
     recipes = {"": checkpoint.config_of(Recipe, own.get("recipe"), folder.path)} if own else \
         stage.file.RECIPES
-    recipe = find_recipe(recipes, options.preset, kinds,
-                         {key: getattr(options, key)
-                          for key in ("steps", "batch_size", "lr", "optimizer")},
-                         None if own or not isinstance(world, Files) else world.size("train"),
-                         tune=bool(options.init) and not stage.init)
+    recipe = recipe_of(name, options, config, recipes, None if own else world)
     batches = Batches(stage.file.data_sources(world, tokenizer, config), seed=options.seed,
                       batch_size=recipe.batch_size, accumulate=options.accumulate,
                       rank=distributed.rank(), world_size=distributed.world_size())

@@ -273,7 +273,7 @@ def page(tmp_path, monkeypatch, small):
     """A RESULTS.md with the marks, and two claims of which one has runs of two seeds of three."""
     monkeypatch.setattr(ablations, "RESULTS", tmp_path / "RESULTS.md")
     monkeypatch.setattr(ablations, "read_claims", lambda: {"BLIP-2 (Li et al.)": [
-        Claim("first", "Table 1", "one is better", "a:x", "b:x", 0.02),
+        Claim("first", "Table 1", "one is better", "a:x", "b:x", 0.06),
         Claim("second", "2", "less is better", "c:-y", "d:-y", 0.5)]})
     for seed in range(3):
         put(tmp_path, "a", seed, x=0.5 + 0.1 * seed, x_chance=0.25)
@@ -295,7 +295,7 @@ class TestWriteReport:
         rows = [line for line in text.splitlines() if line[:1] == "|"]
         assert rows[2:] == [
             "| first (Table 1): one is better | `a:x` 0.600 (0.500 to 0.700) | `b:x` 0.450 (0.450 "
-            "to 0.450) | chance 0.250 | +0.050 to +0.250 | +0.020 | **reproduced** |",
+            "to 0.450) | chance 0.250 | +0.050 to +0.250 | +0.060 | **undecided** |",
             "| second (2): less is better | `c:-y` -3.000 (-3.000 to -3.000) | `d:-y` - | - | - | "
             "+0.500 | **no runs** (seeds: 2, 0) |"]
         assert {row.count("|") for row in rows} == {8}
